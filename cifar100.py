@@ -1,0 +1,480 @@
+"""CIFAR-100 as uint8 tensors on the device; augmentation of whole batches there, with a draw for every image.
+
+    python cifar100.py [--data FOLDER]      finds (or downloads) the set, checks it, prints what it found
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The set is looked for in --data, then in
+the environment variable CIFAR100_DIR, then in ./data.cifar100, and downloaded to the last if no folder is named.
+
+A training step: parameters are drawn for the whole batch first (`draw`) and then applied to images (`augment`). A
+process of several draws for the global batch and applies its slice, so that it gets what one process would.
+"""
+import argparse
+import dataclasses
+import hashlib
+import http.client
+import math
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from files import run_script
+from mobilenet_v2 import IMAGE_SIZE, BadInput
+
+CLASSES = 100
+HOLDOUT_PER_CLASS = 50
+FOLDER = Path("data.cifar100")
+SET = "cifar-100-python"  # the name of the folder inside the published archive
+HOW_TO_POINT = "point at a local copy with --data FOLDER or CIFAR100_DIR=FOLDER"
+
+# Address and MD5 sums: torchvision.datasets.CIFAR100. Fingerprints: see `digests`; they hold for any order.
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+COUNT = {"train": 50_000, "test": 10_000}
+MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+FINGERPRINT = {"train": "6d2a03c47c105e4c34d3a2ff16c2803e8df0e5d6fa0c631e46663a327aeac573",
+               "test": "381b7d98ce1e9b98232a8df0db0a22992654c39ff2433270656ab8ace5a45e65"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """`images` uint8 [N, 3, 32, 32] (RGB, 0 to 255) and their `labels` int64 [N], on one device."""
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+
+# ---------------------------------------------------------------------------------------------- find and download
+
+def find(folder=None) -> Path:
+    """The folder that holds the files `train` and `test`: `folder`, else CIFAR100_DIR, else ./data.cifar100.
+
+    Each may be that folder or its parent. Downloads only if neither of the first two is given and ./data.cifar100 has
+    no set. Raises BadInput if a folder that was given has none, or if the download fails.
+    """
+    given = folder or os.environ.get("CIFAR100_DIR")
+    start = Path(given or FOLDER)
+    for candidate in (start / SET, start):
+        if all((candidate / split).is_file() for split in COUNT):
+            return candidate
+    if given:
+        origin = "--data" if folder else "CIFAR100_DIR"
+        raise BadInput(f"{start} ({origin}) holds no CIFAR-100: no files train and test in it or in its {SET}/")
+    return download(start)
+
+
+def download(folder: Path) -> Path:
+    """Download the published archive, check its MD5, and unpack train, test and meta to `folder`/cifar-100-python.
+
+    Everything happens in a temporary folder beside `folder`, which goes away even after an error: nothing half done is
+    left. Raises BadInput without a network or if the archive is not the published one.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".", suffix=".tmp") as scratch:
+        archive = Path(scratch, "archive")
+        try:
+            fetch(URL, archive)
+        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
+            raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
+        if file_md5(archive) != ARCHIVE_MD5:
+            raise BadInput(f"the archive from {URL} is cut short or not the published one (its MD5 differs); {HOW_TO_POINT}")
+        (folder / SET).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for name in ("meta", "test", "train"):
+                # Members are read by their names and written to ours: a path in the archive decides nothing.
+                with tar.extractfile(f"{SET}/{name}") as source, open(Path(scratch, name), "wb") as target:
+                    shutil.copyfileobj(source, target)
+                os.replace(Path(scratch, name), folder / SET / name)
+    return folder / SET
+
+
+def fetch(url: str, path: Path) -> None:
+    from tqdm import tqdm
+
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=size, unit="B", unit_scale=True, desc="CIFAR-100", disable=not sys.stderr.isatty()) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def file_md5(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- read and check
+
+class ArraysOnly(pickle.Unpickler):
+    """Unpickles containers, numbers, strings and numpy arrays; any other name in the file raises, so nothing runs."""
+
+    reconstruct = np.empty(0).__reduce__()[0]
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"): reconstruct,  # numpy 1, which wrote the published files
+               ("numpy._core.multiarray", "_reconstruct"): reconstruct,  # numpy 2
+               ("numpy", "ndarray"): np.ndarray,
+               ("numpy", "dtype"): np.dtype}
+
+    def find_class(self, module, name):
+        try:
+            return self.ALLOWED[module, name]
+        except KeyError:
+            raise BadInput(f"it asks for {module}.{name}, which the published files do not") from None
+
+
+def read(path) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 [N, 3, 32, 32], labels int64 [N]) of a file `train` or `test`, in the file's order, unchecked.
+
+    Raises BadInput if the file is damaged or is another kind of file; executes nothing that stands in it.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = ArraysOnly(file, encoding="latin1").load()  # latin1: Python 2 wrote the published files
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise BadInput(f"{path}: not a CIFAR-100 file, or damaged ({error or type(error).__name__})") from error
+    content = content if isinstance(content, dict) else {}
+    data, labels = content.get("data"), content.get("fine_labels")
+    if not isinstance(data, np.ndarray) or not isinstance(labels, list):
+        raise BadInput(f"{path}: not a CIFAR-100 file (no `data` array with a list of `fine_labels`)")
+    if data.dtype != np.uint8 or data.shape != (len(labels), 3 * IMAGE_SIZE**2):
+        raise BadInput(f"{path}: {data.dtype} pixels {list(data.shape)} for {len(labels)} labels, expected "
+                       f"uint8 [{len(labels)}, {3 * IMAGE_SIZE**2}]")
+    if not all(type(label) is int and 0 <= label < CLASSES for label in labels):
+        raise BadInput(f"{path}: labels that are not integers from 0 to {CLASSES - 1}")
+    return data.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), np.array(labels, np.int64)
+
+
+def digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
+    """SHA-256 of (label byte, 3072 CHW pixel bytes) of every image; sorted, they are the same in any order."""
+    return [hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in zip(images, labels.tolist())]
+
+
+def fingerprint(digests: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def load(folder=None, split: str = "train", device="cpu") -> Images:
+    """The images of a split, in canonical order, on the device.
+
+    "train" 50,000; "test" 10,000; "fit" and "holdout" cut the train set into 45,000 and 5,000 images, 50 a class in
+    the holdout. Canonical order is the order of the images' digests: copies of the set whose files are ordered
+    differently give the same tensors, so a seed gives the same run, and it is as good as random within a class.
+    Raises BadInput if there is no set (see `find`) or it is not CIFAR-100 to the last pixel.
+    """
+    if split not in ("train", "test", "fit", "holdout"):
+        raise BadInput(f"split {split!r} is none of train, test, fit, holdout")
+    file = "test" if split == "test" else "train"
+    path = find(folder) / file
+    images, labels = read(path)
+    keys = digests(images, labels)
+    # The fingerprint costs little beside the digests and settles nearly every case; MD5 has the last word.
+    if fingerprint(keys) != FINGERPRINT[file] and file_md5(path) != MD5[file]:
+        raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images "
+                       "(neither the published MD5 nor the same content in another order)")
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    if split in ("fit", "holdout"):
+        held = np.concatenate([np.flatnonzero(labels[order] == c)[:HOLDOUT_PER_CLASS] for c in range(CLASSES)])
+        held = np.isin(np.arange(len(order)), held)
+        order = order[held if split == "holdout" else ~held]
+    return Images(torch.from_numpy(images[order]).to(device), torch.from_numpy(labels[order]).to(device))
+
+
+def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
+    """n synthetic images that a small network can learn: a smooth pattern for each class, plus noise from `seed`.
+
+    The patterns are the same for every seed, so that two seeds give a train and a test set. For tests and quick runs.
+    """
+    patterns = torch.randn(classes, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    patterns = F.interpolate(patterns, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n)[torch.randperm(n, generator=generator)] % classes  # as many of each class as can be
+    noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    images = (128 + 50 * patterns[labels] + 25 * noise).clamp(0, 255).to(torch.uint8)
+    return Images(images.to(device), labels.to(device))
+
+
+# ------------------------------------------------------------------------------------------------------ normalise
+
+# Within a tenth of the set's own statistics (means 129.3 124.1 112.4, deviations 68.2 65.4 70.4), and every
+# normalised pixel is exactly a signed 8-bit code times 2^-6: quantizing the network's input costs nothing. The
+# BatchNorm after the stem absorbs the difference.
+MEAN, STD = 128, 64
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 3, 32, 32] -> float32 of the same shape, (pixel - 128) / 64: multiples of 1/64 from -2 to 127/64."""
+    return images.float().sub_(MEAN).mul_(1 / STD)
+
+
+# ----------------------------------------------------------------------------------------------------------- draws
+
+PAD = 4
+OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+       "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+(IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOR, CONTRAST,
+ SHARPNESS, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE) = range(len(OPS))
+BINS = 31
+
+
+def magnitude_table() -> torch.Tensor:
+    """float32 [14, 31]: the strengths of each operation, from none to full, in its own unit (TrivialAugment, wide).
+
+    Shears in pixels a pixel, translations in pixels, rotation in degrees, the four blends as a change of the factor
+    1, Posterize in bits that stay, Solarize as a threshold.
+    """
+    table = torch.zeros(len(OPS), BINS)
+    table[[SHEAR_X, SHEAR_Y, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS]] = torch.linspace(0, 0.99, BINS)
+    table[[TRANSLATE_X, TRANSLATE_Y]] = torch.linspace(0, 32, BINS)
+    table[ROTATE] = torch.linspace(0, 135, BINS)
+    table[POSTERIZE] = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round()
+    table[SOLARIZE] = torch.linspace(255, 0, BINS)
+    return table
+
+
+MAGNITUDES = magnitude_table()
+MIXINGS = ("none", "mixup", "cutmix", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What `augment` does to each of `count` images; a tensor with one row an image, or None for a step that is off.
+
+    `draws[a:b]` are the draws of the images a to b of the batch.
+    """
+    count: int
+    top: torch.Tensor | None = None  # int64 [N], 0 to 8: the crop's corner in the image padded by 4
+    left: torch.Tensor | None = None
+    flip: torch.Tensor | None = None  # bool [N]
+    op: torch.Tensor | None = None  # int64 [N]: an index in OPS
+    magnitude: torch.Tensor | None = None  # float32 [N], signed
+    lam: torch.Tensor | None = None  # float32 [N]: how much of the label is the image's own
+    weight: torch.Tensor | None = None  # float32 [N]: how much of a pixel outside the box is its own
+    box: torch.Tensor | None = None  # int64 [N, 4]: top, bottom, left, right of what the partner's pixels replace
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, part: slice) -> "Draws":
+        start, stop, step = part.indices(self.count)
+        if step != 1 or self.lam is not None and (start % 2 or stop % 2 and stop != self.count):
+            raise ValueError(f"draws[{start}:{stop}:{step}] would part an image from its partner in mixing")
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "count"}
+        return Draws(max(0, stop - start), **{k: None if v is None else v[start:stop] for k, v in tensors.items()})
+
+
+def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = False, mixing: str = "none",
+         mixup_alpha: float = 0.3, cutmix_alpha: float = 1.0, mix_probability: float = 1.0) -> Draws:
+    """Independent draws for each of n images, on the generator's device.
+
+    `crop`: random crop and flip. `trivial`: TrivialAugment. `mixing`: none, mixup, cutmix, or both (each image is
+    mixed one way or the other, evenly); an image is mixed at all with `mix_probability`. The shares are drawn from
+    Beta(alpha, alpha). Raises BadInput for a mixing, alpha or probability that does not exist.
+
+    Prefer a generator on the CPU, for CUDA training too: a run then draws the same on either, and `trivial_augment`
+    knows without waiting for the GPU which images an operation gets.
+    """
+    if mixing not in MIXINGS:
+        raise BadInput(f"mixing {mixing!r} is none of {', '.join(MIXINGS)}")
+    if not (0.01 <= mixup_alpha < math.inf and 0.01 <= cutmix_alpha < math.inf):  # below, even float64 underflows
+        raise BadInput(f"mixup alpha {mixup_alpha} and CutMix alpha {cutmix_alpha} must be 0.01 or more")
+    if not 0 <= mix_probability <= 1:
+        raise BadInput(f"mixing probability {mix_probability} is not between 0 and 1")
+    device, drawn = generator.device, {}
+
+    def integers(below, *shape):
+        return torch.randint(below, (n, *shape), generator=generator, device=device)
+
+    def beta(alpha):
+        # What torch.distributions.Beta calls, which takes no generator. float64: small alphas come close to 0 and 1.
+        shape = torch.full((n, 2), alpha, dtype=torch.float64, device=device)
+        return torch._sample_dirichlet(shape, generator)[:, 0]
+
+    if crop:
+        drawn |= {"top": integers(2 * PAD + 1), "left": integers(2 * PAD + 1), "flip": integers(2).bool()}
+    if trivial:
+        op = integers(len(OPS))
+        sign = torch.where(op < POSTERIZE, 1 - 2 * integers(2), 1)  # operations from Posterize on have no direction
+        drawn |= {"op": op, "magnitude": MAGNITUDES.to(device)[op, integers(BINS)] * sign}
+    if mixing != "none":
+        cut = integers(2).bool() if mixing == "both" else torch.full((n,), mixing == "cutmix", device=device)
+        mixed = torch.rand(n, generator=generator, device=device) < mix_probability
+        lam = torch.where(cut, beta(cutmix_alpha), beta(mixup_alpha)).where(mixed, 1.0)
+        # CutMix (Yun et al. 2019): a box of the share 1 - lam around any pixel, cut off at the border; the label then
+        # follows the box as it really is. Where nothing is cut the box is empty.
+        half = torch.where(cut, 0.5 * (1 - lam).sqrt() * IMAGE_SIZE, 0.0).long()[:, None]
+        centre = integers(IMAGE_SIZE, 2)
+        low, high = (centre - half).clamp(min=0), (centre + half).clamp(max=IMAGE_SIZE)
+        kept = 1 - (high - low).prod(1) / IMAGE_SIZE**2
+        drawn |= {"lam": torch.where(cut, kept, lam).float(), "weight": torch.where(cut, 1.0, lam).float(),
+                  "box": torch.stack((low[:, 0], high[:, 0], low[:, 1], high[:, 1]), 1)}
+    return Draws(n, **drawn)
+
+
+def epoch_order(n: int, generator: torch.Generator) -> torch.Tensor:
+    """A random permutation of n images, int64 [n], on the generator's device."""
+    return torch.randperm(n, generator=generator, device=generator.device)
+
+
+# --------------------------------------------------------------------------------------------------------- augment
+
+def augment(images: torch.Tensor, labels: torch.Tensor, draws: Draws):
+    """A training batch: crop and flip, TrivialAugment, normalise, mix, as the draws say. All on the images' device.
+
+    images uint8 [N, 3, 32, 32], labels int64 [N] -> (x float32 [N, 3, 32, 32], labels [N], labels of the partners [N],
+    lam float32 [N]); the loss of an image is lam * loss(label) + (1 - lam) * loss(partner's label).
+    """
+    if len(draws) != len(images):
+        raise ValueError(f"{len(draws)} draws for {len(images)} images")
+    images = trivial_augment(crop_flip(images, draws), draws)
+    return mix(normalise(images), labels, draws)
+
+
+def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """A random 32x32 crop of each image padded with 4 black pixels, flipped or not: uint8 [N, 3, 32, 32] -> same."""
+    if draws.top is None:
+        return images
+    top, left, flip = (t.to(images.device, non_blocking=True) for t in (draws.top, draws.left, draws.flip))
+    pixel = torch.arange(IMAGE_SIZE, device=images.device)
+    rows = top[:, None] + pixel
+    columns = left[:, None] + torch.where(flip[:, None], pixel.flip(0), pixel)
+    return pick(F.pad(images, [PAD] * 4), rows[:, :, None], columns[:, None, :])
+
+
+def pick(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] -> [N, C, 32, 32]: pixel (y, x) of image n is the one at its row [n, y, x] and column [n, y, x]."""
+    index = (rows * images.shape[3] + columns).flatten(1)[:, None]
+    picked = images.flatten(2).gather(2, index.expand(-1, images.shape[1], -1))
+    return picked.unflatten(2, (IMAGE_SIZE, IMAGE_SIZE))
+
+
+def trivial_augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """One operation of its own strength for each image: uint8 [N, 3, 32, 32] -> the same.
+
+    Müller and Hutter, "TrivialAugment", ICCV 2021; operations and ranges are torchvision's TrivialAugmentWide (31
+    strengths, nearest pixel, black outside). The 14 operations are three families, and each family takes its images in
+    one go. The lists of images are made where the draws are: no wait for the GPU if they are on the CPU.
+    """
+    if draws.op is None:
+        return images
+    out = images.clone()
+    families = (warp, SHEAR_X, ROTATE), (blend, BRIGHTNESS, SHARPNESS), (relevel, POSTERIZE, EQUALIZE)
+    for family, first, last in families:
+        mine = ((draws.op >= first) & (draws.op <= last)).nonzero().squeeze(1)
+        if len(mine):
+            mine, op, magnitude = (t.to(images.device, non_blocking=True)
+                                   for t in (mine, draws.op[mine], draws.magnitude[mine]))
+            out[mine] = family(images[mine], op[:, None, None], magnitude[:, None, None])
+    return out
+
+
+# The families take images uint8 [N, 3, 32, 32], op and magnitude [N, 1, 1], and return images.
+
+
+def warp(images, op, magnitude):
+    """ShearX, ShearY, TranslateX, TranslateY, Rotate: where each pixel comes from, in one affine map an image."""
+    def only(wanted, value):
+        return torch.where(op == wanted, value, 0.0)
+
+    centre = (IMAGE_SIZE - 1) / 2
+    x = torch.arange(IMAGE_SIZE, device=images.device) - centre  # around the centre, where rotation has its pivot
+    y = x[:, None]
+    angle = only(ROTATE, magnitude.deg2rad())
+    shear_x, shear_y = only(SHEAR_X, magnitude), only(SHEAR_Y, magnitude)
+    # Shears leave the image's first edge in place, 16 pixels from the centre. Translations are whole pixels.
+    source_x = angle.cos() * x - angle.sin() * y + shear_x * (y + IMAGE_SIZE / 2) - only(TRANSLATE_X, magnitude.trunc())
+    source_y = angle.sin() * x + angle.cos() * y + shear_y * (x + IMAGE_SIZE / 2) - only(TRANSLATE_Y, magnitude.trunc())
+    columns, rows = (source_x + centre).round().long(), (source_y + centre).round().long()
+    outside = (columns < 0) | (columns >= IMAGE_SIZE) | (rows < 0) | (rows >= IMAGE_SIZE)
+    picked = pick(images, rows.clamp(0, IMAGE_SIZE - 1), columns.clamp(0, IMAGE_SIZE - 1))
+    return picked.masked_fill_(outside[:, None], 0)
+
+
+def blend(images, op, magnitude):
+    """Brightness, Color, Contrast, Sharpness: away from (or towards) black, grey, mean grey, a blurred image."""
+    op, magnitude = op[:, None], magnitude[:, None]  # [N, 1, 1, 1]
+    x = images.float()
+    grey = (0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).floor_()
+    # The blur weighs a pixel's eight neighbours 1/13 and itself 5/13; the border, short of neighbours, stays as it is.
+    # By shifts and not by a convolution, because sums of whole numbers are exact under autocast too.
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    blurred = x.clone()
+    blurred[..., 1:-1, 1:-1] = ((square + 4 * x[..., 1:-1, 1:-1]) / 13).round_()
+    plain = torch.where(op == COLOR, grey, 0.0)  # 0: Brightness
+    plain = torch.where(op == CONTRAST, grey.mean((1, 2, 3), keepdim=True), plain)
+    plain = torch.where(op == SHARPNESS, blurred, plain)
+    return (x + magnitude * (x - plain)).clamp_(0, 255).to(torch.uint8)
+
+
+def relevel(images, op, magnitude):
+    """Posterize, Solarize, AutoContrast, Equalize: a table of 256 new levels for each channel of each image."""
+    pixels = images.flatten(2).long()
+    level = torch.arange(256, device=images.device)
+    low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
+    flat = low == high
+
+    posterized = level & -(2 ** (8 - magnitude.clamp(2, 8)).long())  # clamp: Solarize's thresholds are no bits
+    solarized = torch.where(level >= magnitude, 255 - level, level)
+    stretched = ((level - low) / ((high - low).float() * (1 / 255)).masked_fill(flat, 1)).clamp(0, 255).long()
+    stretched = torch.where(flat, level, stretched)
+
+    # Equalize is Pillow's: a level goes to how many pixels are darker, in steps of a 255th of all those that are not
+    # the brightest.
+    count = torch.zeros(*pixels.shape[:2], 256, dtype=torch.long, device=images.device)
+    count.scatter_add_(2, pixels, torch.ones_like(pixels))
+    darker = count.cumsum(2) - count
+    step = darker.gather(2, high) // 255
+    equalized = ((darker + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    equalized = torch.where(step == 0, level, equalized)
+
+    table = torch.where(op == POSTERIZE, posterized, solarized)
+    table = torch.where(op == AUTO_CONTRAST, stretched, table)
+    table = torch.where(op == EQUALIZE, equalized, table)
+    return table.to(torch.uint8).gather(2, pixels).view_as(images)
+
+
+def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
+    """mixup (Zhang et al. 2018) or CutMix of each image with its neighbour, 0 with 1, 2 with 3, and so on.
+
+    x float32 [N, C, 32, 32] and labels int64 [N] -> (mixed x, labels, labels of the partners, lam float32 [N]). The
+    last image of an odd batch is its own partner. The batch is a random permutation already, so neighbours are as
+    random as any partner, and a pair never straddles two processes.
+    """
+    if draws.lam is None:
+        return x, labels, labels, torch.ones(len(x), device=x.device)
+    lam, weight, box = (t.to(x.device, non_blocking=True) for t in (draws.lam, draws.weight, draws.box))
+    partner = torch.arange(len(x), device=x.device) ^ 1
+    partner.clamp_(max=len(x) - 1)
+    pixel = torch.arange(IMAGE_SIZE, device=x.device)
+    rows = (pixel >= box[:, 0:1]) & (pixel < box[:, 1:2])
+    columns = (pixel >= box[:, 2:3]) & (pixel < box[:, 3:4])
+    share = weight[:, None, None].masked_fill(rows[:, :, None] & columns[:, None, :], 0)
+    return torch.lerp(x[partner], x, share[:, None]), labels, labels[partner], lam  # lerp is exact at both ends
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Find (or download) CIFAR-100, check it, and say what was found.")
+    parser.add_argument("--data", metavar="FOLDER", help="folder that is or holds cifar-100-python "
+                        "(default: the environment variable CIFAR100_DIR, else ./data.cifar100, downloaded if missing)")
+    folder = find(parser.parse_args(argv).data)
+    print(f"CIFAR-100 in {folder}")
+    for split in COUNT:
+        data = load(folder, split)
+        check = "the published file" if file_md5(folder / split) == MD5[split] else "the published images, reordered"
+        print(f"{split:<5} {len(data):,} images, {check}, fingerprint {FINGERPRINT[split]}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,205 @@
+"""Reweighted L1: the penalty, its updates, and the masks that follow from it. METHOD.md derives what is computed here.
+
+    minimise  f(w) + lambda * sum_g alpha_g |w_g|,    alpha_g <- 1 / (|w_g| + eps) every T epochs
+
+Candes, Wakin and Boyd, "Enhancing Sparsity by Reweighted L1 Minimization", 2008. |w_g| is the magnitude of a weight
+(irregular) or the 2-norm of a group: a column of the layer's [out, in * kh * kw] matrix, a kernel, or a filter.
+"""
+import math
+import tomllib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mobilenet_v2 import BadInput, weight_layers
+
+# the dimensions of a [out, in, kh, kw] weight that one group spans
+GROUPS = {"irregular": (), "column": (0,), "kernel": (2, 3), "filter": (1, 2, 3)}
+PROFILES = Path(__file__).resolve().parent / "profile"
+
+
+def group_norms(weight: Tensor, kind: str) -> Tensor:
+    """Norms of a weight's groups, shaped to broadcast against it. A linear weight counts as a 1x1 convolution."""
+    four = weight if weight.dim() == 4 else weight[:, :, None, None]
+    norms = torch.linalg.vector_norm(four, dim=GROUPS[kind], keepdim=True) if GROUPS[kind] else four.abs()
+    return norms if weight.dim() == 4 else norms[:, :, 0, 0]
+
+
+def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
+    """{layer name: share of the layer to prune} from a TOML file; the layers with ratio 0, or absent, stay dense.
+
+    `config_file` is a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput
+    for a missing or damaged file, a layer that the model lacks, and a ratio outside [0, 1).
+    """
+    candidates = [Path(config_file), PROFILES / config_file, PROFILES / f"{config_file}.toml"]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
+        raise BadInput(f"no prune-ratio file {config_file}; in {PROFILES} there are: {known}")
+    try:
+        ratios = tomllib.loads(path.read_text())["prune_ratios"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise BadInput(f"{path}: not a TOML file with a table [prune_ratios] ({error})") from error
+    layers = dict(weight_layers(model))
+    for name, ratio in ratios.items():
+        if name not in layers:
+            raise BadInput(f"{path}: the network has no layer {name!r}")
+        if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+            raise BadInput(f"{path}: the ratio of {name} is {ratio!r}, expected a number from 0 to below 1")
+    return {name: float(ratio) for name, ratio in ratios.items() if ratio > 0}
+
+
+def default_layers(model: nn.Module) -> list[str]:
+    """Every layer but the stem, whose 1,080 weights see the image itself and cost little: it stays dense."""
+    return [name for name, _ in weight_layers(model)][1:]
+
+
+class ReweightedL1:
+    """The penalty on some of a model's weights, in one of two forms.
+
+    form "loss":      the textbook's: `loss()` is added to the objective, the optimizer does the rest. Weights become
+                      small, never zero; a threshold turns the small ones into zeros afterwards.
+    form "proximal":  `shrink(lr)` after every optimizer step soft-thresholds the weights by lr * lambda * alpha. Zeros
+                      are exact, and the strength does not depend on how the optimizer rescales gradients.
+
+    Either `lam` is given, or `target`, the wanted share of zeros in these weights; then lambda follows from the
+    weights at every update: with S the sum of the learning rates still to come, an unopposed weight is driven to zero
+    if |w| (|w| + eps) < S lambda, so with q the |w| quantile at the target, lambda = 2 q (q + eps) / S. The factor 2
+    is for the gradient, which opposes. Once the target is reached q is 0, and lambda halves at every further update:
+    enough to hold the zeros, whose alpha is the largest there is, and less and less pull on what survived.
+    """
+
+    def __init__(self, model: nn.Module, layers, kind="irregular", form="proximal", lam=None, target=None, eps=1e-3):
+        if kind not in GROUPS:
+            raise BadInput(f"unknown sparsity type {kind!r}; known: {', '.join(GROUPS)}")
+        if form not in ("loss", "proximal"):
+            raise BadInput(f"unknown form of the penalty {form!r}; known: loss, proximal")
+        if (lam is None) == (target is None):
+            raise BadInput("the penalty needs a lambda or a target sparsity, and not both")
+        if eps <= 0 or (lam is not None and lam < 0) or (target is not None and not 0 < target < 1):
+            raise BadInput(f"impossible penalty: lambda {lam}, target sparsity {target}, eps {eps}")
+        modules = dict(weight_layers(model))
+        self.weights = [modules[name].weight for name in layers]
+        self.kind, self.form, self.target, self.eps = kind, form, target, eps
+        self.lam = lam or 0.0
+        self.alphas: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, lr_to_come: float) -> None:
+        """alpha <- 1 / (|w| + eps), of |w| and not of w: the submission's 1 / (w + eps) is singular at w = -eps."""
+        norms = [group_norms(weight, self.kind) for weight in self.weights]
+        self.alphas = [1 / (norm + self.eps) for norm in norms]
+        if self.target is not None and lr_to_come > 0:
+            every = torch.cat([norm.expand_as(weight).flatten() for norm, weight in zip(norms, self.weights)])
+            q = every.kthvalue(max(1, math.ceil(self.target * every.numel()))).values.item()
+            self.lam = 2 * q * (q + self.eps) / lr_to_come if q > 0 else self.lam / 2
+
+    def loss(self) -> Tensor:
+        """lambda * sum alpha |w|, a scalar with a gradient."""
+        return self.lam * sum((alpha * group_norms(weight, self.kind)).sum()
+                              for alpha, weight in zip(self.alphas, self.weights))
+
+    @torch.no_grad()
+    def shrink(self, lr: float) -> None:
+        """The proximal step, in place: w_g <- w_g max(1 - lr lambda alpha_g / |w_g|, 0)."""
+        strength = lr * self.lam
+        if strength == 0:
+            return
+        for alpha, weight in zip(self.alphas, self.weights):
+            if self.kind == "irregular":
+                # sign(w) max(|w| - t, 0) in two passes: clamping w to [-t, t] gives what is taken away
+                threshold = alpha * strength
+                weight.sub_(torch.minimum(torch.maximum(weight, -threshold), threshold))
+            else:
+                norm = group_norms(weight, self.kind)
+                weight.mul_((1 - strength * alpha / norm.clamp_min(1e-30)).clamp_min_(0))
+
+    def state_dict(self) -> dict:
+        return {"lam": self.lam, "alphas": self.alphas}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.lam = state["lam"]
+        self.alphas = [alpha.to(weight.device) for alpha, weight in zip(state["alphas"], self.weights)]
+
+
+# ---------------------------------------------------------------- masks: {layer name: bool tensor, True where kept}
+
+@torch.no_grad()
+def threshold_masks(model: nn.Module, layers, threshold: float) -> dict[str, Tensor]:
+    """The submission's rule: what is smaller than the threshold (it used 1e-4) goes."""
+    modules = dict(weight_layers(model))
+    return {name: modules[name].weight.abs() >= threshold for name in layers}
+
+
+@torch.no_grad()
+def ratio_masks(model: nn.Module, ratios: dict[str, float], kind: str) -> dict[str, Tensor]:
+    """In every layer, the given share of its groups goes: those with the smallest norms."""
+    modules = dict(weight_layers(model))
+    masks = {}
+    for name, ratio in ratios.items():
+        weight = modules[name].weight
+        norms = group_norms(weight, kind)
+        pruned = int(ratio * norms.numel())
+        keep = torch.ones(norms.numel(), dtype=torch.bool, device=weight.device)
+        keep[norms.flatten().argsort()[:pruned]] = False  # by position: ties do not change the count
+        masks[name] = keep.view(norms.shape).expand(weight.shape).clone()
+    return masks
+
+
+@torch.no_grad()
+def target_masks(model: nn.Module, layers, target: float, kind: str = "irregular") -> dict[str, Tensor]:
+    """One threshold for all layers, such that at least the target share of their weights goes.
+
+    Groups are ranked by the root mean square of their weights, so that large groups do not win by size.
+    """
+    modules = dict(weight_layers(model))
+    weights = [modules[name].weight for name in layers]
+    scores = []
+    for weight in weights:
+        norms = group_norms(weight, kind)
+        scores.append((norms / (weight.numel() / norms.numel()) ** 0.5).expand_as(weight))
+    every = torch.cat([score.flatten() for score in scores])
+    threshold = every.kthvalue(max(1, math.ceil(target * every.numel()))).values
+    return {name: score > threshold for name, score in zip(layers, scores)}
+
+
+class Masks:
+    """Masks held on a model: `apply()` makes every pruned weight zero again, whatever the optimizer did to it.
+
+    Mask bugs are silent, so the masks are checked when they are made (known layers, right shapes, binary) and
+    `check()` looks at the weights themselves; the loop calls it whenever it writes a file.
+    """
+
+    def __init__(self, model: nn.Module, masks: dict[str, Tensor]):
+        modules = dict(weight_layers(model))
+        for name, mask in masks.items():
+            if name not in modules:
+                raise BadInput(f"mask for a layer that the network lacks: {name}")
+            if mask.shape != modules[name].weight.shape or mask.dtype != torch.bool:
+                raise BadInput(f"mask of {name}: {list(mask.shape)} {mask.dtype}, expected "
+                               f"{list(modules[name].weight.shape)} torch.bool")
+        self.names = list(masks)
+        # in the weight's type and memory format, so that applying it is one multiplication a tensor
+        self.factors = [torch.empty_like(modules[name].weight, requires_grad=False).copy_(masks[name])
+                        for name in self.names]
+        self.weights = [modules[name].weight for name in self.names]
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        torch._foreach_mul_(self.weights, self.factors)
+
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Raises AssertionError if a pruned weight of `model` (this one, or its average) is not exactly zero."""
+        modules = dict(weight_layers(model))
+        for name, factor in zip(self.names, self.factors):
+            if (modules[name].weight * (1 - factor)).count_nonzero():
+                raise AssertionError(f"pruned weights of {name} are no longer zero")
+
+
+def zero_masks(model: nn.Module, layers) -> dict[str, Tensor]:
+    """The masks that keep a sparse model's zeros where they are."""
+    modules = dict(weight_layers(model))
+    return {name: modules[name].weight.detach() != 0 for name in layers}
