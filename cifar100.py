@@ -86,7 +86,7 @@ def download(folder: Path) -> Path:
         except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
             raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
         if file_md5(archive) != ARCHIVE_MD5:
-            raise BadInput(f"the archive from {URL} is cut short or not the published one (its MD5 differs); {HOW_TO_POINT}")
+            raise BadInput(f"the archive from {URL} is cut short or another one (its MD5 differs); {HOW_TO_POINT}")
         (folder / SET).mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar:
             for name in ("meta", "test", "train"):
@@ -142,7 +142,8 @@ def read(path) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise BadInput(f"{path}: not a CIFAR-100 file, or damaged ({error or type(error).__name__})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__  # one line
+        raise BadInput(f"{path}: not a CIFAR-100 file, or damaged ({reason})") from error
     content = content if isinstance(content, dict) else {}
     data, labels = content.get("data"), content.get("fine_labels")
     if not isinstance(data, np.ndarray) or not isinstance(labels, list):

@@ -42,7 +42,7 @@ STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, 
 CONVENTIONS = ("32-bit", "fixed", "tree")
 
 
-# ---- The widths of stored numbers, found by looking at their values -------------------------------------------------
+# ---- The widths of stored numbers, found by looking at their values ------------------------------
 
 INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
 EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
@@ -181,8 +181,11 @@ def is_folded(norm: nn.BatchNorm2d) -> bool:
 
 
 def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
-    """Formats found in the values of every parameter. Folding a BatchNorm whose statistics are not folded yet leaves two
-    values a channel, but float32 ones, whatever grid its weight and bias stand on."""
+    """Formats found in the values of every parameter.
+
+    Folding a BatchNorm whose statistics are not folded yet leaves two values a channel as well, but float32 ones,
+    whatever grid its weight and bias stand on. Raises BadInput, naming the tensor, if a value is not finite.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -212,7 +215,7 @@ def float_formats(model: nn.Module) -> Formats:
     return Formats({name: Grid(WORD) for name, _ in model.named_parameters()})
 
 
-# ---- The operations of the network, as they run -----------------------------------------------------------------------
+# ---- The operations of the network, as they run --------------------------------------------------
 
 @dataclass(frozen=True)
 class Operation:
@@ -286,7 +289,7 @@ def macs(operations: list[Operation]) -> int:
     return sum(op.fan_in * op.outputs for op in operations if op.kind in ("conv", "linear"))
 
 
-# ---- Accumulators -----------------------------------------------------------------------------------------------------
+# ---- Accumulators --------------------------------------------------------------------------------
 
 def tree_additions(terms: int, leaf_bits: int) -> Counter:
     """{bits: additions} of a balanced binary tree that adds `terms` numbers of `leaf_bits` bits; terms - 1 in all.
@@ -330,7 +333,7 @@ def fixed_bits(weight: torch.Tensor, grid: Grid, activation: Activation, terms: 
     return min(WORD, signed_bits(*reach(weight, grid, activation, terms)))
 
 
-# ---- The rules: what an operation multiplies and adds ------------------------------------------------------------------
+# ---- The rules: what an operation multiplies and adds --------------------------------------------
 # Each takes (operation, the formats of its inputs, all formats, convention, density) and returns
 # ({bits: multiplications}, {bits: additions}, the format of its output until the next activation point).
 
@@ -412,7 +415,7 @@ RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "
          "mean": mean, "point": point, "input": image}
 
 
-# ---- Totals -------------------------------------------------------------------------------------------------------------
+# ---- Totals --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Row:
@@ -469,10 +472,10 @@ def totals(rows: list[Row]) -> dict[str, int]:
 def storage(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict[str, int]:
     """Bits of every value that inference needs, by kind, and "total".
 
-    A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n positions),
-    whichever is shorter. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a tensor, of
-    a channel where channels have their own, of an activation point) counts 32 bits, although the exponent of a power
-    of two would do with 8. density: as in `count`.
+    A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
+    positions), whichever is shorter. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
+    tensor, of a channel where channels have their own, of an activation point) counts 32 bits, although the exponent
+    of a power of two would do with 8. density: as in `count`.
     """
     weights = {f"{name}.weight" for name, _ in weight_layers(model)}
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
@@ -500,15 +503,16 @@ def score(storage_bits: int, operation_bits: int) -> tuple[float, float]:
     return storage_bits / WORD / STORAGE_BASE, operation_bits / WORD / OPERATIONS_BASE
 
 
-# ---- By the submission's convention -------------------------------------------------------------------------------------
+# ---- By the submission's convention --------------------------------------------------------------
 
 def submission_operations(operations: list[Operation], sparsity=0, bits: int = 16) -> dict[str, int]:
-    """Operations as the submission reported them (77.84M multiplications, 153.41M additions), by the organisers' counter.
+    """Operations as the submission reported them: 77.84M multiplications, 153.41M additions.
 
-    Every convolution with a bias (its folded BatchNorm: an addition, but no multiplication) and a ReLU behind it, the
-    shortcuts included; the linear layer with bias; neither residual additions nor the average. Mean density instead of
-    non-zeros; multiplications at `bits` of 32, additions at 32. Exact integers (a total that is not whole is rounded
-    up); "bits" is their weighted sum. Raises BadInput if the sparsity is not in [0, 1].
+    By the organisers' counter: every convolution with a bias (its folded BatchNorm: an addition, but no multiplication)
+    and a ReLU behind it, the shortcuts included; the linear layer with bias; neither residual additions nor the
+    average. Mean density instead of non-zeros; multiplications at `bits` of 32, additions at 32. Exact integers (a
+    total that is not whole is rounded up); "bits" is their weighted sum. Raises BadInput if the sparsity is not in
+    [0, 1].
     """
     density = 1 - Fraction(sparsity)
     if not 0 <= density <= 1:
@@ -529,7 +533,8 @@ def submission_operations(operations: list[Operation], sparsity=0, bits: int = 1
 def weight_summary(model: MobileNetV2) -> dict:
     """Zeros and widths of every weight tensor, exactly, and the totals beside the submission's way of counting.
 
-    {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros", "bits", "grid"}],
+    {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros", "bits",
+                  "grid"}],
      "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression"},
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone}
     """

@@ -1,0 +1,327 @@
+"""Operations, storage and score of a checkpoint by the rules of the MicroNet Challenge, from the stored values alone.
+
+    python check_model_operations.py                   the shipped checkpoint: a row for every operation, then the score
+    python check_model_operations.py --checkpoint F    another one; its claim, if it has one, is F with the suffix .json
+    python check_model_operations.py --sparsity 0.5    what if: the architecture alone, half of every layer's weights 0
+    python check_model_operations.py --dense           what if: the architecture alone, no weight zero
+
+The widths of weights are found by looking at the values and held against the claim. A claim below what the values need,
+or about another file, is an error: it is named and the exit status is 2. Widths of activations cannot be seen in a
+checkpoint: they are the claim's (testers.py measures the accuracy that they leave), or 32 bits without one.
+The rules are in counting.py.
+"""
+import argparse
+import copy
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import counting
+from counting import CONVENTIONS, WORD, Activation, Formats, Grid
+from files import load_json, run_script, sha256
+from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
+
+
+# ---- The claim -----------------------------------------------------------------------------------
+
+def entries(claim: dict, key: str, path) -> dict[str, dict]:
+    """The claim's list `key` by name. Raises BadInput if an entry has no name, a name twice, or no 1 to 32 bits."""
+    found = {}
+    listed = claim.get(key)
+    if not isinstance(listed, list):
+        raise BadInput(f"{path}: {key!r} is not a list")
+    for entry in listed:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        bits = entry.get("bits") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name in found:
+            raise BadInput(f"{path}: {key!r} holds {entry!r} without a name of its own")
+        if type(bits) is not int or not 1 <= bits <= WORD:
+            raise BadInput(f"{path}: {key!r} gives {name} {bits!r} bits, expected 1 to {WORD}")
+        found[name] = entry
+    return found
+
+
+def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
+    """The claim's format of a tensor. Raises BadInput if the values need more bits or do not stand on its steps."""
+    bits, step = entry["bits"], entry.get("step")
+    if found.bits > bits:
+        raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
+    if step is None:
+        return replace(found, bits=bits)
+    steps = tuple(step) if isinstance(step, list) else (step,)
+    positive = all(type(s) in (int, float) and 0 < s < math.inf for s in steps)
+    if len(steps) not in (1, len(parameter)) or not positive:
+        raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
+    grid = Grid(bits, steps, "claimed")
+    codes = grid.codes(parameter)
+    on_steps = codes * torch.tensor(steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
+    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
+    if off.any() or counting.signed_bits(int(codes.min()), int(codes.max())) > bits:
+        raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
+    return grid
+
+
+def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, list[str]]:
+    """The claim's formats, and a line for everything in which the network and its values contradict the claim.
+
+    What the claim leaves out or gets wrong keeps the format that was found; an activation point without a claim has
+    32 bits. Raises BadInput if the claim is not made of such entries.
+    """
+    problems, tensors, activations = [], {}, {}
+    listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)
+    for name, parameter in model.named_parameters():
+        tensors[name] = found.tensors[name]
+        try:
+            if name not in listed:
+                raise BadInput("not in the claim")
+            tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
+        except BadInput as error:
+            problems.append(f"{name}: {error}")
+    wanted = counting.activation_points(model)
+    problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
+    unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
+    problems += [f"{name}: claimed, but not in the network" for name in unknown]
+    for name, entry in points.items():
+        if type(entry.get("signed")) is not bool:
+            raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
+        activations[name] = Activation(entry["bits"], entry["signed"])
+    return Formats(tensors, activations), problems
+
+
+# ---- Cross-checks --------------------------------------------------------------------------------
+
+def flop_counter(model: nn.Module) -> int:
+    """Floating-point operations that torch's own counter sees: 2 for each multiply-accumulate."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    return counter.get_total_flops()
+
+
+def thop_counts(model: nn.Module) -> tuple[int, int] | None:
+    """What thop counts for one image and for two; None if it is not installed. On copies: thop writes into models."""
+    try:
+        from thop import profile
+    except ImportError:
+        return None
+    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
+    return tuple(int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches)
+
+
+# ---- The report ----------------------------------------------------------------------------------
+
+def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
+    """Everything that is printed, in exact integers of bits; plain containers, so it is the JSON output as well."""
+    operations = counting.trace(model)
+    rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
+    stored, whole, floats = counting.storage(model, formats, density), Fraction(1), counting.float_formats(model)
+
+    def scored(storage_bits, totals):
+        storage_term, operations_term = counting.score(storage_bits, totals["bits"])
+        return {"storage": storage_term, "operations": operations_term, "score": storage_term + operations_term}
+
+    totals = {convention: counting.totals(rows[convention]) for convention in CONVENTIONS}
+    dense = {convention: counting.totals(counting.count(operations, formats, convention, whole))
+             for convention in CONVENTIONS}
+    baseline = counting.totals(counting.count(operations, floats, "32-bit", whole))
+    baseline_storage = counting.storage(model, floats, whole)["total"]
+    return {
+        "rows": [{"name": same[0].name, "kind": same[0].kind, "outputs": same[0].outputs,
+                  "multiplications": sum(same[0].multiplications.values()),
+                  "additions": sum(same[0].additions.values()),
+                  "conventions": {convention: {"multiplications": dict(row.multiplications),
+                                               "additions": dict(row.additions), "bits": row.bits}
+                                  for convention, row in zip(CONVENTIONS, same)}}
+                 for same in zip(*rows.values())],
+        "totals": totals, "dense": dense, "storage": stored,
+        "score": {convention: scored(stored["total"], totals[convention]) for convention in CONVENTIONS},
+        "float32_dense": {"totals": baseline, "storage": baseline_storage, "score": scored(baseline_storage, baseline)},
+        "submission": {"dense": counting.submission_operations(operations),
+                       "sparsity_0.5": counting.submission_operations(operations, Fraction(1, 2))},
+        "checks": {"macs": counting.macs(operations), "flop_counter": flop_counter(model), "thop": thop_counts(model),
+                   "batchnorm_outputs": sum(op.outputs for op in operations if op.kind == "batchnorm")},
+    }
+
+
+def millions(bits: int) -> str:
+    """Bits as millions of 32-bit operations or parameters."""
+    return f"{bits / WORD / 1e6:.3f}"
+
+
+def widths(counts: dict[int, int]) -> str:
+    used = [bits for bits, count in counts.items() if count]
+    return "" if not used else f"{min(used)}" if min(used) == max(used) else f"{min(used)}-{max(used)}"
+
+
+def row_lines(rows: list[dict]) -> list[str]:
+    lines = ["", "Every operation for one image. Bits of additions, and cost in millions of 32-bit operations, by",
+             "accumulator convention (32-bit, fixed length, adder tree). Bits of multiplications: fixed length.", "",
+             f"{'operation':<22}{'kind':<10}{'mults':>11}{'bits':>6}{'adds':>12}{'fixed':>6}{'tree':>7}"
+             f"{'M 32-bit':>10}{'M fixed':>9}{'M tree':>9}"]
+    for row in rows:
+        by = row["conventions"]
+        lines.append(f"{row['name']:<22}{row['kind']:<10}{row['multiplications']:>11,}"
+                     f"{widths(by['fixed']['multiplications']):>6}{row['additions']:>12,}"
+                     f"{widths(by['fixed']['additions']):>6}{widths(by['tree']['additions']):>7}"
+                     f"{millions(by['32-bit']['bits']):>10}{millions(by['fixed']['bits']):>9}"
+                     f"{millions(by['tree']['bits']):>9}")
+    return lines
+
+
+def total_lines(report: dict) -> list[str]:
+    head = "".join(f"{convention:>12}" for convention in CONVENTIONS)
+    lines = ["", f"{'Millions of 32-bit operations':<44}{head}"]
+    for kind in dict.fromkeys(row["kind"] for row in report["rows"]):
+        same = [row["conventions"] for row in report["rows"] if row["kind"] == kind]
+        costs = [sum(row[c]["bits"] for row in same) for c in CONVENTIONS]
+        lines.append(f"  {kind:<42}" + "".join(f"{millions(cost):>12}" for cost in costs))
+    for label, key in (("multiplications", "multiplication_bits"), ("additions", "addition_bits"), ("all", "bits")):
+        lines.append(f"  {label:<42}" + "".join(f"{millions(report['totals'][c][key]):>12}" for c in CONVENTIONS))
+    lines.append(f"  {'all, as if no weight were zero':<42}"
+                 + "".join(f"{millions(report['dense'][c]['bits']):>12}" for c in CONVENTIONS))
+    one, dense = report["totals"]["32-bit"], report["dense"]["32-bit"]
+    lines += [f"  counts: {one['multiplications']:,} multiplications, {one['additions']:,} additions "
+              f"(as if no weight were zero: {dense['multiplications']:,}, {dense['additions']:,})", ""]
+    labels = {"weights": "weights that are stored", "masks": "mask, one bit a position", "batchnorm": "BatchNorm",
+              "biases": "biases", "steps": "steps of the grids", "total": "all"}
+    lines.append(f"{'Storage':<30}{'bits':>14}{'M 32-bit parameters':>24}")
+    lines += [f"  {labels[kind]:<28}{bits:>14,}{bits / WORD / 1e6:>24.4f}" for kind, bits in report["storage"].items()]
+    lines += ["", f"{'Score':<44}{head}"]
+    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
+        lines.append(f"  {label:<42}" + "".join(f"{report['score'][c][key]:>12.5f}" for c in CONVENTIONS))
+    base = report["float32_dense"]
+    lines.append(f"  the same network dense in float32: {millions(base['storage'])}M parameters, "
+                 f"{millions(base['totals']['bits'])}M operations, score {base['score']['score']:.4f}")
+    return lines
+
+
+def cross_check_lines(report: dict) -> list[str]:
+    def parts(count):
+        return (f"{millions(count['multiplication_bits'])}M + {millions(count['addition_bits'])}M"
+                f" = {millions(count['bits'])}M")
+
+    submission, checks = report["submission"], report["checks"]
+    macs, thop = checks["macs"], checks["thop"]
+    lines = ["", "The submission's convention (dense; 16-bit multiplications, 32-bit additions; neither residual "
+             "additions nor the average)",
+             f"  {submission['dense']['multiplications'] / 1e6:.2f}M multiplications, "
+             f"{submission['dense']['additions'] / 1e6:.3f}M additions: {parts(submission['dense'])}",
+             f"  with sparsity 0.5 in every layer: {parts(submission['sparsity_0.5'])}"]
+    weights = report.get("weights")
+    if weights:
+        ours, theirs = weights["all"], weights["submission"]
+        lines.append(f"  weights {theirs['total']:,} (exactly {ours['total']:,}), zeros {theirs['zeros']:,} "
+                     f"({ours['zeros']:,}), non-zeros {theirs['nonzeros']:,} ({ours['nonzeros']:,}), "
+                     f"sparsity {theirs['sparsity']:.4f} ({ours['sparsity']:.4f}), "
+                     f"compression {theirs['compression']:.4f} ({ours['compression']:.4f})")
+    twice = "twice as many, as it should be" if checks["flop_counter"] == 2 * macs else "NOT twice as many"
+    lines += ["", "Cross-checks",
+              f"  dense multiply-accumulates {macs:,}; torch's FlopCounterMode {checks['flop_counter']:,}, {twice}"]
+    if thop is None:
+        lines.append("  thop is not installed (pip install -r requirements.txt): its count is left out")
+    else:
+        norms = checks["batchnorm_outputs"]
+        why = f": the multiply-accumulates and 4 for each of {norms:,} BatchNorm outputs"
+        lines.append(f"  thop {thop[0]:,} for one image, {thop[1]:,} for two" + why * (thop[0] == macs + 4 * norms))
+    return lines
+
+
+def width_lines(model: nn.Module, formats: Formats) -> list[str]:
+    """How many tensors and activation points have how many bits."""
+    weights = [f"{name}.weight" for name, _ in weight_layers(model)]
+    groups = {"weight tensors": [formats.tensors[name].bits for name in weights],
+              "BatchNorm and bias tensors": [g.bits for name, g in formats.tensors.items() if name not in weights],
+              "activation points": [formats.activation(name, True).bits for name in counting.activation_points(model)]}
+    return [f"  {group}: " + ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(found).items()))
+            for group, found in groups.items()]
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+def bit_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= WORD:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of bits from 1 to {WORD}")
+    return int(text)
+
+
+def share(text: str) -> Fraction:
+    try:
+        value = Fraction(text)  # exactly the decimal that was typed
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1")
+    return value
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Operations, storage, score by the rules of the MicroNet Challenge.")
+    parser.add_argument("--checkpoint", type=Path, help=f"a state dict (default: {CHECKPOINT} beside this script)")
+    parser.add_argument("--summary", action="store_true", help="leave out the row for every operation")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, in exact bits")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--sparsity", type=share, help="what if: this share of every layer's weights is zero")
+    alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
+    parser.add_argument("--weight-bits", type=bit_count, metavar="N", help="what if: every layer's weights have N bits")
+    parser.add_argument("--activation-bits", type=bit_count, metavar="N",
+                        help="every activation has N bits (default: the claim's, or 32)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Prints the report. Returns 0, or 2 if the values contradict the claim. Raises BadInput for unusable input."""
+    args = parse(argv)
+    source, problems, density, weights = {}, [], None, None
+    if args.dense or args.sparsity is not None:
+        if args.checkpoint:
+            raise BadInput("--sparsity and --dense count the architecture alone: leave --checkpoint out")
+        density = Fraction(1) if args.dense else 1 - args.sparsity
+        model = MobileNetV2()
+        formats = counting.float_formats(model)
+        source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
+    else:
+        checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+        model = load_checkpoint(checkpoint)
+        formats = counting.found_formats(model)
+        source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": sha256(checkpoint)}
+        found, claim_file = formats, checkpoint.with_suffix(".json")
+        if claim_file.exists():
+            claim = load_json(claim_file)
+            formats, problems = hold(claim, claim_file, model, found)
+            if claim.get("sha256") != source["sha256"]:
+                problems.insert(0, f"{claim_file} claims SHA-256 {claim.get('sha256')}, "
+                                   f"but {checkpoint} has {source['sha256']}")
+            source["widths"] = f"claimed by {claim_file}, held against the stored values"
+        else:
+            source["widths"] = "found in the stored values; there is no claim beside them"
+        weights = counting.weight_summary(model)
+    if args.weight_bits or args.activation_bits:
+        formats = counting.what_if(formats, model, args.weight_bits, args.activation_bits)
+        given = {"--weight-bits": args.weight_bits, "--activation-bits": args.activation_bits}
+        source["what if"] = " ".join(f"{option} {bits}" for option, bits in given.items() if bits)
+    report = {"source": source, "problems": problems} | make_report(model, formats, density)
+    report["formats"] = {name: {"bits": grid.bits, "grid": grid.kind} for name, grid in formats.tensors.items()}
+    if weights:
+        report["weights"] = weights
+    if report["checks"]["flop_counter"] != 2 * report["checks"]["macs"]:
+        problems.append("torch's FlopCounterMode does not count two for each multiply-accumulate of this trace")
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        lines = [f"{key}: {value}" for key, value in source.items()] + width_lines(model, formats)
+        lines += [] if args.summary else row_lines(report["rows"])
+        print("\n".join(lines + total_lines(report) + cross_check_lines(report)), flush=True)
+    for problem in problems:
+        print(f"check_model_operations.py: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,483 @@
+"""From a masked checkpoint to the shipped one: every value that inference needs gets a grid and a stated width.
+
+    python quantize.py --checkpoint runs/default/masked.pt      writes cifar100_mobilenetv2.pt and its .json
+
+What is stored                                               width
+  weights                 code * step, step a power of two   6 or 8 bits a layer (the submission's table, by default)
+  BatchNorm scale         a float16: an 11-bit multiplier and a 5-bit shift                                   16 bits
+  BatchNorm shift, bias   code * step, step a power of two                                                    16 bits
+  activations             code * step, step a power of two   8 bits: unsigned after a ReLU, signed elsewhere
+BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
+or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
+a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
+
+Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two, and while
+they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine.
+So a claim is verified to the image, and the recorded logits to the last bit.
+"""
+import argparse
+import copy
+import json
+import math
+import platform
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cifar100
+import counting
+from files import load_json, run_script, save_json, save_tensors, sha256
+from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
+
+LAYERS = 58
+SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, LAYERS - 3)  # the submission's QBNs; every other layer has 8
+SCHEMES = ("power-of-two", "layer", "channel")
+SHIFT_BITS = 16
+
+
+# -------------------------------------------------------------------------------------------------------- the grids
+
+def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
+    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
+    if largest == 0:
+        return 1.0
+    return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
+
+
+def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
+
+
+def codes(x: Tensor, step, low: int, high: int) -> Tensor:
+    """floor(x / step + 1/2), clipped: the codes of x, as floats. Halves go up, as in an integer's rounding shift."""
+    return (x / step).add_(0.5).floor_().clamp_(low, high)
+
+
+def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
+    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return codes(x, step, low, high).mul_(step)
+    scaled = (x / step).clamp(low - 0.5, high + 0.5)
+    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
+
+
+def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
+    """The step, [1, 1, ...] or [out, 1, ...], with the least squared error among 40 clipping points of max|w|."""
+    dims = tuple(range(1, weight.dim())) if channel else tuple(range(weight.dim()))
+    low, high = code_range(bits)
+    largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
+    best, least = None, None
+    for share in torch.linspace(0.4, 1.0, 40).tolist():
+        step = largest * share / high
+        error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
+        best = step if best is None else torch.where(error < least, step, best)
+        least = error if least is None else torch.minimum(error, least)
+    return best
+
+
+def bit_table(option: str | None) -> list[int]:
+    """Bits of the 58 layers. None: the submission's table; a number: that many for all; else a TOML file.
+
+    The file has `default = 8` and a table [bits] of layer names, or indices, to bits. Raises BadInput for an unknown
+    layer and for widths outside 2 to 8 (activations have at most 8, and wider weights would not be summed exactly).
+    """
+    names = [name for name, _ in weight_layers(MobileNetV2())]
+    if option is None:
+        table = [6 if i in SIX_BITS else 8 for i in range(LAYERS)]
+    elif option.isdecimal():
+        table = [int(option)] * LAYERS
+    else:
+        try:
+            content = tomllib.loads(Path(option).read_text())
+        except FileNotFoundError as error:
+            raise BadInput(f"no bit table {option}: give a number of bits or a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{option}: not a TOML file ({error})") from error
+        table = [content.get("default", 8)] * LAYERS
+        for key, bits in content.get("bits", {}).items():
+            if key in names:
+                table[names.index(key)] = bits
+            elif key.isdecimal() and int(key) < LAYERS:
+                table[int(key)] = bits
+            else:
+                raise BadInput(f"{option}: the network has no layer {key!r}")
+    for name, bits in zip(names, table):
+        if not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise BadInput(f"{bits!r} bits for {name}: expected 2 to 8")
+    return table
+
+
+# ----------------------------------------------------------------------------- a network that computes on its grids
+
+class Quantizer(nn.Module):
+    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys."""
+
+    def __init__(self, bits: int, signed: bool, step: float):
+        super().__init__()
+        self.bits, self.signed, self.step = bits, signed, step
+
+    def forward(self, x):
+        low, high = code_range(self.bits, self.signed)
+        x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
+        if torch.is_grad_enabled() and x.requires_grad:
+            return fake_quantize(x, self.step, low, high)
+        return (x * (1 / self.step)).add_(0.5).floor_().clamp_(low, high).mul_(self.step)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution that rounds its weights on the way: what it stores is what is trained."""
+    step, bits = None, None
+
+    def forward(self, x):
+        return self._conv_forward(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), None)
+
+
+class QuantizedLinear(nn.Linear):
+    step, bits = None, None
+
+    def forward(self, x):
+        return F.linear(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), self.bias)
+
+
+class ScaleShift(nn.Module):
+    """A folded BatchNorm as one multiplication and one addition, both rounded: a fused one differs between machines."""
+
+    def __init__(self, bn: nn.BatchNorm2d):
+        super().__init__()
+        scale, shift = folded(bn)
+        self.register_buffer("scale", scale.float()[:, None, None], persistent=False)
+        self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
+
+    def forward(self, x):
+        return (x * self.scale).add_(self.shift)
+
+
+def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
+    scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
+    return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
+
+
+def activation_points(model: MobileNetV2) -> list[tuple[str, bool]]:
+    """(name, signed) of the 55 places where an activation is stored: the image, every ReLU, every block, the features."""
+    points = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ReLU, nn.Identity, Quantizer)):
+            points.append((name, not (name.rpartition(".")[2].startswith("relu") or name == "features")))
+    return points
+
+
+@torch.no_grad()
+def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> list[dict]:
+    """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
+
+    ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
+    one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
+    no calibration: its pixels are exactly code * 2^-6.
+    """
+    points = dict(activation_points(model))
+    largest = dict.fromkeys(points, 0.0)
+    errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
+
+    def watch(see):
+        hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: see(name, out)) for name in points]
+        for batch in images.split(50):
+            model(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
+        for hook in hooks:
+            hook.remove()
+
+    def see_largest(name, out):
+        largest[name] = max(largest[name], float(out.abs().max()))
+
+    def see_errors(name, out):
+        for i in range(4):
+            step = power_of_two_step(largest[name], bits, points[name]) / 2 ** i
+            error = codes(out, step, *code_range(bits, points[name])).mul_(step).sub_(out)
+            errors[name][i] += float(error.square_().sum())
+
+    model.eval()
+    watch(see_largest)
+    if ranges == "mse":
+        watch(see_errors)
+    result = []
+    for name, signed in points.items():
+        step = power_of_two_step(largest[name], bits, signed)
+        if ranges == "mse":
+            step /= 2 ** int(errors[name].argmin())
+        if name == "image" and bits == 8:
+            step = 1 / cifar100.STD
+        result.append({"name": name, "bits": bits, "signed": signed, "step": step})
+    return result
+
+
+def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
+    """Make every convolution and the linear layer round its weights, with steps from the weights as they are now."""
+    if scheme not in SCHEMES:
+        raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    for (_, module), bits in zip(weight_layers(model), table, strict=True):
+        weight = module.weight.detach()
+        if scheme == "power-of-two" or isinstance(module, nn.Linear):
+            step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits))
+        else:
+            step = free_step(weight, bits, channel=scheme == "channel")
+        module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d  # same keys, same tensors
+        module.step, module.bits = step, bits
+
+
+def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
+    """Put a Quantizer at every activation point, in the place of the ReLU or the Identity there.
+
+    Raises BadInput if the list does not name exactly the network's points.
+    """
+    points = dict(activation_points(model))
+    named = [a.get("name") for a in activations]
+    if sorted(map(str, named)) != sorted(points):
+        raise BadInput(f"the activations listed are not the network's {len(points)}: "
+                       f"missing {sorted(set(points) - set(named))}, unknown {sorted(map(str, set(named) - set(points)))}")
+    for a in activations:
+        step, bits = a.get("step"), a.get("bits")
+        if not isinstance(step, float | int) or not step > 0 or math.frexp(step)[0] != 0.5 or bits not in range(1, 17):
+            raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
+        if a.get("signed") is not points[a["name"]]:
+            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {points[a['name']]}")
+        model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
+
+
+def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
+    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see the head of this file)."""
+    network = copy.deepcopy(model).eval()
+    quantize_activations(network, activations)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, ScaleShift(module))
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
+    """(a plain MobileNetV2 whose values all stand on their grids, the claim for each of its tensors)."""
+    network = MobileNetV2()
+    network.load_state_dict(model.state_dict())
+    network.eval()
+    norms = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "shortcut.0": "shortcut.1"}
+    modules, ours = dict(network.named_modules()), []
+    for (name, source), (_, module) in zip(weight_layers(model), weight_layers(network)):
+        low, high = code_range(source.bits)
+        code = codes(source.weight.detach().float(), source.step, low, high)
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(code * source.step)
+            ours.append({"name": f"{name}.weight", "bits": source.bits, "step": float(source.step)})
+            ours.append(store_fixed(module.bias, f"{name}.bias"))
+            continue
+        # a scheme's free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
+        step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
+        module.weight.copy_(code * step)
+        ours.append({"name": f"{name}.weight", "bits": source.bits, "step": step})
+        for conv, norm in norms.items():
+            if name == conv or name.endswith("." + conv):
+                norm_name = name.removesuffix(conv) + norm
+        bn = modules[norm_name]
+        scale, shift = folded(bn)
+        scale = scale * (source.step / step).double().flatten()
+        scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
+        largest = float(scale.abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise BadInput(f"{norm_name}: its folded scale {largest:.3g} does not fit 16 bits")
+        bn.weight.copy_(scale.half())
+        bn.bias.copy_(shift)
+        bn.running_mean.zero_()
+        bn.running_var.fill_(1 - bn.eps)
+        ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
+        ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
+    order = {name: i for i, name in enumerate(network.state_dict())}
+    return network, sorted(ours, key=lambda claim: order[claim["name"]])
+
+
+def store_fixed(tensor: Tensor, name: str) -> dict:
+    """Round a vector in place to 16-bit codes times one power of two: what is added needs absolute precision."""
+    step = power_of_two_step(float(tensor.abs().max()), SHIFT_BITS)
+    tensor.copy_(codes(tensor.double(), step, *code_range(SHIFT_BITS)) * step)
+    return {"name": name, "bits": SHIFT_BITS, "step": step}
+
+
+# ---------------------------------------------------------------------------------------------------------- the claim
+
+def probe_images(count: int = 4) -> Tensor:
+    """A fixed made-up batch, uint8 [count, 3, 32, 32], from whole-number arithmetic alone: the same everywhere."""
+    position = torch.arange(count * 3 * IMAGE_SIZE * IMAGE_SIZE)
+    return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+@torch.inference_mode()
+def probe_logits(network: MobileNetV2) -> list[list[float]]:
+    return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int = 32) -> tuple[float, int]:
+    """(mean cross-entropy, number of correct predictions), in float32 on the CPU.
+
+    Batches of 32 are the fast ones: their maps stay in the cache.
+    """
+    loss, correct = 0.0, 0
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
+        logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(data), correct
+
+
+def claim_path(checkpoint) -> Path:
+    return Path(checkpoint).with_suffix(".json")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def training_record(checkpoint) -> list[dict]:
+    """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log."""
+    folder, stages = Path(checkpoint).parent, []
+    for stage in ("pretrain", "rew", "masked"):
+        options, log = folder / f"{stage}.options.json", folder / f"{stage}.jsonl"
+        if options.is_file() and log.is_file():
+            record = load_json(options)
+            last = json.loads(log.read_text().splitlines()[-1])
+            stages.append({"stage": stage, "machine": record["machine"], "train_images": record["train_images"],
+                           "settings": record["settings"], "last_epoch": last})
+    return stages
+
+
+def make_claim(checkpoint: Path, tensors: list[dict], activations: list[dict], data_name: str, steps: list[dict],
+               correct: int, images: int, loss: float, made_by: dict) -> dict:
+    """Everything that is said of a checkpoint, from the file itself: testers.py and the tests hold the file against it."""
+    model = load_checkpoint(checkpoint)
+    network = exact_network(model, activations)
+    return {
+        "checkpoint": checkpoint.name, "sha256": sha256(checkpoint),
+        "accuracy": {"data": data_name, "correct": correct, "images": images, "loss": loss},
+        "accuracy_by_step": steps,
+        "counts": counting.summary(model, {t["name"]: t["bits"] for t in tensors}, activations),
+        "tensors": tensors, "activations": activations,
+        "probe_logits": probe_logits(network),
+        "made_by": made_by,
+    }
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/default/masked.pt", metavar="F", help="sparse float checkpoint (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(CHECKPOINT), metavar="F", help="what is written, with a .json beside it (%(default)s)")
+    parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the "
+                        "submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
+    parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's power of two "
+                        "a layer, a free scale a layer, or a free scale an output channel (%(default)s)")
+    parser.add_argument("--activation-bits", type=int, default=8, choices=range(2, 9), metavar="B", help="(%(default)s)")
+    parser.add_argument("--ranges", choices=("mse", "max"), default="mse", help="activation steps: of the least squared error, or "
+                        "of the largest value as in the submission (%(default)s)")
+    parser.add_argument("--calibration", type=int, default=1000, metavar="N", help="train images that set the ranges (%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--holdout", action="store_true", help="calibrate, tune and test within the train set (45,000 and 5,000)")
+    parser.add_argument("--made-up", type=int, metavar="N", help="N made-up images instead of CIFAR-100")
+    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
+    tune.add_argument("--epochs", type=int, default=0, help="(%(default)s: none)")
+    tune.add_argument("--lr", type=float, default=0.01, help="peak learning rate, SGD, cosine (%(default)s)")
+    tune.add_argument("--batch-size", type=int, default=512, help="(%(default)s)")
+    tune.add_argument("--augment", choices=("trivial", "plain", "none"), default="trivial", help="(%(default)s)")
+    tune.add_argument("--mixing", choices=cifar100.MIXINGS, default="both", help="(%(default)s)")
+    tune.add_argument("--teacher", metavar="F", help="checkpoint whose logits are distilled")
+    tune.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
+    tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    args = parser.parse_args(argv)
+    for name, low in (("epochs", 0), ("batch_size", 1), ("calibration", 1), ("lr", 0), ("seed", 0)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    return args
+
+
+def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
+    """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero."""
+    # The one place where the top level reaches into training/: fine-tuning is training, and verifying needs none of it.
+    from training import loop, reweighted_l1
+
+    def freeze_statistics(network):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    images = cifar100.Images(train_data.images.to(device), train_data.labels.to(device))
+    tests = cifar100.Images(test_data.images.to(device), test_data.labels.to(device))
+    model = model.to(device, memory_format=torch.channels_last)
+    settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
+                             warmup_epochs=min(1, args.epochs / 4), augment=args.augment, mixing=args.mixing, seed=args.seed)
+    masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    teacher = load_checkpoint(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
+    folder = Path(args.checkpoint).parent
+    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teacher=teacher,
+                       prepare=freeze_statistics, resume=args.resume)
+    if model is None:
+        raise BadInput("fine-tuning was stopped; the same command goes on")
+    loop.State(folder / "quantized.state", settings).remove()
+    return model.cpu()
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    table = bit_table(args.table)
+    model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)
+    if args.made_up:
+        train_data, test_data, data_name = cifar100.made_up(args.made_up, 0), cifar100.made_up(max(100, args.made_up // 5), 1), "made up"
+    else:
+        train_data = cifar100.load(args.data, "fit" if args.holdout else "train")
+        test_data = cifar100.load(args.data, "holdout" if args.holdout else "test")
+        data_name = "CIFAR-100 " + ("hold-out of the train set" if args.holdout else "test")
+    steps = []
+
+    def report(step: str, network: nn.Module) -> tuple[float, int]:
+        loss, correct = evaluate(network.eval(), test_data)
+        lost = f", {(correct - steps[-1]['correct']) / len(test_data):+.2%}" if steps else ""
+        print(f"{step:<52} {correct}/{len(test_data)} ({correct / len(test_data):.2%}{lost}), loss {loss:.4f}", flush=True)
+        steps.append({"step": step, "correct": correct, "loss": loss})
+        return loss, correct
+
+    report("float", model)
+    # in canonical order the classes are mixed at random: the first images are a fair sample
+    chosen = train_data.images[:args.calibration]
+    quantize_weights(model, table, args.scheme)
+    report(f"weights at {'/'.join(map(str, sorted(set(table))))} bits, {args.scheme}", model)
+    quantize_activations(model, calibrate(model, chosen, args.activation_bits, args.ranges))
+    report(f"activations at {args.activation_bits} bits, {args.ranges}", model)
+    if args.epochs:
+        model = fine_tune(model, train_data, test_data, args)
+        report(f"fine-tuned for {args.epochs} epochs", model)
+
+    network, tensors = shipped(model)
+    activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
+                   for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    loss, correct = report("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
+    save_tensors(network.state_dict(), args.out)
+    made_by = {
+        "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": git_commit(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "source_sha256": sha256(args.checkpoint), "training": training_record(args.checkpoint)}
+    claim = make_claim(args.out, tensors, activations, data_name, steps, correct, len(test_data), loss, made_by)
+    save_json(claim, claim_path(args.out))
+    print(f"wrote {args.out} and {claim_path(args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,495 @@
+import copy
+import itertools
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import counting
+from counting import (CONVENTIONS, Activation, BadInput, Formats, Grid, count, fixed_bits, found_formats, found_grid,
+                      reach, score, signed_bits, storage, sum_bits, terms_per_channel, totals, trace, tree_additions)
+from mobilenet_v2 import MobileNetV2, weight_layers
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return MobileNetV2().eval()
+
+
+@pytest.fixture(scope="module")
+def operations(network):
+    return trace(network)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The model with BatchNorms whose normalisation is the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.zero_()
+            module.running_var.fill_(1 - module.eps)
+    return model.eval()
+
+
+# ---- The figures of the submission, to the digit -----------------------------------------------------------------------
+
+def test_submission_dense(operations):
+    found = counting.submission_operations(operations)
+    assert found["multiplications"] == 155_691_776 and found["additions"] == 153_407_488
+    assert found["multiplication_bits"] == 155_691_776 * 16 and found["addition_bits"] == 153_407_488 * 32
+    assert found["bits"] == 32 * 231_253_376
+    assert f"{found['multiplications'] / 1e6:.2f}" == "155.69"
+    assert f"{found['multiplication_bits'] / 32e6:.3f}" == "77.846"
+    assert f"{found['additions'] / 1e6:.3f}" == "153.407"
+    assert f"{found['bits'] / 32e6:.3f}" == "231.253" and f"{found['bits'] / 32e6:.2f}" == "231.25"
+
+
+def test_submission_half_sparse(operations):
+    found = counting.submission_operations(operations, Fraction("0.5"))
+    assert (found["multiplications"], found["additions"]) == (78_988_032, 76_703_744)
+    assert f"{found['multiplication_bits'] / 32e6:.3f}" == "39.494"
+    assert f"{found['addition_bits'] / 32e6:.3f}" == "76.704"
+    assert found["bits"] == 32 * 116_197_760 and f"{found['bits'] / 32e6:.2f}" == "116.20"
+
+
+def test_network_figures(network, operations):
+    assert counting.macs(operations) == 153_407_488
+    kinds = Counter(op.kind for op in operations)
+    assert kinds == {"conv": 57, "batchnorm": 57, "relu": 36, "add": 14, "mean": 1, "linear": 1, "point": 19, "input": 1}
+    assert sum(op.outputs for op in operations if op.kind == "batchnorm") == 2_284_288
+    assert len(counting.activation_points(network)) == 55
+    assert [op.name for op in operations if op.kind in ("conv", "linear")] == [name for name, _ in weight_layers(network)]
+    assert {"layers.0.add", "mean", "layers.16.shortcut.0"} <= {op.name for op in operations}
+
+
+def test_weight_summary(network):
+    model = copy.deepcopy(network)
+    with torch.no_grad():
+        model.conv1.weight[:3] = 0  # 3 x 27 zeros
+        model.linear.weight[0] = 0  # 1664 zeros
+    summary = counting.weight_summary(model)
+    assert len(summary["tensors"]) == 58 and summary["tensors"][57]["name"] == "linear.weight"
+    assert summary["tensors"][0] == {"index": 0, "name": "conv1.weight", "shape": [40, 3, 3, 3], "kind": "conv",
+                                     "total": 1080, "zeros": 81, "nonzeros": 999, "bits": 32, "grid": "float32"}
+    zeros = [row["zeros"] for row in summary["tensors"]]
+    rest = sum(zeros[1:57])  # random weights can be zero by chance, far too seldom to matter here
+    assert summary["conv"]["total"] == 3_777_632 and summary["conv"]["zeros"] == 81 + rest
+    assert summary["all"]["total"] == 3_944_032 and summary["all"]["zeros"] == 81 + rest + zeros[57]
+    assert summary["submission"]["total"] == 3_905_632 and summary["submission"]["zeros"] == 81 + rest
+
+
+def test_submission_ratios():
+    class Fake(nn.Module):
+        pass
+
+    total, zeros = 3_905_632, 3_005_523
+    assert total - zeros == 900_109 and f"{zeros / total:.4f}" == "0.7695" and f"{total / (total - zeros):.4f}" == "4.3391"
+
+
+def test_trace_leaves_the_model_alone(network):
+    model = copy.deepcopy(network).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trace(model)
+    assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- Accumulators ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("terms, expected", [
+    (0, {}), (1, {}), (2, {16: 1}), (3, {16: 1, 17: 1}), (7, {16: 3, 17: 2, 18: 1}), (8, {16: 4, 17: 2, 18: 1}),
+    (9, {16: 4, 17: 2, 18: 1, 19: 1})])
+def test_tree_by_hand(terms, expected):
+    assert tree_additions(terms, 16) == expected
+
+
+def test_tree_properties():
+    for terms in range(1, 300):
+        tree = tree_additions(terms, 14)
+        assert sum(tree.values()) == terms - 1
+        assert sum_bits(terms, 14) == 14 + math.ceil(math.log2(terms)) and max(tree, default=13) == sum_bits(terms, 14) - 1
+    assert max(tree_additions(5000, 28)) == 32 and sum_bits(5000, 28) == 32 and set(tree_additions(9, 40)) == {32}
+
+
+@pytest.mark.parametrize("low, high, bits", [(0, 0, 1), (-1, 0, 1), (0, 1, 2), (-2, 1, 2), (-3, 0, 3), (-128, 127, 8),
+                                             (-128, 128, 9), (-129, 0, 9), (0, 255, 9), (5, 7, 4)])
+def test_signed_bits(low, high, bits):
+    assert signed_bits(low, high) == bits
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("codes", [[[3, -2, 1]], [[0, 0, 0]], [[-4, -4, -4]], [[1, 1, 0], [-3, 2, 3]], [[3, 3, 3]]])
+def test_fixed_accumulator_by_brute_force(codes, signed):
+    activation, step = Activation(2, signed), 0.25
+    weight = torch.tensor(codes).float()[:, :, None, None] * step
+    seen = {0}
+    for row in codes:
+        for inputs in itertools.product(range(activation.low, activation.high + 1), repeat=3):
+            for order in itertools.permutations(range(3)):
+                seen |= set(itertools.accumulate(row[i] * inputs[i] for i in order))
+    grid = Grid(3, (step,), "power of two")
+    assert reach(weight, grid, activation, 3) == (min(seen), max(seen))  # reached, and never left
+    bits = fixed_bits(weight, grid, activation, 3)
+    assert all(-2 ** (bits - 1) <= value < 2 ** (bits - 1) for value in seen)
+    assert bits == 1 or not all(-2 ** (bits - 2) <= value < 2 ** (bits - 2) for value in seen)  # a bit less overflows
+
+
+def test_fixed_without_codes():
+    weight = torch.ones(2, 4, 1, 1)
+    assert fixed_bits(weight, Grid(32), Activation(8), 4) == 32
+    assert fixed_bits(weight, Grid(16, kind="float16"), Activation(8), 4) == 32
+    assert fixed_bits(weight, Grid(8, (1.0,), "even"), Activation(32), 4) == 32
+    assert fixed_bits(weight, Grid(8, kind="what if"), Activation(8, False), 4) == signed_bits(-4 * 128 * 255, 4 * 128 * 255)
+    assert fixed_bits(weight, Grid(16, kind="what if"), Activation(16, False), 4) == 32
+
+
+# ---- Widths found in the values ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 12, 16])
+@pytest.mark.parametrize("extreme", [True, False])
+def test_power_of_two_grids(bits, extreme):
+    generator = torch.Generator().manual_seed(bits)
+    low, high = -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    for exponent in (-12, 0, 3):
+        codes = torch.randint(low, high + 1, (7, 5, 3, 3), generator=generator)
+        codes[0, 0, 0, 0] = 1  # an odd code: the step cannot be coarser
+        if extreme:
+            codes[1, 0, 0, 0] = low
+        else:
+            codes.clamp_(-(high + 1) // 2 - 1, high - 1 if high > 1 else high)
+            codes[1, 0, 0, 0] = (high + 1) // 2 + (bits > 2 and high > 3) * 1 or 1
+        values = codes.float() * 2.0**exponent
+        grid = found_grid(values)
+        assert grid.kind == "power of two" and torch.equal(grid.codes(values).double() * grid.steps[0], values.double())
+        assert grid.bits == signed_bits(int(codes.min()), int(codes.max())) and grid.steps == (2.0**exponent,)
+
+
+def test_even_and_per_channel_grids():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-100, 90, (6, 40), generator=generator)  # avoids the extreme codes of 8 bits
+    codes[0, 0], codes[1, 0], codes[2, 0] = 1, -100, 99
+    values = codes.float() * torch.tensor(0.0371)
+    grid = found_grid(values)
+    assert (grid.bits, grid.kind) == (8, "even") and math.isclose(grid.steps[0], 0.0371, rel_tol=1e-6)
+    assert torch.equal(grid.codes(values), codes)
+
+    codes = torch.randint(-8, 8, (6, 40), generator=generator)
+    codes[:, 0], codes[:, 1], codes[5] = -8, 1, 0
+    values = codes.float() * torch.rand(6, 1, generator=generator)
+    grid = found_grid(values)
+    assert (grid.bits, grid.kind, len(grid.steps)) == (4, "per channel", 6) and torch.equal(grid.codes(values), codes)
+    assert found_grid(values * values.abs().max()).bits == 4
+
+
+def test_other_formats():
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(40, 30, generator=generator)
+    assert found_grid(values) == Grid(32) and found_grid(values[0]) == Grid(32)
+    values = torch.cat([values, values * 1e-4])
+    assert found_grid(values.half().float()) == Grid(16, kind="float16")
+    assert found_grid((values * 1e6).bfloat16().float()) == Grid(16, kind="bfloat16")
+    assert found_grid(torch.zeros(3, 4)) == Grid(1, (1.0,), "zero")
+    assert found_grid(torch.full((9,), -0.3)).bits == 1 and found_grid(torch.tensor([0.3, -0.3])).bits == 2
+    assert found_grid(torch.tensor([2.0**-149, -2.0**-148])) == Grid(2, (2.0**-149,), "power of two")
+    assert found_grid(torch.tensor([1.0, 1 + 2.0**-23])).bits == 32  # a grid, but finer than any that we call integers
+    with pytest.raises(BadInput):
+        found_grid(torch.tensor([1.0, math.nan]))
+
+
+def test_one_value_off_the_grid_is_seen():
+    codes = torch.arange(-8, 8).repeat(5000)
+    values = codes.float() / 16
+    assert found_grid(values).bits == 4
+    values[54_321] += 2.0**-20
+    assert found_grid(values).bits == 32
+    values = codes.float() * 0.3
+    assert found_grid(values).bits == 4
+    values[54_321] += 0.01
+    assert found_grid(values).bits == 32
+
+
+def test_formats_of_batchnorm():
+    model = folded(nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)))
+    assert found_formats(model).tensors["1.weight"].bits == 2  # all ones
+    model[1].running_mean[1] = 1e-3  # folding it would make float32 values, whatever the weight is
+    assert found_formats(model).tensors["1.weight"] == Grid(32) == found_formats(model).tensors["1.bias"]
+    model[1].running_mean.zero_()
+    model[1].running_var.fill_(1.0)
+    assert found_formats(model).tensors["1.weight"] == Grid(32)
+    model[0].weight.data[0] = math.inf
+    with pytest.raises(BadInput, match="0.weight"):
+        found_formats(model)
+
+
+# ---- The rules on layers small enough for the hand --------------------------------------------------------------------
+
+def test_convolution_by_hand():
+    layer = nn.Conv2d(2, 3, 2, bias=False)  # 8 terms a dot product; a 3x3 map makes 2x2 positions
+    weight = torch.zeros(3, 2, 2, 2)
+    weight[0].view(-1)[:5] = torch.tensor([3.0, -1, 2, 1, -4])  # 5 terms; channel 1 has none
+    weight[2].view(-1)[7] = 1.0  # a single term: no addition
+    layer.weight.data = weight / 8
+    model = nn.Sequential(nn.Identity(), layer)
+    formats = Formats(found_formats(model).tensors, {"0": Activation(4, signed=False)})
+    assert formats.tensors["1.weight"] == Grid(3, (0.125,), "power of two")
+    ops = trace(model, (2, 3, 3))
+    mults = {4: (5 + 0 + 1) * 4}
+    # fixed: the worst channel reaches 15 (3 + 2 + 1) = 90 and -15 (1 + 4) = -75, so 8 bits; tree: products of 7 bits
+    for convention, adds in (("32-bit", {32: 16}), ("fixed", {8: 16}), ("tree", {7: 2 * 4, 8: 4, 9: 4})):
+        (row,) = count(ops, formats, convention)
+        assert row.multiplications == mults and +row.additions == adds
+        assert row.bits == 4 * 24 + sum(bits * n for bits, n in adds.items())
+    (row,) = count(ops, formats, "32-bit", Fraction(1))
+    assert row.multiplications == {4: 8 * 3 * 4} and row.additions == {32: 7 * 3 * 4}
+    (row,) = count(ops, formats, "32-bit", Fraction("0.3"))  # 2.4 of 8 terms, rounded up to 3
+    assert row.multiplications == {4: 3 * 3 * 4} and row.additions == {32: 2 * 3 * 4}
+
+
+def test_other_rules_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.conv, self.bn, self.relu = nn.Identity(), nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), nn.ReLU()
+            self.out, self.features, self.linear = nn.Identity(), nn.Identity(), nn.Linear(1, 2)
+
+        def forward(self, x):
+            x = self.image(x)
+            x = self.out(self.relu(self.bn(self.conv(x))) + x)
+            return self.linear(self.features(x.mean((2, 3))))
+
+    model = folded(Net())
+    eight = {"image": Activation(8), "relu": Activation(8, False), "out": Activation(8), "features": Activation(8, False)}
+    grids = {"conv.weight": Grid(4, (1.0,), "claimed"), "bn.weight": Grid(10, (1.0,)), "bn.bias": Grid(10, (1.0,)),
+             "linear.weight": Grid(4, (1.0,), "claimed"), "linear.bias": Grid(16, (1.0,))}
+    model.conv.weight.data.fill_(-8.0)
+    model.linear.weight.data = torch.tensor([[7.0], [0.0]])
+    rows = {row.name: row for row in count(trace(model, (1, 4, 4)), Formats(grids, eight), "fixed")}
+    assert list(rows) == ["conv", "bn", "relu", "add", "mean", "linear"]
+    assert rows["conv"].multiplications == {8: 16} and not +rows["conv"].additions  # one term
+    # -8 x [-128, 127] reaches 1024: 12 bits; times a scale of 10 bits: 22 bits
+    assert rows["bn"].multiplications == {12: 16} and rows["bn"].additions == {22: 16}
+    assert rows["relu"].multiplications == {22: 16} and not rows["relu"].additions
+    assert rows["add"].additions == {9: 16} and not rows["add"].multiplications  # two 8-bit maps
+    # 16 values of [-128, 127]: 12 bits
+    assert rows["mean"].additions == {12: 15} and rows["mean"].multiplications == {12: 1}
+    assert rows["linear"].multiplications == {8: 1} and +rows["linear"].additions == {32: 2}  # the biases
+    rows = {row.name: row for row in count(trace(model, (1, 4, 4)), Formats(grids, eight), "tree")}
+    assert rows["mean"].additions == {8: 8, 9: 4, 10: 2, 11: 1} and rows["mean"].multiplications == {12: 1}
+    rows = {row.name: row for row in count(trace(model, (1, 4, 4)), Formats(grids, eight), "32-bit")}
+    assert all(set(row.additions) <= {32} for row in rows.values())
+
+
+def test_unknown_operations_raise_and_are_named():
+    class Functional(nn.Module):
+        def forward(self, x):
+            return torch.relu(x)
+
+    class Product(nn.Module):
+        def forward(self, x):
+            return x * x
+
+    class Shifted(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            return x.mean(2)
+
+    for model, name in ((nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), "1 .Sigmoid"), (Functional(), "relu"),
+                        (Product(), "mul"), (Shifted(), "add"), (Rows(), "mean"), (nn.Sequential(nn.ReLU6()), "0 .ReLU6")):
+        with pytest.raises(BadInput, match=name):
+            trace(model, (1, 4, 4))
+    with pytest.raises(BadInput, match="median"):
+        count([], Formats({}), "median")
+    with pytest.raises(BadInput, match="density"):
+        count([], Formats({}), "tree", Fraction(3, 2))
+
+
+# ---- A slow reference: the network executed number by number ------------------------------------------------------------
+
+class Tiny(nn.Module):
+    """Every kind of operation: strided and padded convolutions, depthwise, grouped, residual, mean, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.conv1, self.bn1, self.relu1 = nn.Identity(), nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 1, groups=2, bias=False), nn.BatchNorm2d(4)
+        self.out, self.features, self.linear = nn.Identity(), nn.Identity(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(self.image(x))))
+        x = self.out(self.bn3(self.conv3(self.bn2(self.conv2(x)))) + x)
+        return self.linear(self.features(x.mean((2, 3))))
+
+
+class Meter:
+    """Arithmetic that counts itself."""
+
+    def __init__(self):
+        self.mults = self.adds = 0
+
+    def mul(self, a, b):
+        self.mults += 1
+        return a * b
+
+    def sum(self, numbers):
+        total = None
+        for number in numbers:
+            self.adds += total is not None
+            total = number if total is None else total + number
+        return total
+
+
+def slow_run(model: Tiny, image: torch.Tensor) -> tuple[Meter, list[float]]:
+    """(what was multiplied and added, logits) of one image [3, H, W], by loops over single numbers."""
+    meter = Meter()
+
+    def conv(layer, x):
+        kernel, stride, pad = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        size = (len(x[0]) + 2 * pad - kernel) // stride + 1
+        at = lambda c, i, j: x[c][i][j] if 0 <= i < len(x[0]) and 0 <= j < len(x[0]) else 0.0
+        inputs = layer.in_channels // layer.groups
+        weight, out = layer.weight.tolist(), []
+        for o in range(layer.out_channels):
+            first = o // (layer.out_channels // layer.groups) * inputs
+            terms = [(c, i, j) for c in range(inputs) for i in range(kernel) for j in range(kernel) if weight[o][c][i][j]]
+            out.append([[meter.sum(meter.mul(weight[o][c][i][j], at(first + c, y * stride + i - pad, z * stride + j - pad))
+                                   for c, i, j in terms) or 0.0 for z in range(size)] for y in range(size)])
+        return out
+
+    def each(function, *maps):
+        return [[[function(c, *values) for values in zip(*rows)] for rows in zip(*planes)]
+                for c, planes in enumerate(zip(*maps))]
+
+    def norm(layer, x):
+        return each(lambda c, v: meter.sum([meter.mul(layer.weight[c].item(), v), layer.bias[c].item()]), x)
+
+    x = norm(model.bn1, conv(model.conv1, image.tolist()))
+    x = each(lambda c, v: meter.mul(float(v > 0), v), x)
+    y = norm(model.bn3, conv(model.conv3, norm(model.bn2, conv(model.conv2, x))))
+    x = each(lambda c, a, b: meter.sum([a, b]), y, x)
+    features = [meter.mul(meter.sum(itertools.chain(*plane)), 1 / (len(plane) ** 2)) for plane in x]
+    weight, bias = model.linear.weight.tolist(), model.linear.bias.tolist()
+    logits = []
+    for o in range(3):
+        products = [meter.mul(weight[o][c], features[c]) for c in range(4) if weight[o][c]]
+        logits.append(meter.sum([*([meter.sum(products)] if products else [0.0]), bias[o]]))
+    return meter, logits
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_the_slow_reference(seed):
+    torch.manual_seed(seed)
+    model = folded(Tiny())
+    with torch.no_grad():
+        for _, layer in weight_layers(model):
+            layer.weight *= torch.rand_like(layer.weight) < 0.4
+        model.conv1.weight[seed] = 0
+        model.conv2.weight[1] = 0
+        for norm in (model.bn1, model.bn2, model.bn3):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-1, 1)
+    image = torch.randn(3, 6, 6)
+    meter, logits = slow_run(model, image)
+    with torch.no_grad():
+        assert torch.allclose(torch.tensor(logits), model(image[None])[0], atol=1e-5)  # it ran the same network
+    ops = trace(model, (3, 6, 6))
+    for convention in CONVENTIONS:
+        found = totals(count(ops, found_formats(model), convention))
+        assert (found["multiplications"], found["additions"]) == (meter.mults, meter.adds)
+        assert found["bits"] == 32 * (meter.mults + meter.adds)  # float32
+    with torch.no_grad():
+        for _, layer in weight_layers(model):
+            layer.weight.fill_(0.3)
+    meter, _ = slow_run(model, image)
+    dense = totals(count(ops, found_formats(model), "32-bit", Fraction(1)))
+    assert (dense["multiplications"], dense["additions"]) == (meter.mults, meter.adds)
+
+
+# ---- Properties -------------------------------------------------------------------------------------------------------
+
+def test_order_of_conventions_and_sparsity(network, operations):
+    model = folded(copy.deepcopy(network))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, layer in weight_layers(model):
+            codes = torch.randint(-32, 32, layer.weight.shape, generator=generator)
+            layer.weight.copy_(codes * (torch.rand(layer.weight.shape, generator=generator) < 0.2) / 64)
+    formats = found_formats(model, 8)
+    ops = trace(model)
+    by = {convention: count(ops, formats, convention) for convention in CONVENTIONS}
+    dense = {convention: count(ops, formats, convention, Fraction(1)) for convention in CONVENTIONS}
+    for convention in CONVENTIONS:
+        for row, whole in zip(by[convention], dense[convention]):
+            counts = [*row.multiplications.values(), *row.additions.values()]
+            assert all(type(n) is int and n >= 0 for n in counts) and row.bits <= whole.bits
+            assert max(row.additions, default=0) <= 32 and max(row.multiplications, default=0) <= 32
+    for thin, whole in zip(by["fixed"], by["32-bit"]):
+        assert thin.bits <= whole.bits
+        assert sum(thin.additions.values()) == sum(whole.additions.values())
+    for thin, whole in zip(by["tree"], by["32-bit"]):
+        assert thin.bits <= whole.bits
+        assert sum(thin.additions.values()) == sum(whole.additions.values())
+
+
+def test_mean_density_never_counts_less_than_no_additions(operations):
+    formats = counting.float_formats(MobileNetV2())
+    for density in (Fraction(0), Fraction("0.01"), Fraction("0.05")):
+        rows = count(operations, formats, "tree", density)
+        assert all(n >= 0 for row in rows for n in row.additions.values())
+    assert totals(rows)["multiplications"] > sum(op.outputs for op in operations if op.kind == "conv")
+
+
+def test_density_rounds_up_in_each_channel():
+    random.seed(0)
+    for _ in range(200):
+        fan_in, share = random.randint(1, 60), Fraction(random.randint(0, 100), 100)
+        (n,) = set(terms_per_channel(torch.ones(3, fan_in), share))
+        assert n - 1 < share * fan_in <= n
+
+
+# ---- Storage and score --------------------------------------------------------------------------------------------------
+
+def test_storage_by_hand():
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                                 nn.Conv2d(4, 2, 1, bias=True)))
+    model[1].weight.data.zero_()
+    model[1].weight.data.view(-1)[:5] = torch.tensor([1.0, -8, 3, 2, 7])  # 5 of 36 non-zero
+    grids = {"1.weight": Grid(4, (1.0,)), "2.weight": Grid(16, (1.0,)), "2.bias": Grid(16, (1.0,)),
+             "4.weight": Grid(6, (1.0, 2.0)), "4.bias": Grid(16, (1.0,))}
+    assert storage(model, Formats(grids, activation_bits=8)) == {
+        "weights": 5 * 4 + 8 * 6,  # the second convolution has no zeros: dense, without a mask
+        "masks": 36, "batchnorm": 2 * 4 * 16, "biases": 2 * 16,
+        "steps": 32 * (6 + 2),  # six for the parameters, one of them for each channel, and two activation points
+        "total": 68 + 36 + 128 + 32 + 256}
+    assert storage(model, Formats(grids, activation_bits=8), Fraction(1))["weights"] == 36 * 4 + 48
+    assert storage(model, Formats(grids))["steps"] == 32 * 6
+    floats = storage(model, counting.float_formats(model), Fraction(1))
+    assert floats["total"] == 32 * (36 + 8 + 8 + 2) and floats["steps"] == floats["masks"] == 0
+
+
+def test_storage_takes_the_shorter_form():
+    model = nn.Sequential(nn.Conv2d(1, 1, 8, bias=False))
+    for nonzeros in range(65):
+        model[0].weight.data.zero_()
+        model[0].weight.data.view(-1)[:nonzeros] = 1
+        bits = storage(model, Formats({"0.weight": Grid(4)}))
+        assert bits["total"] == min(64 * 4, nonzeros * 4 + 64)
+
+
+def test_storage_of_the_network(network):
+    floats = counting.float_formats(network)
+    assert storage(network, floats, Fraction(1))["total"] == 32 * 3_989_668
+    half = storage(network, floats, Fraction(1, 2))
+    assert half["masks"] == 3_944_032 and half["batchnorm"] == 32 * 45_536 and half["biases"] == 32 * 100
+
+
+def test_score():
+    assert score(32 * 36_500_000, 32 * 10_490_000_000) == (1.0, 1.0)
+    assert f"{sum(score(32 * 351_000, 32 * 231_253_376)):.4f}" == "0.0317"  # FACTS: with the sister's storage
