@@ -46,7 +46,7 @@ CONVENTIONS = ("32-bit", "fixed", "tree")
 
 INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
 EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
-EVEN_TOLERANCE = 2.0 ** -(24 - EVEN_BITS)  # of a step: a code of 2^7 after two float32 roundings of 2^-24 each
+EVEN_TOLERANCE = 2.0**-22  # of a value: the roundings of two float32 numbers, 2^-24 each, and some slack
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Grid:
 
 def signed_bits(low: int, high: int) -> int:
     """Length of the shortest two's-complement number that holds every integer from `low` to `high`; at least 1."""
-    return max(high.bit_length(), (~low).bit_length() if low < 0 else 0) + 1
+    return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: the lowest code is spare
 
 
 def _power_of_two(values: torch.Tensor) -> Grid | None:
@@ -90,7 +90,7 @@ def _even(values: torch.Tensor) -> Grid | None:
     The largest magnitude may have any code (a tensor need not use its extreme codes), so each is tried.
     """
     def fits(scaled):
-        return ((scaled - scaled.round()).abs() <= EVEN_TOLERANCE).all(-1)
+        return ((scaled - scaled.round()).abs() <= scaled.abs() * EVEN_TOLERANCE).all(-1)
 
     top, tops = values.abs().max(), torch.arange(1, 2**(EVEN_BITS - 1) + 1)
     few = values[::len(values) // 64 + 1]  # most wrong steps show within a few values

@@ -1,0 +1,163 @@
+"""Training throughput beside the plain loop, on this machine, in this run.
+
+    python benchmarks/training_speed.py [--images 1280] [--batch-size 64] [--rounds 3] [--json F]
+
+The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
+normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
+whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA. Both train the
+same network with the same augmentation and batch on the same images. Rounds alternate and the median counts, so that
+whatever else runs on the machine slows both; only the ratio means anything.
+
+The second table gives the share of a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing).
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cifar100  # noqa: E402
+from files import run_script, save_json  # noqa: E402
+from mobilenet_v2 import MobileNetV2  # noqa: E402
+from training import loop, main as training_main  # noqa: E402
+
+
+class PilImages(Dataset):
+    """What torchvision.datasets.CIFAR100 does with an image: uint8 array -> PIL -> transforms."""
+
+    def __init__(self, data: cifar100.Images):
+        self.images, self.labels = data.images.cpu().permute(0, 2, 3, 1).numpy(), data.labels.tolist()
+        self.to_pil = transforms.ToPILImage()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.to_pil(self.images[i])), self.labels[i]
+
+
+def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) -> float:
+    """Seconds of an epoch of the plain loop, from the first batch's arrival on: starting the workers is not counted."""
+    torch.manual_seed(0)
+    model = MobileNetV2().to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=2, drop_last=True, pin_memory=device.type == "cuda")
+    batches, steps = iter(loader), len(loader)
+    batch, started = next(batches), None
+    for step in range(steps):
+        if step == 1:  # the first step warms up
+            synchronize(device)
+            started = time.perf_counter()
+        x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        batch = next(batches, None)
+    synchronize(device)
+    return (time.perf_counter() - started) / (steps - 1) * steps
+
+
+def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device) -> float:
+    """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not."""
+    torch.manual_seed(0)
+    model = MobileNetV2().to(device, memory_format=torch.channels_last)
+    marks = []
+
+    def mark(_):
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
+        shown, sys.stdout = sys.stdout, nowhere
+        try:
+            loop.train("speed", model, data, None, settings, folder, prepare=mark, save_seconds=1e9)
+        finally:
+            sys.stdout = shown
+    synchronize(device)
+    return time.perf_counter() - marks[-1]  # the last epoch: the first one warms up
+
+
+def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, steps: int = 8) -> dict[str, float]:
+    """Median seconds of the parts of a step, with the full augmentation."""
+    model = MobileNetV2().to(device, memory_format=torch.channels_last).train()
+    optimizer = loop.make_optimizer(settings, model)
+    size = min(settings.batch_size, len(data))
+    times = {"augment": [], "forward": [], "backward": [], "optimizer": []}
+    for step in range(steps + 1):
+        marks = [time.perf_counter()]
+
+        def mark():
+            synchronize(device)
+            marks.append(time.perf_counter())
+
+        draws = cifar100.draw(size, loop.generator_for(0, step), trivial=True, mixing="both")
+        x, labels, others, lam = cifar100.augment(data.images[:size], data.labels[:size], draws)
+        x = x.contiguous(memory_format=torch.channels_last)
+        mark()
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            logits = model(x)
+        loss = loop.mixed_cross_entropy(logits.float(), labels, others, lam, 0.1)
+        mark()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        mark()
+        optimizer.step()
+        mark()
+        if step:
+            for part, start, end in zip(times, marks, marks[1:]):
+                times[part].append(end - start)
+    return {part: statistics.median(values) for part, values in times.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1280, help="of a measured epoch (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--json", metavar="F", help="write the figures to F as well")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
+                                   "--mixing", "none", "--refresh", "0"])
+    settings = training_main.settings_for("pretrain", options, device)
+    data = cifar100.made_up(args.images, seed=0, device=device)  # the speed does not depend on what they show
+    machine = training_main.describe_machine(device, loop.Processes())
+    print(f"{machine}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
+    plain, ours = [], []
+    for turn in range(args.rounds):
+        plain.append(args.images / plain_epoch(data, args.batch_size, device))
+        ours.append(args.images / our_epoch(data, settings, device))
+        print(f"round {turn + 1}: plain {plain[-1]:,.1f} images/s, ours {ours[-1]:,.1f}, ratio {ours[-1] / plain[-1]:.2f}", flush=True)
+    ratio = statistics.median(o / p for o, p in zip(ours, plain))
+    print(f"median: plain {statistics.median(plain):,.1f} images/s, ours {statistics.median(ours):,.1f}, ratio {ratio:.2f}")
+
+    parts = step_parts(data, settings, device)
+    whole = sum(parts.values())
+    print("share of a step: " + ", ".join(f"{part} {seconds / whole:.2%}" for part, seconds in parts.items()))
+    if args.json:
+        save_json({"machine": machine, "images": args.images, "batch_size": args.batch_size, "precision": settings.precision,
+                   "plain_images_per_second": plain, "our_images_per_second": ours, "ratio": ratio,
+                   "share_of_step": {part: seconds / whole for part, seconds in parts.items()}}, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Needs Python 3.11 or newer with pip, and nothing else: everything is installed into .venv here (or $VENV).
+#
+#   bash run.sh             set up, then verify the shipped checkpoint: accuracy, sparsity, operations, storage, score
+#   bash run.sh test        set up, then run the tests (further words go to pytest)
+#   bash run.sh quick       all stages in a few minutes on a CPU, on made-up images: to see the machinery turn
+#   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
+#   bash run.sh setup       set up alone
+#
+# CIFAR-100 is downloaded to ./data.cifar100, or taken from the folder named by CIFAR100_DIR.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+venv=${VENV:-.venv}
+word=${1:-verify}
+[ $# -gt 0 ] && shift
+
+case $word in verify|test|quick|train|setup) ;; *)
+    echo "run.sh: unknown command $word; known: verify (the default), test, quick, train, setup" >&2; exit 2 ;;
+esac
+
+setup() {
+    local python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "run.sh: $python is missing or older than Python 3.11; name a newer one: PYTHON=python3.12 bash run.sh" >&2; exit 2
+    fi
+    # installed once for each requirements.txt: the copy in .venv says for which
+    cmp -s requirements.txt "$venv/requirements.txt" && return
+    echo "run.sh: installing requirements.txt into $venv (torch is large: a minute or more)"
+    "$python" -m venv "$venv" || { echo "run.sh: $python cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 2; }
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        { echo "run.sh: pip could not install requirements.txt (network? disk: 6 GB are needed)" >&2; exit 2; }
+    cp requirements.txt "$venv/requirements.txt"
+}
+
+verify() {  # arguments go to testers.py
+    local status=0
+    python testers.py "$@" || status=$?
+    [ $status -le 2 ] || exit $status
+    echo
+    python check_model_operations.py || { [ $status -ne 0 ] || status=$?; }
+    if [ $status -eq 0 ]; then echo "run.sh: verified"; else echo "run.sh: NOT verified in full, see above (testers.py)" >&2; fi
+    return $status
+}
+
+setup
+python() { "$venv/bin/python" "$@"; }
+
+case $word in
+    setup) ;;
+    verify) verify "$@" ;;
+    test) python -m pytest "$@" ;;
+    train)
+        python training/main.py "$@"
+        python quantize.py
+        verify ;;
+    quick)
+        rm -rf runs/quick
+        common="--run runs/quick --made-up 1000 --batch-size 50 --augment plain --mixing none --eval-every 2"
+        python training/main.py --pretrain --epochs 6 --lr 0.1 --warmup-epochs 1 $common
+        python training/main.py --rew --epochs 2 --lr 0.05 --warmup-epochs 0 $common
+        python training/main.py --masked-retrain --epochs 4 --lr 0.05 --warmup-epochs 0 $common
+        python quantize.py --checkpoint runs/quick/masked.pt --out runs/quick/shipped.pt --made-up 1000
+        python testers.py --checkpoint runs/quick/shipped.pt --made-up 1000
+        python check_model_operations.py --checkpoint runs/quick/shipped.pt --summary ;;
+esac
