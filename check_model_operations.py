@@ -13,10 +13,8 @@ The rules are in counting.py.
 import argparse
 import copy
 import json
-import math
 import sys
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,76 +22,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import claims
 import counting
-from counting import CONVENTIONS, WORD, Activation, Formats, Grid
+from counting import CONVENTIONS, WORD, Formats
 from files import load_json, run_script, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
-
-
-# ---- The claim -----------------------------------------------------------------------------------
-
-def entries(claim: dict, key: str, path) -> dict[str, dict]:
-    """The claim's list `key` by name. Raises BadInput if an entry has no name, a name twice, or no 1 to 32 bits."""
-    found = {}
-    listed = claim.get(key)
-    if not isinstance(listed, list):
-        raise BadInput(f"{path}: {key!r} is not a list")
-    for entry in listed:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        bits = entry.get("bits") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or name in found:
-            raise BadInput(f"{path}: {key!r} holds {entry!r} without a name of its own")
-        if type(bits) is not int or not 1 <= bits <= WORD:
-            raise BadInput(f"{path}: {key!r} gives {name} {bits!r} bits, expected 1 to {WORD}")
-        found[name] = entry
-    return found
-
-
-def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
-    """The claim's format of a tensor. Raises BadInput if the values need more bits or do not stand on its steps."""
-    bits, step = entry["bits"], entry.get("step")
-    if found.bits > bits:
-        raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
-    if step is None:
-        return replace(found, bits=bits)
-    steps = tuple(step) if isinstance(step, list) else (step,)
-    positive = all(type(s) in (int, float) and 0 < s < math.inf for s in steps)
-    if len(steps) not in (1, len(parameter)) or not positive:
-        raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
-    grid = Grid(bits, steps, "claimed")
-    codes = grid.codes(parameter)
-    on_steps = codes * torch.tensor(steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
-    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
-    if off.any() or counting.signed_bits(int(codes.min()), int(codes.max())) > bits:
-        raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
-    return grid
-
-
-def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, list[str]]:
-    """The claim's formats, and a line for everything in which the network and its values contradict the claim.
-
-    What the claim leaves out or gets wrong keeps the format that was found; an activation point without a claim has
-    32 bits. Raises BadInput if the claim is not made of such entries.
-    """
-    problems, tensors, activations = [], {}, {}
-    listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)
-    for name, parameter in model.named_parameters():
-        tensors[name] = found.tensors[name]
-        try:
-            if name not in listed:
-                raise BadInput("not in the claim")
-            tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
-        except BadInput as error:
-            problems.append(f"{name}: {error}")
-    wanted = counting.activation_points(model)
-    problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
-    unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
-    problems += [f"{name}: claimed, but not in the network" for name in unknown]
-    for name, entry in points.items():
-        if type(entry.get("signed")) is not bool:
-            raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
-        activations[name] = Activation(entry["bits"], entry["signed"])
-    return Formats(tensors, activations), problems
 
 
 # ---- Cross-checks --------------------------------------------------------------------------------
@@ -122,11 +55,6 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
     operations = counting.trace(model)
     rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
     stored, whole, floats = counting.storage(model, formats, density), Fraction(1), counting.float_formats(model)
-
-    def scored(storage_bits, totals):
-        storage_term, operations_term = counting.score(storage_bits, totals["bits"])
-        return {"storage": storage_term, "operations": operations_term, "score": storage_term + operations_term}
-
     totals = {convention: counting.totals(rows[convention]) for convention in CONVENTIONS}
     dense = {convention: counting.totals(counting.count(operations, formats, convention, whole))
              for convention in CONVENTIONS}
@@ -141,8 +69,9 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
                                   for convention, row in zip(CONVENTIONS, same)}}
                  for same in zip(*rows.values())],
         "totals": totals, "dense": dense, "storage": stored,
-        "score": {convention: scored(stored["total"], totals[convention]) for convention in CONVENTIONS},
-        "float32_dense": {"totals": baseline, "storage": baseline_storage, "score": scored(baseline_storage, baseline)},
+        "score": {c: counting.scored(stored["total"], totals[c]["bits"]) for c in CONVENTIONS},
+        "float32_dense": {"totals": baseline, "storage": baseline_storage,
+                          "score": counting.scored(baseline_storage, baseline["bits"])},
         "submission": {"dense": counting.submission_operations(operations),
                        "sparsity_0.5": counting.submission_operations(operations, Fraction(1, 2))},
         "checks": {"macs": counting.macs(operations), "flop_counter": flop_counter(model), "thop": thop_counts(model),
@@ -291,13 +220,16 @@ def main(argv=None) -> int:
         model = load_checkpoint(checkpoint)
         formats = counting.found_formats(model)
         source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": sha256(checkpoint)}
-        found, claim_file = formats, checkpoint.with_suffix(".json")
+        claim_file = claims.claim_path(checkpoint)
         if claim_file.exists():
             claim = load_json(claim_file)
-            formats, problems = hold(claim, claim_file, model, found)
+            formats, problems = claims.hold(claim, claim_file, model, formats)
             if claim.get("sha256") != source["sha256"]:
                 problems.insert(0, f"{claim_file} claims SHA-256 {claim.get('sha256')}, "
                                    f"but {checkpoint} has {source['sha256']}")
+            counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
+            if not problems and counts is not None and counts != counting.summary(model, formats):
+                problems.append(f"the counts that {claim_file} claims are not those of {checkpoint}")
             source["widths"] = f"claimed by {claim_file}, held against the stored values"
         else:
             source["widths"] = "found in the stored values; there is no claim beside them"

@@ -45,6 +45,7 @@ CONVENTIONS = ("32-bit", "fixed", "tree")
 # ---- The widths of stored numbers, found by looking at their values ------------------------------
 
 INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
 EVEN_TOLERANCE = 2.0**-22  # of a value: the roundings of two float32 numbers, 2^-24 each, and some slack
 
@@ -103,8 +104,8 @@ def _even(values: torch.Tensor) -> Grid | None:
 
 
 def _one_step(values: torch.Tensor) -> Grid | None:
-    """The grid of float64 values with one step for all, or None."""
-    values = values[values != 0]
+    """The grid of values with one step for all, or None."""
+    values = values[values != 0].double()
     return (_power_of_two(values) or _even(values)) if len(values) else Grid(1, (1.0,), "zero")
 
 
@@ -126,18 +127,20 @@ def found_grid(tensor: torch.Tensor) -> Grid:
     of two or more dimensions); float16; bfloat16; float32. A tensor of zeros alone counts 1 bit. A channel's step is
     stored, so `storage` counts it. Raises BadInput if a value is not finite.
     """
-    values = tensor.detach().double()
-    if not torch.isfinite(values).all():
+    values = tensor.detach()
+    if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
         raise BadInput("a tensor holds values that are not finite")
     grid = _one_step(values.flatten())
     if grid is None and tensor.dim() > 1:
         grid = _per_channel(values.flatten(1))
     if grid is not None:
         return grid
-    for kind in (torch.float16, torch.bfloat16):
-        if (tensor.to(kind).to(tensor.dtype) == tensor).all():
-            return Grid(16, kind=str(kind).removeprefix("torch."))
-    return Grid(32)
+    return next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
+
+
+def is_half(values: torch.Tensor, kind: str) -> bool:
+    """Whether every value is exactly one of the 16-bit floating-point numbers "float16" or "bfloat16"."""
+    return bool((values.to(HALVES[kind]).to(values.dtype) == values).all())
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,8 @@ def reach(weight: torch.Tensor, grid: Grid, activation: Activation, terms: int) 
         bound = terms * 2 ** (grid.bits - 1) * max(activation.high, -activation.low)
         return -bound, bound
     codes = grid.codes(weight).flatten(1)
-    positive, negative = codes.clamp(min=0).sum(1).tolist(), codes.clamp(max=0).sum(1).tolist()
+    positive = codes.clamp(min=0).sum(1)
+    positive, negative = positive.tolist(), (codes.sum(1) - positive).tolist()
     return (min(p * activation.low + n * activation.high for p, n in zip(positive, negative)),
             max(p * activation.high + n * activation.low for p, n in zip(positive, negative)))
 
@@ -344,7 +348,7 @@ def terms_per_channel(weight: torch.Tensor, density: Fraction | None) -> list[in
     have less than no additions.
     """
     if density is None:
-        return (weight.detach().flatten(1) != 0).sum(1).tolist()
+        return weight.detach().flatten(1).count_nonzero(1).tolist()
     return [math.ceil(density * weight[0].numel())] * len(weight)
 
 
@@ -372,7 +376,8 @@ def dot_products(op: Operation, inputs, formats: Formats, convention: str, densi
 
 def batchnorm(op: Operation, inputs, formats: Formats, convention: str, density):
     """Folded: the accumulator times the channel's scale, plus its shift. A product of a- and b-bit numbers has a + b
-    bits; the shift is added to it at that width, up to 32 (with 16-bit scales in practice always 32)."""
+    bits; the shift is added to it at that width, up to 32 (with 16-bit scales in practice always 32). A float16 scale
+    counts its 16 bits, although its significand, which is what multiplies, has 11."""
     scale, shift = formats.tensors[f"{op.name}.weight"].bits, formats.tensors[f"{op.name}.bias"].bits
     wide = min(WORD, max(inputs[0].bits + scale, shift))
     return Counter({max(inputs[0].bits, scale): op.outputs}), Counter({wide: op.outputs}), Activation(wide)
@@ -503,6 +508,39 @@ def score(storage_bits: int, operation_bits: int) -> tuple[float, float]:
     return storage_bits / WORD / STORAGE_BASE, operation_bits / WORD / OPERATIONS_BASE
 
 
+def summary(model: MobileNetV2, formats: Formats) -> dict:
+    """What a claim says of a checkpoint, in plain containers: {"weights": see `weight_summary`, without its tensors;
+    "storage": bits by kind; "operations": `totals` by convention; "score": both terms and their sum by convention}."""
+    operations, stored = trace(model), storage(model, formats)
+    by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
+    weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
+    return {"weights": weights, "storage": stored, "operations": by,
+            "score": {convention: scored(stored["total"], by[convention]["bits"]) for convention in CONVENTIONS}}
+
+
+def scored(storage_bits: int, operation_bits: int) -> dict[str, float]:
+    """`score` by name: {"storage", "operations", "score": their sum}."""
+    terms = score(storage_bits, operation_bits)
+    return {"storage": terms[0], "operations": terms[1], "score": sum(terms)}
+
+
+# ---- The values of the tensors --------------------------------------------------------------------
+
+def tensor_rows(model: MobileNetV2, formats: Formats) -> list[dict]:
+    """{"index", "name", "shape", "total", "zeros", "nonzeros", "bits", "kind"} of every parameter, as plain values.
+
+    index: in the bit table; None for BatchNorms and biases. bits, kind: those of its Grid in `formats`.
+    """
+    index = {f"{name}.weight": i for i, (name, _) in enumerate(weight_layers(model))}
+    rows = []
+    for name, parameter in model.named_parameters():
+        total, nonzeros = parameter.numel(), int(parameter.detach().count_nonzero())
+        rows.append({"index": index.get(name), "name": name, "shape": list(parameter.shape), "total": total,
+                     "zeros": total - nonzeros, "nonzeros": nonzeros,
+                     "bits": formats.tensors[name].bits, "kind": formats.tensors[name].kind})
+    return rows
+
+
 # ---- By the submission's convention --------------------------------------------------------------
 
 def submission_operations(operations: list[Operation], sparsity=0, bits: int = 16) -> dict[str, int]:
@@ -531,21 +569,19 @@ def submission_operations(operations: list[Operation], sparsity=0, bits: int = 1
 
 
 def weight_summary(model: MobileNetV2) -> dict:
-    """Zeros and widths of every weight tensor, exactly, and the totals beside the submission's way of counting.
+    """Zeros of every weight tensor, exactly, and the totals beside the submission's way of counting.
 
-    {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros", "bits",
-                  "grid"}],
+    {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
      "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression"},
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone}
     """
     tensors = []
     for index, (name, module) in enumerate(weight_layers(model)):
-        weight, grid = module.weight.detach(), found_grid(module.weight)
+        weight = module.weight.detach()
         kind = "linear" if isinstance(module, nn.Linear) else "depthwise" if module.groups > 1 else "conv"
         nonzeros = int(weight.count_nonzero())
         tensors.append({"index": index, "name": f"{name}.weight", "shape": list(weight.shape), "kind": kind,
-                        "total": weight.numel(), "zeros": weight.numel() - nonzeros, "nonzeros": nonzeros,
-                        "bits": grid.bits, "grid": grid.kind})
+                        "total": weight.numel(), "zeros": weight.numel() - nonzeros, "nonzeros": nonzeros})
 
     def ratios(total, zeros):
         return {"total": total, "zeros": zeros, "nonzeros": total - zeros, "sparsity": zeros / total,

@@ -12,7 +12,8 @@ or of an output channel, costs no storage: the BatchNorm after the convolution a
 a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
 
 Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two, and while
-they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine.
+they stay below 2^24 (testers.py checks the bound; the linear layer is summed in float64) float32 holds them exactly, in
+any order of summation, on any machine.
 So a claim is verified to the image, and the recorded logits to the last bit.
 """
 import argparse
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar100
+import claims
 import counting
 from files import load_json, run_script, save_json, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
@@ -158,6 +160,13 @@ class ScaleShift(nn.Module):
         return (x * self.scale).add_(self.shift)
 
 
+class ExactLinear(nn.Linear):
+    """The linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
+
+    def forward(self, x):
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
 def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
     scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -256,6 +265,7 @@ def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             network.set_submodule(name, ScaleShift(module))
+    network.linear.__class__ = ExactLinear
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -333,10 +343,6 @@ def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int = 32) ->
     return loss / len(data), correct
 
 
-def claim_path(checkpoint) -> Path:
-    return Path(checkpoint).with_suffix(".json")
-
-
 def git_commit() -> str | None:
     """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
     try:
@@ -359,20 +365,17 @@ def training_record(checkpoint) -> list[dict]:
     return stages
 
 
-def make_claim(checkpoint: Path, tensors: list[dict], activations: list[dict], data_name: str, steps: list[dict],
-               correct: int, images: int, loss: float, made_by: dict) -> dict:
-    """Everything that is said of a checkpoint, from the file itself: testers.py and the tests hold the file against it."""
+def make_claim(checkpoint: Path, tensors: list[dict], activations: list[dict], accuracy: dict, steps: list[dict],
+               made_by: dict) -> dict:
+    """Everything that is said of a checkpoint (see claims.py), taken from the file as it was written."""
     model = load_checkpoint(checkpoint)
-    network = exact_network(model, activations)
-    return {
-        "checkpoint": checkpoint.name, "sha256": sha256(checkpoint),
-        "accuracy": {"data": data_name, "correct": correct, "images": images, "loss": loss},
-        "accuracy_by_step": steps,
-        "counts": counting.summary(model, {t["name"]: t["bits"] for t in tensors}, activations),
-        "tensors": tensors, "activations": activations,
-        "probe_logits": probe_logits(network),
-        "made_by": made_by,
-    }
+    claim = {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "accuracy": accuracy, "accuracy_by_step": steps,
+             "tensors": tensors, "activations": activations}
+    formats, problems = claims.hold(claim, checkpoint, model, counting.found_formats(model))
+    if problems:
+        raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
+    return claim | {"counts": counting.summary(model, formats), "probe_logits": probe_logits(exact_network(model, activations)),
+                    "made_by": made_by}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -443,7 +446,7 @@ def main(argv=None) -> int:
     else:
         train_data = cifar100.load(args.data, "fit" if args.holdout else "train")
         test_data = cifar100.load(args.data, "holdout" if args.holdout else "test")
-        data_name = "CIFAR-100 " + ("hold-out of the train set" if args.holdout else "test")
+        data_name = "hold-out" if args.holdout else "test"
     steps = []
 
     def report(step: str, network: nn.Module) -> tuple[float, int]:
@@ -473,9 +476,10 @@ def main(argv=None) -> int:
         "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": git_commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "source_sha256": sha256(args.checkpoint), "training": training_record(args.checkpoint)}
-    claim = make_claim(args.out, tensors, activations, data_name, steps, correct, len(test_data), loss, made_by)
-    save_json(claim, claim_path(args.out))
-    print(f"wrote {args.out} and {claim_path(args.out)}")
+    accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
+    claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by)
+    save_json(claim, claims.claim_path(args.out))
+    print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 
 

@@ -8,9 +8,10 @@ from torch import nn
 
 import check_model_operations
 import counting
-from check_model_operations import BadInput, main
+from check_model_operations import main
+from claims import hold
 from files import save_json, save_tensors, sha256
-from mobilenet_v2 import MobileNetV2, weight_layers
+from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 SIGNED = re.compile(r"image|.*\.out")
 
@@ -34,7 +35,9 @@ def shipped(tmp_path_factory):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.zero_()
             module.running_var.fill_(1 - module.eps)
-            snap(f"{name}.weight", module.weight, 16, 2.0**-15)
+            module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator).half())
+            module.weight.data[:2] = torch.tensor([1 + 2.0**-10, 2.0**-12])  # no 16-bit integers of one step
+            tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
             snap(f"{name}.bias", module.bias, 16, 2.0**-12)
     snap("linear.bias", model.linear.bias, 16, 2.0**-13)
     path = tmp_path_factory.mktemp("shipped") / "network.pt"
@@ -74,7 +77,8 @@ def test_true_claim(shipped, capsys):
     storage, bits = found["storage"], {entry["name"]: entry["bits"] for entry in claim["tensors"]}
     stored = sum(row["nonzeros"] * bits[row["name"]] for row in found["weights"]["tensors"])
     assert storage["weights"] == stored and storage["masks"] == 3_944_032
-    assert storage["batchnorm"] == 16 * 45_536 and storage["biases"] == 1600 and storage["steps"] == 32 * (173 + 55)
+    assert storage["batchnorm"] == 16 * 45_536 and storage["biases"] == 1600
+    assert storage["steps"] == 32 * (58 + 57 + 1 + 55)  # weights, shifts, the bias, activations; float16 has none
     assert storage["total"] == sum(bits for kind, bits in storage.items() if kind != "total")
     assert len(found["rows"]) == 57 + 57 + 36 + 14 + 2
     for convention, totals in found["totals"].items():
@@ -87,7 +91,7 @@ def test_true_claim(shipped, capsys):
         layer = rows[weight["name"].removesuffix(".weight")]
         positions = layer["outputs"] // weight["shape"][0]
         assert layer["multiplications"] == weight["nonzeros"] * positions
-        assert list(layer["conventions"]["tree"]["multiplications"]) == ["8"]  # 8-bit activations, at most 8-bit weights
+        assert list(layer["conventions"]["tree"]["multiplications"]) == ["8"]  # that of the activations
     assert found["totals"]["tree"]["bits"] < found["totals"]["fixed"]["bits"] < found["totals"]["32-bit"]["bits"]
 
 
@@ -95,13 +99,14 @@ def test_table(shipped, capsys):
     path, _ = shipped
     assert main(["--checkpoint", str(path)]) == 0
     out = capsys.readouterr().out
-    for text in ("layers.16.shortcut.0", "layers.0.add", "77.846M + 153.407M = 231.253M", "39.494M + 76.704M = 116.198M",
-                 "153,407,488", "306,814,976", "3,905,632", "weight tensors: 20 at 4 bits, 19 at 6 bits, 19 at 8 bits",
+    for text in ("layers.16.shortcut.0", "layers.0.add", "77.846M + 153.407M = 231.253M",
+                 "39.494M + 76.704M = 116.198M", "153,407,488", "306,814,976", "3,905,632",
+                 "weight tensors: 20 at 4 bits, 19 at 6 bits, 19 at 8 bits",
                  "activation points: 55 at 8 bits", "storage / 36.5M", "3.990M parameters", "thop is not installed"):
         assert text in out, text
     assert main(["--checkpoint", str(path), "--summary"]) == 0
     short = capsys.readouterr().out
-    assert "layers.0.add" not in short and "operations / 10.49B" in short and all(len(s) <= 160 for s in short.splitlines())
+    assert "layers.0.add" not in short and "operations / 10.49B" in short
 
 
 def test_without_a_claim(shipped, tmp_path, capsys):
@@ -110,7 +115,7 @@ def test_without_a_claim(shipped, tmp_path, capsys):
     alone.write_bytes(path.read_bytes())
     found = report(capsys, "--checkpoint", alone)
     assert {name: f["bits"] for name, f in found["formats"].items()} == {e["name"]: e["bits"] for e in claim["tensors"]}
-    assert found["storage"]["steps"] == 32 * 173
+    assert found["storage"]["steps"] == 32 * (58 + 57 + 1) and found["formats"]["bn1.weight"]["grid"] == "float16"
     assert list(found["rows"][0]["conventions"]["fixed"]["additions"]) == ["32"]  # float32 activations
     narrow = report(capsys, "--checkpoint", alone, "--activation-bits", "8")
     both = report(capsys, "--checkpoint", path)
@@ -124,9 +129,11 @@ def changed(claim, key, index, **values):
     return claim | {key: entries}
 
 
-def test_wrong_claims(shipped, claimed, capsys):
+def test_wrong_claims(shipped):
     path, claim = shipped
-    tensors = claim["tensors"]
+    tensors, model = claim["tensors"], load_checkpoint(path)
+    found = counting.found_formats(model)
+    assert hold(claim, path, model, found)[1] == []
     cases = [
         (changed(claim, "tensors", 2, bits=7), "layers.0.conv2.weight: the values need 8 bits"),
         (changed(claim, "tensors", 2, step=2.0**-4), "layers.0.conv2.weight: the values are no 8-bit multiples"),
@@ -134,15 +141,33 @@ def test_wrong_claims(shipped, claimed, capsys):
         (changed(claim, "tensors", 2, step=-1), "layers.0.conv2.weight: claimed step -1"),
         (changed(claim, "tensors", 2, step=[0.1, 0.2]), "layers.0.conv2.weight: claimed step"),
         (changed(claim, "tensors", 58, bits=15), "bn1.weight: the values need 16 bits"),
+        (changed(claim, "tensors", 58, kind="bfloat16"), "bn1.weight: the values are no 16-bit bfloat16"),
+        (changed(claim, "tensors", 58, kind="float8"), "bn1.weight: the values are no 16-bit float8"),
+        (changed(claim, "tensors", 58, bits=17), "bn1.weight: the values are no 17-bit float16"),
+        (changed(claim, "tensors", 59, bits=15), "bn1.bias: the values need 16 bits"),
         (claim | {"tensors": tensors[:-1]}, "linear.bias: not in the claim"),
         (claim | {"tensors": [*tensors, {"name": "extra", "bits": 8}]}, "extra: claimed, but not in the network"),
         (claim | {"activations": claim["activations"][1:]}, "activation image: not in the claim"),
-        (claim | {"sha256": "0" * 64}, "claims SHA-256 0000"),
     ]
     for wrong, message in cases:
+        formats, problems = hold(wrong, path, model, found)
+        assert len(problems) == 1 and problems[0].startswith(message), message
+        assert all(formats.tensors[entry["name"]].bits >= entry["bits"] for entry in tensors)
+
+
+def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
+    path, claim = shipped
+    model = load_checkpoint(path)
+    formats, _ = hold(claim, path, model, counting.found_formats(model))
+    counts = counting.summary(model, formats)
+    claimed(claim | {"counts": counts})
+    assert main(["--checkpoint", str(path), "--summary"]) == 0 and not capsys.readouterr().err
+    counts["storage"]["total"] -= 1
+    for wrong, message in ((claim | {"counts": counts}, "the counts that"),
+                           (claim | {"sha256": "0" * 64}, "SHA-256 0000")):
         claimed(wrong)
-        assert main(["--checkpoint", str(path), "--summary"]) == 2, message
-        captured = capsys.readouterr()
+        assert main(["--checkpoint", str(path), "--summary"]) == 2
+        captured = capsys.readouterr()  # the report is printed all the same
         assert message in captured.err and len(captured.err.splitlines()) == 1 and "operations / 10.49B" in captured.out
 
 
@@ -167,7 +192,8 @@ def test_wider_claims_are_counted_as_claimed(shipped, claimed, capsys):
     assert int(*first["fixed"]["additions"]) == int(*before["fixed"]["additions"]) + 1  # codes twice as large
 
 
-@pytest.mark.parametrize("key, value", [("tensors", None), ("tensors", [3]), ("activations", {}), ("tensors", [{"bits": 8}]),
+@pytest.mark.parametrize("key, value", [("tensors", None), ("tensors", [3]), ("activations", {}),
+                                        ("tensors", [{"bits": 8}]),
                                         ("tensors", [{"name": "conv1.weight", "bits": "8"}]),
                                         ("tensors", [{"name": "conv1.weight", "bits": 0}]),
                                         ("tensors", [{"name": "conv1.weight", "bits": True}]),

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -35,7 +36,7 @@ def folded(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-# ---- The figures of the submission, to the digit -----------------------------------------------------------------------
+# ---- The figures of the submission, to the digit -------------------------------------------------
 
 def test_submission_dense(operations):
     found = counting.submission_operations(operations)
@@ -76,12 +77,23 @@ def test_weight_summary(network):
     summary = counting.weight_summary(model)
     assert len(summary["tensors"]) == 58 and summary["tensors"][57]["name"] == "linear.weight"
     assert summary["tensors"][0] == {"index": 0, "name": "conv1.weight", "shape": [40, 3, 3, 3], "kind": "conv",
-                                     "total": 1080, "zeros": 81, "nonzeros": 999, "bits": 32, "grid": "float32"}
+                                     "total": 1080, "zeros": 81, "nonzeros": 999}
     zeros = [row["zeros"] for row in summary["tensors"]]
     rest = sum(zeros[1:57])  # random weights can be zero by chance, far too seldom to matter here
     assert summary["conv"]["total"] == 3_777_632 and summary["conv"]["zeros"] == 81 + rest
     assert summary["all"]["total"] == 3_944_032 and summary["all"]["zeros"] == 81 + rest + zeros[57]
     assert summary["submission"]["total"] == 3_905_632 and summary["submission"]["zeros"] == 81 + rest
+    formats = counting.float_formats(model)
+    rows = counting.tensor_rows(model, formats)
+    assert [row["index"] for row in rows if row["index"] is not None] == list(range(58)) and len(rows) == 173
+    assert rows[0] == {"index": 0, "name": "conv1.weight", "shape": [40, 3, 3, 3], "total": 1080, "zeros": 81,
+                       "nonzeros": 999, "bits": 32, "kind": "float32"}
+    assert rows[1]["name"] == "bn1.weight" and rows[1]["index"] is None
+    whole = counting.summary(model, formats)
+    assert json.loads(json.dumps(whole)) == whole and whole["storage"] == storage(model, formats)
+    assert whole["weights"]["all"] == summary["all"] and "tensors" not in whole["weights"]
+    for c in CONVENTIONS:
+        assert whole["score"][c]["score"] == sum(score(whole["storage"]["total"], whole["operations"][c]["bits"]))
 
 
 def test_submission_sparsity(network):
@@ -107,7 +119,7 @@ def test_trace_leaves_the_model_alone(network):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# ---- Accumulators ---------------------------------------------------------------------------------------------------
+# ---- Accumulators --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("terms, expected", [
     (0, {}), (1, {}), (2, {16: 1}), (3, {16: 1, 17: 1}), (7, {16: 3, 17: 2, 18: 1}), (8, {16: 4, 17: 2, 18: 1}),
@@ -158,7 +170,7 @@ def test_fixed_without_codes():
     assert fixed_bits(weight, Grid(16, kind="what if"), Activation(16, False), 4) == 32
 
 
-# ---- Widths found in the values ---------------------------------------------------------------------------------------
+# ---- Widths found in the values ------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 12, 16])
 @pytest.mark.parametrize("extreme", [True, False])
@@ -205,7 +217,7 @@ def test_other_formats():
     assert found_grid(torch.zeros(3, 4)) == Grid(1, (1.0,), "zero")
     assert found_grid(torch.full((9,), -0.3)).bits == 1 and found_grid(torch.tensor([0.3, -0.3])).bits == 2
     assert found_grid(torch.tensor([2.0**-149, -2.0**-148])) == Grid(2, (2.0**-149,), "power of two")
-    assert found_grid(torch.tensor([1.0, 1 + 2.0**-23])).bits == 32  # a grid, but finer than any that we call integers
+    assert found_grid(torch.tensor([1.0, 1 + 2.0**-18])).bits == 32  # a grid, but finer than any that we call integers
     with pytest.raises(BadInput):
         found_grid(torch.tensor([1.0, math.nan]))
 
@@ -235,7 +247,7 @@ def test_formats_of_batchnorm():
         found_formats(model)
 
 
-# ---- The rules on layers small enough for the hand --------------------------------------------------------------------
+# ---- The rules on layers small enough for the hand -----------------------------------------------
 
 def test_convolution_by_hand():
     layer = nn.Conv2d(2, 3, 2, bias=False)  # 8 terms a dot product; a 3x3 map makes 2x2 positions
@@ -243,7 +255,7 @@ def test_convolution_by_hand():
     weight[0].view(-1)[:5] = torch.tensor([3.0, -1, 2, 1, -4])  # 5 terms; channel 1 has none
     weight[2].view(-1)[7] = 1.0  # a single term: no addition
     layer.weight.data = weight / 8
-    model = nn.Sequential(nn.Identity(), layer)
+    model = nn.Sequential(nn.Identity(), layer, nn.Identity())
     formats = Formats(found_formats(model).tensors, {"0": Activation(4, signed=False)})
     assert formats.tensors["1.weight"] == Grid(3, (0.125,), "power of two")
     ops = trace(model, (2, 3, 3))
@@ -253,10 +265,22 @@ def test_convolution_by_hand():
         (row,) = count(ops, formats, convention)
         assert row.multiplications == mults and +row.additions == adds
         assert row.bits == 4 * 24 + sum(bits * n for bits, n in adds.items())
+    wide = Formats({"1.weight": Grid(9, (0.125,), "claimed")}, formats.activations)
+    assert count(ops, wide, "32-bit")[0].multiplications == {9: 6 * 4}  # the wider of the two inputs
     (row,) = count(ops, formats, "32-bit", Fraction(1))
     assert row.multiplications == {4: 8 * 3 * 4} and row.additions == {32: 7 * 3 * 4}
     (row,) = count(ops, formats, "32-bit", Fraction("0.3"))  # 2.4 of 8 terms, rounded up to 3
     assert row.multiplications == {4: 3 * 3 * 4} and row.additions == {32: 2 * 3 * 4}
+
+
+def test_the_widest_sum_of_a_tree_meets_the_batchnorm():
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(5, 2, 1, bias=False), nn.BatchNorm2d(2)))
+    model[1].weight.data[0] = 1.0
+    model[1].weight.data[1] = torch.tensor([1.0, 0, 0, 0, 0])[:, None, None]
+    grids = {"1.weight": Grid(4, (1.0,)), "2.weight": Grid(6, (1.0,)), "2.bias": Grid(6, (1.0,))}
+    rows = count(trace(model, (5, 2, 2)), Formats(grids, activation_bits=4), "tree")
+    assert rows[0].additions == {8: 2 * 4, 9: 4, 10: 4} and rows[1].multiplications == {11: 8}  # 5 products: 11 bits
+    assert rows[1].additions == {17: 8}
 
 
 def test_other_rules_by_hand():
@@ -313,7 +337,8 @@ def test_unknown_operations_raise_and_are_named():
             return x.mean(2)
 
     for model, name in ((nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), "1 .Sigmoid"), (Functional(), "relu"),
-                        (nn.Sequential(nn.ReLU6()), "0 .ReLU6"), (Product(), "mul"), (Shifted(), "add"), (Rows(), "mean")):
+                        (nn.Sequential(nn.ReLU6()), "0 .ReLU6"), (Product(), "mul"), (Shifted(), "add"),
+                        (Rows(), "mean")):
         with pytest.raises(BadInput, match=name):
             trace(model, (1, 4, 4))
     with pytest.raises(BadInput, match="median"):
@@ -322,7 +347,7 @@ def test_unknown_operations_raise_and_are_named():
         count([], Formats({}), "tree", Fraction(3, 2))
 
 
-# ---- A slow reference: the network executed number by number ------------------------------------------------------------
+# ---- A slow reference: the network executed number by number -------------------------------------
 
 class Tiny(nn.Module):
     """Every kind of operation: strided and padded convolutions, depthwise, grouped, residual, mean, linear."""
@@ -430,7 +455,7 @@ def test_against_the_slow_reference(seed):
     assert (dense["multiplications"], dense["additions"]) == (meter.mults, meter.adds)
 
 
-# ---- Properties -------------------------------------------------------------------------------------------------------
+# ---- Properties ----------------------------------------------------------------------------------
 
 def test_order_of_conventions_and_sparsity(network, operations):
     model = folded(copy.deepcopy(network))
@@ -472,7 +497,7 @@ def test_density_rounds_up_in_each_channel():
         assert n - 1 < share * fan_in <= n
 
 
-# ---- Storage and score --------------------------------------------------------------------------------------------------
+# ---- Storage and score ---------------------------------------------------------------------------
 
 def test_storage_by_hand():
     model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),

@@ -4,6 +4,7 @@ The stages (dense, reweighted, masked, quantized) differ in what they pass in, n
 step follows from (seed, stage, step), and the learning rate from the step alone, so the state of a run is its tensors
 and one number: a run that was killed at any moment goes on from its last state, on a CPU bit for bit.
 """
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -115,6 +116,12 @@ class SyncBatchNorm(nn.BatchNorm2d):
                 module.__class__ = cls  # same attributes, same buffers: only the statistics differ
         return model
 
+    @classmethod
+    def revert(cls, model: nn.Module) -> None:
+        for module in model.modules():
+            if type(module) is cls:
+                module.__class__ = nn.BatchNorm2d
+
 
 def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -> float:
     """Learning rate of a step (from 0 to steps - 1): linear warm-up, then the schedule over what is left."""
@@ -187,17 +194,20 @@ class State:
     name is left over from a kill and removed at the next save.
     """
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(self, folder: Path, settings: Settings, **others):
+        """`others` decide the result too, and must be equal for a resume as the settings must."""
         self.folder = folder
-        self.settings = json.loads(json.dumps(dataclasses.asdict(settings)))
+        self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | others))
 
     def load(self, device) -> tuple[dict, dict] | None:
         """(progress, {part: contents}), or None if there is nothing to resume."""
         if not (self.folder / "state.json").is_file():
             return None
         record = load_json(self.folder / "state.json")
+        if not {"progress", "files", "settings"} <= record.keys():
+            raise BadInput(f"{self.folder / 'state.json'}: not the list of a state; --no-resume starts the stage again")
         theirs = record["settings"]
-        changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in self.settings.items() if theirs.get(key) != value]
+        changed = [f"{key} {theirs[key]} -> {value}" for key, value in self.settings.items() if theirs.get(key, value) != value]
         if changed:
             raise BadInput(f"{self.folder} holds a run with other settings ({', '.join(changed)}): give the same "
                            "options to go on, or --no-resume to start it again, or another --run folder")
@@ -206,7 +216,7 @@ class State:
             try:
                 parts[part] = torch.load(self.folder / name, map_location=device, weights_only=True)
             except Exception as error:
-                raise BadInput(f"{self.folder / name}: cannot be read ({error}); --no-resume starts the stage again") from error
+                raise BadInput(f"{self.folder / name}: cannot be read ({brief(error)}); --no-resume starts the stage again") from error
         return record["progress"], parts
 
     def save(self, progress: dict, parts: dict) -> None:
@@ -221,9 +231,42 @@ class State:
 
     def remove(self) -> None:
         if self.folder.is_dir():
+            (self.folder / "state.json").unlink(missing_ok=True)  # first: it must not name what is gone
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
+
+
+def brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def fingerprint(tensors) -> str:
+    """A digest of the values of tensors, for a state to know masks and teachers by."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def sigterm_noted():
+    """A list that SIGTERM fills, instead of ending the process. At the end the handler before learns of it too.
+
+    Only the main thread may install a handler; in another one the list stays empty.
+    """
+    arrived = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    except ValueError:
+        yield arrived
+        return
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if arrived and callable(before):
+            before(signal.SIGTERM, None)
 
 
 def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
@@ -258,19 +301,23 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     if processes.count > 1:
         SyncBatchNorm.convert(model, device)
     optimizer = make_optimizer(settings, model)
-    state = State(folder / f"{stage}.state", settings)
+    parts = {"weights": model, "optimizer": optimizer, "average": average, "penalty": penalty}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    state = State(folder / f"{stage}.state", settings, images=images,
+                  penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
+                  masks=None if masks is None else fingerprint(masks.factors),
+                  teacher=None if teacher is None else fingerprint(teacher.state_dict().values()))
     progress = {"step": 0, "loss": 0.0, "correct": 0.0, "seconds": 0.0}
     if not resume and processes.first:
         state.remove()
     found = state.load(device) if resume else None
     if found:
-        progress, parts = found
-        model.load_state_dict(parts["weights"])
-        optimizer.load_state_dict(parts["optimizer"])
-        if average is not None:
-            average.load_state_dict(parts["average"])
-        if penalty is not None:
-            penalty.load_state_dict(parts["penalty"])
+        progress, contents = found
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(contents[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"{state.folder} is of another network ({brief(error)}); --no-resume starts the stage again") from error
         if processes.first:
             print(f"{stage}: goes on at epoch {progress['step'] // epoch_steps + 1} of {settings.epochs}", flush=True)
     log_path = folder / f"{stage}.jsonl"
@@ -305,12 +352,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
             if average is not None:
                 masks.check(average)
         if processes.first:
-            parts = {"weights": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if average is not None:
-                parts["average"] = average.state_dict()
-            if penalty is not None:
-                parts["penalty"] = penalty.state_dict()
-            state.save(progress, parts)
+            state.save(progress, {name: part.state_dict() for name, part in parts.items()})
         saved = time.monotonic()
 
     def stopped():
@@ -318,30 +360,20 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
             print(f"{stage}: stopped at epoch {progress['step'] / epoch_steps:.2f} of {settings.epochs}, state written to "
                   f"{state.folder}; the same command goes on", flush=True)
 
-    stop = False
-
-    def ask_to_stop(*_):
-        nonlocal stop
-        stop = True
-
-    # on SIGTERM the step is finished and the state written; only the main thread may install a handler
-    try:
-        previous = signal.signal(signal.SIGTERM, ask_to_stop)
-    except ValueError:
-        previous = None
     started = saved = time.monotonic()
     before = progress["seconds"]
     # sums over the epoch's steps of loss and accuracy, kept on the device: reading them would wait for it
     totals = torch.tensor([progress["loss"], progress["correct"]], dtype=torch.float64, device=device)
     model.train()
-    bar = None
-    try:
+    with contextlib.ExitStack() as at_end:
+        asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
         while progress["step"] < steps:
             epoch, first = divmod(progress["step"], epoch_steps)
             if prepare is not None:
                 prepare(model)
             order = cifar100.epoch_order(images, generator_for(settings.seed, stage, "order", epoch)).to(device)
             bar = progress_bar(stage, epoch, settings.epochs, epoch_steps, first, processes.first)
+            at_end.callback(bar.close)
             for i in range(first, epoch_steps):
                 step = epoch * epoch_steps + i
                 lr = lrs[step]
@@ -390,7 +422,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                     seen = totals.tolist()
                     bar.set_postfix(loss=f"{seen[0] / (i + 1):.3f}", accuracy=f"{seen[1] / (i + 1):.1%}", refresh=False)
                 bar.update()
-                pause = processes.agree(stop or time.monotonic() - started > max_seconds, device)
+                pause = processes.agree(bool(asked) or time.monotonic() - started > max_seconds, device)
                 if i + 1 < epoch_steps and (pause or due()):
                     save()
                     if pause:
@@ -422,11 +454,6 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 save()
             if not last and pause:
                 return stopped()
-    finally:
-        if bar is not None:
-            bar.close()
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
     return model
 
 
@@ -444,6 +471,7 @@ def finish(model, average, train_data, settings: Settings, stage: str) -> nn.Mod
     if average is not None:  # a weight that became zero is only nearly zero in the average
         for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(model)):
             ours.weight.mul_(theirs.weight != 0)
+    SyncBatchNorm.revert(result)  # every process sees the same images from here on
     if settings.refresh:
         count = min(settings.refresh, len(train_data.labels))
         chosen = cifar100.epoch_order(len(train_data.labels), generator_for(settings.seed, stage, "refresh"))[:count]

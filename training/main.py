@@ -204,7 +204,7 @@ def describe_machine(device: torch.device, processes: loop.Processes) -> str:
 
 
 def run_stage(stage: str, args, data, test, device, processes, deadline: float) -> bool:
-    """Train one stage and write its weights. False if the time ran out first."""
+    """Train one stage and write its weights. False if that was all for now: the time ran out, or SIGTERM came."""
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
@@ -214,10 +214,11 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         save_json({"stage": stage, "machine": describe_machine(device, processes), "train_images": len(data.labels),
                    "settings": dataclasses.asdict(settings), "options": options}, args.run / f"{stage}.options.json")
-    finished = loop.train(
-        stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
-        teacher=teacher, resume=args.resume, eval_every=args.eval_every, save_seconds=args.save_seconds,
-        max_seconds=deadline - time.monotonic(), processes=processes)
+    with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
+        finished = loop.train(
+            stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
+            teacher=teacher, resume=args.resume, eval_every=args.eval_every, save_seconds=args.save_seconds,
+            max_seconds=deadline - time.monotonic(), processes=processes)
     if finished is None:
         return False
     if processes.first:
@@ -227,7 +228,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
         print(f"{stage}: wrote {args.run / f'{stage}.pt'}", flush=True)
     if processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
-    return True
+    return not processes.agree(bool(asked), device)
 
 
 def main(argv=None) -> int:
@@ -250,13 +251,14 @@ def main(argv=None) -> int:
         chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
         if chosen and not args.resume and processes.first:
             (args.run / f"{chosen[0]}.pt").unlink(missing_ok=True)
+        if processes.count > 1:
+            dist.barrier()  # all processes find the same files
         for stage in chosen or STAGES:
             if (args.run / f"{stage}.pt").is_file():
                 if processes.first:
                     print(f"{stage}: {args.run / f'{stage}.pt'} is there"
                           + ("; --no-resume trains it again" if chosen else ""), flush=True)
-                continue
-            if not run_stage(stage, args, data, test, device, processes, deadline):
+            elif not run_stage(stage, args, data, test, device, processes, deadline):
                 break
             args.start = None  # --start is where the first stage began
         return 0

@@ -38,8 +38,8 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
         raise BadInput(f"no prune-ratio file {config_file}; in {PROFILES} there are: {known}")
     try:
-        ratios = tomllib.loads(path.read_text())["prune_ratios"]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+        ratios = dict(tomllib.loads(path.read_text())["prune_ratios"])
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a TOML file with a table [prune_ratios] ({error})") from error
     layers = dict(weight_layers(model))
     for name, ratio in ratios.items():
@@ -82,6 +82,7 @@ class ReweightedL1:
         modules = dict(weight_layers(model))
         self.weights = [modules[name].weight for name in layers]
         self.kind, self.form, self.target, self.eps = kind, form, target, eps
+        self.given = lam
         self.lam = lam or 0.0
         self.alphas: list[Tensor] = []
 
@@ -114,6 +115,11 @@ class ReweightedL1:
             else:
                 norm = group_norms(weight, self.kind)
                 weight.mul_((1 - strength * alpha / norm.clamp_min(1e-30)).clamp_min_(0))
+
+    def options(self) -> dict:
+        """What it was made with."""
+        return {"kind": self.kind, "form": self.form, "lambda": self.given, "target": self.target, "eps": self.eps,
+                "weights": sum(weight.numel() for weight in self.weights)}
 
     def state_dict(self) -> dict:
         return {"lam": self.lam, "alphas": self.alphas}

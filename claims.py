@@ -1,0 +1,94 @@
+"""The claim beside a checkpoint (F.json beside F.pt): reading it, and holding the checkpoint's values against it.
+
+    sha256               of the checkpoint file
+    accuracy             {"data", "correct", "images", "loss"}, and accuracy_by_step, what each step of quantize.py left
+    tensors              [{"name", "bits", "step" (or "kind": "float16")}]: the format of every parameter
+    activations          [{"name", "bits", "signed", "step"}]: the format of every activation point
+    counts               zeros, storage, operations and score (see counting.summary)
+    probe_logits         logits of a fixed made-up batch (quantize.probe_images), to the last bit
+    made_by              command, commit, machine, and the training stages behind it
+
+The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import counting
+from counting import WORD, Activation, Formats, Grid
+from mobilenet_v2 import BadInput
+
+
+def claim_path(checkpoint) -> Path:
+    return Path(checkpoint).with_suffix(".json")
+
+
+def entries(claim: dict, key: str, path) -> dict[str, dict]:
+    """The claim's list `key` by name. Raises BadInput if an entry has no name, a name twice, or no 1 to 32 bits."""
+    found = {}
+    listed = claim.get(key)
+    if not isinstance(listed, list):
+        raise BadInput(f"{path}: {key!r} is not a list")
+    for entry in listed:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        bits = entry.get("bits") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name in found:
+            raise BadInput(f"{path}: {key!r} holds {entry!r} without a name of its own")
+        if type(bits) is not int or not 1 <= bits <= WORD:
+            raise BadInput(f"{path}: {key!r} gives {name} {bits!r} bits, expected 1 to {WORD}")
+        found[name] = entry
+    return found
+
+
+def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
+    """The claim's format of a tensor. Raises BadInput if the values need more bits or do not stand on its steps."""
+    bits, step = entry["bits"], entry.get("step")
+    if found.bits > bits:
+        raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
+    if "kind" in entry:
+        if entry["kind"] not in counting.HALVES or bits != 16 or not counting.is_half(parameter, entry["kind"]):
+            raise BadInput(f"the values are no {bits}-bit {entry['kind']}")
+        return Grid(16, kind=entry["kind"])
+    if step is None:
+        return replace(found, bits=bits)
+    steps = tuple(step) if isinstance(step, list) else (step,)
+    positive = all(type(s) in (int, float) and 0 < s < math.inf for s in steps)
+    if len(steps) not in (1, len(parameter)) or not positive:
+        raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
+    grid = Grid(bits, steps, "claimed")
+    codes = grid.codes(parameter)
+    on_steps = codes * torch.tensor(steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
+    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
+    if off.any() or counting.signed_bits(int(codes.min()), int(codes.max())) > bits:
+        raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
+    return grid
+
+
+def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, list[str]]:
+    """The claim's formats, and a line for everything in which the network and its values contradict the claim.
+
+    What the claim leaves out or gets wrong keeps the format that was found; an activation point without a claim has
+    32 bits. Raises BadInput if the claim is not made of such entries.
+    """
+    problems, tensors, activations = [], {}, {}
+    listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)
+    for name, parameter in model.named_parameters():
+        tensors[name] = found.tensors[name]
+        try:
+            if name not in listed:
+                raise BadInput("not in the claim")
+            tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
+        except BadInput as error:
+            problems.append(f"{name}: {error}")
+    wanted = counting.activation_points(model)
+    problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
+    unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
+    problems += [f"{name}: claimed, but not in the network" for name in unknown]
+    for name, entry in points.items():
+        if type(entry.get("signed")) is not bool:
+            raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
+        activations[name] = Activation(entry["bits"], entry["signed"])
+    return Formats(tensors, activations), problems

@@ -1,0 +1,678 @@
+"""The training loop on a network of four layers: schedules, one step by hand, resume to the bit, several processes."""
+import copy
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import cifar100
+from files import save_tensors
+from mobilenet_v2 import BadInput, weight_layers
+from training import loop
+from training.loop import Processes, Settings, learning_rate
+from training.reweighted_l1 import Masks, ReweightedL1, target_masks
+
+
+class Tiny(nn.Module):
+    """Convolution, depthwise convolution, linear layer, and a BatchNorm each; a step takes milliseconds."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv1 = nn.Conv2d(3, 16, 3, stride=4, bias=False)
+            self.bn1 = nn.BatchNorm2d(16)
+            self.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+            self.bn2 = nn.BatchNorm2d(16)
+            self.linear = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+LAYERS = ["conv1", "conv2", "linear"]
+TRAIN, TEST = cifar100.made_up(52, 0, classes=10), cifar100.made_up(30, 1, classes=10)
+# 52 images in batches of 16: 3 steps an epoch and 4 images over; 9 steps in all
+SETTINGS = Settings(epochs=3, batch_size=16, lr=0.05, warmup_epochs=1, clean=0.34, average=0.9, refresh=40)
+VARIANTS = {  # optimizer, form of the penalty, masks, weight average
+    "sgd": ("sgd", None, False, 0.9), "adam": ("adam", None, False, 0.9), "proximal": ("sgd", "proximal", False, 0.9),
+    "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
+
+
+def stage(folder, variant="sgd", test=TEST, model=None, **kwargs):
+    """(result, the model that was trained) of a stage that is made anew, as a new process would."""
+    optimizer, form, masked, average = VARIANTS[variant]
+    model = model or Tiny()
+    penalty = form and ReweightedL1(model, LAYERS[1:], form=form, target=0.5)
+    masks = Masks(model, target_masks(model, LAYERS, 0.4)) if masked else None
+    settings = kwargs.pop("settings", dataclasses.replace(SETTINGS, optimizer=optimizer, average=average))
+    result = loop.train("stage", model, TRAIN, test, settings, folder, **{
+        "penalty": penalty, "penalty_updates": 3, "masks": masks, "save_seconds": 0, **kwargs})
+    return result, model
+
+
+def log(folder) -> list[dict]:
+    """The epochs' lines without their seconds."""
+    lines = [json.loads(line) for line in (folder / "stage.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same(one: nn.Module, other: nn.Module):
+    for (key, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), f"{key} differs by {(a - b).abs().max()}"
+
+
+def close(one: nn.Module, other: nn.Module, **tolerance) -> bool:
+    return all(torch.allclose(a, b, **tolerance) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """variant -> (result, trained model, log) of a run without an interruption."""
+    done = {}
+
+    def of(variant):
+        if variant not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            done[variant] = *stage(folder, variant), log(folder)
+        return done[variant]
+    return of
+
+
+def state_of(folder) -> dict:
+    return json.loads((folder / "stage.state" / "state.json").read_text())
+
+
+def at_draw(monkeypatch, number, action):
+    """`action()` in the middle of step `number` (counted from 1)."""
+    count, draw = 0, cifar100.draw
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == number:
+            action()
+        return draw(*args, **kwargs)
+    monkeypatch.setattr(cifar100, "draw", counted)
+
+
+# ------------------------------------------------------------------------------------- schedules, draws, optimizer
+
+def test_cosine_with_warmup():
+    settings = dataclasses.replace(SETTINGS, epochs=10, lr=0.4, warmup_epochs=2)
+    lrs = [learning_rate(settings, step, 100, 10) for step in range(100)]
+    assert lrs[0] == pytest.approx(0.4 / 20) and lrs[9] == pytest.approx(0.2) and lrs[19] == pytest.approx(0.4)
+    assert lrs[20] == pytest.approx(0.4) and lrs[60] == pytest.approx(0.2)  # half of the 80 steps after the warm-up
+    assert lrs[40] == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)))
+    assert 0 < lrs[99] < 0.001
+    assert all(a > b for a, b in zip(lrs[20:], lrs[21:])) and all(a < b for a, b in zip(lrs[:19], lrs[1:20]))
+
+
+def test_other_schedules():
+    default = dataclasses.replace(SETTINGS, lr=1.0, schedule="default", warmup_epochs=0)
+    assert [learning_rate(default, step, 8, 4) for step in range(8)] == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
+    constant = dataclasses.replace(default, schedule="constant", warmup_epochs=0.5)
+    assert [learning_rate(constant, step, 8, 4) for step in range(8)] == [0.5] + [1.0] * 7
+    with pytest.raises(BadInput, match="linear.*cosine, default, constant"):
+        learning_rate(dataclasses.replace(default, schedule="linear"), 5, 8, 4)
+
+
+def test_every_name_has_its_own_generator():
+    names = [(0, "rew", "step", 1), (0, "rew", "step", 2), (0, "rew", "order", 1), (0, "masked", "step", 1),
+             (1, "rew", "step", 1), (0, "rew", "step", 12), (0, "rew", "step", 1, 2)]
+    drawn = [tuple(torch.randint(1 << 62, (2,), generator=loop.generator_for(*name)).tolist()) for name in names]
+    assert len(set(drawn)) == len(names)
+    assert loop.generator_for(*names[0]).initial_seed() == loop.generator_for(*names[0]).initial_seed()
+    # the seeds that runs of years ago had, on any machine
+    assert loop.generator_for(0, "pretrain", "step", 7).initial_seed() == GOLDEN_SEED
+
+
+GOLDEN_SEED = 5791023614352653473
+
+
+def test_weight_decay_is_for_weights_alone():
+    model = Tiny()
+    for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW)):
+        optimizer = loop.make_optimizer(dataclasses.replace(SETTINGS, optimizer=name, weight_decay=0.1), model)
+        assert type(optimizer) is kind
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert {name for name, value in decay.items() if value == 0.1} == {f"{layer}.weight" for layer in LAYERS}
+        assert {name for name, value in decay.items() if value == 0} == {
+            "linear.bias", "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
+    with pytest.raises(BadInput, match="lion"):
+        loop.make_optimizer(dataclasses.replace(SETTINGS, optimizer="lion"), model)
+
+
+def test_mixed_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3), 0.0], [math.log(2), 0.0, 0.0]])  # softmax 1/5 3/5 1/5 and 1/2 1/4 1/4
+    p = [[0.2, 0.6, 0.2], [0.5, 0.25, 0.25]]
+    labels, others, lam = torch.tensor([1, 0]), torch.tensor([0, 2]), torch.tensor([0.75, 1.0])
+    for smoothing in (0.0, 0.3):
+        target = [[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]]
+        target = [[(1 - smoothing) * t + smoothing / 3 for t in row] for row in target]
+        expected = -sum(t * math.log(q) for row, probabilities in zip(target, p) for t, q in zip(row, probabilities)) / 2
+        assert loop.mixed_cross_entropy(logits, labels, others, lam, smoothing).item() == pytest.approx(expected, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ one step by hand
+
+@pytest.mark.parametrize("distill", (None, 0.7))
+@pytest.mark.parametrize("form", (None, "loss", "proximal"))
+def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
+    """All the images in one batch, nothing augmented: objective, gradient, Nesterov step and soft threshold by hand."""
+    settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.01,
+                        smoothing=0.1, augment="none", mixing="none", average=0, refresh=0, distill=0.7, temperature=3.0)
+    model, teacher = Tiny(), Tiny(seed=1).eval()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lam = 0.05
+    penalty = form and ReweightedL1(model, ["conv1", "linear"], form=form, lam=lam, eps=0.1)
+    order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+
+    reference = Tiny().train()
+    log_p = F.log_softmax(reference(cifar100.normalise(TRAIN.images[order])), 1)
+    target = 0.9 * F.one_hot(TRAIN.labels[order], 10) + 0.01
+    shown = objective = -(target * log_p).sum(1).mean()
+    if distill:
+        with torch.no_grad():
+            q = F.softmax(teacher(cifar100.normalise(TRAIN.images[order])) / 3, 1)
+        student = F.log_softmax(log_p / 3, 1)  # of log p or of the logits: the same
+        objective = 0.3 * shown + 0.7 * 9 * (q * (q.log() - student)).sum(1).mean()
+    if form == "loss":
+        for name in ("conv1.weight", "linear.weight"):
+            objective = objective + lam * (dict(reference.named_parameters())[name].abs() / (start[name].abs() + 0.1)).sum()
+    objective.backward()
+
+    result, _ = stage(tmp_path, test=None, model=model, settings=settings, penalty=penalty or None, penalty_updates=1,
+                      teacher=teacher if distill else None)
+    for name, p in reference.named_parameters():
+        gradient = p.grad + (0.01 * start[name] if p.dim() > 1 else 0)
+        expected = start[name] - 0.1 * 1.9 * gradient  # the first Nesterov step: g + 0.9 g
+        if form == "proximal" and name in ("conv1.weight", "linear.weight"):
+            threshold = 0.1 * lam / (start[name].abs() + 0.1)
+            expected = expected.sign() * (expected.abs() - threshold).clamp(min=0)
+        assert torch.allclose(dict(result.named_parameters())[name], expected, rtol=1e-4, atol=1e-6), name
+    assert log(tmp_path)[0]["loss"] == pytest.approx(shown.item(), abs=1e-5)
+    assert torch.allclose(result.bn1.running_mean, reference.bn1.running_mean, atol=1e-6)
+
+
+def test_the_average_by_hand(tmp_path, monkeypatch):
+    steps, update = [], loop.update_average
+    start = Tiny().state_dict()
+
+    def recorded(average, model, decay):
+        steps.append(({key: value.clone() for key, value in model.state_dict().items()}, decay))
+        update(average, model, decay)
+    monkeypatch.setattr(loop, "update_average", recorded)
+    settings = dataclasses.replace(SETTINGS, average=0.25, refresh=0)
+    result, _ = stage(tmp_path, settings=settings)
+    assert [decay for _, decay in steps] == [0.1, 2 / 11, 0.25] + [0.25] * 6  # (1 + t) / (10 + t) at first
+    for key in ("conv2.weight", "linear.bias", "bn1.weight", "bn2.running_var"):
+        expected = start[key].double()
+        for weights, decay in steps:
+            expected = decay * expected + (1 - decay) * weights[key].double()
+        assert torch.allclose(result.state_dict()[key].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluate_by_hand():
+    model = Tiny().train()
+    before = copy.deepcopy(model.state_dict())
+    loss, correct = loop.evaluate(model, TEST, batch_size=7)
+    assert model.training and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    with torch.no_grad():
+        logits = model.eval()((TEST.images.float() - 128) / 64)
+    assert loss == pytest.approx(F.cross_entropy(logits, TEST.labels).item(), rel=1e-5)
+    assert correct == (logits.argmax(1) == TEST.labels).sum()
+
+
+def test_the_end_renews_batchnorm_from_clean_images(tmp_path):
+    result, _ = stage(tmp_path, settings=dataclasses.replace(SETTINGS, refresh=10_000))  # all 52, in one batch
+    with torch.no_grad():
+        maps = result.conv1((TRAIN.images.float() - 128) / 64)
+    assert not result.training
+    assert torch.allclose(result.bn1.running_mean, maps.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(result.bn1.running_var, maps.transpose(0, 1).flatten(1).var(1), rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- a stage's course
+
+def test_an_epoch_sees_every_image_at_most_once_in_a_new_order(tmp_path, monkeypatch):
+    seen, augment = [], cifar100.augment
+    numbers = {image.numpy().tobytes(): i for i, image in enumerate(TRAIN.images)}
+
+    def recorded(images, labels, draws):
+        seen.append([numbers[image.numpy().tobytes()] for image in images])
+        return augment(images, labels, draws)
+    monkeypatch.setattr(cifar100, "augment", recorded)
+    stage(tmp_path)
+    assert [len(batch) for batch in seen] == [16] * 9
+    epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(len(set(epoch)) == 48 for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+
+
+def test_the_last_epochs_are_clean(tmp_path, monkeypatch):
+    mixings, draw = [], cifar100.draw
+
+    def recorded(*args, mixing, **kwargs):
+        mixings.append(mixing)
+        return draw(*args, mixing=mixing, **kwargs)
+    monkeypatch.setattr(cifar100, "draw", recorded)
+    stage(tmp_path)
+    assert mixings == ["both"] * 6 + ["none"] * 3
+
+
+def test_alpha_is_updated_at_equal_distances(tmp_path, monkeypatch):
+    updates, update = [], ReweightedL1.update
+
+    def recorded(self, lr_to_come):
+        updates.append(lr_to_come)
+        update(self, lr_to_come)
+    monkeypatch.setattr(ReweightedL1, "update", recorded)
+    stage(tmp_path, "proximal")
+    lrs = [learning_rate(SETTINGS, step, 9, 3) for step in range(9)]
+    assert updates == pytest.approx([sum(lrs), sum(lrs[3:]), sum(lrs[6:])])
+
+
+def test_a_line_an_epoch(tmp_path):
+    stage(tmp_path, "proximal", eval_every=2)
+    lines = log(tmp_path)
+    assert [(line["stage"], line["epoch"], line["step"]) for line in lines] == [("stage", e, 3 * e) for e in (1, 2, 3)]
+    assert [("test_accuracy" in line) for line in lines] == [False, True, True]
+    assert all(line["lambda"] > 0 and 0 <= line["accuracy"] <= 1 for line in lines)
+    assert lines[0]["lr"] == pytest.approx(0.05) and lines[2]["zeros"] > 0
+
+
+def test_the_proximal_form_reaches_its_target(tmp_path):
+    result, _ = stage(tmp_path, "proximal", settings=dataclasses.replace(SETTINGS, epochs=20))
+    weights = torch.cat([result.conv2.weight.flatten(), result.linear.weight.flatten()])
+    assert (weights == 0).float().mean() > 0.4 and (weights != 0).any() and (result.conv1.weight != 0).all()
+
+
+def test_bfloat16_and_odd_batches_train(tmp_path):
+    result, _ = stage(tmp_path, settings=dataclasses.replace(SETTINGS, batch_size=13, precision="bfloat16"))
+    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in result.state_dict().values())
+    assert log(tmp_path)[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+@pytest.mark.parametrize("average", (0.0, 0.9))
+def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
+    """After every step, in the weights and in their average, whatever momentum and weight decay do."""
+    model = Tiny()
+    keep = target_masks(model, LAYERS, 0.5)
+    masks = Masks(model, keep)
+    applied, apply = 0, masks.apply
+
+    def checked():
+        nonlocal applied
+        applied += 1
+        assert any((module.weight[~keep[name]] != 0).any() for name, module in weight_layers(model))  # the step moved them
+        apply()
+        assert all((module.weight[~keep[name]] == 0).all() for name, module in weight_layers(model))
+    masks.apply = checked
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, average=average, weight_decay=0.1)
+    result, _ = stage(tmp_path, model=model, settings=settings, masks=masks)
+    assert applied == 9
+    for name, module in weight_layers(result):
+        assert torch.equal(module.weight != 0, keep[name])
+    assert [line["zeros"] for line in log(tmp_path)] == [sum(int((~mask).sum()) for mask in keep.values())] * 3
+
+
+@pytest.mark.parametrize("save_seconds", (0, 1e9))
+def test_a_mask_that_is_not_applied_is_caught(tmp_path, save_seconds):
+    model = Tiny()
+    masks = Masks(model, target_masks(model, LAYERS, 0.5))
+    masks.apply = lambda: None
+    with pytest.raises(AssertionError, match="no longer zero"):
+        stage(tmp_path, model=model, masks=masks, save_seconds=save_seconds)
+    assert not (tmp_path / "stage.state" / "state.json").exists()
+
+
+@pytest.mark.parametrize("save_seconds", (0, 1e9))
+def test_a_loss_that_is_not_finite_names_the_learning_rate(tmp_path, save_seconds):
+    with pytest.raises(BadInput, match="--lr"):
+        stage(tmp_path, settings=dataclasses.replace(SETTINGS, lr=1e30, warmup_epochs=0), save_seconds=save_seconds)
+
+
+@pytest.mark.parametrize("wrong, processes", ((dict(epochs=0), Processes()), (dict(batch_size=0), Processes()),
+                                              (dict(batch_size=15), Processes(0, 2)), (dict(batch_size=18), Processes(0, 2))))
+def test_impossible_batches_are_refused(tmp_path, wrong, processes):
+    with pytest.raises(BadInput, match="batch"):
+        stage(tmp_path, settings=dataclasses.replace(SETTINGS, **wrong), processes=processes)
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+# Processes that are killed are forked from a server that has torch loaded already.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "torch.optim.swa_utils", "numpy", "pytest"])
+
+
+def run_killed(folder, variant, number, after):
+    """Run a stage and die by SIGKILL at the `number`th file, before it gets its name or after."""
+    torch.set_num_threads(1)
+    count, replace = 0, os.replace
+
+    def killing(*paths):
+        nonlocal count
+        count += 1
+        if count == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = killing
+    stage(folder, variant)
+
+
+def start(target, *args):
+    process = fork.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def wait(process) -> int:
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("a process hangs")
+    return process.exitcode
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, variant):
+    """Killed anywhere: while a part of the state is written, between the parts and their list, around the log."""
+    moments = {f"{number}{'b' if after else 'a'}": (number, after) for number in (1, 4, 5, 9, 14, 23, 24, 30) for after in (0, 1)}
+    if variant != "proximal":  # every moment once, a few for each of the others
+        moments = dict(list(moments.items())[len(variant) % 5::5])
+    processes = [start(run_killed, tmp_path / name, variant, *moment) for name, moment in moments.items()]
+    assert [wait(process) for process in processes] == [-signal.SIGKILL] * len(moments)
+    result, model, lines = whole(variant)
+    resumed_at = set()
+    for name in moments:
+        folder = tmp_path / name
+        resumed_at.add(state_of(folder)["progress"]["step"] if (folder / "stage.state/state.json").exists() else 0)
+        mine, trained = stage(folder, variant)
+        assert_same(mine, result)
+        assert_same(trained, model)
+        assert log(folder) == lines
+    assert len(resumed_at) > 2
+
+
+def test_killed_again_and_again(tmp_path, whole):
+    deaths = 0
+    while wait(start(run_killed, tmp_path, "proximal", 7, deaths % 2)) == -signal.SIGKILL:
+        deaths += 1
+        assert deaths < 20  # it gets on
+    assert deaths > 3
+    assert log(tmp_path) == whole("proximal")[2]
+
+
+@pytest.mark.parametrize("step", (2, 3, 4, 8))
+def test_sigterm_ends_the_step_and_the_run_goes_on(tmp_path, monkeypatch, capsys, whole, step):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        at_draw(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        result, _ = stage(tmp_path, "proximal", save_seconds=1e9)
+    assert result is None and signal.getsignal(signal.SIGTERM) is before
+    out = capsys.readouterr().out
+    assert f"stopped at epoch {step / 3:.2f} of 3" in out and "the same command goes on" in out
+    assert state_of(tmp_path)["progress"]["step"] == step and len(log(tmp_path) if step > 2 else []) == step // 3
+    result, model = stage(tmp_path, "proximal", save_seconds=1e9)
+    assert f"goes on at epoch {step // 3 + 1} of 3" in capsys.readouterr().out
+    assert_same(result, whole("proximal")[0])
+    assert_same(model, whole("proximal")[1])
+    assert log(tmp_path) == whole("proximal")[2]
+
+
+def test_sigterm_in_the_last_step_lets_it_finish(tmp_path, monkeypatch, whole):
+    at_draw(monkeypatch, 9, lambda: signal.raise_signal(signal.SIGTERM))
+    with Ignored(signal.SIGTERM) as arrived:
+        assert_same(stage(tmp_path)[0], whole("sgd")[0])
+    assert arrived  # who started the stage learns of it too
+
+
+class Ignored:
+    """Counts a signal instead of dying of it."""
+
+    def __init__(self, number):
+        self.number, self.count = number, 0
+
+    def __enter__(self):
+        self.before = signal.signal(self.number, self)
+        return self
+
+    def __call__(self, *_):
+        self.count += 1
+
+    def __bool__(self):
+        return self.count > 0
+
+    def __exit__(self, *_):
+        signal.signal(self.number, self.before)
+
+
+def test_a_budget_of_nothing_is_a_step_at_a_time(tmp_path, whole):
+    runs = 0
+    while (result := stage(tmp_path, "loss+masks", max_seconds=0, save_seconds=1e9)[0]) is None:
+        runs += 1
+        assert state_of(tmp_path)["progress"]["step"] == runs
+    assert runs == 8
+    assert_same(result, whole("loss+masks")[0])
+    assert log(tmp_path) == whole("loss+masks")[2]
+
+
+def test_the_seconds_add_up(tmp_path):
+    stage(tmp_path, max_seconds=0)
+    path = tmp_path / "stage.state" / "state.json"
+    record = json.loads(path.read_text())
+    assert 0 < record["progress"]["seconds"] < 60
+    record["progress"]["seconds"] = 1000.0
+    path.write_text(json.dumps(record))
+    stage(tmp_path)
+    assert 1000 <= json.loads((tmp_path / "stage.jsonl").read_text().splitlines()[0])["seconds"] < 1060
+
+
+def test_without_resume_it_starts_again(tmp_path, whole):
+    stage(tmp_path, max_seconds=0)
+    (tmp_path / "stage.state" / next(iter(state_of(tmp_path)["files"].values()))).write_bytes(b"damaged")
+    result, _ = stage(tmp_path, resume=False)
+    assert_same(result, whole("sgd")[0])
+    assert log(tmp_path) == whole("sgd")[2]
+
+
+@pytest.mark.parametrize("change", (dict(lr=0.06), dict(epochs=4), dict(seed=1), dict(average=0.8), dict(mixing="none")))
+def test_other_settings_do_not_resume(tmp_path, change):
+    stage(tmp_path, max_seconds=0)
+    (name, value), = change.items()
+    with pytest.raises(BadInput, match=f"{name} .* -> {value}.*--no-resume"):
+        stage(tmp_path, settings=dataclasses.replace(SETTINGS, **change))
+
+
+def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
+    """They decide the result too, though they are no Settings."""
+    def changed(word, **kwargs):
+        with pytest.raises(BadInput, match=f"other settings.*{word}"):
+            loop.train("stage", model, kwargs.pop("data", TRAIN), TEST, SETTINGS, tmp_path, **{**same, **kwargs})
+
+    model = Tiny()
+    same = {"penalty": ReweightedL1(model, LAYERS, target=0.5), "penalty_updates": 3, "teacher": Tiny(1).eval(),
+            "masks": Masks(model, target_masks(model, LAYERS, 0.3)), "save_seconds": 0}
+    loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, max_seconds=0, **same)
+    model = Tiny()
+    same["masks"] = Masks(model, target_masks(Tiny(), LAYERS, 0.3))
+    for penalty in (dict(target=0.6), dict(lam=1e-3), dict(target=0.5, eps=0.1), dict(target=0.5, form="loss"),
+                    dict(target=0.5, kind="filter")):
+        changed("penalty", penalty=ReweightedL1(model, LAYERS, **penalty))
+    changed("penalty", penalty=ReweightedL1(model, LAYERS[:2], target=0.5))
+    changed("penalty", penalty=None)
+    changed("penalty", penalty=ReweightedL1(model, LAYERS, target=0.5), penalty_updates=4)
+    same["penalty"] = ReweightedL1(model, LAYERS, target=0.5)
+    changed("teacher", teacher=Tiny(2).eval())
+    changed("teacher", teacher=None)
+    changed("images", data=cifar100.made_up(54, 0, classes=10))
+    changed("masks", masks=None)
+    assert loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, **same) is not None
+    changed("masks", masks=Masks(model, target_masks(Tiny(), LAYERS, 0.4)))
+
+
+def damaged_list(folder):
+    (folder / "state.json").write_text('{"progress": {')
+
+
+def list_without_files(folder):
+    (folder / "state.json").write_text("{}")
+
+
+def part_cut_short(folder):
+    path = next(folder.glob("weights-*.pt"))
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def part_missing(folder):
+    next(folder.glob("optimizer-*.pt")).unlink()
+
+
+def part_of_another_network(folder):
+    save_tensors({"conv.weight": torch.zeros(1)}, next(folder.glob("weights-*.pt")))
+
+
+def part_that_runs_code(folder):
+    torch.save(os.system, next(folder.glob("average-*.pt")))
+
+
+@pytest.mark.parametrize("damage", (damaged_list, list_without_files, part_cut_short, part_missing, part_of_another_network,
+                                    part_that_runs_code))
+def test_a_damaged_state_is_named(tmp_path, damage):
+    stage(tmp_path, max_seconds=0)
+    damage(tmp_path / "stage.state")
+    with pytest.raises(BadInput, match="stage.state") as error:
+        stage(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_kill_left_over_goes(tmp_path):
+    stage(tmp_path, max_seconds=0)
+    folder = tmp_path / "stage.state"
+    for name in ("weights-999.pt", "optimizer-2.pt.abc.tmp"):
+        (folder / name).write_bytes(b"half")
+    stage(tmp_path, max_seconds=0)
+    assert {path.name for path in folder.iterdir()} == {"state.json", *state_of(tmp_path)["files"].values()}
+    loop.State(folder, SETTINGS).remove()
+    assert not folder.exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole):
+    stage(tmp_path, max_seconds=0)
+    for number in range(1, 5):  # each of the three parts, then their list
+        with monkeypatch.context() as patch:
+            count, replace = 0, os.replace
+
+            def full(*paths):
+                nonlocal count
+                count += 1
+                if count == number:
+                    raise OSError(28, "No space left on device", str(paths[1]))
+                replace(*paths)
+            patch.setattr(os, "replace", full)
+            with pytest.raises(OSError, match="No space"):
+                stage(tmp_path)
+        assert not list(tmp_path.rglob("*.tmp")) and state_of(tmp_path)["progress"]["step"] == 1
+    assert_same(stage(tmp_path)[0], whole("sgd")[0])
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+def in_two(rank, folder, variant, changes, kwargs):
+    """One of two processes on gloo, which meet at a file; the first writes what came out."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    optimizer, _, _, average = VARIANTS[variant]
+    settings = dataclasses.replace(SETTINGS, **{"optimizer": optimizer, "average": average, **changes})
+    result, model = stage(folder, variant, settings=settings, processes=Processes(rank, 2), **kwargs)
+    if result is not None:
+        save_tensors(result.state_dict(), folder / f"result{rank}.pt")
+        save_tensors(model.state_dict(), folder / f"trained{rank}.pt")
+    dist.destroy_process_group()
+
+
+def two(folder, variant, changes={}, **kwargs):
+    folder.mkdir(exist_ok=True)
+    (folder / "meeting").unlink(missing_ok=True)
+    assert [wait(process) for process in [start(in_two, rank, folder, variant, changes, kwargs) for rank in (0, 1)]] == [0, 0]
+
+
+def loaded(path) -> nn.Module:
+    model = Tiny()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_what_one_trains(tmp_path, whole, variant):
+    two(tmp_path, variant)
+    result, model, lines = whole(variant)
+    assert close(loaded(tmp_path / "result0.pt"), result, rtol=1e-3, atol=1e-4)
+    assert close(loaded(tmp_path / "trained0.pt"), model, rtol=1e-3, atol=1e-4)
+    assert_same(loaded(tmp_path / "result0.pt"), loaded(tmp_path / "result1.pt"))
+    assert_same(loaded(tmp_path / "trained0.pt"), loaded(tmp_path / "trained1.pt"))
+    for mine, theirs in zip(log(tmp_path), lines, strict=True):  # a line an epoch, written once
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def test_a_run_of_two_goes_on_alone(tmp_path, whole):
+    two(tmp_path, "proximal", max_seconds=0)
+    assert state_of(tmp_path)["progress"]["step"] == 1
+    result, _ = stage(tmp_path, "proximal")
+    assert close(result, whole("proximal")[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_two_goes_on_bit_for_bit(tmp_path):
+    two(tmp_path / "whole", "loss+masks")
+    two(tmp_path / "parts", "loss+masks", max_seconds=0)
+    two(tmp_path / "parts", "loss+masks")
+    assert_same(loaded(tmp_path / "whole/result0.pt"), loaded(tmp_path / "parts/result0.pt"))
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+
+
+def batch_norm_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = loop.SyncBatchNorm.convert(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))
+    assert type(model[0]) is loop.SyncBatchNorm
+    x, weights = torch.load(folder / "batch.pt")
+    half = x[4 * rank:4 * rank + 4].clone().requires_grad_()
+    y = model(half)
+    (y * weights[4 * rank:4 * rank + 4]).sum().backward()
+    out = {"y": y.detach(), "x.grad": half.grad, "weight.grad": model[0].weight.grad, "bias.grad": model[0].bias.grad,
+           **model.state_dict()}
+    save_tensors(out, folder / f"out{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_batchnorm_over_two_processes_is_batchnorm_of_the_whole_batch(tmp_path):
+    x = 3 * torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) + 2
+    weights = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    torch.save((x, weights), tmp_path / "batch.pt")
+    assert [wait(process) for process in [start(batch_norm_of_two, rank, tmp_path) for rank in (0, 1)]] == [0, 0]
+    one, other = (torch.load(tmp_path / f"out{rank}.pt") for rank in (0, 1))
+
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    whole_x = x.clone().requires_grad_()
+    y = model(whole_x)
+    (y * weights).sum().backward()
+    assert torch.allclose(torch.cat([one["y"], other["y"]]), y, atol=1e-5)
+    assert torch.allclose(torch.cat([one["x.grad"], other["x.grad"]]), whole_x.grad, atol=1e-5)
+    for name, parameter in model[0].named_parameters():
+        assert torch.allclose(one[f"{name}.grad"] + other[f"{name}.grad"], parameter.grad, atol=1e-4)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(one[key], value, rtol=1e-5) and torch.equal(one[key], other[key])
