@@ -1,0 +1,206 @@
+"""The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
+
+    python report.py            figures/*.png, and the tables in README.md between <!-- NAME --> and <!-- end NAME -->
+    python report.py --check    writes nothing; exit status 2 if a table in README.md is not what it would write
+
+layers.png     sparsity and bits of every weight tensor
+cost.png       where storage and operations go
+training.png   loss and accuracy by epoch, stage after stage
+"""
+import argparse
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+import claims  # noqa: E402
+import counting  # noqa: E402
+from files import load_json, run_script, save_text  # noqa: E402
+from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint  # noqa: E402
+
+BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
+COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
+HERE = Path(__file__).resolve().parent
+
+
+def layers_figure(rows: list[dict], bits: dict[str, int]):
+    """Sparsity of every weight tensor by its index in the bit table, and the bits that are claimed for it."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1), layout="constrained")
+    for kind, colour in COLOURS.items():
+        same = [row for row in rows if row["kind"] == kind]
+        top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour, label=kind)
+    top.set(ylabel="zeros (%)", ylim=(0, 100), title="Sparsity and bits of the 58 weight tensors")
+    top.legend(loc="upper left", ncols=3, frameon=False)
+    bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
+               color=[RED if bits[row["name"]] < 8 else GREY for row in rows])
+    bottom.set(ylabel="bits", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)", ylim=(0, 9),
+               yticks=(0, 4, 6, 8), xlim=(-0.8, len(rows) - 0.2))
+    for axes in (top, bottom):
+        axes.grid(axis="y", color="#dddddd")
+        axes.set_axisbelow(True)
+    return figure
+
+
+def cost_figure(storage: dict[str, int], operations: dict[str, list[counting.Row]]):
+    """Storage by kind of value, and operations by kind of operation under the three accumulator conventions."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    parts = {kind: bits / 8e3 for kind, bits in storage.items() if kind != "total"}
+    bars = left.barh(list(parts), list(parts.values()), color=BLUE)
+    left.bar_label(bars, fmt="{:,.0f} kB", padding=3)
+    left.invert_yaxis()
+    left.set(title=f"Storage: {storage['total'] / 8e3:,.0f} kB", xlabel="kB", xlim=(0, 1.2 * max(parts.values())))
+    kinds = list(dict.fromkeys(row.kind for rows in operations.values() for row in rows))
+    colours = dict(zip(kinds, (BLUE, GREY, GREEN, ORANGE, RED, "#75507b")))
+    base = dict.fromkeys(operations, 0.0)
+    for kind in kinds:
+        heights = {c: sum(row.bits for row in rows if row.kind == kind) / 32e6 for c, rows in operations.items()}
+        right.bar(list(heights), list(heights.values()), bottom=[base[c] for c in heights], color=colours[kind], label=kind)
+        base = {c: base[c] + heights[c] for c in base}
+    for i, total in enumerate(base.values()):
+        right.text(i, total, f"{total:.2f}M", ha="center", va="bottom")
+    right.set(title="Operations for one image", ylabel="millions of 32-bit operations", xlabel="accumulators",
+              ylim=(0, 1.12 * max(base.values())), xlim=(-0.6, len(base) + 0.5))
+    right.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def training_figure(stages: list[list[dict]]):
+    """Training loss (left) and accuracy (right) by epoch, the stages one after the other."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    start = 0
+    for records, colour in zip(stages, (BLUE, ORANGE, GREEN, RED)):
+        epochs = [start + record["epoch"] for record in records]
+        left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=records[0]["stage"])
+        tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records) if "test_accuracy" in record]
+        right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{records[0]['stage']}, test")
+        right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour, label=f"{records[0]['stage']}, train")
+        start = epochs[-1]
+    left.set(title="Training loss", xlabel="epoch, all stages", ylim=(0, None))
+    right.set(title="Accuracy (the train images are augmented)", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.grid(color="#dddddd")
+    return figure
+
+
+def tables(claim: dict, submission_operations: dict[str, int]) -> dict[str, str]:
+    """The README's tables by name, in Markdown. What the submission reported is from its README (see FACTS in ours)."""
+    counts, accuracy = claim["counts"], claim["accuracy"]
+    exact, theirs, storage, score = counts["weights"]["all"], counts["weights"]["submission"], counts["storage"], counts["score"]
+    by_stage = {stage["stage"]: stage for stage in claim["made_by"]["training"]}
+    bits = {tensor["name"]: tensor["bits"] for tensor in claim["tensors"]}
+    six = sum(b == 6 for name, b in bits.items())
+
+    def percent(correct, images=accuracy["images"]):
+        return f"{100 * correct / images:.2f}%"
+
+    def stage_accuracy(stage):
+        return f"{100 * by_stage[stage]['last_epoch']['test_accuracy']:.2f}%"
+
+    check, test = "`python check_model_operations.py`", "`python testers.py`"
+    results = table(("", "this repository", "the submission", "command"), [
+        ("dense baseline, test accuracy", stage_accuracy("pretrain"), "81.92%", "`python training/main.py --pretrain`"),
+        ("masked, not quantized", percent(claim["accuracy_by_step"][0]["correct"]), "-", "`python training/main.py`"),
+        ("**shipped: masked and quantized**", f"**{percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})",
+         "80.12%", test),
+        ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", test),
+        ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", test),
+        ("weights, by the submission's convention", f"{theirs['total']:,}", "3,905,632", test),
+        ("zeros, by the submission's convention", f"{theirs['zeros']:,}", "3,005,523", test),
+        ("non-zeros, by the submission's convention", f"{theirs['nonzeros']:,}", "900,109", test),
+        ("sparsity, by the submission's convention", f"{theirs['sparsity']:.4f}", "0.7695", test),
+        ("compression rate, by the submission's convention", f"{theirs['compression']:.4f}", "4.3391", test),
+        ("bits of weights", f"6 in {six} layers, 8 in {58 - six}", "6 in 9 layers, 8 in 49", test),
+        ("parameter storage (32-bit parameters)", f"{storage['total'] / 32e6:.4f}M", "XXX (not stated)", test),
+        ("operations, by the submission's convention", f"{submission_operations['bits'] / 32e6:.2f}M", "231.25M", check),
+        ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-", check),
+        ("score, 32-bit accumulators", f"{score['32-bit']['score']:.4f}", "XXX (not stated)", check),
+        ("score, fixed-length accumulators", f"{score['fixed']['score']:.4f}", "-", check),
+        ("score, binary tree", f"{score['tree']['score']:.4f}", "-", check),
+    ])
+    steps, before = [], None
+    for step in claim["accuracy_by_step"]:
+        change = "" if before is None else f"{100 * (step['correct'] - before) / accuracy['images']:+.2f}"
+        steps.append((step["step"], f"{step['correct']:,}", percent(step["correct"]), change))
+        before = step["correct"]
+    stages = []
+    for name, stage in by_stage.items():
+        last, settings = stage["last_epoch"], stage["settings"]
+        stages.append((name, settings["epochs"], settings["batch_size"], settings["lr"], settings["seed"], f"{last['zeros']:,}",
+                       f"{100 * last['test_accuracy']:.2f}%", f"{last['seconds'] / 60:.0f} min", stage["machine"]))
+    conventions = [(c, f"{counts['operations'][c]['multiplication_bits'] / 32e6:.3f}M", f"{counts['operations'][c]['addition_bits'] / 32e6:.3f}M",
+                    f"{counts['operations'][c]['bits'] / 32e6:.3f}M", f"{score[c]['storage']:.5f}", f"{score[c]['operations']:.5f}",
+                    f"{score[c]['score']:.5f}") for c in counting.CONVENTIONS]
+    labels = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
+              "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
+    parts = [(labels[kind], f"{n:,}", f"{n / 32e6:.4f}M", f"{n / 8e3:,.0f} kB") for kind, n in storage.items()]
+    return {
+        "results": results,
+        "steps": table(("step of `quantize.py`", "correct", "accuracy", "change"), steps),
+        "stages": table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), stages),
+        "score": table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"),
+                       conventions),
+        "storage": table(("storage", "bits", "32-bit parameters", ""), parts),
+    }
+
+
+def table(head, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def fill(readme: str, contents: dict[str, str]) -> str:
+    """The README with its tables replaced. Raises BadInput if one of them has no place there."""
+    for name, text in contents.items():
+        readme, places = re.subn(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m: m[1] + text + "\n" + m[2], readme, flags=re.S)
+        if places != 1:
+            raise BadInput(f"the README has {places} places <!-- {name} --> ... <!-- end {name} -->, expected 1")
+    return readme
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
+    parser.add_argument("--logs", type=Path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", metavar="F", help="(%(default)s)")
+    parser.add_argument("--check", action="store_true", help="compare the README's tables, write nothing")
+    args = parser.parse_args(argv)
+    model = load_checkpoint(args.checkpoint)
+    path = claims.claim_path(args.checkpoint)
+    claim = load_json(path)
+    formats, problems = claims.hold(claim, path, model, counting.found_formats(model))
+    if problems:
+        raise BadInput(f"{args.checkpoint} contradicts its claim: {problems[0]}")
+    operations = counting.trace(model)
+    readme = args.readme.read_text()
+    filled = fill(readme, tables(claim, counting.submission_operations(operations)))
+    if args.check:
+        if filled != readme:
+            raise BadInput(f"{args.readme}: its tables are not those of {path}; run python report.py")
+        print(f"{args.readme}: its tables are those of {path}")
+        return 0
+    figures = {
+        "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),
+        "cost": cost_figure(counting.storage(model, formats),
+                            {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}),
+    }
+    logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
+    stages = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs if log.is_file()]
+    if stages:
+        figures["training"] = training_figure(stages)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(f"wrote {args.out / f'{name}.png'}")
+    save_text(filled, args.readme)
+    print(f"wrote the tables of {args.readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,144 @@
+"""What the repository says of itself: imports point one way, scripts parse, the README quotes the claim."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import counting
+import report
+from files import load_json
+from mobilenet_v2 import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {path.stem for path in ROOT.glob("*.py")}
+README = (ROOT / "README.md").read_text()
+shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), reason="no checkpoint is shipped yet")
+
+
+def imported(path: Path, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_the_model_file_imports_torch_alone():
+    others = imported(ROOT / "mobilenet_v2.py", top_level_only=True) - set(sys.stdlib_module_names)
+    assert others == {"torch"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_at_the_top_level_imports_training(module):
+    assert "training" not in imported(ROOT / f"{module}.py", top_level_only=True)
+
+
+def test_imports_have_no_cycle():
+    graph = {module: imported(ROOT / f"{module}.py", top_level_only=True) & MODULES for module in MODULES}
+    while graph:
+        leaves = [module for module, uses in graph.items() if not uses & graph.keys()]
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for leaf in leaves:
+            del graph[leaf]
+
+
+@pytest.mark.parametrize("script", ["run.sh", "training/run.sh", ".ci/run"])
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_run_sh_refuses_an_unknown_command():
+    result = subprocess.run(["bash", ROOT / "run.sh", "nonsense"], capture_output=True, text=True)
+    assert result.returncode == 2 and "unknown command nonsense" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_run_sh_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = subprocess.run(["bash", ROOT / "run.sh", "setup"], capture_output=True, text=True,
+                            env={"PATH": "/usr/bin:/bin", "PYTHON": str(old), "VENV": str(tmp_path / "venv")})
+    assert result.returncode == 2 and "older than Python 3.11" in result.stderr
+
+
+def test_the_submissions_commands_stand_in_training_run_sh():
+    text = (ROOT / "training" / "run.sh").read_text()
+    for command in (
+            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsity-type irregular --epoch 300 "
+            "--optmzr adam --lr 0.001 --lr-scheduler cosine --warmup --warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1",
+            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --masked-retrain --sparsity-type threshold "
+            "--config-file config_mobile_v2_0.7 --epoch 300 --optmzr adam --lr 0.001 --lr-scheduler cosine --warmup "
+            "--warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1"):
+        assert command in text
+
+
+def test_every_file_that_the_readme_names_exists():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_every_python_command_in_the_readme_names_a_script():
+    scripts = re.findall(r"(?:python|torchrun[^`\n]*?) ([\w/]+\.py)", README)
+    assert len(scripts) > 10
+    for script in scripts:
+        assert (ROOT / script).exists(), script
+
+
+@shipped
+def test_the_readmes_tables_are_those_of_the_claim():
+    assert report.main(["--check"]) == 0
+
+
+@shipped
+def test_a_changed_number_in_the_readme_is_noticed(tmp_path):
+    claim = load_json(ROOT / "cifar100_mobilenetv2.json")
+    zeros = f"{claim['counts']['weights']['all']['zeros']:,}"
+    assert zeros in README
+    (tmp_path / "README.md").write_text(README.replace(zeros, "1"))
+    with pytest.raises(BadInput, match="run python report.py"):
+        report.main(["--check", "--readme", str(tmp_path / "README.md")])
+
+
+@shipped
+def test_report_makes_the_figures(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    assert report.main(["--out", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
+    for name in ("layers", "cost", "training"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "README.md").read_text() == README
+
+
+@shipped
+def test_the_shipped_model_is_what_the_issue_asks_for():
+    claim = load_json(ROOT / "cifar100_mobilenetv2.json")
+    assert claim["counts"]["weights"]["submission"]["sparsity"] >= 0.7695
+    bits = [tensor["bits"] for tensor in claim["tensors"] if tensor["name"].split(".")[-2] in ("conv1", "conv2", "conv3", "0", "linear")
+            and tensor["name"].endswith("weight")]
+    assert [i for i, b in enumerate(bits) if b == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55] and len(bits) == 58
+    assert set(bits) == {6, 8} and all(a["bits"] == 8 for a in claim["activations"]) and len(claim["activations"]) == 55
+
+
+def test_a_table_without_a_place_in_the_readme_raises():
+    with pytest.raises(BadInput, match="0 places <!-- results -->"):
+        report.fill("nothing here", {"results": "| a |"})
+    assert report.fill("<!-- a -->\nold\n<!-- end a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- end a -->"
+
+
+def test_figures_quoted_in_the_readme():
+    """The numbers of the text that no table holds, from the commands that the text names."""
+    from mobilenet_v2 import MobileNetV2
+
+    dense = counting.submission_operations(counting.trace(MobileNetV2()))
+    half = counting.submission_operations(counting.trace(MobileNetV2()), 0.5)
+    for part in (dense, half):
+        text = f"{part['multiplication_bits'] / 32e6:.3f}M + {part['addition_bits'] / 32e6:.3f}M"
+        assert text in README
+    assert f"{dense['bits'] / 32e6:.3f}M" in README and f"{half['bits'] / 32e6:.3f}M" in README
