@@ -55,7 +55,7 @@ def load_json(path) -> dict:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
         raise BadInput(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds {type(value).__name__}, expected a JSON object")

@@ -7,7 +7,6 @@ is marked DEPARTURE where it happens. State-dict keys are those of kuangliu/pyto
 between this file and any implementation of that table. This file imports torch alone.
 """
 import os
-import pickle
 
 import torch
 from torch import nn
@@ -122,12 +121,15 @@ def load_state(path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(plain) < len(state):
+        raise BadInput(f"{path}: holds the same key with and without the prefix 'module.'")
+    return plain
 
 
 def load_checkpoint(path, num_classes: int = 100, width: float = 1.3) -> MobileNetV2:
@@ -146,6 +148,8 @@ def load_checkpoint(path, num_classes: int = 100, width: float = 1.3) -> MobileN
                 problems.append(f"missing {key}")
         elif state[key].shape != value.shape:
             problems.append(f"{key} is {list(state[key].shape)}, expected {list(value.shape)}")
+        elif state[key].layout is not torch.strided or state[key].is_complex() or state[key].is_meta:
+            problems.append(f"{key} is no dense tensor of real numbers")
         elif not torch.isfinite(state[key].float()).all():
             problems.append(f"{key} holds values that are not finite")
     if problems:

@@ -86,8 +86,9 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
 def bit_table(option: str | None) -> list[int]:
     """Bits of the 58 layers. None: the submission's table; a number: that many for all; else a TOML file.
 
-    The file has `default = 8` and a table [bits] of layer names, or indices, to bits. Raises BadInput for an unknown
-    layer and for widths outside 2 to 8 (activations have at most 8, and wider weights would not be summed exactly).
+    The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
+    anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
+    weights would not be summed exactly).
     """
     names = [name for name, _ in weight_layers(MobileNetV2())]
     if option is None:
@@ -97,10 +98,12 @@ def bit_table(option: str | None) -> list[int]:
     else:
         try:
             content = tomllib.loads(Path(option).read_text())
-        except FileNotFoundError as error:
-            raise BadInput(f"no bit table {option}: give a number of bits or a TOML file") from error
+        except OSError as error:
+            raise BadInput(f"no bit table {option!r}: give a number of bits or a TOML file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadInput(f"{option}: not a TOML file ({error})") from error
+        if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
+            raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
         table = [content.get("default", 8)] * LAYERS
         for key, bits in content.get("bits", {}).items():
             if key in names:
@@ -108,7 +111,7 @@ def bit_table(option: str | None) -> list[int]:
             elif key.isdecimal() and int(key) < LAYERS:
                 table[int(key)] = bits
             else:
-                raise BadInput(f"{option}: the network has no layer {key!r}")
+                raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
     for name, bits in zip(names, table):
         if not isinstance(bits, int) or not 2 <= bits <= 8:
             raise BadInput(f"{bits!r} bits for {name}: expected 2 to 8")
@@ -404,9 +407,10 @@ def parse(argv=None) -> argparse.Namespace:
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     args = parser.parse_args(argv)
-    for name, low in (("epochs", 0), ("batch_size", 1), ("calibration", 1), ("lr", 0), ("seed", 0)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    for name, low in (("epochs", 0), ("batch_size", 1), ("calibration", 1), ("made_up", 2), ("lr", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {low}")
     return args
 
 

@@ -9,6 +9,7 @@ contradicts the claim, or could not be verified, such as the accuracy without th
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -30,22 +31,26 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--holdout", action="store_true", help="test on the 5,000 held-out train images")
     parser.add_argument("--made-up", type=int, metavar="N", help="test on the test set of N made-up images (as training/main.py)")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.made_up is not None and args.made_up < 2:
+        parser.error(f"--made-up {args.made_up}: expected at least 2")
+    return args
 
 
 def exactness(model, formats: counting.Formats) -> int:
     """The largest magnitude that any convolution's sum of products of codes can have: exact in float32 up to 2^24.
 
-    Every activation code has at most 8 bits, so at most 255 of magnitude.
+    sys.maxsize if a step is no power of two: then float32 rounds already the products.
     """
+    largest = max(max(a.high, -a.low) for a in formats.activations.values())  # 255 at 8 bits
     worst = 0
     for name, module in weight_layers(model):
         if isinstance(module, nn.Linear):
             continue  # summed in float64
         grid = formats.tensors[f"{name}.weight"]
-        if not grid.steps:
+        if not grid.steps or any(math.frexp(step)[0] != 0.5 for step in grid.steps):
             return sys.maxsize
-        worst = max(worst, 255 * int(grid.codes(module.weight).abs().flatten(1).sum(1).max()))
+        worst = max(worst, largest * int(grid.codes(module.weight).abs().flatten(1).sum(1).max()))
     return worst
 
 
@@ -85,7 +90,7 @@ def main(argv=None) -> int:
     lines = [f"{checkpoint}, SHA-256 {report['sha256']}"]
 
     claim = load_json(claims.claim_path(checkpoint)) if claims.claim_path(checkpoint).exists() else None
-    if claim:
+    if claim is not None:
         formats, problems = claims.hold(claim, claims.claim_path(checkpoint), model, found)
         if claim.get("sha256") != report["sha256"]:
             problems.insert(0, f"the claim is about another file, with SHA-256 {claim.get('sha256')}")
@@ -115,13 +120,15 @@ def main(argv=None) -> int:
         loss, correct = quantize.evaluate(network, data)
         report |= {"data": split, "loss": loss, "correct": correct, "images": len(data)}
         lines += [f"Loss: {loss:.4f} ({split} set)", f"Accuracy: {correct}/{len(data)} ({correct / len(data):.2%})"]
-        claimed = (claim or {}).get("accuracy", {})
-        if claimed.get("data") == split and claimed.get("correct") != correct:
+        claimed = claim.get("accuracy") if claim is not None else report
+        if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (split, len(data)):
+            problems.append(f"the accuracy was not verified: tested were {len(data)} {split} images, claimed is {claimed}")
+        elif claimed.get("correct") != correct:
             problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
 
     summary = counting.summary(model, formats)
     report |= {"tensors": counting.tensor_rows(model, found), "counts": summary, "problems": problems}
-    if claim and claim.get("counts") != summary:
+    if claim is not None and claim.get("counts") != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
         print(json.dumps(report, indent=1))

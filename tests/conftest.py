@@ -17,3 +17,46 @@ def cifar100_dir() -> Path:
     if not REAL or not Path(REAL).is_dir():
         pytest.skip("CIFAR100_DIR does not name the real set")
     return Path(REAL).absolute()
+
+
+@pytest.fixture(scope="session")
+def sparse_checkpoint(tmp_path_factory) -> Path:
+    """A network with random weights, three quarters of them zero, and BatchNorm statistics of no round numbers.
+
+    Its linear layer is fitted to the 100 made-up images that it is tested on (`--made-up 100`): some 40 are right in
+    float and fewer with every rounding, so that an error in the arithmetic costs accuracy.
+    """
+    import cifar100
+    from files import save_tensors
+    from mobilenet_v2 import MobileNetV2, weight_layers
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = MobileNetV2()
+        for _, layer in weight_layers(model):
+            layer.weight.mul_(torch.rand(layer.weight.shape, generator=generator) < 0.25)
+        model.layers[3].conv1.weight[5] = 0  # a dead channel, whatever the draw
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+        for name, norm in norms.items():
+            norm.weight.uniform_(0.5, 1.5).mul_(torch.rand(norm.weight.shape, generator=generator).sub_(0.1).sign())
+            norm.weight.mul_(0.3 if name.endswith(".bn3") else 1)  # branches that only stir what the shortcuts carry
+            norm.bias.normal_(0, 0.2)
+            norm.momentum = 1.0
+        data = cifar100.made_up(100, 1)
+        x = cifar100.normalise(data.images)
+        model(x)
+        for norm in norms.values():
+            norm.running_mean.mul_(1.01)
+            norm.running_var.mul_(torch.rand(norm.weight.shape, generator=generator) * 0.1 + 1)
+        features = []
+        model.eval().features.register_forward_hook(lambda module, inputs, out: features.append(out))
+        model(x)
+        hidden = features[0] - features[0].mean(0)
+        kernel = hidden @ hidden.T + 0.02 * hidden.square().sum(1).mean() * torch.eye(100)
+        weight = torch.linalg.solve(kernel, 10 * torch.eye(100)[data.labels]).T @ hidden
+        model.linear.weight.copy_(weight * (weight.abs() > weight.abs().median()))
+        model.linear.bias.copy_(-model.linear.weight @ features[0].mean(0))
+    path = tmp_path_factory.mktemp("sparse") / "masked.pt"
+    save_tensors(model.state_dict(), path)
+    return path

@@ -1,11 +1,14 @@
 """The training loop on a network of four layers: schedules, one step by hand, resume to the bit, several processes."""
 import copy
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 
 import pytest
 import torch
@@ -72,8 +75,12 @@ def assert_same(one: nn.Module, other: nn.Module):
         assert torch.equal(a, b), f"{key} differs by {(a - b).abs().max()}"
 
 
-def close(one: nn.Module, other: nn.Module, **tolerance) -> bool:
-    return all(torch.allclose(a, b, **tolerance) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+def assert_close(one: nn.Module, other: nn.Module):
+    """Sums in another order. The scale of a BatchNorm before another one has hardly a gradient, and Adam, which divides
+    by its size, makes steps of the rounding error."""
+    for (key, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        tolerance = 1e-4 if key.removesuffix(".weight") in LAYERS else 1e-2
+        assert torch.allclose(a, b, rtol=1e-3, atol=tolerance), f"{key} differs by {(a - b).abs().max()}"
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +140,8 @@ def test_every_name_has_its_own_generator():
     drawn = [tuple(torch.randint(1 << 62, (2,), generator=loop.generator_for(*name)).tolist()) for name in names]
     assert len(set(drawn)) == len(names)
     assert loop.generator_for(*names[0]).initial_seed() == loop.generator_for(*names[0]).initial_seed()
-    # the seeds that runs of years ago had, on any machine
-    assert loop.generator_for(0, "pretrain", "step", 7).initial_seed() == GOLDEN_SEED
-
-
-GOLDEN_SEED = 5791023614352653473
+    # the same on any machine, and for ever: a run can be repeated
+    assert loop.generator_for(0, "pretrain", "step", 7).initial_seed() == 5791023614352653473
 
 
 def test_weight_decay_is_for_weights_alone():
@@ -591,6 +595,24 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole):
     assert_same(stage(tmp_path)[0], whole("sgd")[0])
 
 
+def run_on_little_space(folder):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit is an OSError then, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        loop.State(folder / "stage.state", SETTINGS).save({"step": 2}, {"weights": {"weight": torch.zeros(100_000)}})
+    except OSError as error:
+        sys.exit(10 if error.errno == errno.EFBIG else 11)
+
+
+@pytest.mark.xfail(reason="torch.save makes a RuntimeError of it: files.save_tensors should write the bytes itself", strict=True)
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_an_os_error(tmp_path):
+    stage(tmp_path, max_seconds=0)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "stage.state").iterdir()}
+    code = wait(start(run_on_little_space, tmp_path))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "stage.state").iterdir()}
+    assert code == 10  # run_script makes one line and status 2 of it
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 def in_two(rank, folder, variant, changes, kwargs):
@@ -622,8 +644,8 @@ def loaded(path) -> nn.Module:
 def test_two_processes_train_what_one_trains(tmp_path, whole, variant):
     two(tmp_path, variant)
     result, model, lines = whole(variant)
-    assert close(loaded(tmp_path / "result0.pt"), result, rtol=1e-3, atol=1e-4)
-    assert close(loaded(tmp_path / "trained0.pt"), model, rtol=1e-3, atol=1e-4)
+    assert_close(loaded(tmp_path / "result0.pt"), result)
+    assert_close(loaded(tmp_path / "trained0.pt"), model)
     assert_same(loaded(tmp_path / "result0.pt"), loaded(tmp_path / "result1.pt"))
     assert_same(loaded(tmp_path / "trained0.pt"), loaded(tmp_path / "trained1.pt"))
     for mine, theirs in zip(log(tmp_path), lines, strict=True):  # a line an epoch, written once
@@ -635,7 +657,7 @@ def test_a_run_of_two_goes_on_alone(tmp_path, whole):
     two(tmp_path, "proximal", max_seconds=0)
     assert state_of(tmp_path)["progress"]["step"] == 1
     result, _ = stage(tmp_path, "proximal")
-    assert close(result, whole("proximal")[0], rtol=1e-3, atol=1e-4)
+    assert_close(result, whole("proximal")[0])
 
 
 def test_a_run_of_two_goes_on_bit_for_bit(tmp_path):

@@ -45,8 +45,11 @@ def parse(argv=None) -> argparse.Namespace:
     stage.add_argument("--pretrain", action="store_true", help="dense training")
     stage.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
     stage.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
-    stage.add_argument("--run", type=Path, default=Path("runs/default"), metavar="DIR", help="run folder (%(default)s)")
-    stage.add_argument("--start", metavar="F", help="checkpoint that the first stage starts from (default: the stage before)")
+    # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
+    stage.add_argument("--run-folder", "--run", dest="run", type=Path, default=Path("runs/default"), metavar="DIR",
+                       help="(%(default)s)")
+    stage.add_argument("--start-from", "--start", dest="start", metavar="F",
+                       help="checkpoint that the first stage starts from (default: the stage before)")
     stage.add_argument("--resume", action=flag, default=True, help="go on from the state in the run folder (default)")
     stage.add_argument("--max-minutes", type=float, metavar="M",
                        help="wall-clock budget: stop cleanly after it, state written; the same command goes on")
@@ -119,9 +122,10 @@ def parse(argv=None) -> argparse.Namespace:
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
     for name, low, high in (("epochs", 1, 10**6), ("batch_size", 1, 10**6), ("lr", 0, 100), ("weight_decay", 0, 1),
-                            ("ema", 0, 1), ("smooth_eps", 0, 1), ("target_sparsity", 0, 1), ("distill", 0, 1), ("seed", 0, 2**62),
+                            ("ema", 0, 1), ("smooth_eps", 0, 1), ("target_sparsity", 0.001, 0.999), ("lam", 0, 10**6), ("eps", 1e-9, 1),
+                            ("distill", 0, 1), ("temperature", 0.01, 1000), ("save_seconds", 0, 10**9), ("seed", 0, 2**62),
                             ("made_up", 2, 10**6), ("eval_every", 1, 10**6), ("updates", 1, 10**6), ("warmup_epochs", 0, 10**6),
-                            ("refresh", 0, 10**6), ("max_minutes", 0, 10**9), ("threshold", 0, 1), ("alpha", 0, 1000)):
+                            ("refresh", 0, 10**6), ("max_minutes", 0, 10**9), ("threshold", 0, 1), ("alpha", 0.01, 1000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
@@ -151,7 +155,10 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
 
 def pruned_layers(args, model) -> list[str]:
     if args.config_file:
-        return list(reweighted_l1.prune_ratios(args.config_file, model))
+        layers = list(reweighted_l1.prune_ratios(args.config_file, model))
+        if not layers:
+            raise BadInput(f"{args.config_file}: no layer has a ratio above 0")
+        return layers
     return reweighted_l1.default_layers(model)
 
 

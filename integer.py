@@ -1,0 +1,445 @@
+"""The shipped network in exact integer arithmetic: no float anywhere between the uint8 image and the integer logits.
+
+    python integer.py                   the shipped checkpoint: accuracy, agreement with its float twin, accumulators
+    python integer.py --checkpoint F    another one, .pt with its claim beside it or .mnet
+
+Every number that is stored is an integer times a power of two (see quantize.py), so every value in between is one too.
+Where each value's power is known before the first image, integers and shifts are all that is left:
+
+  acc   = sum of weight code x activation code                int32   a convolution, the linear layer; padding is code 0
+  value = sum over branches of acc x multiplier + addend      int64   a branch is a convolution or a block's own input
+  code  = clip((value + half) >> shift)                       8 bits  floor(x + 1/2); a lower clip at 0 is the ReLU
+
+What is stored for it            width
+  weight codes                   6 or 8 bits (at most 8)      signed
+  multiplier, a channel's        11 bits and a sign, and a shift to the left: the float16 scale of a folded BatchNorm
+  addend, a channel's            16 bits signed, and a shift to the left: the BatchNorm's shift, the linear layer's bias
+  steps                          a power of two for every tensor and activation point: all shifts follow from them
+The average is the sum of its values: dividing by 16 is 4 more in a shift. Logits are values, all with one power of two.
+
+No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the machine
+is built. quantize.exact_network computes the same network in float32, whose scale-and-shift rounds twice where this one
+does not round. So a code can differ, by one, where the exact value is a float32 rounding away from the boundary
+between two codes; `explain` shows that there is no other difference.
+"""
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cifar100
+import counting
+import quantize
+from counting import signed_bits
+from files import run_script
+from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
+from packed import exponent, load, stated_formats
+
+BATCH = 8  # images: their maps stay in the cache
+NOTICED = 0.999  # of the predictions have to agree with the float32 network's
+
+
+# ------------------------------------------------------------------------------------------------- sums of products
+# Codes are uint8 (unsigned) or int8 (signed), [N, H, W, channels] or [N, channels]; accumulators int32 of that layout.
+
+@functools.cache
+def fast_products() -> bool:
+    """Whether torch has a product of int8 matrices for the CPU, and whether it is exact on this one.
+
+    x86 CPUs without VNNI add products in pairs in 16 bits, which saturate: extreme codes show it.
+    """
+    extreme = torch.tensor([-128, 127, -128, -128], dtype=torch.int8).repeat(64, 16)
+    try:
+        return torch.equal(torch._int_mm(extreme, extreme.T), extreme.int() @ extreme.int().T)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def products(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes [..., K] times weight codes (int8 [K, out]) -> int32 [..., out].
+
+    The fast product takes signed codes alone: unsigned ones lose 128 first, which the weights' sums give back.
+    """
+    rows = codes.flatten(0, -2)
+    if not fast_products():
+        acc = rows.int() @ weight.int()
+    elif codes.dtype == torch.uint8:
+        acc = torch._int_mm((rows ^ 128).view(torch.int8), weight).add_(weight.sum(0, dtype=torch.int32) * 128)
+    else:
+        acc = torch._int_mm(rows, weight)
+    return acc.unflatten(0, codes.shape[:-1])
+
+
+def windows(codes: Tensor, stride: int) -> list[Tensor]:
+    """The nine codes under a 3x3 kernel, row by row, each [N, H/stride, W/stride, C]; outside the map they are 0."""
+    height, width = codes.shape[1:3]
+    codes = F.pad(codes, (0, 0, 1, 1, 1, 1))
+    return [codes[:, y:y + height:stride, x:x + width:stride] for y in range(3) for x in range(3)]
+
+
+def full_3x3(codes: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """weight int8 [9 x in, out]."""
+    return products(torch.cat(windows(codes, stride), -1), weight)
+
+
+def depthwise_3x3(codes: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """weight int32 [9, C]."""
+    parts = windows(codes.int(), stride)
+    acc = parts[0] * weight[0]
+    for part, row in zip(parts[1:], weight[1:]):
+        acc.addcmul_(part, row)
+    return acc
+
+
+def sum_of_map(codes: Tensor) -> Tensor:
+    return codes.sum((1, 2), dtype=torch.int32)
+
+
+def layer_sums(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function from a layer's input codes to its accumulators. weight: its codes, int64, in the layer's own shape."""
+    if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
+        return functools.partial(products, weight=weight.flatten(1).to(torch.int8).T)
+    rows, stride = weight.permute(2, 3, 1, 0), layer.stride[0]  # [3, 3, in, out]
+    if layer.groups == 1:
+        return functools.partial(full_3x3, weight=rows.flatten(0, 2).to(torch.int8), stride=stride)
+    return functools.partial(depthwise_3x3, weight=rows.flatten(0, 2).int(), stride=stride)
+
+
+# --------------------------------------------------------------------------------------------------- the integer machine
+
+def lowest_bit(x: Fraction) -> int:
+    """e of the lowest bit 2^e in x, an integer times a power of two and not 0."""
+    return (x.numerator & -x.numerator).bit_length() - x.denominator.bit_length()
+
+
+class Branch:
+    """One term of a value: sums(codes of `source`) x multiplier + addend, a channel at a time.
+
+    reach: (lowest, highest) accumulator of each channel. scale, shift: the real numbers for which multiplier and addend
+    stand; `align` makes those, the integers scale / 2^e and shift / 2^e.
+    """
+
+    def __init__(self, name: str, source: str, sums: Callable[[Tensor], Tensor], reach: list[tuple[int, int]],
+                 scale: list[Fraction], shift: list[Fraction]):
+        self.name, self.source, self.sums, self.reach, self.scale, self.shift = name, source, sums, reach, scale, shift
+        worst = max(max(-low, high) for low, high in reach)
+        if worst >= 2**31:
+            raise BadInput(f"{name}: sums of products up to {worst:,} may overflow the 32-bit accumulator")
+
+    def align(self, exponents: list[int]) -> list[int]:
+        """Sets multiplier and addend (int64 [C]); returns the largest magnitude, before or after adding, a channel."""
+        unit = [Fraction(2) ** -e for e in exponents]
+        multiplier = [int(a * u) for a, u in zip(self.scale, unit)]
+        addend = [int(b * u) for b, u in zip(self.shift, unit)]
+        largest = [max(max(-low, high, 1) * abs(a) + abs(b), abs(b))
+                   for (low, high), a, b in zip(self.reach, multiplier, addend)]
+        if max(largest) < 2**63:
+            self.multiplier, self.addend = torch.tensor(multiplier), torch.tensor(addend)
+        return largest
+
+    def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
+        acc = self.sums(codes[self.source])
+        if watch is not None:
+            watch(self.name, acc)
+        return acc.long().mul_(self.multiplier).add_(self.addend)
+
+
+class Point:
+    """An activation point: the value that its branches add up to, rounded to its codes; without a step, the logits.
+
+    Each channel has its own power of two for its value, 2^exponent, the finest bit of anything that is added in it.
+    Raises BadInput if the value could overflow 64 bits.
+    """
+
+    def __init__(self, name: str, branches: list[Branch], step: Fraction | None = None, low: int = 0, high: int = 0):
+        self.name, self.branches, self.low, self.high = name, branches, low, high
+        self.dtype = torch.int8 if low < 0 else torch.uint8
+        halves = [step / 2 if step else Fraction(0)] * len(branches[0].scale)
+        parts = zip(halves, *(part for branch in branches for part in (branch.scale, branch.shift)))
+        self.exponents = [min(lowest_bit(x) for x in channel if x) for channel in parts]
+        if step is None:
+            self.exponents = [min(self.exponents)] * len(halves)  # logits are compared with each other
+        halves = [int(half * Fraction(2) ** -e) for half, e in zip(halves, self.exponents)]
+        largest = max(map(sum, zip(halves, *(branch.align(self.exponents) for branch in branches))))
+        self.bits = largest.bit_length() + 1
+        if self.bits > 64:
+            raise BadInput(f"{name}: its aligned sums may need {self.bits} bits, more than 64")
+        self.half, self.shift = torch.tensor(halves), torch.tensor([half.bit_length() for half in halves])
+
+    def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
+        """int64, times 2^exponent of the channel."""
+        value = self.branches[0].value(codes, watch)
+        for branch in self.branches[1:]:
+            value += branch.value(codes, watch)
+        return value
+
+    def round(self, value: Tensor) -> Tensor:
+        """The codes, uint8 or int8. Writes over the value."""
+        return value.add_(self.half).bitwise_right_shift_(self.shift).clamp_(self.low, self.high).to(self.dtype)
+
+
+class IntegerNetwork:
+    """Called with images (uint8 [N, 3, 32, 32]) it returns logits (int64 [N, classes], times 2^logit_exponent).
+
+    points: the 55 activation points in the order in which they are computed; logits: a Point that is not rounded.
+    """
+
+    def __init__(self, points: list[Point], logits: Point):
+        self.points, self.logits, self.logit_exponent = points, logits, logits.exponents[0]
+
+    @classmethod
+    @torch.no_grad()
+    def from_checkpoint(cls, model: MobileNetV2, claim: dict) -> "IntegerNetwork":
+        """Reads the stored values of a shipped model as integers, by the formats in its claim.
+
+        Raises BadInput if they do not fit each other, or are not what 8-bit codes with steps that are powers of two and
+        accumulators of 32 bits can hold.
+        """
+        formats, points = stated_formats(model, claim), []
+        widths = {name: grid.bits for name, grid in formats.tensors.items()}
+        widths |= {f"activation {name}": activation.bits for name, activation in formats.activations.items()}
+        vectors = {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+        wide = [f"{name} has {bits} bits" for name, bits in widths.items() if bits > (16 if name in vectors else 8)]
+        if wide:
+            raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
+        step = {a["name"]: Fraction(2) ** exponent(a.get("step"), f"activation {a['name']}") for a in claim["activations"]}
+
+        def layer(name: str, norm: str | None, source: str) -> Branch:
+            module, grid = model.get_submodule(name), formats.tensors[f"{name}.weight"]
+            if len(grid.steps) != 1:
+                raise BadInput(f"{name}.weight has {len(grid.steps)} steps, expected one")
+            unit = Fraction(2) ** exponent(grid.steps[0], f"{name}.weight") * step[source]
+            scale, shift = [unit] * len(module.weight), module.bias
+            if norm:
+                bn = model.get_submodule(norm)
+                if not counting.is_folded(bn):
+                    raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
+                scale, shift = [unit * Fraction(a) for a in bn.weight.tolist()], bn.bias
+            weight, activation = grid.codes(module.weight), formats.activations[source]
+            positive = weight.flatten(1).clamp(min=0).sum(1).tolist()
+            negative = weight.flatten(1).clamp(max=0).sum(1).tolist()
+            reach = [(p * activation.low + n * activation.high, p * activation.high + n * activation.low)
+                     for p, n in zip(positive, negative)]
+            return Branch(name, source, layer_sums(module, weight), reach, scale, list(map(Fraction, shift.tolist())))
+
+        def unchanged(name: str, source: str, channels: int) -> Branch:
+            activation = formats.activations[source]
+            return Branch(name, source, lambda codes: codes, [(activation.low, activation.high)] * channels,
+                          [step[source]] * channels, [Fraction(0)] * channels)
+
+        def point(name: str, *branches: Branch) -> str:
+            activation = formats.activations[name]
+            points.append(Point(name, list(branches), step[name], activation.low, activation.high))
+            return name
+
+        # as MobileNetV2.forward
+        pixel = Fraction(1, cifar100.STD)
+        image = Branch("pixels", "pixels", lambda codes: codes, [(0, 255)] * 3, [pixel] * 3, [-cifar100.MEAN * pixel] * 3)
+        last = point("relu1", layer("conv1", "bn1", point("image", image)))
+        for i, block in enumerate(model.layers):
+            at = f"layers.{i}."
+            hidden = point(f"{at}relu1", layer(f"{at}conv1", f"{at}bn1", last))
+            hidden = point(f"{at}relu2", layer(f"{at}conv2", f"{at}bn2", hidden))
+            branches = [layer(f"{at}conv3", f"{at}bn3", hidden)]
+            if block.residual and len(block.shortcut):
+                branches.append(layer(f"{at}shortcut.0", f"{at}shortcut.1", last))
+            elif block.residual:
+                branches.append(unchanged(f"{at}shortcut", last, block.conv3.out_channels))
+            last = point(f"{at}out", *branches)
+        last = point("relu2", layer("conv2", "bn2", last))
+        activation, places = formats.activations[last], (IMAGE_SIZE // 8) ** 2
+        channels = model.linear.in_features
+        mean = Branch("mean", last, sum_of_map, [(places * activation.low, places * activation.high)] * channels,
+                      [step[last] / places] * channels, [Fraction(0)] * channels)
+        return cls(points, Point("logits", [layer("linear", None, point("features", mean))]))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, watch: Callable[[str, Tensor], None] | None = None) -> Tensor:
+        """watch(name, accumulators) is called for every branch."""
+        return self.logits.value(self.codes(images, watch), watch)
+
+    @torch.inference_mode()
+    def codes(self, images: Tensor, watch=None) -> dict[str, Tensor]:
+        """The codes at every activation point, and the pixels: {name: uint8 or int8 [N, H, W, C] (features: [N, C])}."""
+        codes = {"pixels": images.permute(0, 2, 3, 1).contiguous()}
+        for point in self.points:
+            codes[point.name] = point.round(point.value(codes, watch))
+        return codes
+
+    def layers(self) -> list[Branch]:
+        """What sums products or values: convolutions, the linear layer, the mean, in the order in which they run."""
+        branches = [branch for point in (*self.points, self.logits) for branch in point.branches]
+        return [branch for branch in branches if isinstance(branch.sums, functools.partial) or branch.name == "mean"]
+
+
+# ---------------------------------------------------------------------------------------- beside the float32 network
+
+@torch.inference_mode()
+def float_codes(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits, codes at every activation point as `IntegerNetwork.codes` has them) of quantize.exact_network."""
+    codes, hooks = {"pixels": images.permute(0, 2, 3, 1).contiguous()}, []
+
+    def see(name, module, _, out):
+        integers = (out / module.step).to(torch.int8 if module.signed else torch.uint8)
+        codes[name] = integers.permute(0, 2, 3, 1).contiguous() if integers.dim() == 4 else integers
+
+    for name, module in network.named_modules():
+        if isinstance(module, quantize.Quantizer):
+            hooks.append(module.register_forward_hook(functools.partial(see, name)))
+    try:
+        return network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last)), codes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def explain(network: IntegerNetwork, codes: dict[str, Tensor]) -> dict[str, tuple[int, int, int]]:
+    """{point: (codes, differing, unexplained)} where each point is computed from the float network's own input codes.
+
+    So every difference is of this point's arithmetic, and none is inherited. It is explained if the codes are
+    neighbours and the exact value is as close to the boundary between them as float32 can move it: four roundings (of
+    the product, the sum with the shift, the residual sum, the sum with 1/2), each of 2^-24 of what it rounds.
+    """
+    report = {}
+    for point in network.points:
+        terms = [branch.value(codes) for branch in point.branches]
+        value, theirs = sum(terms), codes[point.name]
+        magnitude = value.abs() * 2 + point.half
+        for branch, term in zip(point.branches, terms):
+            magnitude += term.abs() + (term - branch.addend).abs()
+        rest = (value + point.half) & ((1 << point.shift) - 1)  # distance to the boundary below
+        distance = torch.minimum(rest, (1 << point.shift) - rest)
+        apart = (point.round(value).int() - theirs.int()).abs()
+        explained = (apart == 1) & (distance <= (magnitude >> 24) + 1)
+        report[point.name] = theirs.numel(), int(apart.count_nonzero()), int(((apart > 0) & ~explained).sum())
+    return report
+
+
+def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images, explained: int = 32) -> dict:
+    """Runs both networks on all images. Explains the codes of the first `explained` images and of all that differ.
+
+    {"images", "correct", "float_correct", "seen": {layer: [lowest, highest] accumulator}, "seconds", "float_seconds",
+     "differing": [{"image", "label", "integer", "float", "margin"}], "codes", "codes_differing", "unexplained"}
+    margin: by how much the integer logits prefer their own prediction to the float network's, in real units.
+    """
+    seen, predictions = {}, {"integer": [], "float": []}
+    seconds, differing = dict.fromkeys(predictions, 0.0), []
+
+    def watch(name, acc):
+        low, high = (int(x) for x in acc.aminmax())
+        before = seen.get(name, (low, high))
+        seen[name] = min(low, before[0]), max(high, before[1])
+
+    for start in range(0, len(data), BATCH):
+        images = data.images[start:start + BATCH]
+        begin = time.perf_counter()
+        logits = network(images, watch)
+        middle = time.perf_counter()
+        with torch.inference_mode():
+            theirs = floats(cifar100.normalise(images).contiguous(memory_format=torch.channels_last)).argmax(1)
+        seconds["float"] += time.perf_counter() - middle
+        seconds["integer"] += middle - begin
+        ours = logits.argmax(1)
+        predictions["integer"].append(ours)
+        predictions["float"].append(theirs)
+        for i in (ours != theirs).nonzero().flatten().tolist():
+            margin = int(logits[i, ours[i]] - logits[i, theirs[i]])
+            differing.append({"image": start + i, "label": int(data.labels[start + i]), "integer": int(ours[i]),
+                              "float": int(theirs[i]), "margin": margin * 2.0**network.logit_exponent})
+    totals = [0, 0, 0]
+    for i in sorted({*range(min(explained, len(data))), *(each["image"] for each in differing)}):
+        _, codes = float_codes(floats, data.images[i:i + 1])
+        counts = [sum(column) for column in zip(*explain(network, codes).values())]
+        totals = [a + b for a, b in zip(totals, counts)]
+        for each in differing:
+            if each["image"] == i:
+                each["codes_differing"] = counts[1]
+    correct = {kind: int((torch.cat(found) == data.labels).sum()) for kind, found in predictions.items()}
+    return {"images": len(data), "correct": correct["integer"], "float_correct": correct["float"],
+            "differing": differing, "codes": totals[0], "codes_differing": totals[1], "unexplained": totals[2],
+            "seen": seen, "seconds": seconds["integer"], "float_seconds": seconds["float"]}
+
+
+def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) -> list[dict]:
+    """{"layer", "bound", "bits", "seen", "seen_bits", "value_bits"}: bits are two's complement, as `counting` has them."""
+    values = {branch.name: point.bits for point in (*network.points, network.logits) for branch in point.branches}
+    rows = []
+    for layer in network.layers():
+        bound = min(low for low, _ in layer.reach), max(high for _, high in layer.reach)
+        rows.append({"layer": layer.name, "bound": bound, "bits": signed_bits(*bound), "seen": seen[layer.name],
+                     "seen_bits": signed_bits(*seen[layer.name]), "value_bits": values[layer.name]})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"(default: {CHECKPOINT} beside this script)")
+    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
+    parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    args = parser.parse_args(argv)
+    for name, low in (("images", 1), ("made_up", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    return args
+
+
+def text(report: dict) -> str:
+    n, found, rows = report["images"], report["differing"], report["accumulators"]
+    lines = [f"Accuracy: {report['correct']}/{n} ({report['correct'] / n:.2%})",
+             f"The float32 network: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); predictions agree on "
+             f"{n - len(found)}/{n} ({(n - len(found)) / n:.2%})",
+             f"Rounding: from the same input codes, {report['codes_differing']:,} of {report['codes']:,} codes differ, "
+             f"{report['codes_differing'] - report['unexplained']:,} of them where the exact value is a float32 rounding "
+             f"away from the boundary, {report['unexplained']:,} elsewhere"]
+    for each in found:
+        lines.append(f"  image {each['image']}: label {each['label']}, integer {each['integer']}, float32 {each['float']}; "
+                     f"{each['codes_differing']} codes differ by rounding; the two logits are {each['margin']:.4g} apart")
+    lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in float32 "
+              f"({torch.get_num_threads()} threads, batches of {BATCH})", "",
+              "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
+              f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
+              f"{'sum bits':>10}"]
+    for row in rows:
+        lines.append(f"{row['layer']:<20}{row['bound'][0]:>13,}{row['bound'][1]:>13,}{row['bits']:>6}{row['seen'][0]:>13,}"
+                     f"{row['seen'][1]:>14,}{row['seen_bits']:>6}{row['value_bits']:>10}")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    """Prints the report. Returns 2 if the networks agree on too few images, or differ other than by rounding."""
+    args = parse(argv)
+    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    model, claim = load(checkpoint)
+    if claim is None:
+        raise BadInput(f"{checkpoint} has no claim beside it: the integer network needs the formats of its activations")
+    network = IntegerNetwork.from_checkpoint(model, claim)
+    data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
+    data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
+    report = {"checkpoint": str(checkpoint)} | compare(network, quantize.exact_network(model, claim["activations"]), data)
+    report["accumulators"] = accumulator_rows(network, report.pop("seen"))
+    print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
+    problems = []
+    if report["unexplained"]:
+        problems.append(f"{report['unexplained']} codes differ from the float32 network's other than by its rounding")
+    if len(report["differing"]) > (1 - NOTICED) * report["images"]:
+        problems.append(f"{len(report['differing'])} of {report['images']} predictions differ from the float32 network's")
+    for problem in problems:
+        print(f"integer.py: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,733 @@
+import copy
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cifar100
+import claims
+import quantize
+from files import load_json, run_script, save_json, sha256
+from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from quantize import SCHEMES, bit_table, calibrate, code_range, codes, fake_quantize, free_step, power_of_two_step
+
+STEPS = ("float", "weights at 6/8 bits, {}", "activations at 8 bits, mse", "BatchNorm folded, scales, shifts, biases at 16 bits")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -------------------------------------------------------------------------------------------------------- the grids
+
+def test_the_submissions_step_by_hand():
+    # step = 2^-(b - 1 - ceil(log2 max|w|))
+    assert power_of_two_step(0.9, 8) == 2**-7 and power_of_two_step(0.5, 8) == 2**-8 and power_of_two_step(0.51, 8) == 2**-7
+    assert power_of_two_step(1.0, 8) == 2**-7  # a power of two itself: 1.0 has the code 128 and is clipped to 127
+    assert codes(torch.tensor([1.0, -1.0]), 2**-7, *code_range(8)).tolist() == [127, -128]
+    assert power_of_two_step(1 + 2**-23, 8) == 2**-6 and power_of_two_step(1 - 2**-24, 8) == 2**-7
+    assert power_of_two_step(3.0, 6) == 2**-3 and power_of_two_step(4.0, 6) == 2**-3 and power_of_two_step(4.1, 6) == 2**-2
+    assert power_of_two_step(0.9, 8, signed=False) == 2**-8 and power_of_two_step(6.0, 4, signed=False) == 2**-1
+    assert power_of_two_step(0.0, 8) == power_of_two_step(0.0, 8, signed=False) == 1
+    for exponent in range(-60, 60):  # log2 must not be off by a hair
+        assert power_of_two_step(2.0**exponent, 8) == 2.0 ** (exponent - 7)
+
+
+def test_code_ranges():
+    assert [code_range(b) for b in (2, 6, 8, 16)] == [(-2, 1), (-32, 31), (-128, 127), (-32768, 32767)]
+    assert [code_range(b, signed=False) for b in (2, 6, 8)] == [(0, 3), (0, 63), (0, 255)]
+
+
+def test_halves_go_up():
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -0.51, 0.49, -1.0])
+    assert codes(x, 1.0, -8, 7).tolist() == [-2, -1, 0, 1, 2, 3, -1, 0, -1]
+    assert codes(x / 4, 0.25, -8, 7).tolist() == [-2, -1, 0, 1, 2, 3, -1, 0, -1]
+    assert codes(torch.tensor([-99.0, 99.0, 7.4, 7.5]), 1.0, -8, 7).tolist() == [-8, 7, 7, 7]
+
+
+def slow_code(value, step, low, high):
+    quotient = Fraction(float(np.float32(value / step)))  # float32 division, then exact
+    return min(max(math.floor(quotient + Fraction(1, 2)), low), high)
+
+
+@pytest.mark.parametrize("bits, signed, step", [(8, True, 2**-6), (6, True, 2**-3), (8, False, 2**-5), (2, True, 0.5),
+                                                (8, True, 0.0137), (5, True, 0.3)])
+def test_codes_are_those_of_a_slow_reference(bits, signed, step):
+    low, high = code_range(bits, signed)
+    x = torch.cat([random(2000), (torch.arange(-600, 600) / 2) * step])  # the second: all codes and all halves
+    step = torch.tensor(step)
+    expected = [slow_code(value, step.item(), low, high) for value in x.tolist()]
+    assert codes(x, step, low, high).tolist() == expected
+    assert len(set(expected)) == high - low + 1 or bits > 6
+    on_grid = torch.tensor(expected, dtype=torch.float32) * step
+    assert torch.equal(fake_quantize(x, step, low, high), on_grid)
+    assert torch.equal(fake_quantize(x.clone().requires_grad_(), step, low, high), on_grid)
+
+
+def test_the_gradient_is_one_inside_and_zero_outside():
+    for low, high in (code_range(4), code_range(4, signed=False)):
+        x = torch.tensor([low - 0.75, low - 0.25, low + 0.3, -0.1, 0.1, 3.4, high + 0.25, high + 0.75]).mul_(0.25).requires_grad_()
+        fake_quantize(x, 0.25, low, high).backward(torch.arange(1.0, 9.0))
+        inside = [0, 1, 1, 1, 1, 1, 1, 0]
+        if low == 0:
+            assert [x[3] < 0, x[1] < 0] == [True, True]  # within half a step of the range: still inside
+        assert x.grad.tolist() == [i * g for i, g in zip(inside, range(1, 9))]
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+@pytest.mark.parametrize("channel", [False, True])
+def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
+    weight = random(5, 4, 3, 3) * torch.tensor([0.1, 1, 3, 1e-3, 0])[:, None, None, None]
+    weight[1, 0, 0, 0] = 9.0  # an outlier
+    low, high = code_range(bits)
+    found = free_step(weight, bits, channel)
+    assert found.shape == ((5, 1, 1, 1) if channel else (1, 1, 1, 1)) and (found > 0).all()
+    for rows, step in zip(weight if channel else weight[None], found.flatten()):
+        top = rows.abs().max().clamp_min(1e-12)
+
+        def error(step):
+            return float((torch.floor(rows.double() / step + 0.5).clamp(low, high) * step - rows.double()).square().sum())
+
+        candidates = [float(top * share / high) for share in torch.linspace(0.4, 1.0, 40).tolist()]
+        errors = [error(candidate) for candidate in candidates]
+        assert any(math.isclose(float(step), candidate, rel_tol=1e-6) for candidate in candidates)
+        assert error(float(step)) <= min(errors) * (1 + 1e-4)
+        assert min(errors) < max(errors) or not rows.any()
+    assert torch.isfinite(fake_quantize(weight, found, low, high)).all()
+
+
+# --------------------------------------------------------------------------------------------------------- bit table
+
+def test_the_submissions_bits():
+    table = bit_table(None)
+    assert [i for i, bits in enumerate(table) if bits == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55]
+    assert len(table) == 58 and set(table) == {6, 8}
+
+
+def test_other_bit_tables(tmp_path):
+    assert bit_table("4") == [4] * 58
+    path = tmp_path / "t.toml"
+    path.write_text('default = 7\n[bits]\n"layers.0.conv3" = 5\n57 = 6\nconv1 = 8\n"layers.16.shortcut.0" = 2\n')
+    table = bit_table(str(path))
+    assert (table[3], table[57], table[0], table[55]) == (5, 6, 8, 2) and table.count(7) == 54
+    path.write_text("[bits]\n9 = 3\n")
+    assert bit_table(str(path)) == [8] * 9 + [3] + [8] * 48
+    path.write_text("")
+    assert bit_table(str(path)) == [8] * 58
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[bits]\nconv9 = 6", "has no layer 'conv9'"), ("[bits]\n58 = 6", "has no layer '58'"),
+    ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6", "no layer 'layers' .names with dots need quotes"),
+    ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
+    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
+    ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
+    ("[bits", "not a TOML file"), ("[bits]\nconv1 = 6\nconv1 = 7", "not a TOML file"),
+])
+def test_bit_tables_that_are_wrong(tmp_path, content, message):
+    path = tmp_path / "t.toml"
+    path.write_text(content)
+    with pytest.raises(BadInput, match=message):
+        bit_table(str(path))
+
+
+@pytest.mark.parametrize("option, message", [
+    ("1", "1 bits for conv1: expected 2 to 8"), ("9", "9 bits"), ("-3", "no bit table '-3'"), ("", "no bit table ''"),
+    ("nowhere.toml", "no bit table 'nowhere.toml': give a number of bits or a TOML file"), (".", "no bit table"),
+])
+def test_bit_tables_that_are_not_there(option, message):
+    with pytest.raises(BadInput, match=message):
+        bit_table(option)
+
+
+# ------------------------------------------------------------------------------------------------------- activations
+
+def test_the_55_activation_points():
+    points = quantize.activation_points(MobileNetV2())
+    signs = dict(points)
+    assert len(points) == len(signs) == 55
+    signed = {"image", *(f"layers.{i}.out" for i in range(17))}
+    unsigned = {"relu1", "relu2", "features", *(f"layers.{i}.relu{j}" for i in range(17) for j in (1, 2))}
+    assert {name for name, sign in signs.items() if sign} == signed
+    assert {name for name, sign in signs.items() if not sign} == unsigned
+
+
+@torch.no_grad()
+def seen(model, images):
+    """{name: all values at the activation point}, looked at with hooks of our own."""
+    values = {}
+    hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: values.__setitem__(name, out))
+             for name, _ in quantize.activation_points(model)]
+    model.eval()((images.float() - 128) / 64)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+@pytest.fixture(scope="module")
+def images():
+    """51 made-up images, one more than a calibration batch. The first is the extreme one."""
+    images = cifar100.made_up(51, 3).images
+    images[0] = (images[0] > 128) * 255
+    return images
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_calibrated_ranges(sparse_checkpoint, images, bits):
+    model = load_checkpoint(sparse_checkpoint)
+    values = seen(model, images)
+    by_max = {entry["name"]: entry for entry in calibrate(model, images, bits, "max")}
+    by_mse = {entry["name"]: entry for entry in calibrate(model, images, bits, "mse")}
+    points = dict(quantize.activation_points(model))
+    assert list(by_max) == list(by_mse) == list(points) and not any(module._forward_hooks for module in model.modules())
+    finer = 0
+    for name, signed in points.items():
+        for entry in (by_max[name], by_mse[name]):
+            assert entry == {"name": name, "bits": bits, "signed": signed, "step": entry["step"]}
+        step = 2.0 ** (math.ceil(math.log2(values[name].abs().max())) - bits + signed)
+        if name == "image" and bits == 8:
+            assert step == by_max[name]["step"] == by_mse[name]["step"] == 2**-6
+            continue
+        assert by_max[name]["step"] == step
+
+        def error(step):
+            return (fake_quantize(values[name], step, *code_range(bits, signed)).double() - values[name]).square().sum().item()
+
+        errors = {step / 2**i: error(step / 2**i) for i in range(4)}
+        chosen = by_mse[name]["step"]
+        assert errors[chosen] <= min(errors.values()) * (1 + 1e-5)
+        finer += chosen < step
+    assert finer > 3  # "mse" does clip outliers
+
+
+def test_calibration_by_hand():
+    """A network of zeros: every activation is known."""
+    model = MobileNetV2().eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.zero_()
+    model.bn1.bias.data.fill_(3.0)  # relu1 is 3; its block adds nothing; the shortcut's BatchNorm makes 0.75
+    model.layers[0].shortcut[1].bias.data.fill_(-0.75)
+    model.bn2.bias.data.fill_(0.3)
+    gray = torch.full((2, 3, 32, 32), 128 + 64, dtype=torch.uint8)
+    steps = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 8, "max")}
+    assert steps["image"] == 2**-6 and steps["relu1"] == 4 / 256 and steps["layers.0.out"] == 1 / 128
+    assert steps["relu2"] == steps["features"] == 0.5 / 256 and steps["layers.5.relu1"] == 1
+    four = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 4, "max")}
+    assert four["image"] == 1 / 8 and four["relu1"] == 4 / 16 and four["layers.0.out"] == 1 / 8
+    mse = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 4, "mse")}
+    assert mse["relu1"] == 4 / 16 and mse["layers.0.out"] == 1 / 8  # 3 and -0.75 are on the grid: the coarsest is kept
+    assert mse["relu2"] == 0.5 / 16 / 2**1 or fake_quantize(torch.tensor(0.3), mse["relu2"], 0, 15).sub(0.3).abs() < 0.02
+
+
+def claimed_activations(**changes):
+    return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
+            for name, signed in quantize.activation_points(MobileNetV2())]
+
+
+@pytest.mark.parametrize("entry, message", [
+    ({"step": 0.3}, "expected 1 to 16 and a power of two"), ({"step": 0}, "with step 0"), ({"step": -0.5}, "with step -0.5"),
+    ({"step": None}, "with step None"), ({"step": "0.5"}, "with step 0.5"), ({"step": math.inf}, "with step inf"),
+    ({"step": math.nan}, "with step nan"), ({"bits": 0}, "0 bits"), ({"bits": 17}, "17 bits"), ({"bits": None}, "None bits"),
+    ({"signed": True}, "signed is True, expected False"), ({"signed": None}, "signed is None"), ({"signed": 0}, "signed is 0"),
+    ({"name": "relu3"}, r"missing \['relu1'\], unknown \['relu3'\]"), ({"name": None}, r"missing \['relu1'\], unknown \['None'\]"),
+    ({"name": "relu2"}, r"not the network's 55: missing \['relu1'\]"),
+])
+def test_activations_that_are_refused(entry, message):
+    model = MobileNetV2()
+    with pytest.raises(BadInput, match=message):
+        quantize.quantize_activations(model, claimed_activations(relu1=entry))
+
+
+def test_missing_activations_are_refused():
+    with pytest.raises(BadInput, match=r"missing \['layers.16.out', 'relu2'\], unknown \[\]"):
+        quantize.quantize_activations(MobileNetV2(), [entry for entry in claimed_activations()
+                                                      if entry["name"] not in ("relu2", "layers.16.out")])
+
+
+def test_a_quantizer_stands_at_every_point():
+    model = MobileNetV2().eval()
+    quantize.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
+    values = seen(model, cifar100.made_up(2, 0).images)
+    assert len(values) == 55 and isinstance(model.relu2, quantize.Quantizer) and model.relu2.bits == 4
+    for name, signed in quantize.activation_points(model):
+        low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
+        scaled = values[name] / step
+        assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high
+    assert list(model.state_dict()) == list(MobileNetV2().state_dict())
+    x = random(1000) * 20
+    for signed in (True, False):
+        quantizer = quantize.Quantizer(8, signed, 0.125)
+        expected = [slow_code(value, 0.125, *code_range(8, signed)) * 0.125 for value in x.tolist()]
+        assert quantizer(x).tolist() == expected == quantizer(x.clone().requires_grad_()).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- shipped
+
+@pytest.fixture(scope="module")
+def fake(sparse_checkpoint):
+    """{scheme: the sparse network with weights that are rounded on the way}"""
+    models = {}
+    for scheme in SCHEMES:
+        models[scheme] = load_checkpoint(sparse_checkpoint)
+        quantize.quantize_weights(models[scheme], bit_table(None), scheme)
+    return models
+
+
+def test_unknown_scheme():
+    with pytest.raises(BadInput, match="unknown scheme 'log'; known: power-of-two, layer, channel"):
+        quantize.quantize_weights(MobileNetV2(), bit_table(None), "log")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_steps_of_the_schemes(sparse_checkpoint, fake, scheme):
+    latent = load_checkpoint(sparse_checkpoint)
+    for (name, module), (_, before), bits in zip(weight_layers(fake[scheme]), weight_layers(latent), bit_table(None)):
+        assert module.bits == bits and torch.equal(module.weight, before.weight)
+        largest = float(before.weight.abs().max())
+        if scheme == "power-of-two" or name == "linear":
+            assert float(module.step) == 2.0 ** (math.ceil(math.log2(largest)) - bits + 1)
+        else:
+            assert module.step.shape == (len(before.weight) if scheme == "channel" else 1, 1, 1, 1)
+            assert torch.equal(module.step, free_step(before.weight, bits, scheme == "channel"))
+    assert list(fake[scheme].state_dict()) == list(latent.state_dict())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint, fake, scheme):
+    masked = load_checkpoint(sparse_checkpoint)
+    network, tensors = quantize.shipped(fake[scheme])
+    MobileNetV2().load_state_dict(network.state_dict(), strict=True)
+    assert type(network) is MobileNetV2 and all(type(module) in (nn.Conv2d, nn.Linear) for _, module in weight_layers(network))
+    parameters = dict(network.named_parameters())
+    assert [entry["name"] for entry in tensors] == [key for key in network.state_dict() if key in parameters]
+    bits = dict(zip((f"{name}.weight" for name, _ in weight_layers(network)), bit_table(None)))
+    for entry in tensors:
+        value = parameters[entry["name"]].detach()
+        if entry.get("kind") == "float16":
+            assert entry["bits"] == 16 and torch.equal(value.half().float(), value)
+            assert re.fullmatch(r"(.*\.)?(bn\d|shortcut\.1)\.weight", entry["name"])
+            continue
+        assert entry["bits"] == bits.get(entry["name"], 16) and math.frexp(entry["step"])[0] == 0.5
+        code = value.double() / entry["step"]
+        assert torch.equal(code, code.round())
+        assert code.min() >= -2 ** (entry["bits"] - 1) and code.max() <= 2 ** (entry["bits"] - 1) - 1
+        if entry["name"] in bits:
+            before = masked.get_parameter(entry["name"])
+            assert before[value != 0].all() and (before == 0).any()  # the mask is kept
+            if scheme != "power-of-two" and "linear" not in entry["name"]:
+                assert entry["step"] == 2.0 ** (1 - entry["bits"])
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.running_mean.any() and torch.equal(module.running_var, torch.full_like(module.running_var, 1 - 1e-5))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_absorbing_a_scale_changes_nothing(fake, scheme, monkeypatch):
+    """Without the rounding to 16 bits, what is shipped computes what the fake-quantized network computes."""
+    monkeypatch.setattr(torch.Tensor, "half", lambda self: self)
+    monkeypatch.setattr(quantize, "store_fixed", lambda tensor, name: {"name": name})
+    network, _ = quantize.shipped(fake[scheme])
+    x = cifar100.normalise(cifar100.made_up(4, 5).images)
+    logits = fake[scheme](x)
+    assert torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
+    assert not torch.allclose(network(x[[1, 0, 2, 3]]), logits, atol=1e-2 * logits.abs().max().item(), rtol=0)
+    network.layers[8].bn2.weight[10] *= 1.05  # the comparison can fail
+    assert not torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
+    network, tensors = quantize.shipped(fake[scheme])
+    steps = {entry["name"]: entry.get("step") for entry in tensors}
+    pairs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}
+    for (name, theirs), (_, ours) in zip(weight_layers(fake[scheme])[:-1], weight_layers(network)):
+        head, _, tail = name.rpartition(".")
+        norm = ".".join(filter(None, (head, pairs[tail])))
+        x = random(2, ours.in_channels, 6, 6, seed=len(name))
+        before, after = fake[scheme].get_submodule(norm)(theirs(x)), network.get_submodule(norm)(ours(x))
+        bn = fake[scheme].get_submodule(norm)
+        shift = (bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt())[:, None, None]
+        bound = 2.0**-11 * (before - shift).abs() + steps[f"{norm}.bias"] / 2 + 1e-5 * (before.abs() + shift.abs())
+        assert ((after - before).abs() <= bound).all()
+        dead = ~fake_quantize(theirs.weight, theirs.step, *code_range(theirs.bits)).flatten(1).any(1)
+        scale = network.get_submodule(norm).weight
+        assert (scale[dead] == 0).all() and (scale[~dead] != 0).all()
+        if name == "layers.3.conv1":
+            assert dead[5]
+    linear, exact = network.linear, fake[scheme].linear
+    assert torch.equal(linear.weight, fake_quantize(exact.weight, exact.step, *code_range(8)))
+    assert (linear.bias - exact.bias).abs().max() <= steps["linear.bias"] / 2
+
+
+@torch.no_grad()
+def test_a_dead_channels_scale_makes_no_difference(fake):
+    network, tensors = quantize.shipped(fake["channel"])
+    activations = calibrate(network, cifar100.made_up(5, 0).images, 8, "max")
+    logits = quantize.probe_logits(quantize.exact_network(network, activations))
+    assert network.layers[3].bn1.weight[5] == 0
+    network.layers[3].bn1.weight[5] = 3.0
+    assert quantize.probe_logits(quantize.exact_network(network, activations)) == logits
+    network.layers[3].bn1.bias[5] += 3.0  # its shift does
+    assert quantize.probe_logits(quantize.exact_network(network, activations)) != logits
+
+
+def test_a_scale_that_16_bits_do_not_hold_is_named(fake):
+    model = copy.deepcopy(fake["layer"])
+    model.layers[2].bn3.weight.data[7] = 1e9
+    with pytest.raises(BadInput, match="layers.2.bn3: its folded scale .* does not fit 16 bits"):
+        quantize.shipped(model)
+
+
+def test_folded_by_hand():
+    bn = nn.BatchNorm2d(2, eps=0.25)
+    for tensor, values in ((bn.weight, [3.0, -1.0]), (bn.bias, [1.0, 0.5]), (bn.running_mean, [4.0, 2.0]), (bn.running_var, [2.0, 0.0])):
+        tensor.data.copy_(torch.tensor(values))
+    scale, shift = quantize.folded(bn)
+    assert scale.tolist() == [2.0, -2.0] and shift.tolist() == [-7.0, 4.5] and scale.dtype == torch.float64
+
+
+def test_store_fixed_by_hand():
+    x = torch.tensor([0.75, -1.0, 2.0**-16, -(2.0**-16), 1e-9])
+    assert quantize.store_fixed(x, "b") == {"name": "b", "bits": 16, "step": 2**-15}
+    assert x.tolist() == [0.75, -1.0, 2**-15, 0.0, 0.0]
+    zeros = torch.zeros(3)
+    assert quantize.store_fixed(zeros, "z")["step"] == 1 and not zeros.any()
+
+
+# ----------------------------------------------------------------------------------------------------- exact network
+
+def slow_logits(network, tensors, activations, images):
+    """The claim's arithmetic, written once more: integer codes in float64, two roundings to float32 a BatchNorm."""
+    steps = {entry["name"]: entry.get("step") for entry in tensors}
+    points = {entry["name"]: entry for entry in activations}
+    state = network.state_dict()
+
+    def grid(name, x):
+        """Codes (float64) and step of a float32 activation."""
+        low, high = code_range(points[name]["bits"], points[name]["signed"])
+        return torch.floor(x / points[name]["step"] + 0.5).clamp(low, high).double(), points[name]["step"]
+
+    def conv(name, norm, x, stride=1):
+        (x, x_step), w_step = x, steps[f"{name}.weight"]
+        w = state[f"{name}.weight"].double() / w_step
+        assert torch.equal(w, w.round())
+        pad = w.shape[-1] // 2
+        if w.shape[1] == 1:  # depthwise: nine shifted products
+            x, size = F.pad(x, [pad] * 4), x.shape[-1] // stride
+            sums = sum(x[:, :, i:, j:][:, :, ::stride, ::stride][:, :, :size, :size] * w[:, 0, i, j, None, None]
+                       for i in range(3) for j in range(3))
+        else:
+            sums = F.conv2d(x, w, padding=pad)
+        assert torch.equal(sums, sums.round()) and sums.abs().max() < 2**24
+        values = (sums * (x_step * w_step)).float()
+        return values * state[f"{norm}.weight"][:, None, None] + state[f"{norm}.bias"][:, None, None]
+
+    def value(x):
+        return (x[0] * x[1]).float()
+
+    x = grid("image", (images.float() - 128) / 64)
+    x = grid("relu1", conv("conv1", "bn1", x))
+    for i in range(17):
+        name, stride = f"layers.{i}", 2 if i in (3, 6, 13) else 1
+        y = grid(f"{name}.relu1", conv(f"{name}.conv1", f"{name}.bn1", x))
+        y = grid(f"{name}.relu2", conv(f"{name}.conv2", f"{name}.bn2", y, stride))
+        y = conv(f"{name}.conv3", f"{name}.bn3", y)
+        if stride == 1:
+            y = y + (conv(f"{name}.shortcut.0", f"{name}.shortcut.1", x) if i in (0, 1, 10, 16) else value(x))
+        x = grid(f"{name}.out", y)
+    x = grid("relu2", conv("conv2", "bn2", x))
+    x = grid("features", ((x[0].sum((2, 3)) / 16) * x[1]).float())
+    return ((x[0] * x[1]) @ state["linear.weight"].double().T + state["linear.bias"].double()).float()
+
+
+@pytest.fixture(scope="module")
+def exact(fake):
+    """{scheme: (shipped network, its tensors, its activations, the exact network)}"""
+    made = {}
+    for scheme, ranges in zip(SCHEMES, ("max", "mse", "mse")):
+        network, tensors = quantize.shipped(fake[scheme])
+        activations = calibrate(fake[scheme], cifar100.made_up(20, 0).images, 8, ranges)
+        made[scheme] = network, tensors, activations, quantize.exact_network(network, activations)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.cat([cifar100.made_up(6, 7).images, torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32),
+                      torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_the_exact_network_is_a_slow_reference_of_itself(exact, scheme, pictures):
+    network, tensors, activations, fast = exact[scheme]
+    logits = fast(cifar100.normalise(pictures).contiguous(memory_format=torch.channels_last))
+    slow = slow_logits(network, tensors, activations, pictures)
+    assert torch.equal(logits, slow) and (slow.std(0) > 1e-3).all()
+    assert not torch.equal(network(cifar100.normalise(pictures)), slow)  # in float32 it is another network
+
+
+@torch.no_grad()
+def test_the_exact_network_does_not_depend_on_how_it_runs(exact, pictures):
+    *_, network = exact["channel"]
+    x = cifar100.normalise(pictures)
+    logits = network(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(network(x), logits)
+    assert torch.equal(torch.cat([network(image) for image in x.split(1)]), logits)
+    assert torch.equal(torch.cat([network(image) for image in x.split(4)]), logits)
+    assert torch.equal(network(x.flip(0)).flip(0), logits)
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    assert torch.equal(plain(x), logits)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(network(x), logits)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(network(x), logits)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_exact_network_is_a_copy(exact):
+    network, _, activations, fast = exact["layer"]
+    assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU) and network.conv1.weight.requires_grad
+    assert isinstance(fast.bn1, quantize.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
+    assert torch.equal(fast.bn1.scale.flatten(), network.bn1.weight) and torch.equal(fast.bn1.shift.flatten(), network.bn1.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+def test_the_probe_is_fixed():
+    images = quantize.probe_images()
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
+    assert images.flatten()[:6].tolist() == [(i * 2654435761 // 2**13) % 256 for i in range(6)]
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    assert digest == "b4a262216347db103b2bdcb249b9e3f086211fb020051f6bdc83970869fa0983"
+
+
+def test_evaluate_by_hand():
+    class Brightest(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    images = torch.zeros(70, 3, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(70) % 3
+    images[torch.arange(70), labels] = 192  # (192 - 128) / 64 = 1 for the label, -2 for the others
+    labels[:5] = (labels[:5] + 1) % 3
+    loss, correct = quantize.evaluate(Brightest(), cifar100.Images(images, labels))
+    right = math.log(1 + 2 * math.exp(-3))
+    assert correct == 65 and loss == pytest.approx(right + 3 * 5 / 70, rel=1e-6)
+
+
+def test_the_training_record(tmp_path):
+    assert quantize.training_record(tmp_path / "masked.pt") == []
+    save_json({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")
+    assert quantize.training_record(tmp_path / "masked.pt") == []
+    (tmp_path / "rew.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "loss": 0.5}\n')
+    assert quantize.training_record(tmp_path / "masked.pt") == [
+        {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1}, "last_epoch": {"epoch": 2, "loss": 0.5}}]
+
+
+def test_the_commit(monkeypatch):
+    commit = quantize.git_commit()
+    assert commit is None or re.fullmatch(r"[0-9a-f]{12,}(-dirty)?|.+-\d+-g[0-9a-f]{12}(-dirty)?|\S+", commit)
+
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert quantize.git_commit() is None
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+def options(checkpoint, out, scheme, *more):
+    return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--scheme", scheme, *more]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, tmp_path, capsys, scheme):
+    out = tmp_path / "new" / "out.pt"
+    argv = options(sparse_checkpoint, out, scheme)
+    assert quantize.main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.pt"]
+    claim = load_json(out.with_suffix(".json"))
+    assert claim["sha256"] == sha256(out) == hashlib.sha256(out.read_bytes()).hexdigest() and claim["checkpoint"] == "out.pt"
+    assert printed[-1] == f"wrote {out} and {out.with_suffix('.json')}"
+
+    steps = claim["accuracy_by_step"]
+    assert [step["step"] for step in steps] == [name.format(scheme) for name in STEPS]
+    before = None
+    for step, line in zip(steps, printed, strict=False):
+        lost = "" if before is None else f", {step['correct'] - before:+}.00%"
+        shown = re.escape(f"{step['correct']}/100 ({step['correct']}.00%{lost}), loss {step['loss']:.4f}")
+        assert re.fullmatch(re.escape(step["step"]) + " +" + shown, line)
+        before = step["correct"]
+    data = cifar100.made_up(100, 1)
+    with torch.no_grad():
+        logits = load_checkpoint(sparse_checkpoint)(cifar100.normalise(data.images))
+    assert steps[0]["correct"] == (logits.argmax(1) == data.labels).sum()
+    assert steps[0]["loss"] == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-4)
+
+    model = load_checkpoint(out)
+    network = quantize.exact_network(model, claim["activations"])
+    loss, correct = quantize.evaluate(network, data)
+    assert claim["accuracy"] == {"data": "made up", "correct": correct, "images": 100, "loss": pytest.approx(loss)}
+    assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"] and len({step["loss"] for step in steps}) == 4
+    assert claim["probe_logits"] == quantize.probe_logits(network) and np.shape(claim["probe_logits"]) == (4, 100)
+    bits = {entry["name"]: entry["bits"] for entry in claim["tensors"]}
+    assert [bits[f"{name}.weight"] for name, _ in weight_layers(model)] == bit_table(None)
+    assert {entry["bits"] for entry in claim["activations"]} == {8} and len(claim["activations"]) == 55
+    conv = [module.weight for _, module in weight_layers(model)][:-1]
+    zeros = sum(int((weight == 0).sum()) for weight in conv)
+    assert claim["counts"]["weights"]["conv"]["zeros"] == zeros >= 0.74 * 3_777_632
+    assert claim["made_by"]["command"] == "python quantize.py " + " ".join(argv)
+    assert claim["made_by"]["source_sha256"] == sha256(sparse_checkpoint) and claim["made_by"]["training"] == []
+
+
+def test_other_options(sparse_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.pt"
+    assert quantize.main(options(sparse_checkpoint, out, "power-of-two", "--table", "5", "--activation-bits", "6", "--ranges", "max")) == 0
+    claim = load_json(out.with_suffix(".json"))
+    assert [step["step"] for step in claim["accuracy_by_step"]][1:3] == ["weights at 5 bits, power-of-two", "activations at 6 bits, max"]
+    assert {entry["bits"] for entry in claim["tensors"]} == {5, 16} and {entry["bits"] for entry in claim["activations"]} == {6}
+    assert all(entry["step"] == 2.0 ** round(math.log2(entry["step"])) for entry in claim["activations"])
+
+
+def test_a_full_disk_leaves_the_old_files(sparse_checkpoint, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.pt"
+    out.write_bytes(b"old weights")
+    out.with_suffix(".json").write_bytes(b"old claim")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as exit:
+        run_script(lambda: quantize.main(options(sparse_checkpoint, out, "layer")))
+    assert exit.value.code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert out.read_bytes() == b"old weights" and out.with_suffix(".json").read_bytes() == b"old claim"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_is_full_after_the_weights_is_noticed(sparse_checkpoint, tmp_path, monkeypatch, capsys):
+    import testers
+
+    out, replace = tmp_path / "out.pt", os.replace
+    quantize.main(options(sparse_checkpoint, out, "layer"))
+    old = out.with_suffix(".json").read_bytes()
+
+    def full(source, target):
+        if str(target).endswith(".json"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        quantize.main(options(sparse_checkpoint, out, "power-of-two"))
+    assert out.with_suffix(".json").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
+    assert testers.main(["--checkpoint", str(out), "--made-up", "100"]) == 2
+    assert "the claim is about another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [
+    ["--scheme", "log"], ["--ranges", "percentile"], ["--calibration", "0"], ["--epochs", "-1"], ["--batch-size", "0"],
+    ["--activation-bits", "9"], ["--activation-bits", "1"], ["--made-up", "0"], ["--made-up", "-5"], ["--lr", "nan"],
+    ["--lr", "-1"], ["--seed", "-1"], ["--mixing", "cutout"], ["--nonsense"], ["--calibration", "many"],
+])
+def test_bad_options(more, capsys):
+    with pytest.raises(SystemExit) as exit:
+        quantize.main(more)
+    assert exit.value.code == 2 and f"{more[0]}" in capsys.readouterr().err
+
+
+def test_bad_input(sparse_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="runs/default/masked.pt: no such checkpoint"):
+        quantize.main([])
+    with pytest.raises(BadInput, match="no bit table 'nowhere'"):
+        quantize.main(["--table", "nowhere", "--checkpoint", str(sparse_checkpoint)])
+    with pytest.raises(BadInput, match="nowhere .*holds no CIFAR-100"):
+        quantize.main(["--data", "nowhere", "--checkpoint", str(sparse_checkpoint)])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------- fine-tuning
+
+TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
+
+
+def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoint = folder / "masked.pt"
+    checkpoint.write_bytes(sparse_checkpoint.read_bytes())
+    plain, tuned = tmp_path / "plain.pt", tmp_path / "tuned.pt"
+    assert quantize.main(options(checkpoint, plain, "channel")) == 0
+    assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
+    claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
+    assert [step["step"] for step in claim["accuracy_by_step"]] == [name.format("channel") for name in STEPS[:3]] + \
+        ["fine-tuned for 1 epochs", STEPS[3]]
+    assert claim["activations"] == untouched["activations"]  # the steps stay
+    assert claim["accuracy_by_step"][:3] == untouched["accuracy_by_step"][:3]
+    masked, before, after = load_checkpoint(checkpoint), load_checkpoint(plain), load_checkpoint(tuned)
+    changed = 0
+    for (name, zeros), (_, old), (_, new) in zip(*map(weight_layers, (masked, before, after))):
+        assert (new.weight[zeros.weight == 0] == 0).all()
+        changed += int((old.weight != new.weight).sum())
+    assert changed > 1000 and not torch.equal(before.linear.bias, after.linear.bias)
+    log = [json.loads(line) for line in (folder / "quantized.jsonl").read_text().splitlines()]
+    assert len(log) == 1 and log[0]["stage"] == "quantized"
+    assert not (folder / "quantized.state").exists() and sha256(checkpoint) == claim["made_by"]["source_sha256"]
+
+
+def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
+    model = load_checkpoint(sparse_checkpoint)
+    quantize.quantize_weights(model, bit_table(None), "layer")
+    quantize.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
+    before = copy.deepcopy(model.state_dict())
+    steps = [module.step.clone() for _, module in weight_layers(model)]
+    data = cifar100.made_up(20, 0)
+    args = quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), "--lr", "0.001", "--teacher", str(sparse_checkpoint), *TUNE])
+    tuned = quantize.fine_tune(model, data, data, args)
+    for name, value in tuned.state_dict().items():
+        if "running" in name or "batches" in name:
+            assert torch.equal(value, before[name])  # BatchNorm statistics stay
+    assert all(torch.equal(module.step, step) for (_, module), step in zip(weight_layers(tuned), steps))
+    moved = [name for name, value in tuned.named_parameters() if not torch.equal(value, before[name])]
+    assert len(moved) == len(list(tuned.named_parameters()))  # a gradient reaches every tensor through every rounding
+    for name, module in weight_layers(tuned):
+        zero = before[f"{name}.weight"] == 0
+        assert zero.any() and not module.weight[zero].any()
+
+
+def test_verifying_needs_no_training_code():
+    code = "import sys, quantize, testers; sys.exit(any(name.split('.')[0] == 'training' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(quantize.__file__).parent).returncode == 0
+
+
+def test_a_claim_that_contradicts_its_file_is_not_made(exact, tmp_path):
+    network, tensors, activations, _ = exact["layer"]
+    path = tmp_path / "a.pt"
+    torch.save(network.state_dict(), path)
+    assert quantize.make_claim(path, tensors, activations, {}, [], {})["sha256"] == sha256(path)
+    wrong = [dict(entry, bits=5) if entry["name"] == "conv2.weight" else entry for entry in tensors]
+    with pytest.raises(AssertionError, match="conv2.weight: the values need 8 bits"):
+        quantize.make_claim(path, wrong, activations, {}, [], {})
+    assert claims.claim_path(path) == tmp_path / "a.json"
