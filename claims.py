@@ -5,6 +5,7 @@
     tensors              [{"name", "bits", "step" (or "kind": "float16")}]: the format of every parameter
     activations          [{"name", "bits", "signed", "step"}]: the format of every activation point
     counts               zeros, storage, operations and score (see counting.summary)
+    dead_weight_removed  how many non-zero values could not reach a logit, and were set to zero
     probe_logits         logits of a fixed made-up batch (quantize.probe_images), to the last bit
     made_by              command, commit, machine, and the training stages behind it
 

@@ -1,6 +1,7 @@
 """Files that are never half written, and scripts that end with one clear line."""
 import contextlib
 import hashlib
+import io
 import json
 import os
 import sys
@@ -36,8 +37,10 @@ def replacing(path):
 
 def save_tensors(value, path) -> None:
     """`torch.save` that leaves the old file or the new one. `value` is a state dict or nested plain containers."""
+    buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+    torch.save(value, buffer)
     with replacing(path) as file:
-        torch.save(value, file)
+        file.write(buffer.getbuffer())
 
 
 def save_text(text: str, path) -> None:

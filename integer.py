@@ -17,10 +17,10 @@ What is stored for it            width
   steps                          a power of two for every tensor and activation point: all shifts follow from them
 The average is the sum of its values: dividing by 16 is 4 more in a shift. Logits are values, all with one power of two.
 
-No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the machine
-is built. quantize.exact_network computes the same network in float32, whose scale-and-shift rounds twice where this one
-does not round. So a code can differ, by one, where the exact value is a float32 rounding away from the boundary
-between two codes; `explain` shows that there is no other difference.
+No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the
+network is built. quantize.exact_network computes the same in float32, whose scale-and-shift rounds twice where this one
+does not round. So a code can differ, by one, where the exact value is a float32 rounding away from the boundary between
+two codes; `explain` shows that there is no other difference.
 """
 import argparse
 import functools
@@ -104,7 +104,7 @@ def sum_of_map(codes: Tensor) -> Tensor:
 
 
 def layer_sums(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function from a layer's input codes to its accumulators. weight: its codes, int64, in the layer's own shape."""
+    """The function from a layer's input codes to its accumulators. weight: its codes, int64, in the layer's shape."""
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
         return functools.partial(products, weight=weight.flatten(1).to(torch.int8).T)
     rows, stride = weight.permute(2, 3, 1, 0), layer.stride[0]  # [3, 3, in, out]
@@ -113,7 +113,7 @@ def layer_sums(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
     return functools.partial(depthwise_3x3, weight=rows.flatten(0, 2).int(), stride=stride)
 
 
-# --------------------------------------------------------------------------------------------------- the integer machine
+# ------------------------------------------------------------------------------------------------ the integer network
 
 def lowest_bit(x: Fraction) -> int:
     """e of the lowest bit 2^e in x, an integer times a power of two and not 0."""
@@ -210,7 +210,8 @@ class IntegerNetwork:
         wide = [f"{name} has {bits} bits" for name, bits in widths.items() if bits > (16 if name in vectors else 8)]
         if wide:
             raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
-        step = {a["name"]: Fraction(2) ** exponent(a.get("step"), f"activation {a['name']}") for a in claim["activations"]}
+        step = {entry["name"]: Fraction(2) ** exponent(entry.get("step"), f"activation {entry['name']}")
+                for entry in claim["activations"]}
 
         def layer(name: str, norm: str | None, source: str) -> Branch:
             module, grid = model.get_submodule(name), formats.tensors[f"{name}.weight"]
@@ -241,8 +242,8 @@ class IntegerNetwork:
             return name
 
         # as MobileNetV2.forward
-        pixel = Fraction(1, cifar100.STD)
-        image = Branch("pixels", "pixels", lambda codes: codes, [(0, 255)] * 3, [pixel] * 3, [-cifar100.MEAN * pixel] * 3)
+        unit = Fraction(1, cifar100.STD)
+        image = Branch("pixels", "pixels", lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
         last = point("relu1", layer("conv1", "bn1", point("image", image)))
         for i, block in enumerate(model.layers):
             at = f"layers.{i}."
@@ -268,7 +269,7 @@ class IntegerNetwork:
 
     @torch.inference_mode()
     def codes(self, images: Tensor, watch=None) -> dict[str, Tensor]:
-        """The codes at every activation point, and the pixels: {name: uint8 or int8 [N, H, W, C] (features: [N, C])}."""
+        """The codes at every activation point and the pixels: {name: uint8 or int8 [N, H, W, C] (features: [N, C])}."""
         codes = {"pixels": images.permute(0, 2, 3, 1).contiguous()}
         for point in self.points:
             codes[point.name] = point.round(point.value(codes, watch))
@@ -370,7 +371,7 @@ def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images, e
 
 
 def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) -> list[dict]:
-    """{"layer", "bound", "bits", "seen", "seen_bits", "value_bits"}: bits are two's complement, as `counting` has them."""
+    """{"layer", "bound", "bits", "seen", "seen_bits", "value_bits"}: bits in two's complement, as in `counting`."""
     values = {branch.name: point.bits for point in (*network.points, network.logits) for branch in point.branches}
     rows = []
     for layer in network.layers():
@@ -397,24 +398,26 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def text(report: dict) -> str:
-    n, found, rows = report["images"], report["differing"], report["accumulators"]
+    n, found, differing = report["images"], report["differing"], report["codes_differing"]
     lines = [f"Accuracy: {report['correct']}/{n} ({report['correct'] / n:.2%})",
-             f"The float32 network: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); predictions agree on "
-             f"{n - len(found)}/{n} ({(n - len(found)) / n:.2%})",
-             f"Rounding: from the same input codes, {report['codes_differing']:,} of {report['codes']:,} codes differ, "
-             f"{report['codes_differing'] - report['unexplained']:,} of them where the exact value is a float32 rounding "
-             f"away from the boundary, {report['unexplained']:,} elsewhere"]
+             f"The float32 network: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); "
+             f"predictions agree on {n - len(found)}/{n} ({(n - len(found)) / n:.2%})",
+             f"Rounding: from the same input codes, {differing:,} of {report['codes']:,} codes differ, "
+             f"{differing - report['unexplained']:,} of them where the exact value",
+             f"  is a float32 rounding away from the boundary between two codes, {report['unexplained']:,} elsewhere"]
     for each in found:
-        lines.append(f"  image {each['image']}: label {each['label']}, integer {each['integer']}, float32 {each['float']}; "
-                     f"{each['codes_differing']} codes differ by rounding; the two logits are {each['margin']:.4g} apart")
-    lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in float32 "
-              f"({torch.get_num_threads()} threads, batches of {BATCH})", "",
+        lines.append(f"  image {each['image']}: label {each['label']}, integer {each['integer']}, float32 "
+                     f"{each['float']}; {each['codes_differing']} codes differ, "
+                     f"the two logits are {each['margin']:.4g} apart")
+    lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
+              f"float32 ({torch.get_num_threads()} threads, batches of {BATCH})", "",
               "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
               f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
               f"{'sum bits':>10}"]
-    for row in rows:
-        lines.append(f"{row['layer']:<20}{row['bound'][0]:>13,}{row['bound'][1]:>13,}{row['bits']:>6}{row['seen'][0]:>13,}"
-                     f"{row['seen'][1]:>14,}{row['seen_bits']:>6}{row['value_bits']:>10}")
+    for row in report["accumulators"]:
+        (low, high), (lowest, highest) = row["bound"], row["seen"]
+        lines.append(f"{row['layer']:<20}{low:>13,}{high:>13,}{row['bits']:>6}{lowest:>13,}{highest:>14,}"
+                     f"{row['seen_bits']:>6}{row['value_bits']:>10}")
     return "\n".join(lines)
 
 
@@ -428,14 +431,15 @@ def main(argv=None) -> int:
     network = IntegerNetwork.from_checkpoint(model, claim)
     data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
     data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
-    report = {"checkpoint": str(checkpoint)} | compare(network, quantize.exact_network(model, claim["activations"]), data)
+    floats = quantize.exact_network(model, claim["activations"])
+    report = {"checkpoint": str(checkpoint)} | compare(network, floats, data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
     print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
     problems = []
     if report["unexplained"]:
         problems.append(f"{report['unexplained']} codes differ from the float32 network's other than by its rounding")
     if len(report["differing"]) > (1 - NOTICED) * report["images"]:
-        problems.append(f"{len(report['differing'])} of {report['images']} predictions differ from the float32 network's")
+        problems.append(f"{len(report['differing'])} of {report['images']} predictions are not the float32 network's")
     for problem in problems:
         print(f"integer.py: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -17,10 +17,10 @@ All numbers are little-endian; bits are packed with the highest first, each stre
                if float16     the 16 bits of each value
   32         SHA-256 of all bytes before
 
-A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps are
-powers of two, and their exponent is a signed byte. A weight tensor is masked where that is shorter, as `counting.storage`
-counts it. BatchNorms are folded, so their mean is 0 and their variance 1 - eps; `num_batches_tracked` is no part of
-inference: it is read back as 0. Shapes follow from the classes and the width multiplier.
+A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
+are powers of two, and their exponent is a signed byte. A weight tensor is masked where that is shorter, as
+`counting.storage` counts it. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
+`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from classes and width multiplier.
 """
 import argparse
 import hashlib
@@ -46,7 +46,7 @@ CHECKSUM = 32
 
 
 def stated_formats(model: nn.Module, claim: dict) -> Formats:
-    """The claim's formats of all tensors and activations. Raises BadInput if it leaves one out or the values deny it."""
+    """The claim's formats of all tensors and activations. Raises BadInput if one is missing or the values deny it."""
     formats, problems = claims.hold(claim, "the claim", model, counting.found_formats(model))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
@@ -100,10 +100,11 @@ class Reader:
 def pack_tensor(values: Tensor, grid: Grid, name: str, may_mask: bool) -> dict[str, bytes]:
     """{"format", "mask", "values"}: the parts of a parameter's record, in their order in the file."""
     if grid.kind == "float16":
-        return {"format": FORMAT.pack(16 | HALF, 0), "mask": b"", "values": values.half().numpy().astype("<f2").tobytes()}
+        halves = values.half().flatten().numpy().astype("<f2")
+        return {"format": FORMAT.pack(16 | HALF, 0), "mask": b"", "values": halves.tobytes()}
     if len(grid.steps) != 1 or grid.bits > 16:
-        raise BadInput(f"{name} is {grid.kind}, {grid.bits} bits: the packed file holds float16 and codes of up to 16 bits "
-                       f"with one step a tensor")
+        raise BadInput(f"{name} ({grid.kind}) has {grid.bits} bits and {len(grid.steps)} steps: "
+                       f"the packed file holds float16, and codes of up to 16 bits with one step a tensor")
     e, codes = exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
     mask = codes != 0
     if may_mask and mask.sum() * grid.bits + mask.size < mask.size * grid.bits:
@@ -117,17 +118,18 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
     n = shape.numel()
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
     bits = kind & BITS
-    if kind & HALF:
+    if kind == HALF | 16:
         values = np.frombuffer(reader.take(2 * n), "<f2").astype(np.float32)
         entry = {"name": name, "bits": 16, "kind": "float16"}
     else:
-        if not 1 <= bits <= 16:
-            raise BadInput(f"{name} has {bits} bits")
+        if not 1 <= bits <= 16 or kind & (HALF | SIGNED):
+            raise BadInput(f"{name} has the unknown format {kind:#04x}")
         codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
         if kind & MASKED:
             mask = reader.bits(n, 1) != 0
             codes[mask] = reader.bits(int(mask.sum()), bits)
-        values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
+        with np.errstate(over="ignore"):  # it is looked for below
+            values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
         entry = {"name": name, "bits": bits, "step": 2.0**e}
     if not np.isfinite(values).all():
         raise BadInput(f"{name} holds values that are not finite")
@@ -137,10 +139,10 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
 # --------------------------------------------------------------------------------------------------- the file and back
 
 def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str, int]:
-    """Write the packed file of a shipped model. Returns the bytes of its sections, named as `counting.storage` names them.
+    """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
 
-    What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the model
-    or anything in them would not come back as it is.
+    What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
+    model, or if anything in them would not come back as it is.
     """
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
@@ -183,9 +185,10 @@ def format_differences(claim: dict, other: dict) -> list[str]:
     """Names of the tensors and activations whose formats two claims state differently."""
     found = []
     for key in ("tensors", "activations"):
-        ours, theirs = claims.entries(claim, key, "the claim"), claims.entries(other, key, "the claim")
+        ours, theirs = ({name: [entry.get(k) for k in ("bits", "step", "kind", "signed")]
+                         for name, entry in claims.entries(each, key, "the claim").items()} for each in (claim, other))
         found += [f"the format of {name}" for name in sorted(ours.keys() | theirs.keys())
-                  if any(ours.get(name, {}).get(k) != theirs.get(name, {}).get(k) for k in ("bits", "step", "kind", "signed"))]
+                  if ours.get(name) != theirs.get(name)]
     return found
 
 
@@ -194,12 +197,12 @@ def unpack(path) -> tuple[MobileNetV2, dict]:
 
     Raises BadInput, and nothing else, if the file is missing, foreign, cut, damaged, or of another version.
     """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
     try:
-        data = Path(path).read_bytes()
+        return unpack_bytes(Path(path).read_bytes())
     except OSError as error:
         raise BadInput(f"{path}: not readable ({error.strerror})") from error
-    try:
-        return unpack_bytes(data)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
@@ -213,16 +216,16 @@ def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
     _, version, _, classes, width = HEADER.unpack(reader.take(HEADER.size))
     if version != VERSION:
         raise BadInput(f"a packed network of version {version}; this program reads version {VERSION}")
-    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
-        model = MobileNetV2(classes, width) if classes else None
-    if model is None:
+    if not classes:
         raise BadInput("a network without classes")
+    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
+        model = MobileNetV2(classes, width)
     tensors, activations, state = [], [], {}
     for name in counting.activation_points(model):
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
+        if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
+            raise BadInput(f"activation {name} has the unknown format {kind:#04x}")
         activations.append({"name": name, "bits": kind & BITS, "signed": bool(kind & SIGNED), "step": 2.0**e})
-        if not 1 <= kind & BITS <= 16:
-            raise BadInput(f"activation {name} has {kind & BITS} bits")
     for name, parameter in model.named_parameters():
         state[name], entry = unpack_tensor(reader, parameter.shape, name)
         tensors.append(entry)
@@ -262,8 +265,8 @@ def load(path) -> tuple[MobileNetV2, dict | None]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"with its claim beside it (default: {CHECKPOINT} beside "
-                        "this script)")
+    parser.add_argument("--checkpoint", type=Path, metavar="F",
+                        help=f"a shipped one, with its claim beside it (default: {CHECKPOINT} beside this script)")
     parser.add_argument("--out", type=Path, metavar="F.mnet", help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import cifar100
 import claims
 import counting
+import dead_weight
 from files import load_json, run_script, save_json, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
@@ -333,11 +334,12 @@ def probe_logits(network: MobileNetV2) -> list[list[float]]:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int = 32) -> tuple[float, int]:
-    """(mean cross-entropy, number of correct predictions), in float32 on the CPU.
+def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None = None) -> tuple[float, int]:
+    """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
 
-    Batches of 32 are the fast ones: their maps stay in the cache.
+    By default batches of 32 on a CPU, whose maps stay in its cache, and of 1,000 elsewhere.
     """
+    batch_size = batch_size or (32 if data.images.device.type == "cpu" else 1000)
     loss, correct = 0.0, 0
     for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
         logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
@@ -474,14 +476,16 @@ def main(argv=None) -> int:
     network, tensors = shipped(model)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, Quantizer)]
-    loss, correct = report("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
+    report("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
+    removed = dead_weight.remove(network, activations)
+    loss, correct = report(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
     save_tensors(network.state_dict(), args.out)
     made_by = {
         "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": git_commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "source_sha256": sha256(args.checkpoint), "training": training_record(args.checkpoint)}
     accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
-    claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by)
+    claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by) | {"dead_weight_removed": removed}
     save_json(claim, claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0

@@ -55,11 +55,11 @@ def exactness(model, formats: counting.Formats) -> int:
 
 
 def tensor_lines(rows: list[dict]) -> list[str]:
-    lines = [f"{'index':>5}  {'tensor':<26}{'shape':<18}{'values':>9}{'zeros':>10}{'non-zeros':>10}{'sparsity':>9}  {'bits found':<22}"]
+    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<18}{'values':>9}{'zeros':>10}{'non-zeros':>10}{'sparsity':>9}  {'bits found':<22}"]
     for row in sorted(rows, key=lambda row: row["index"] is None):  # the 58 weight tensors first
         index = "" if row["index"] is None else row["index"]
         shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{index:>5}  {row['name']:<26}{shape:<18}{row['total']:>9,}{row['zeros']:>10,}{row['nonzeros']:>10,}"
+        lines.append(f"{index:>5}  {row['name']:<29}{shape:<18}{row['total']:>9,}{row['zeros']:>10,}{row['nonzeros']:>10,}"
                      f"{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
     return lines
 

@@ -122,7 +122,7 @@ def test_defaults_of_the_stages():
     for stage in training.STAGES:
         settings = training.settings_for(stage, args, CPU)
         assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR["sgd"][stage]
-        assert settings.mixing == "both" and settings.average == 0.999 and not settings.compile
+        assert settings.mixing == "both" and settings.average is None and not settings.compile
     penalty = training.make_penalty(args, MobileNetV2(width=0.5))
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import update_bn
 import cifar100
 from files import load_json, save_json, save_tensors, save_text
 from mobilenet_v2 import BadInput, weight_layers
+from quantize import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Settings:
     mixing: str = "both"          # CutMix or mixup, a draw for every image; or mixup, cutmix, none
     alpha: float = 0.3            # of mixup
     clean: float = 0.05           # share of the epochs, at the end, without mixing
-    average: float = 0.999        # decay of the weight average a step; 0 is none
+    average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps; 0: no average
     refresh: int = 10_000         # clean train images that renew the BatchNorm statistics at the end; 0 is none
     distill: float = 0.9          # weight of the teacher in the loss, where there is a teacher
     temperature: float = 4.0
@@ -163,30 +164,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: cifar100.Images, batch_size: int = 32) -> tuple[float, int]:
-    """(mean cross-entropy, number of correct predictions) of a model in eval mode, in float32.
-
-    Small batches are the fast ones on a CPU: the maps of 32 images stay in its cache. On a GPU take 1,000.
-    """
-    was_training = model.training
-    model.eval()
-    loss, correct = 0.0, 0
-    device = data.labels.device
-    for start in range(0, len(data.labels), batch_size):
-        x = cifar100.normalise(data.images[start:start + batch_size])
-        logits = model(x.to(memory_format=torch.channels_last) if device.type == "cpu" else x)
-        labels = data.labels[start:start + batch_size]
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        correct += (logits.argmax(1) == labels).sum()
-    model.train(was_training)
-    return float(loss) / len(data.labels), int(correct)
-
-
-def eval_batch(device: torch.device) -> int:
-    return 32 if device.type == "cpu" else 1000
-
-
 class State:
     """A stage's state in a folder: one file a part (weights, average, optimizer, penalty), and state.json.
 
@@ -295,9 +272,10 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     steps = settings.epochs * epoch_steps
     lrs = [learning_rate(settings, step, steps, epoch_steps) for step in range(steps)]
     update_at = {round(i * steps / penalty_updates) for i in range(penalty_updates)}
+    decay = 1 - 1 / max(1, 0.03 * steps) if settings.average is None else settings.average
     clean_from = settings.epochs - round(settings.clean * settings.epochs)
 
-    average = copy.deepcopy(model) if settings.average else None
+    average = copy.deepcopy(model) if decay else None
     if processes.count > 1:
         SyncBatchNorm.convert(model, device)
     optimizer = make_optimizer(settings, model)
@@ -412,7 +390,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 if masks is not None:
                     masks.apply()
                 if average is not None:  # a short memory at first, so that the start is soon forgotten
-                    update_average(average, model, min(settings.average, (1 + step) / (10 + step)))
+                    update_average(average, model, min(decay, (1 + step) / (10 + step)))
 
                 with torch.no_grad():
                     target = torch.where(lam >= 0.5, labels, others)
@@ -441,7 +419,8 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                     masks.check(model)
             if test_data is not None and (last or (epoch + 1) % eval_every == 0):
                 shown = model if average is None or last else average
-                test_loss, correct = evaluate(shown, test_data, eval_batch(device))
+                test_loss, correct = evaluate(shown.eval(), test_data)
+                model.train(not last)
                 record |= {"test_loss": test_loss, "test_accuracy": correct / len(test_data.labels)}
             if penalty is not None:
                 record["lambda"] = penalty.lam

@@ -82,7 +82,7 @@ def parse(argv=None) -> argparse.Namespace:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", "--epoch", type=int, help=f"epochs of a stage (default: {EPOCHS})")
     train.add_argument("--batch-size", type=int, default=512, help="of all processes together (%(default)s)")
-    train.add_argument("--optmzr", choices=("sgd", "adam"), default="sgd", help="(%(default)s)")
+    train.add_argument("--optmzr", choices=("sgd", "adam"), default="sgd", help="Nesterov SGD, or AdamW (%(default)s)")
     train.add_argument("--lr", type=float, help=f"peak learning rate (default: {PEAK_LR['sgd']} for sgd, 1e-3 for adam)")
     train.add_argument("--lr-scheduler", choices=("cosine", "default", "constant"),
                        help="cosine to zero; default: x0.1 at 1/2 and 3/4; constant (default: cosine)")
@@ -98,7 +98,8 @@ def parse(argv=None) -> argparse.Namespace:
     train.add_argument("--smooth-eps", type=float, default=0.1, help="(%(default)s)")
     train.add_argument("--no-tricks", action="store_true", help="no mixing, smoothing, warm-up or cosine schedule, whatever "
                        "else is given (as in the submission)")
-    train.add_argument("--ema", type=float, default=0.999, metavar="D", help="decay of the weight average a step; 0: none (%(default)s)")
+    train.add_argument("--ema", type=float, metavar="D", help="decay of the weight average a step; 0: no average (default: "
+                       "a memory of 3%% of the stage's steps, 1 - 1 / (0.03 * steps))")
     train.add_argument("--refresh", type=int, default=10_000, metavar="N",
                        help="clean train images that renew the BatchNorm statistics at a stage's end (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")

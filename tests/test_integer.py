@@ -1,0 +1,375 @@
+import json
+import math
+import random
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cifar100
+import counting
+import integer
+import quantize
+from counting import signed_bits
+from files import save_json, save_tensors
+from integer import Branch, IntegerNetwork, Point, compare, explain, float_codes, main, products
+from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+
+CLASSES, WIDTH = 7, 0.25
+
+
+@torch.no_grad()
+def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNetV2, dict]:
+    """A small network as quantize.py ships it, and its claim: 6 and 8 bits, most weights 0, scales of either sign."""
+    generator, tensors = torch.Generator().manual_seed(0), []
+    model = MobileNetV2(classes, width).eval()
+    layers = dict(weight_layers(model))
+    for index, (name, layer) in enumerate(layers.items()):
+        low, high = quantize.code_range(bits := (6, 8)[index % 2])
+        codes = torch.randint(low, high + 1, layer.weight.shape, generator=generator)
+        codes *= torch.rand(codes.shape, generator=generator) < 0.4
+        layer.weight.copy_(codes * 2.0 ** (1 - bits))
+        tensors.append({"name": f"{name}.weight", "bits": bits, "step": 2.0 ** (1 - bits)})
+    model.layers[3].conv1.weight[5] = 0
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            conv = layers[name.replace("bn", "conv").replace("shortcut.1", "shortcut.0")].weight
+            size = torch.rand(len(conv), generator=generator).add(0.5) / (0.13 * conv[0].numel()) ** 0.5
+            norm.weight.copy_((size * torch.randn(len(conv), generator=generator).add(1).sign()).half())
+            norm.weight[conv.flatten(1).count_nonzero(1) == 0] = 0
+            norm.bias.copy_(0.3 * torch.randn(len(conv), generator=generator))
+            norm.running_var.fill_(1 - norm.eps)
+            tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
+            tensors.append(quantize.store_fixed(norm.bias, f"{name}.bias"))
+    model.linear.bias.copy_(torch.randn(classes, generator=generator))
+    tensors.append(quantize.store_fixed(model.linear.bias, "linear.bias"))
+    order = [name for name, _ in model.named_parameters()]
+    activations = quantize.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
+    return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, claim = tiny_network()
+    return model, claim, IntegerNetwork.from_checkpoint(model, claim)
+
+
+@pytest.fixture(scope="module")
+def full(sparse_checkpoint, tmp_path_factory):
+    """(path, model, claim) of a network of full size, shipped without fine-tuning."""
+    model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
+    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
+    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
+    quantize.quantize_activations(model, activations)
+    network, tensors = quantize.shipped(model)
+    path = tmp_path_factory.mktemp("full") / "network.pt"
+    save_tensors(network.state_dict(), path)
+    save_json({"tensors": tensors, "activations": activations}, path.with_suffix(".json"))
+    return path, load_checkpoint(path), {"tensors": tensors, "activations": activations}
+
+
+# ---- A slow reference: the network as it is defined, in fractions --------------------------------
+
+def reference(model: MobileNetV2, claim: dict, image: torch.Tensor) -> tuple[dict[str, list], list[Fraction]]:
+    """({activation point: codes [C][H][W], features: [C]}, logits) of a uint8 image [3, 32, 32]."""
+    formats = {entry["name"]: entry for entry in claim["activations"]}
+    codes, step = {}, {name: Fraction(entry["step"]) for name, entry in formats.items()}
+
+    def put(name, values):
+        low, high = quantize.code_range(formats[name]["bits"], formats[name]["signed"])
+
+        def code(x):
+            if isinstance(x, list):
+                return [code(each) for each in x]
+            return min(max(math.floor(x / step[name] + Fraction(1, 2)), low), high)
+
+        codes[name] = code(values)
+        return name
+
+    def convolution(conv, bn, source):
+        """Real values: an exact sum over the real inputs, scaled and shifted."""
+        size, stride, pad = len(codes[source][0]), conv.stride[0], conv.padding[0]
+        out = []
+        for channel in range(conv.out_channels):
+            taps = [(i if conv.groups == 1 else channel, y - pad, x - pad, int(w * 128))  # codes of 8 bits times 2^-7
+                    for i, plane in enumerate(conv.weight[channel].tolist())
+                    for y, row in enumerate(plane) for x, w in enumerate(row) if w]
+            scale = Fraction(bn.weight[channel].item()) * step[source] / 128
+            shift = Fraction(bn.bias[channel].item())
+            out.append([[scale * sum(w * codes[source][i][y + dy][x + dx] for i, dy, dx, w in taps
+                                     if 0 <= y + dy < size and 0 <= x + dx < size) + shift
+                         for x in range(0, size, stride)] for y in range(0, size, stride)])
+        return out
+
+    def added(a, b):
+        return [added(x, y) for x, y in zip(a, b)] if isinstance(a, list) else a + b
+
+    def real(name):
+        return [[[code * step[name] for code in row] for row in plane] for plane in codes[name]]
+
+    last = put("image", [[[Fraction(p - 128, 64) for p in row] for row in plane] for plane in image.tolist()])
+    last = put("relu1", convolution(model.conv1, model.bn1, last))
+    for i, block in enumerate(model.layers):
+        hidden = put(f"layers.{i}.relu1", convolution(block.conv1, block.bn1, last))
+        hidden = put(f"layers.{i}.relu2", convolution(block.conv2, block.bn2, hidden))
+        out = convolution(block.conv3, block.bn3, hidden)
+        if block.residual:
+            out = added(out, convolution(*block.shortcut, last) if len(block.shortcut) else real(last))
+        last = put(f"layers.{i}.out", out)
+    last = put("relu2", convolution(model.conv2, model.bn2, last))
+    put("features", [sum(map(sum, plane)) * step[last] / 16 for plane in codes[last]])
+    logits = [sum(Fraction(w) * c for w, c in zip(row, codes["features"])) * step["features"] + Fraction(b)
+              for row, b in zip(model.linear.weight.tolist(), model.linear.bias.tolist())]
+    return codes, logits
+
+
+def test_equals_the_slow_reference(tiny):
+    model, claim, network = tiny
+    image = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    codes, logits = reference(model, claim, image[0])
+    ours = network.codes(image)
+    assert ours.keys() - {"pixels"} == codes.keys() == {entry["name"] for entry in claim["activations"]}
+    for name, wanted in codes.items():
+        found = ours[name][0].permute(2, 0, 1) if ours[name].dim() == 4 else ours[name][0]
+        assert found.tolist() == wanted, name
+        assert name == "image" or len(found.unique()) > 20, name  # a network that says something
+    assert [logit * Fraction(2) ** network.logit_exponent for logit in network(image)[0].tolist()] == logits
+
+
+# ---- Beside the float32 network ------------------------------------------------------------------
+
+def test_differs_from_float32_by_its_rounding_alone(tiny):
+    model, claim, network = tiny
+    floats = quantize.exact_network(model, claim["activations"])
+    report = compare(network, floats, cifar100.made_up(300, 5, CLASSES), explained=40)
+    assert report["images"] == 300 and report["differing"] == []
+    assert report["codes"] > 40 * 200_000 and report["unexplained"] == 0
+    assert report["codes_differing"] < 1e-5 * report["codes"]
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_float32_does_round(branches):
+    """Accumulators, scales and shifts of many bits: one code in some 100,000 differs, and `explain` says why."""
+    generator, n, terms, codes, total = torch.Generator().manual_seed(branches), 2_000_000, [], {}, 0
+    for i in range(branches):
+        acc = torch.randint(-2**22, 2**22, (n, 1), generator=generator, dtype=torch.int32)
+        scale, shift = 1999 * 2.0**-27, -12345 * 2.0**-13
+        reach, name = [(-2**22, 2**22)], f"acc{i}"
+        terms.append(Branch(name, name, lambda acc: acc, reach, [Fraction(scale)], [Fraction(shift)]))
+        codes[f"acc{i}"] = acc
+        total = total + (acc.float() * scale).add_(shift)
+    step = 0.5 * branches
+    codes["out"] = (quantize.Quantizer(8, True, step)(total) / step).to(torch.int8)
+    point = Point("out", terms, Fraction(step), -128, 127)
+    assert point.bits <= 39
+    count, differing, unexplained = explain(SimpleNamespace(points=[point]), codes)["out"]
+    assert count == n and 0 < differing < 200 and unexplained == 0
+
+
+def test_full_size(full):
+    _, model, claim = full
+    network, data = IntegerNetwork.from_checkpoint(model, claim), cifar100.made_up(100, 1)
+    data = cifar100.Images(data.images[:50], data.labels[:50])
+    report = compare(network, quantize.exact_network(model, claim["activations"]), data, explained=5)
+    assert report["differing"] == [] and report["unexplained"] == 0
+    assert report["correct"] == report["float_correct"] > 5  # by chance: 1 in 2
+
+
+@pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])
+def test_explain_finds_wrong_arithmetic(wrong):
+    model, claim = tiny_network()
+    network, floats = IntegerNetwork.from_checkpoint(model, claim), quantize.exact_network(model, claim["activations"])
+    _, codes = float_codes(floats, cifar100.made_up(2, 5).images)
+    assert sum(each[2] for each in explain(network, codes).values()) == 0
+    point = network.points[4]
+    if wrong == "half":
+        point.half = torch.zeros_like(point.half)  # rounds down
+    elif wrong == "addend":
+        point.branches[0].addend += point.half // 8
+    else:
+        point.branches[0].multiplier += point.branches[0].multiplier // 1024
+    report = explain(network, codes)
+    assert report.pop(point.name)[2] > 0
+    assert sum(each[2] for each in report.values()) == 0  # each point is judged by itself
+
+
+# ---- Integers alone ------------------------------------------------------------------------------
+
+class NoFloats(TorchDispatchMode):
+    """Refuses every operation that reads or makes a floating-point tensor."""
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, out))
+        floats = [x for x in flat if isinstance(x, float) or isinstance(x, torch.Tensor) and x.is_floating_point()]
+        assert not floats, func
+        self.operations += 1
+        return out
+
+
+def test_no_float_from_image_to_logits(tiny):
+    _, _, network = tiny
+    images = cifar100.made_up(3, 1).images
+    with NoFloats() as mode:
+        predictions = network(images).argmax(1)
+    assert mode.operations > 500 and predictions.dtype == torch.int64
+    for point in (*network.points, network.logits):
+        held = [point.half, point.shift]
+        for branch in point.branches:
+            held += [branch.multiplier, branch.addend, getattr(branch.sums, "keywords", {}).get("weight", point.half)]
+        assert not any(x.is_floating_point() for x in held)
+
+
+def test_stated_widths(tiny):
+    """Multipliers have 11 bits and a sign, addends 16 bits, once the zeros that a shift appends are gone."""
+    def bits(x: torch.Tensor) -> int:
+        return max((abs(n) // (n & -n)).bit_length() for n in x.tolist() if n)
+
+    for branch in tiny[2].layers():
+        assert bits(branch.multiplier) <= 11 and (not branch.addend.any() or bits(branch.addend) <= 15)
+    codes = tiny[2].codes(cifar100.made_up(2, 1).images)
+    assert {name: x.dtype for name, x in codes.items()} == {
+        name: torch.int8 if name == "image" or name.endswith(".out") else torch.uint8 for name in codes}
+
+
+def test_the_plain_products_are_the_fast_ones(tiny, monkeypatch):
+    generator, images = torch.Generator().manual_seed(0), cifar100.made_up(2, 1).images
+    cases = []
+    for shape, out in (((5, 3), 4), ((2, 7, 7, 40), 24), ((16, 1664), 100), ((1, 1), 1)):
+        weight = torch.randint(-128, 128, (shape[-1], out), generator=generator, dtype=torch.int8)
+        for low, high in ((0, 256), (0, 1), (255, 256)):
+            codes = torch.randint(low, high, shape, generator=generator).to(torch.uint8)
+            cases += [(codes, weight), ((codes ^ 128).view(torch.int8), weight), (codes, torch.full_like(weight, -128))]
+    fast, logits = [products(*case) for case in cases], tiny[2](images)
+    monkeypatch.setattr(integer, "fast_products", lambda: False)
+    for case, found in zip(cases, fast):
+        assert found.dtype == torch.int32 and torch.equal(found, products(*case))
+        assert torch.equal(found.long(), case[0].long() @ case[1].long())
+    assert torch.equal(logits, tiny[2](images))
+
+
+def test_fast_products_are_tried_before_they_are_used(monkeypatch):
+    try:
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(max=2**15 - 1))  # saturates
+        integer.fast_products.cache_clear()
+        assert not integer.fast_products()
+        monkeypatch.delattr(torch, "_int_mm")
+        integer.fast_products.cache_clear()
+        assert not integer.fast_products()
+    finally:
+        monkeypatch.undo()
+        integer.fast_products.cache_clear()
+
+
+# ---- Accumulators --------------------------------------------------------------------------------
+
+def test_bounds_are_reached(tiny):
+    """For every layer: an input for which its accumulator is exactly at the bound, so one bit less would overflow."""
+    model, claim, network = tiny
+    formats = integer.stated_formats(model, claim)
+    for branch in network.layers():
+        activation = formats.activations[branch.source]
+        if branch.name == "mean":
+            codes = torch.full((1, 4, 4, 1280), activation.high, dtype=torch.uint8)
+            assert branch.sums(codes).unique().tolist() == [16 * 255] and branch.reach == [(0, 4080)] * 1280
+            continue
+        module, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
+        weight = grid.codes(module.weight)
+        bound = min(low for low, _ in branch.reach), max(high for _, high in branch.reach)
+        terms = max(counting.terms_per_channel(module.weight, None))
+        assert bound == counting.reach(module.weight, grid, activation, terms)
+        bits = counting.fixed_bits(module.weight, grid, activation, terms)
+        assert bits == signed_bits(*bound) and not -2 ** (bits - 2) <= bound[0] <= bound[1] < 2 ** (bits - 2)
+        for side in (0, 1):
+            channel = [reach[side] for reach in branch.reach].index(bound[side])
+            best = torch.where((weight[channel] > 0) == (side == 1), activation.high, activation.low)
+            dtype = torch.int8 if activation.signed else torch.uint8
+            if isinstance(module, nn.Linear):
+                acc = branch.sums(best[None].to(dtype))[0]
+            else:  # the kernel's codes [in, k, k] stand in a larger map, at (1, 1)
+                k, stride, channels = *module.kernel_size[:1], module.stride[0], module.in_channels
+                codes = torch.zeros(1, 6, 6, channels, dtype=dtype)
+                codes[0, 1:1 + k, 1:1 + k] = best.permute(1, 2, 0).expand(k, k, channels)
+                at = (1 + k // 2) // stride  # the window that begins there
+                acc = branch.sums(codes)[0, at, at]
+            assert acc[channel] == bound[side], branch.name
+            # any order: no partial sum leaves the bound
+            terms_of = (best * weight[channel]).flatten().tolist()
+            random.Random(0).shuffle(terms_of)
+            sums = torch.tensor(terms_of).cumsum(0)
+            assert bound[0] <= sums.min() and sums.max() <= bound[1]
+
+
+def test_what_is_seen_is_within_the_bounds(tiny):
+    model, claim, network = tiny
+    floats = quantize.exact_network(model, claim["activations"])
+    rows = integer.accumulator_rows(network, compare(network, floats, cifar100.made_up(16, 2, CLASSES), 0)["seen"])
+    assert [row["layer"] for row in rows[:2]] == ["conv1", "layers.0.conv1"] and rows[-2]["layer"] == "mean"
+    assert {row["layer"] for row in rows} == {name for name, _ in weight_layers(model)} | {"mean"}
+    for row in rows:
+        assert row["bound"][0] <= row["seen"][0] < row["seen"][1] <= row["bound"][1]
+        assert row["seen_bits"] <= row["bits"] < row["value_bits"] or row["layer"] == "mean"
+
+
+def test_overflow_is_refused(tiny):
+    one = [Fraction(1)]
+    with pytest.raises(BadInput, match="32-bit accumulator"):
+        Branch("wide", "x", None, [(-2**31, 0)], one, one)
+    widest = Branch("widest", "x", None, [(1 - 2**31, 2**31 - 1)], [Fraction(2**32 - 1)], [Fraction(0)])
+    assert Point("fits", [widest], Fraction(2)).bits == 64
+    with pytest.raises(BadInput, match="may need 65 bits"):
+        Point("wide", [widest, widest], Fraction(2))
+    model, claim = tiny_network()
+    next(a for a in claim["activations"] if a["name"] == "layers.1.out")["step"] = 2.0**-60
+    with pytest.raises(BadInput, match=r"layers.1.out: its aligned sums may need \d+ bits"):
+        IntegerNetwork.from_checkpoint(model, claim)
+
+
+@pytest.mark.parametrize("change, line", [
+    (lambda model, claim: claim["activations"][4].update(bits=12), "activation layers.0.out has 12 bits"),
+    (lambda model, claim: claim["activations"][4].update(step=0.3), "has the step 0.3, expected a power of two"),
+    (lambda model, claim: claim["activations"].pop(), "activation features: not in the claim"),
+    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values need 6 bits"),
+    (lambda model, claim: claim["tensors"][0].update(step=[2.0**-5] * 8), "conv1.weight has 8 steps"),
+    (lambda model, claim: model.bn1.running_mean.add_(1), "bn1.weight: the values need 32 bits"),
+    (lambda model, claim: model.conv1.weight.data.add_(2**-9), "conv1.weight"),
+])
+def test_what_it_does_not_take(change, line):
+    model, claim = tiny_network()
+    change(model, claim)
+    with pytest.raises(BadInput, match=line):
+        IntegerNetwork.from_checkpoint(model, claim)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+def test_script(full, capsys):
+    path, _, _ = full
+    assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "20"]) == 0
+    out = capsys.readouterr().out
+    for text in ("Accuracy: ", "/20 (", "predictions agree on 20/20 (100.00%)", "0 elsewhere", "images/s in integers",
+                 "layers.16.shortcut.0", "mean", "linear"):
+        assert text in out, text
+    assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["accumulators"]) == 59 and report["images"] == 2 and report["unexplained"] == 0
+
+
+def test_script_says_what_is_wrong(full, tmp_path, capsys, monkeypatch):
+    path, _, _ = full
+    (tmp_path / "alone.pt").write_bytes(path.read_bytes())
+    with pytest.raises(BadInput, match="no claim beside it"):
+        main(["--checkpoint", str(tmp_path / "alone.pt"), "--made-up", "500"])
+    monkeypatch.setattr(integer, "compare", lambda *args: {
+        "images": 100, "correct": 1, "float_correct": 1, "codes": 9, "codes_differing": 3, "unexplained": 2, "seen": {},
+        "differing": [{"image": 3, "label": 1, "integer": 1, "float": 2, "margin": 0.5, "codes_differing": 3}],
+        "seconds": 1.0, "float_seconds": 1.0})
+    monkeypatch.setattr(integer, "accumulator_rows", lambda *args: [])
+    assert main(["--checkpoint", str(path), "--made-up", "500"]) == 2
+    captured = capsys.readouterr()
+    assert "image 3: label 1, integer 1, float32 2; 3 codes differ, the two logits are 0.5 apart" in captured.out
+    assert "2 codes differ" in captured.err and "1 of 100 predictions" in captured.err

@@ -1,0 +1,286 @@
+import hashlib
+import json
+import random
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+import counting
+import packed
+from claims import claim_path
+from files import save_json, save_tensors, sha256
+from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from packed import from_bits, load, main, pack, to_bits, unpack, unpack_bytes
+from test_integer import CLASSES, WIDTH, full, tiny_network  # noqa: F401 (full is a fixture)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(model, claim, path of its packed file, bytes by section)."""
+    model, claim = tiny_network()
+    with torch.no_grad():  # what a format could get wrong
+        model.bn1.weight[:4] = torch.tensor([2.0**-24, -2.0**-24, 65504.0, -0.0])  # the ends of float16
+        codes = (model.bn1.bias / 2.0**-17).round().clamp(-2**15, 2**15 - 1)
+        codes[:3] = torch.tensor([-2.0**15, 2**15 - 1, -1])
+        model.bn1.bias.copy_(codes * 2.0**-17)
+        model.layers[5].conv3.weight.zero_()  # nothing but a mask
+        model.conv1.weight[model.conv1.weight == 0] = 2.0**-5  # dense
+    next(entry for entry in claim["tensors"] if entry["name"] == "bn1.bias")["step"] = 2.0**-17
+    path = tmp_path_factory.mktemp("tiny") / "network.mnet"
+    return model, claim, path, pack(model, claim, path, WIDTH)
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two state dicts have the same bits, but for the counters that inference does not read."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(
+        ours[key].dtype == theirs[key].dtype and ours[key].view(torch.int32).equal(theirs[key].view(torch.int32))
+        for key in ours if not key.endswith("num_batches_tracked"))
+
+
+# ---- There and back ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_bit_streams(bits):
+    low, high = -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    codes = torch.randint(low, high + 1, (101,), generator=torch.Generator().manual_seed(bits)).numpy()
+    codes[:2] = low, high
+    stream = to_bits(codes, bits)
+    assert len(stream) == (101 * bits + 7) // 8 and from_bits(stream, 101, bits).tolist() == codes.tolist()
+    written = "".join(format(int(code) % 2**bits, f"0{bits}b") for code in codes)  # two's complement, highest bit first
+    assert "".join(format(byte, "08b") for byte in stream) == written + "0" * (-len(written) % 8)
+
+
+def test_round_trip(tiny):
+    model, claim, path, _ = tiny
+    returned, formats = unpack(path)
+    assert same(model, returned) and not returned.training
+    assert formats["tensors"] == claim["tensors"] and formats["activations"] == claim["activations"]
+    assert all(parameter.requires_grad for parameter in returned.parameters())
+    assert {value.device.type for value in returned.state_dict().values()} == {"cpu"}
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), returned(x))
+
+
+def test_packing_is_a_function_of_the_content(tiny, tmp_path):
+    _, _, path, _ = tiny
+    pack(*unpack(path), tmp_path / "again.mnet", WIDTH)
+    assert (tmp_path / "again.mnet").read_bytes() == path.read_bytes()
+
+
+def test_layout(tiny):
+    """The file, read by hand with the description in packed.py."""
+    model, claim, path, _ = tiny
+    data = path.read_bytes()
+    assert data[:8] == b"MNET\x01\x00" + struct.pack("<H", CLASSES) and struct.unpack("<d", data[8:16]) == (WIDTH,)
+    for i, entry in enumerate(claim["activations"]):
+        kind, exponent = struct.unpack("<Bb", data[16 + 2 * i:18 + 2 * i])
+        assert (kind, 2.0**exponent) == (entry["bits"] | 0x20 * entry["signed"], entry["step"])
+    at = 16 + 2 * len(claim["activations"])
+    assert data[at:at + 2] == struct.pack("<Bb", 6, -5)  # the stem: dense, 6 bits, step 2^-5
+    assert data[at + 2:at + 2 + 162] == to_bits((model.conv1.weight.detach() * 32).flatten().int().numpy(), 6)
+    at += 2 + 8 * 27 * 6 // 8
+    assert data[at:at + 2] == struct.pack("<Bb", 16 | 0x40, 0)
+    assert data[at + 2:at + 10] == bytes.fromhex("0100 0180 ff7b 0080")
+    assert data[-32:] == hashlib.sha256(data[:-32]).digest()
+
+
+def test_sections_are_what_is_counted(tiny):
+    """Byte for byte: but for filled-up bytes, steps (2 bytes for a format instead of 4), header and checksum."""
+    model, claim, path, sections = tiny
+    counted = counting.storage(model, packed.stated_formats(model, claim))
+    assert sections["total"] == path.stat().st_size == sum(size for kind, size in sections.items() if kind != "total")
+    filled = len(weight_layers(model))
+    for kind in ("weights", "masks"):
+        assert 0 <= sections[kind] - counted[kind] / 8 < filled
+    for kind in ("batchnorm", "biases"):
+        assert sections[kind] == counted[kind] / 8
+    assert (sections["header"], sections["checksum"]) == (16, 32)
+    convolutions = filled - 1  # each with a scale, which has no step, and a shift
+    assert sections["steps"] == 2 * (55 + 3 * convolutions + 2)
+    assert counted["steps"] == 32 * (55 + 2 * convolutions + 2)
+
+
+def test_size_of_the_full_network(full, tmp_path):
+    _, model, claim = full
+    counted = counting.storage(model, packed.stated_formats(model, claim))["total"]
+    bits = 8 * pack(model, claim, tmp_path / "full.mnet")["total"]
+    assert bits == 8 * (tmp_path / "full.mnet").stat().st_size
+    assert abs(bits / counted - 1) < 0.0005 and bits / 32 == pytest.approx(counted / 32, rel=0.005)
+    returned, formats = unpack(tmp_path / "full.mnet")
+    assert same(model, returned) and formats == claim
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+def refused(data: bytes) -> str:
+    with pytest.raises(BadInput) as error:
+        unpack_bytes(data)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_any_flipped_byte_is_noticed(tmp_path):
+    pack(*tiny_network(2, 0.1), tmp_path / "smallest.mnet", 0.1)
+    data, draw = (tmp_path / "smallest.mnet").read_bytes(), random.Random(0)
+    for i in range(len(data)):
+        flipped = bytearray(data)
+        flipped[i] ^= draw.randrange(1, 256)
+        assert refused(bytes(flipped)).startswith("not a packed network" if i < 4 else "damaged or cut")
+
+
+def test_random_bytes_of_a_full_file_are_noticed(full, tmp_path):
+    _, model, claim = full
+    path, draw = tmp_path / "full.mnet", random.Random(0)
+    pack(model, claim, path)
+    data = path.read_bytes()
+    for _ in range(300):
+        flipped = bytearray(data)
+        for _ in range(draw.choice((1, 1, 2, 100))):
+            flipped[draw.randrange(4, len(data))] ^= draw.randrange(1, 256)
+        if flipped != data:
+            assert refused(bytes(flipped)).startswith("damaged or cut")
+
+
+def test_cut_and_extended_files(tiny):
+    data, draw = tiny[2].read_bytes(), random.Random(0)
+    for size in (*range(200), *range(200, len(data), 97), len(data) - 32, len(data) - 1):
+        assert refused(data[:size]).startswith("not a packed network" if size < 4 else "damaged or cut")
+    for garbage in (b"\0", b"\n", data, draw.randbytes(100)):
+        assert refused(data + garbage).startswith("damaged or cut")
+
+
+def test_foreign_files(tiny, tmp_path):
+    model, path = tiny[0], tmp_path / "file.mnet"
+    for content in (b"", b"M", b"\x89PNG\r\n", b"{}", b"MNET", b"MNET" + bytes(44), random.Random(0).randbytes(5000)):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=r"file.mnet: (not a packed network|damaged or cut)"):
+            unpack(path)
+    save_tensors(model.state_dict(), path)
+    for bad in (path, tmp_path, tmp_path / "missing.mnet", "/dev/zero"):
+        with pytest.raises(BadInput, match="not a packed network|no such file"):
+            load(bad) if str(bad).endswith(".mnet") else unpack(bad)
+
+
+def sealed(data: bytes) -> bytes:
+    """Content with a checksum that is right: the work of a program, not of chance."""
+    return data + hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize("change, line", [
+    (lambda b: b.__setitem__(4, 2), "of version 2; this program reads version 1"),
+    (lambda b: b.__setitem__(slice(6, 8), b"\0\0"), "without classes"),
+    (lambda b: b.__setitem__(slice(6, 8), b"\xff\xff"), "ends too early"),
+    (lambda b: b.__setitem__(slice(6, 16), struct.pack("<Hd", 65535, 8.0)), "bn1.weight has the unknown format"),
+    (lambda b: b.__setitem__(slice(8, 16), struct.pack("<d", float("nan"))), "width multiplier nan"),
+    (lambda b: b.__setitem__(slice(8, 16), struct.pack("<d", 1e300)), "width multiplier 1e"),
+    (lambda b: b.__setitem__(16, 0), "activation image has the unknown format 0x00"),
+    (lambda b: b.__setitem__(16, 0x88), "activation image has the unknown format 0x88"),
+    (lambda b: b.__setitem__(16 + 110, 0), "conv1.weight has the unknown format 0x00"),
+    (lambda b: b.__setitem__(16 + 110, 31), "conv1.weight has the unknown format 0x1f"),
+    (lambda b: b.__setitem__(16 + 110, 0x48), "conv1.weight has the unknown format 0x48"),
+    (lambda b: b.__setitem__(slice(292, 294), b"\x00\x7c"), "bn1.weight holds values that are not finite"),
+    (lambda b: b.append(0), "1 bytes are left over"),
+    (lambda b: b.__delitem__(-1), "ends too early"),
+])
+def test_content_that_makes_no_sense(tiny, change, line):
+    content = bytearray(tiny[2].read_bytes()[:-32])
+    change(content)
+    assert line in refused(sealed(bytes(content)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_random_content_is_read_or_refused(tiny):
+    """With a true checksum anything may come: a network or one line, no other exception and no warning."""
+    data, draw, read = tiny[2].read_bytes()[:-32], random.Random(0), 0
+    for i in range(150):
+        content = bytearray(data)
+        for _ in range(draw.choice((1, 3, 30))):
+            at = draw.randrange(4, 400) if i % 2 else draw.randrange(4, len(data))
+            content[at] = draw.randrange(256)
+        try:
+            unpack_bytes(sealed(bytes(content)))
+            read += 1
+        except BadInput as error:
+            assert "\n" not in str(error)
+    assert 10 < read < 140
+
+
+# ---- What cannot be packed -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, line", [
+    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values need 6 bits"),
+    (lambda model, claim: claim["tensors"][0].update(step=[2.0**-5] * 8), "conv1.weight .* has 6 bits and 8 steps"),
+    (lambda model, claim: claim["activations"][3].update(step=0.3), "has the step 0.3"),
+    (lambda model, claim: claim["activations"][3].update(step=None), "has the step None"),
+    (lambda model, claim: claim["activations"][3].update(step=2.0**-200), "expected a power of two from 2"),
+    (lambda model, claim: claim["activations"][3].update(bits=20), "has 20 bits"),
+    (lambda model, claim: claim["activations"].pop(), "activation features: not in the claim"),
+    (lambda model, claim: claim["tensors"].pop(), "linear.bias: not in the claim"),
+    (lambda model, claim: model.bn1.running_var.fill_(1), "bn1.weight: the values need 32 bits"),
+    (lambda model, claim: model.bn1.running_var.sub_(2**-24), "cannot hold bn1.running_var"),
+])
+def test_what_cannot_be_packed(change, line, tmp_path):
+    model, claim = tiny_network()
+    change(model, claim)
+    with pytest.raises(BadInput, match=line):
+        pack(model, claim, tmp_path / "file.mnet", WIDTH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_width(tiny, tmp_path):
+    with pytest.raises(BadInput):
+        pack(tiny[0], tiny[1], tmp_path / "file.mnet", 1.3)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Like a checkpoint ---------------------------------------------------------------------------
+
+def test_load(full, tmp_path):
+    path, model, claim = full
+    assert same(load(path)[0], model) and load(path)[1] == claim
+    file = tmp_path / "network.mnet"
+    pack(model, claim, file)
+    returned, own = load(file)
+    assert same(model, returned) and own == claim | {"sha256": sha256(file)}  # without a claim: what the file states
+
+    save_json(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
+    assert load(file)[1] == claim | {"sha256": None, "accuracy": 1}
+    said = claim | {"sha256": "of the .pt", "packed": {"sha256": sha256(file)}}
+    save_json(said, claim_path(file))
+    assert load(file)[1] == said | {"sha256": sha256(file)}
+
+    other = json.loads(json.dumps(said))
+    for entry in other["activations"][:4]:
+        entry["step"] *= 2
+    save_json(other, claim_path(file))
+    with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
+        load(file)
+
+    (tmp_path / "alone.pt").write_bytes(path.read_bytes())
+    assert load(tmp_path / "alone.pt")[1] is None
+
+
+def test_script(full, tmp_path, capsys):
+    source, model, claim = full
+    path = tmp_path / "network.pt"
+    path.write_bytes(source.read_bytes())
+    with pytest.raises(BadInput, match="no claim beside it"):
+        main(["--checkpoint", str(path)])
+    save_json(claim, claim_path(path))
+    with pytest.raises(BadInput, match="ends in .mnet"):
+        main(["--checkpoint", str(path), "--out", str(path)])
+    assert main(["--checkpoint", str(path)]) == 0
+    out, file = capsys.readouterr().out, tmp_path / "network.mnet"
+    assert f"{file}: {file.stat().st_size:,} bytes" in out and "32-bit parameters in the file" in out
+    recorded = json.loads(claim_path(path).read_text())
+    packed_file = {"file": "network.mnet", "bytes": file.stat().st_size, "sha256": sha256(file)}
+    assert recorded == claim | {"packed": packed_file}
+    assert load(file)[1]["sha256"] == sha256(file)
+    again = tmp_path / "again.mnet"  # a packed file can be packed; other names leave the claim alone
+    assert main(["--checkpoint", str(file), "--out", str(again)]) == 0
+    assert again.read_bytes() == file.read_bytes() and json.loads(claim_path(path).read_text()) == recorded
+    assert same(load_checkpoint(path), load(again)[0]) and isinstance(load(again)[0], MobileNetV2)

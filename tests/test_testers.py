@@ -1,0 +1,331 @@
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cifar100
+import counting
+import quantize
+import testers
+from files import load_json, run_script, save_json, save_tensors, sha256
+from mobilenet_v2 import CHECKPOINT, MobileNetV2, load_checkpoint, weight_layers
+
+SCRIPT = Path(testers.__file__)
+MADE_UP = ("--made-up", "100")
+
+
+@pytest.fixture(scope="module")
+def original(sparse_checkpoint, tmp_path_factory):
+    """A checkpoint and its claim, made by quantize.py."""
+    out = tmp_path_factory.mktemp("shipped") / "network.pt"
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize.main(["--checkpoint", str(sparse_checkpoint), "--out", str(out), "--calibration", "20", *MADE_UP])
+    return out
+
+
+@pytest.fixture
+def shipped(original, tmp_path):
+    """A copy of it to do harm to."""
+    for file in (original, original.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    return tmp_path / original.name
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line, in this process: (status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as exit:
+            run_script(lambda: testers.main([str(word) for word in argv]))
+        return exit.value.code, *capsys.readouterr()
+    return run
+
+
+def entry(claim, name, key="tensors"):
+    return next(entry for entry in claim[key] if entry["name"] == name)
+
+
+# ------------------------------------------------------------------------------------------------- as it should be
+
+def test_a_true_claim_is_verified(original, run):
+    claim = load_json(original.with_suffix(".json"))
+    status, out, err = run("--checkpoint", original, *MADE_UP)
+    assert (status, err) == (0, "")
+    correct = claim["accuracy"]["correct"]
+    assert re.findall("^Accuracy: .*", out, re.M) == [f"Accuracy: {correct}/100 ({correct}.00%)"]
+    assert f"Loss: {claim['accuracy']['loss']:.4f} (made up set)" in out
+    assert "logits of the fixed made-up batch: as recorded, to the last bit" in out and f"SHA-256 {sha256(original)}" in out
+
+    # counted once more, value by value
+    state, layers = load_checkpoint(original).state_dict(), [name for name, _ in weight_layers(MobileNetV2())]
+    rows = [line.split() for line in out.splitlines() if re.match(r" +\d+  \S", line)]
+    assert [row[0] for row in rows] == [str(i) for i in range(58)] and [row[1] for row in rows] == [f"{name}.weight" for name in layers]
+    bits, zeros, total = quantize.bit_table(None), {}, {}
+    for index, row in enumerate(rows):
+        weight = state[row[1]]
+        zeros[row[1]], total[row[1]] = sum(value == 0 for value in weight.flatten().tolist()), weight.numel()
+        assert row[2] == "x".join(map(str, weight.shape))
+        assert [int(figure.replace(",", "")) for figure in row[3:6]] == \
+            [weight.numel(), zeros[row[1]], weight.numel() - zeros[row[1]]]
+        assert row[6] == f"{zeros[row[1]] / weight.numel():.4f}" and 2 <= int(row[7]) <= bits[index] and row[8] == "(power"
+    others = re.findall(r"^ {7}(\S+\.(?:weight|bias)) .*", out, re.M)
+    assert len(others) == len(set(others)) == 115 and not set(others) & set(zeros)
+    linear, linear_zeros = total.pop("linear.weight"), zeros.pop("linear.weight")
+    conv, conv_zeros = sum(total.values()), sum(zeros.values())
+    for label, n, z in (("convolutions and linear, exact", conv + linear, conv_zeros + linear_zeros),
+                        ("convolutions alone, exact", conv, conv_zeros), ("linear alone, exact", linear, linear_zeros),
+                        ("the submission's convention (see README)", 3_905_632, conv_zeros)):
+        figures = out.split(f"  {label} ")[1].splitlines()[0].split()
+        assert figures == [f"{n:,}", f"{z:,}", f"{n - z:,}", f"{z / n:.4f}", f"{n / (n - z):.4f}"]
+    assert (conv, linear) == (3_777_632, 166_400)
+    storage = claim["counts"]["storage"]["total"]
+    assert f"storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M" in out
+    assert f"score term {storage / 32 / 36.5e6:.5f}" in out
+
+
+def test_json_holds_the_same(original, run):
+    claim = load_json(original.with_suffix(".json"))
+    status, out, err = run("--checkpoint", original, "--json", *MADE_UP)
+    report = json.loads(out)
+    assert (status, err) == (0, "") and report["problems"] == []
+    assert report["sha256"] == sha256(original) and report["checkpoint"] == str(original)
+    assert {key: report[key] for key in claim["accuracy"]} == pytest.approx(claim["accuracy"])
+    assert report["counts"] == claim["counts"] and len(report["tensors"]) == 173
+    row = next(row for row in report["tensors"] if row["name"] == "layers.1.conv3.weight")
+    weight = load_checkpoint(original).layers[1].conv3.weight
+    assert (row["index"], row["shape"], row["total"], row["zeros"]) == (7, [32, 144, 1, 1], 4608, int((weight == 0).sum()))
+
+
+def test_json_names_the_problems_too(shipped, run):
+    claim = load_json(shipped.with_suffix(".json"))
+    claim["counts"] = {}
+    save_json(claim, shipped.with_suffix(".json"))
+    status, out, err = run("--checkpoint", shipped, "--json", *MADE_UP)
+    assert status == 2 and err == "testers.py: the counts in the claim are not those of the file\n"
+    assert json.loads(out)["problems"] == ["the counts in the claim are not those of the file"]
+
+
+def test_without_a_claim_it_is_a_float_network(sparse_checkpoint, run):
+    status, out, err = run("--checkpoint", sparse_checkpoint, *MADE_UP)
+    data = cifar100.made_up(100, 1)
+    with torch.no_grad():
+        logits = load_checkpoint(sparse_checkpoint)(cifar100.normalise(data.images))
+    correct = int((logits.argmax(1) == data.labels).sum())
+    assert (status, err) == (0, "") and f"Accuracy: {correct}/100 ({correct}.00%)" in out
+    assert "no claim beside it: evaluated in float32" in out and "logits of the fixed" not in out
+    assert "32 (float32)" in out
+
+
+@pytest.mark.parametrize("images, correct", [(100, 7), (10_000, 8192)])
+def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
+    """`Accuracy: N/10000 (xx.xx%)`, whatever the data."""
+    monkeypatch.setattr(cifar100, "load", lambda folder, split: cifar100.Images(torch.zeros(images, 1), torch.zeros(images)))
+    monkeypatch.setattr(quantize, "evaluate", lambda network, data: (1.5, correct))
+    shipped.with_suffix(".json").unlink()
+    status, out, _ = run("--checkpoint", shipped)
+    assert status == 0 and f"\nLoss: 1.5000 (test set)\nAccuracy: {correct}/{images} ({100 * correct / images:.2f}%)\n" in out
+
+
+# ------------------------------------------------------------------------------------------------------ without data
+
+def test_without_data_everything_else_is_checked(original, run, tmp_path, monkeypatch):
+    status, out, err = run("--checkpoint", original, "--data", tmp_path)
+    assert status == 2 and "Accuracy: NOT VERIFIED" in out and "Loss" not in out
+    assert err.startswith("testers.py: the accuracy was not verified: ") and err.count("\n") == 1 and str(tmp_path) in err
+    complete = run("--checkpoint", original, *MADE_UP)[1]
+    assert out.split("\n\n")[1:] == complete.split("\n\n")[1:] and "as recorded, to the last bit" in out
+    monkeypatch.setenv("CIFAR100_DIR", str(tmp_path / "nowhere"))
+    status, out, err = run("--checkpoint", original, "--json")
+    report = json.loads(out)
+    assert status == 2 and "correct" not in report and len(report["problems"]) == 1 and "NOT" not in out
+
+
+def test_without_data_a_float_network_is_not_verified_either(sparse_checkpoint, run, tmp_path):
+    status, out, err = run("--checkpoint", sparse_checkpoint, "--data", tmp_path)
+    assert status == 2 and "Accuracy: NOT VERIFIED" in out and "not verified" in err
+
+
+def test_other_data_than_the_claims_do_not_verify_it(original, run):
+    status, out, err = run("--checkpoint", original, "--made-up", "600")
+    assert status == 2 and "the accuracy was not verified: tested were 120 made up images, claimed is {'data'" in err
+    assert re.search(r"Accuracy: \d+/120", out)
+
+
+# ------------------------------------------------------------------------------------------------- a tampered claim
+
+def set_entry(name, key="tensors", **changes):
+    return lambda claim: entry(claim, name, key).update(changes)
+
+
+def drop(name, key):
+    return lambda claim: claim[key].remove(entry(claim, name, key))
+
+
+def last_bit(claim):
+    value = claim["probe_logits"][3][99]
+    claim["probe_logits"][3][99] = torch.tensor(value).nextafter(torch.tensor(9e9)).item()
+
+
+TAMPERED = {
+    "bits too low": (set_entry("layers.4.conv1.weight", bits=7), ["layers.4.conv1.weight: the values need 8 bits"]),
+    "another step": (set_entry("conv1.weight", step=0.3), ["conv1.weight: the values are no 8-bit multiples of the claimed step"]),
+    "another kind": (set_entry("bn1.bias", kind="float16"), ["bn1.bias: the values are no 16-bit float16"]),
+    "no tensor": (drop("linear.bias", "tensors"), ["linear.bias: not in the claim"]),
+    "tensor of another network": (lambda claim: claim["tensors"].append({"name": "conv9.weight", "bits": 8, "step": 1}),
+                                  ["conv9.weight: claimed, but not in the network"]),
+    "correct count": (lambda claim: claim["accuracy"].update(correct=claim["accuracy"]["correct"] + 1),
+                      [r"claimed are \d+ correct images, found \d+"]),
+    "another set": (lambda claim: claim["accuracy"].update(data="test"), ["the accuracy was not verified: tested were 100 made up"]),
+    "no accuracy": (lambda claim: claim.pop("accuracy"), ["the accuracy was not verified"]),
+    "accuracy is a number": (lambda claim: claim.update(accuracy=0.9), ["the accuracy was not verified"]),
+    "counts": (lambda claim: claim["counts"]["weights"]["all"].update(zeros=claim["counts"]["weights"]["all"]["zeros"] + 1),
+               ["the counts in the claim are not those of the file"]),
+    "storage": (lambda claim: claim["counts"]["storage"].update(total=1), ["the counts in the claim are not those of the file"]),
+    "no counts": (lambda claim: claim.pop("counts"), ["the counts in the claim are not those of the file"]),
+    "last bit of a logit": (last_bit, ["the logits of the fixed made-up batch are not those recorded"]),
+    "no logits": (lambda claim: claim.pop("probe_logits"), ["the logits of the fixed made-up batch are not those recorded"]),
+    "another file": (lambda claim: claim.update(sha256="0" * 64), ["the claim is about another file, with SHA-256 0000"]),
+    "no file": (lambda claim: claim.pop("sha256"), ["the claim is about another file, with SHA-256 None"]),
+    "missing activation": (drop("layers.9.relu2", "activations"), [r"missing \['layers.9.relu2'\]"]),
+    "no activations": (lambda claim: claim.pop("activations"), ["'activations' is not a list"]),
+    "activation's sign": (set_entry("relu1", "activations", signed=True), ["activation relu1: signed is True, expected False"]),
+    "activation's step": (set_entry("relu1", "activations", step=0.3), ["activation relu1: 8 bits with step 0.3"]),
+    "activation's bits": (set_entry("layers.16.out", "activations", bits=2),
+                          ["the logits of the fixed", "the counts in the claim are not those of the file"]),
+    "inexact sums": (lambda claim: [a.update(bits=16) for a in claim["activations"]], [r"sums of products may exceed 2\^24"]),
+    "nothing": (lambda claim: claim.clear(), ["'tensors' is not a list"]),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_tampered_claim(shipped, run, what):
+    change, messages = TAMPERED[what]
+    claim = load_json(shipped.with_suffix(".json"))
+    change(claim)
+    save_json(claim, shipped.with_suffix(".json"))
+    status, out, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2
+    for message in messages:
+        assert re.search(f"^testers.py: .*{message}", err, re.M), err
+    if len(messages) == 1 and what != "inexact sums":
+        assert err.count("\n") == 1  # it names this and nothing else
+
+
+# --------------------------------------------------------------------------------------------- a tampered checkpoint
+
+def tamper(path, change):
+    state = load_checkpoint(path).state_dict()
+    change(state)
+    save_tensors(state, path)
+
+
+def test_one_code_changed(shipped, run):
+    def change(state):
+        weight = state["layers.7.conv3.weight"].view(-1)
+        weight[int(weight.abs().argmax())] *= -1  # the grid is kept, and all of the counts
+
+    tamper(shipped, change)
+    status, out, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and "the claim is about another file" in err
+    assert "the logits of the fixed made-up batch are not those recorded" in err and "NOT as recorded" in out
+
+
+def test_one_value_off_its_grid(shipped, run):
+    def change(state):
+        state["layers.3.conv1.weight"].view(-1)[0] += 1e-3
+
+    tamper(shipped, change)
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and re.search(r"^testers.py: layers.3.conv1.weight: the values need \d+ bits", err, re.M)
+    assert "the claim is about another file" in err
+
+
+def test_one_zero_more(shipped, run):
+    def change(state):
+        weight = state["layers.3.conv1.weight"].view(-1)
+        weight[int(weight.nonzero()[0])] = 0
+
+    tamper(shipped, change)
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and "the counts in the claim are not those of the file" in err and "another file" in err
+
+
+def test_statistics_that_are_not_folded(shipped, run):
+    tamper(shipped, lambda state: state["layers.5.bn2.running_mean"].add_(0.5))
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and "layers.5.bn2.weight: the values need 32 bits" in err and "layers.5.bn2.bias" in err
+
+
+# -------------------------------------------------------------------------------------------------------- exactness
+
+def test_the_largest_sum(original):
+    model = load_checkpoint(original)
+    claim = load_json(original.with_suffix(".json"))
+    grids = {e["name"]: counting.Grid(e["bits"], (e["step"],) if "step" in e else (), "claimed") for e in claim["tensors"]}
+    activations = {e["name"]: counting.Activation(e["bits"], e["signed"]) for e in claim["activations"]}
+    sums = []
+    for name, module in weight_layers(model)[:-1]:
+        codes = (module.weight / entry(claim, f"{name}.weight")["step"]).abs().flatten(1).tolist()
+        sums += [int(sum(row)) for row in codes]
+    formats = counting.Formats(grids, activations)
+    assert testers.exactness(model, formats) == 255 * max(sums) < 2**24
+    wide = counting.Formats(grids, activations | {"relu1": counting.Activation(9, False)})
+    assert testers.exactness(model, wide) == 511 * max(sums)
+    for grid in (counting.Grid(8, (0.3,), "even"), counting.Grid(16, kind="float16")):
+        assert testers.exactness(model, counting.Formats(grids | {"conv2.weight": grid}, activations)) == sys.maxsize
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("name, content, message", [
+    ("missing.pt", None, "no such checkpoint file"), ("empty.pt", b"", "not a checkpoint that torch can read"),
+    ("damaged.pt", b"PK\x03\x04" + b"\0" * 100, "not a checkpoint that torch can read"),
+])
+def test_no_checkpoint_is_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--checkpoint", name], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"testers.py: {name}: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, message", [(b"{", "not readable as JSON"), (b"[]", "expected a JSON object")])
+def test_a_damaged_claim(shipped, run, content, message):
+    shipped.with_suffix(".json").write_bytes(content)
+    status, out, err = run("--checkpoint", shipped, *MADE_UP)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1 and "network.json" in err
+
+
+@pytest.mark.parametrize("argv", [("--made-up", "0"), ("--made-up", "-5"), ("--made-up", "x"), ("--nonsense",)])
+def test_bad_options(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        testers.main(list(argv))
+    assert exit.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- what the repository ships
+
+def test_the_shipped_checkpoint_is_as_claimed(cifar100_dir, capsys):
+    checkpoint = SCRIPT.with_name(CHECKPOINT)
+    if not checkpoint.is_file():
+        pytest.skip(f"{CHECKPOINT} is not there yet")
+    claim, threads = load_json(checkpoint.with_suffix(".json")), torch.get_num_threads()
+    try:
+        torch.set_num_threads(os.cpu_count())  # 10,000 images; the result does not depend on it
+        assert testers.main(["--data", str(cifar100_dir)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    correct = claim["accuracy"]["correct"]
+    assert claim["accuracy"]["images"] == 10_000 and claim["accuracy"]["data"] == "test" and err == ""
+    assert f"\nAccuracy: {correct}/10000 ({correct / 100:.2f}%)\n" in out
