@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import claims
 import counting
+import packed
 from counting import CONVENTIONS, WORD, Formats
 from files import load_json, run_script, sha256
-from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
+from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 
 
 # ---- Cross-checks --------------------------------------------------------------------------------
@@ -217,12 +218,11 @@ def main(argv=None) -> int:
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:
         checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
-        model = load_checkpoint(checkpoint)
+        model, claim = packed.load(checkpoint)
         formats = counting.found_formats(model)
         source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": sha256(checkpoint)}
         claim_file = claims.claim_path(checkpoint)
-        if claim_file.exists():
-            claim = load_json(claim_file)
+        if claim is not None:
             formats, problems = claims.hold(claim, claim_file, model, formats)
             if claim.get("sha256") != source["sha256"]:
                 problems.insert(0, f"{claim_file} claims SHA-256 {claim.get('sha256')}, "
@@ -230,7 +230,7 @@ def main(argv=None) -> int:
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
             if not problems and counts is not None and counts != counting.summary(model, formats):
                 problems.append(f"the counts that {claim_file} claims are not those of {checkpoint}")
-            source["widths"] = f"claimed by {claim_file}, held against the stored values"
+            source["widths"] = f"claimed by {claim_file if claim_file.exists() else checkpoint}, held against the stored values"
         else:
             source["widths"] = "found in the stored values; there is no claim beside them"
         weights = counting.weight_summary(model)

@@ -7,6 +7,8 @@
     counts               zeros, storage, operations and score (see counting.summary)
     dead_weight_removed  how many non-zero values could not reach a logit, and were set to zero
     probe_logits         logits of a fixed made-up batch (quantize.probe_images), to the last bit
+    packed               file, bytes and SHA-256 of the packed file (packed.py adds it)
+    integer              accuracy and accumulators of the integer network (integer.py --record adds it)
     made_by              command, commit, machine, and the training stages behind it
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.

@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar100
+import claims
 import counting
 import quantize
 from counting import signed_bits
-from files import run_script
+from files import run_script, save_json
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
 from packed import exponent, load, stated_formats
 
@@ -390,6 +391,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
     parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
     args = parser.parse_args(argv)
     for name, low in (("images", 1), ("made_up", 2)):
         if getattr(args, name) is not None and getattr(args, name) < low:
@@ -435,6 +437,9 @@ def main(argv=None) -> int:
     report = {"checkpoint": str(checkpoint)} | compare(network, floats, data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
     print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
+    if args.record:
+        kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
+        save_json(claim | {"integer": kept}, claims.claim_path(checkpoint))
     problems = []
     if report["unexplained"]:
         problems.append(f"{report['unexplained']} codes differ from the float32 network's other than by its rounding")

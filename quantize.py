@@ -307,6 +307,7 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
         bn.bias.copy_(shift)
         bn.running_mean.zero_()
         bn.running_var.fill_(1 - bn.eps)
+        bn.num_batches_tracked.zero_()
         ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
         ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
     order = {name: i for i, name in enumerate(network.state_dict())}

@@ -1,7 +1,8 @@
 """Verify a checkpoint: accuracy on the test set as claimed, then what every tensor holds, and what it costs to store.
 
     python testers.py                   the shipped checkpoint; its claim is the .json beside it
-    python testers.py --checkpoint F    another one; without an F.json it is taken as a float network
+    python testers.py --checkpoint F    another one, a state dict or a packed .mnet; its claim is F with the suffix .json,
+                                        and without one a state dict is taken as a float network
 
 Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see quantize.py), so the
 claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
@@ -19,9 +20,10 @@ from torch import nn
 import cifar100
 import claims
 import counting
+import packed
 import quantize
-from files import load_json, run_script, sha256
-from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint, weight_layers
+from files import run_script, sha256
+from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -83,13 +85,12 @@ def total_lines(summary: dict) -> list[str]:
 def main(argv=None) -> int:
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
-    model = load_checkpoint(checkpoint)
+    model, claim = packed.load(checkpoint)
     found = counting.found_formats(model)
     formats, network, problems = found, model.to(memory_format=torch.channels_last), []
     report = {"checkpoint": str(checkpoint), "sha256": sha256(checkpoint)}
     lines = [f"{checkpoint}, SHA-256 {report['sha256']}"]
 
-    claim = load_json(claims.claim_path(checkpoint)) if claims.claim_path(checkpoint).exists() else None
     if claim is not None:
         formats, problems = claims.hold(claim, claims.claim_path(checkpoint), model, found)
         if claim.get("sha256") != report["sha256"]:

@@ -505,6 +505,21 @@ def test_the_exact_network_does_not_depend_on_how_it_runs(exact, pictures):
         torch.set_num_threads(threads)
 
 
+@torch.no_grad()
+def test_the_linear_layers_sums_are_exact_beyond_float32():
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(1664, 100)
+    weight, bias = (torch.randint(low, high, shape, generator=generator)
+                    for low, high, shape in ((1, 128, (100, 1664)), (-2**15, 2**15, (100,))))
+    x = torch.randint(100, 256, (8, 1664), generator=generator)
+    linear.weight.copy_(weight * 2.0**-7)
+    linear.bias.copy_(bias * 2.0**-17)
+    linear.__class__ = quantize.ExactLinear
+    sums = (x @ weight.T) * 16 + bias  # int64, in units of 2^-17
+    assert sums.min() > 2**26 and torch.equal(linear(x * 2.0**-6), (sums.double() * 2.0**-17).float())
+    assert linear(x * 2.0**-6).dtype == torch.float32
+
+
 def test_the_exact_network_is_a_copy(exact):
     network, _, activations, fast = exact["layer"]
     assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU) and network.conv1.weight.requires_grad
