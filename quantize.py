@@ -437,7 +437,9 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     teacher = load_checkpoint(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
     folder = Path(args.checkpoint).parent
     model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teacher=teacher,
-                       prepare=freeze_statistics, resume=args.resume)
+                       prepare=freeze_statistics, resume=args.resume,
+                       context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges,
+                                "activation_bits": args.activation_bits, "calibration": args.calibration})
     if model is None:
         raise BadInput("fine-tuning was stopped; the same command goes on")
     loop.State(folder / "quantized.state", settings).remove()

@@ -1,7 +1,8 @@
 """The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
 
-    python report.py            figures/*.png, and the tables in README.md between <!-- NAME --> and <!-- end NAME -->
-    python report.py --check    writes nothing; exit status 2 if a table in README.md is not what it would write
+    python report.py            figures/*.png, and the tables in README.md and ACCOUNT.md between <!-- NAME --> and
+                                <!-- end NAME -->
+    python report.py --check    writes nothing; exit status 2 if a table there is not what it would write
 
 layers.png     sparsity and bits of every weight tensor
 cost.png       where storage and operations go
@@ -22,6 +23,8 @@ import counting  # noqa: E402
 from files import load_json, run_script, save_text  # noqa: E402
 from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint  # noqa: E402
 
+KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
+         "mean": "average pooling", "linear": "linear layer"}
 BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
 COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 HERE = Path(__file__).resolve().parent
@@ -87,8 +90,11 @@ def training_figure(stages: list[list[dict]]):
     return figure
 
 
-def tables(claim: dict, submission_operations: dict[str, int]) -> dict[str, str]:
-    """The README's tables by name, in Markdown. What the submission reported is from its README (see FACTS in ours)."""
+def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_operations: dict[str, int]) -> dict[str, str]:
+    """The tables by name, in Markdown. counted: the rows of every operation by convention.
+
+    What the submission reported is from its README.
+    """
     counts, accuracy = claim["counts"], claim["accuracy"]
     exact, theirs, storage, score = counts["weights"]["all"], counts["weights"]["submission"], counts["storage"], counts["score"]
     by_stage = {stage["stage"]: stage for stage in claim["made_by"]["training"]}
@@ -138,14 +144,35 @@ def tables(claim: dict, submission_operations: dict[str, int]) -> dict[str, str]
     labels = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
               "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
     parts = [(labels[kind], f"{n:,}", f"{n / 32e6:.4f}M", f"{n / 8e3:,.0f} kB") for kind, n in storage.items()]
-    return {
+    account = []
+    for kind in dict.fromkeys(row.kind for row in counted["32-bit"]):
+        same = {c: [row for row in rows if row.kind == kind] for c, rows in counted.items()}
+        times = sum(sum(row.multiplications.values()) for row in same["32-bit"])
+        plus = sum(sum(row.additions.values()) for row in same["32-bit"])
+        account.append((KINDS[kind], len(same["32-bit"]), f"{times:,}", f"{plus:,}",
+                        *(f"{sum(row.bits for row in rows) / 32e6:.3f}" for rows in same.values())))
+    account.append(("all", len(counted["32-bit"]), f"{counts['operations']['32-bit']['multiplications']:,}",
+                    f"{counts['operations']['32-bit']['additions']:,}",
+                    *(f"{counts['operations'][c]['bits'] / 32e6:.3f}" for c in counting.CONVENTIONS)))
+    contents = {
         "results": results,
         "steps": table(("step of `quantize.py`", "correct", "accuracy", "change"), steps),
         "stages": table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), stages),
         "score": table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"),
                        conventions),
         "storage": table(("storage", "bits", "32-bit parameters", ""), parts),
+        "account": table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), account),
     }
+    if "integer" in claim:
+        contents["accumulators"] = table(
+            ("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"),
+            [(row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
+              row["value_bits"]) for row in claim["integer"]["accumulators"]])
+    if "packed" in claim:
+        size = claim["packed"]["bytes"]
+        contents["packed"] = table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
+            (claim["packed"]["file"], f"{size:,}", f"{size / 4e6:.4f}M", f"{100 * (8 * size / storage['total'] - 1):+.3f}%")])
+    return contents
 
 
 def table(head, rows) -> str:
@@ -153,13 +180,11 @@ def table(head, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def fill(readme: str, contents: dict[str, str]) -> str:
-    """The README with its tables replaced. Raises BadInput if one of them has no place there."""
+def fill(page: str, contents: dict[str, str]) -> str:
+    """The page with what stands between <!-- NAME --> and <!-- end NAME --> replaced, for every NAME that it has."""
     for name, text in contents.items():
-        readme, places = re.subn(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m: m[1] + text + "\n" + m[2], readme, flags=re.S)
-        if places != 1:
-            raise BadInput(f"the README has {places} places <!-- {name} --> ... <!-- end {name} -->, expected 1")
-    return readme
+        page = re.sub(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m: m[1] + text + "\n" + m[2], page, flags=re.S)
+    return page
 
 
 def main(argv=None) -> int:
@@ -167,8 +192,8 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", type=Path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
     parser.add_argument("--logs", type=Path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md", metavar="F", help="(%(default)s)")
-    parser.add_argument("--check", action="store_true", help="compare the README's tables, write nothing")
+    parser.add_argument("--pages", type=Path, default=HERE, metavar="DIR", help="where README.md and ACCOUNT.md are (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint)
     path = claims.claim_path(args.checkpoint)
@@ -177,17 +202,22 @@ def main(argv=None) -> int:
     if problems:
         raise BadInput(f"{args.checkpoint} contradicts its claim: {problems[0]}")
     operations = counting.trace(model)
-    readme = args.readme.read_text()
-    filled = fill(readme, tables(claim, counting.submission_operations(operations)))
+    counted = {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}
+    contents = tables(claim, counted, counting.submission_operations(operations))
+    pages = {page: page.read_text() for page in (args.pages / "README.md", args.pages / "ACCOUNT.md")}
+    for name in contents:
+        if not any(f"<!-- {name} -->" in text for text in pages.values()):
+            raise BadInput(f"neither README.md nor ACCOUNT.md has a place <!-- {name} --> ... <!-- end {name} -->")
+    filled = {page: fill(text, contents) for page, text in pages.items()}
     if args.check:
-        if filled != readme:
-            raise BadInput(f"{args.readme}: its tables are not those of {path}; run python report.py")
-        print(f"{args.readme}: its tables are those of {path}")
+        for page, text in pages.items():
+            if filled[page] != text:
+                raise BadInput(f"{page}: its tables are not those of {path}; run python report.py")
+        print(f"the tables of README.md and ACCOUNT.md are those of {path}")
         return 0
     figures = {
         "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),
-        "cost": cost_figure(counting.storage(model, formats),
-                            {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}),
+        "cost": cost_figure(counting.storage(model, formats), counted),
     }
     logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
     stages = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs if log.is_file()]
@@ -197,8 +227,9 @@ def main(argv=None) -> int:
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=110, metadata={"Software": None})
         print(f"wrote {args.out / f'{name}.png'}")
-    save_text(filled, args.readme)
-    print(f"wrote the tables of {args.readme}")
+    for page, text in filled.items():
+        save_text(text, page)
+        print(f"wrote the tables of {page}")
     return 0
 
 

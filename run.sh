@@ -52,6 +52,7 @@ case $word in
     train)
         python training/main.py "$@"
         python quantize.py
+        python packed.py
         verify ;;
     quick)
         rm -rf runs/quick
@@ -60,6 +61,8 @@ case $word in
         python training/main.py --rew --epochs 2 --lr 0.05 --warmup-epochs 0 $common
         python training/main.py --masked-retrain --epochs 4 --lr 0.05 --warmup-epochs 0 $common
         python quantize.py --checkpoint runs/quick/masked.pt --out runs/quick/shipped.pt --made-up 1000
-        python testers.py --checkpoint runs/quick/shipped.pt --made-up 1000
+        python packed.py --checkpoint runs/quick/shipped.pt
+        python testers.py --checkpoint runs/quick/shipped.mnet --made-up 1000
+        python integer.py --checkpoint runs/quick/shipped.mnet --made-up 1000
         python check_model_operations.py --checkpoint runs/quick/shipped.pt --summary ;;
 esac

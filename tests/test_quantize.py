@@ -603,7 +603,9 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     assert printed[-1] == f"wrote {out} and {out.with_suffix('.json')}"
 
     steps = claim["accuracy_by_step"]
-    assert [step["step"] for step in steps] == [name.format(scheme) for name in STEPS]
+    assert [step["step"] for step in steps[:-1]] == [name.format(scheme) for name in STEPS]
+    assert re.fullmatch(r"dead weight removed: [\d,]{3,} weights", steps[-1]["step"])
+    assert steps[-1] | {"step": STEPS[-1]} == steps[-2]  # it changes nothing
     before = None
     for step, line in zip(steps, printed, strict=False):
         lost = "" if before is None else f", {step['correct'] - before:+}.00%"
@@ -713,7 +715,7 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
     claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
     assert [step["step"] for step in claim["accuracy_by_step"]] == [name.format("channel") for name in STEPS[:3]] + \
-        ["fine-tuned for 1 epochs", STEPS[3]]
+        ["fine-tuned for 1 epochs", STEPS[3], claim["accuracy_by_step"][-1]["step"]]
     assert claim["activations"] == untouched["activations"]  # the steps stay
     assert claim["accuracy_by_step"][:3] == untouched["accuracy_by_step"][:3]
     masked, before, after = load_checkpoint(checkpoint), load_checkpoint(plain), load_checkpoint(tuned)

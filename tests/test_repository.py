@@ -14,7 +14,7 @@ from mobilenet_v2 import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem for path in ROOT.glob("*.py")}
-README = (ROOT / "README.md").read_text()
+README, ACCOUNT = (ROOT / "README.md").read_text(), (ROOT / "ACCOUNT.md").read_text()
 shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), reason="no checkpoint is shipped yet")
 
 
@@ -80,7 +80,7 @@ def test_the_submissions_commands_stand_in_training_run_sh():
 
 
 def test_every_file_that_the_readme_names_exists():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
+    for link in re.findall(r"\]\(([^)#]+)\)", README + ACCOUNT):
         if not link.startswith("http"):
             assert (ROOT / link).exists(), link
 
@@ -103,17 +103,19 @@ def test_a_changed_number_in_the_readme_is_noticed(tmp_path):
     zeros = f"{claim['counts']['weights']['all']['zeros']:,}"
     assert zeros in README
     (tmp_path / "README.md").write_text(README.replace(zeros, "1"))
+    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
     with pytest.raises(BadInput, match="run python report.py"):
-        report.main(["--check", "--readme", str(tmp_path / "README.md")])
+        report.main(["--check", "--pages", str(tmp_path)])
 
 
 @shipped
 def test_report_makes_the_figures(tmp_path):
     (tmp_path / "README.md").write_text(README)
-    assert report.main(["--out", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
+    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    assert report.main(["--out", str(tmp_path), "--pages", str(tmp_path)]) == 0
     for name in ("layers", "cost", "training"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "README.md").read_text() == README and (tmp_path / "ACCOUNT.md").read_text() == ACCOUNT
 
 
 @shipped
@@ -126,9 +128,16 @@ def test_the_shipped_model_is_what_the_issue_asks_for():
     assert set(bits) == {6, 8} and all(a["bits"] == 8 for a in claim["activations"]) and len(claim["activations"]) == 55
 
 
-def test_a_table_without_a_place_in_the_readme_raises():
-    with pytest.raises(BadInput, match="0 places <!-- results -->"):
-        report.fill("nothing here", {"results": "| a |"})
+@shipped
+def test_a_table_without_a_place_raises(tmp_path):
+    (tmp_path / "README.md").write_text(README.replace("<!-- results -->", ""))
+    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    with pytest.raises(BadInput, match="<!-- results -->"):
+        report.main(["--pages", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_fill():
+    assert report.fill("nothing here", {"a": "new"}) == "nothing here"
     assert report.fill("<!-- a -->\nold\n<!-- end a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- end a -->"
 
 

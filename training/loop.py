@@ -248,7 +248,7 @@ def sigterm_noted():
 
 def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teacher=None,
-          prepare=None, resume: bool = True, eval_every: int = 1, save_seconds: float = 60.0, max_seconds: float = math.inf,
+          prepare=None, context: dict | None = None, resume: bool = True, eval_every: int = 1, save_seconds: float = 60.0, max_seconds: float = math.inf,
           processes: Processes = Processes()) -> nn.Module | None:
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
 
@@ -256,7 +256,8 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     penalty:  a ReweightedL1 on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked whenever something is written.
     teacher:  a model in eval mode whose logits are distilled on the same mixed images.
-    prepare:  called with the model before every epoch's first step and after every evaluation, to set modes (QAT).
+    prepare:  called with the model before every epoch's first step, to set modes.
+    context:  what else decides the result (plain values): a state is only resumed under the same.
     """
     folder, device = Path(folder), train_data.labels.device
     images = len(train_data.labels)
@@ -281,7 +282,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     optimizer = make_optimizer(settings, model)
     parts = {"weights": model, "optimizer": optimizer, "average": average, "penalty": penalty}
     parts = {name: part for name, part in parts.items() if part is not None}
-    state = State(folder / f"{stage}.state", settings, images=images,
+    state = State(folder / f"{stage}.state", settings, images=images, context=context,
                   penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
                   masks=None if masks is None else fingerprint(masks.factors),
                   teacher=None if teacher is None else fingerprint(teacher.state_dict().values()))

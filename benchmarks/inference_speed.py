@@ -1,0 +1,166 @@
+"""Inference on the CPU: PyTorch float32, onnxruntime float32, and onnxruntime with 8-bit kernels, side by side in one run.
+
+    python benchmarks/inference_speed.py [--checkpoint F] [--batches 1 32 128] [--threads 2] [--json F]
+
+Every engine goes from uint8 pixels to logits, with the same number of threads. Rounds alternate between the engines and
+the median of a round's ratio counts: whatever else runs on the machine slows all of them. For a batch of one image the
+latency is printed as well. Then onnxruntime's own profile: the kernels that ran and what each costs, so that one sees
+that 8-bit kernels really run, and how much faster the layers are by themselves.
+
+  torch        MobileNetV2 in eval mode, eager, channels-last
+  torch fused  BatchNorm folded into the convolutions; with --compile also torch.compile (needs a C++ compiler)
+  onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
+  onnx 8-bit   export_onnx.Codes
+"""
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cifar100  # noqa: E402
+import export_onnx  # noqa: E402
+from files import run_script, save_json  # noqa: E402
+from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
+from packed import load  # noqa: E402
+
+NORMS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """A copy with every BatchNorm folded into the convolution before it."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        pairs = {conv: norm for conv, norm in NORMS.items() if hasattr(module, norm)}
+        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
+            pairs = {"0": "1"}
+        for conv, norm in pairs.items():
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+            setattr(module, norm, nn.Identity())
+    return model.to(memory_format=torch.channels_last)
+
+
+def engines(model: nn.Module, claim: dict, threads: int, compiled: bool) -> dict:
+    """{name: function from uint8 images [N, 3, 32, 32] to logits}, and the bytes of the two ONNX models."""
+    def torch_engine(network):
+        @torch.inference_mode()
+        def run(images):
+            return network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
+        return run
+
+    def onnx_engine(content):
+        session = export_onnx.session(content, threads)
+        return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+    model = model.to(memory_format=torch.channels_last)
+    found = {"torch": torch_engine(model), "torch fused": torch_engine(fused(model))}
+    if compiled:
+        found["torch compiled"] = torch_engine(torch.compile(fused(model), dynamic=False))
+    models = {"onnx float": export_onnx.Floats(model).finished({}).SerializeToString(),
+              "onnx 8-bit": export_onnx.Codes(model, claim).finished({}).SerializeToString()}
+    return found | {name: onnx_engine(content) for name, content in models.items()}, models
+
+
+def speed(run, images: torch.Tensor, seconds: float) -> float:
+    """Images a second, over at least so many seconds, after a first call that is not counted."""
+    run(images)
+    calls, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        run(images)
+        calls += 1
+    return calls * len(images) / passed
+
+
+def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> dict[str, dict]:
+    """{kernel: {"nodes", "microseconds": for one image}} by onnxruntime's own clock, the most expensive first."""
+    times, nodes = defaultdict(float), defaultdict(set)
+    with tempfile.TemporaryDirectory() as folder:
+        session = export_onnx.session(content, threads, enable_profiling=True, profile_file_prefix=str(Path(folder, "profile")))
+        for _ in range(calls):
+            session.run(None, {"image": images.numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            kernel = event["args"]["op_name"]
+            times[kernel] += event["dur"] / (calls * len(images))
+            nodes[kernel].add(event["name"])
+    return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]} for kernel in sorted(times, key=times.get, reverse=True)}
+
+
+def describe_processor() -> str:
+    """Its name, and which instructions for 8-bit products it has."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+    except OSError:
+        fields = {}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    products = sorted(flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm"})
+    return f"{fields.get('model name', 'unknown processor')} ({', '.join(products) or 'no instructions for 8-bit products known'})"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"shipped, .pt or .mnet (default: {CHECKPOINT} in the repository)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], metavar="N", help="batch sizes (1 32 128)")
+    parser.add_argument("--threads", type=int, default=2, help="of every engine (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each engine in a round (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile, too (minutes of compilation)")
+    parser.add_argument("--json", metavar="F", help="write the figures to F as well")
+    args = parser.parse_args(argv)
+    for name in ("threads", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if min(args.batches) < 1:
+        parser.error("--batches: expected at least 1")
+    runtime = export_onnx.needed("onnxruntime")
+    torch.set_num_threads(args.threads)
+    checkpoint = args.checkpoint or Path(__file__).resolve().parent.parent / CHECKPOINT
+    model, claim = load(checkpoint)
+    if claim is None:
+        raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
+    runs, models = engines(model, claim, args.threads, args.compile)
+    machine = f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, onnxruntime {runtime.__version__}"
+    print(machine, flush=True)
+
+    figures = {}
+    print(f"{'batch':>5}  {'engine':<15}{'images/s':>10}{'x torch':>9}{'x onnx float':>14}{'ms a batch':>12}")
+    for batch in args.batches:
+        images = cifar100.made_up(batch, seed=0).images  # the speed does not depend on what they show
+        found = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                found[name].append(speed(run, images, args.seconds))
+        for name, speeds in found.items():
+            ratios = {base: statistics.median(a / b for a, b in zip(speeds, found[base])) for base in ("torch", "onnx float")}
+            median = statistics.median(speeds)
+            figures[f"{name}, {batch}"] = {"images_per_second": speeds, "ratio_to_torch": ratios["torch"],
+                                           "ratio_to_onnx_float": ratios["onnx float"]}
+            print(f"{batch:>5}  {name:<15}{median:>10,.1f}{ratios['torch']:>9.2f}{ratios['onnx float']:>14.2f}{1000 * batch / median:>12.3f}",
+                  flush=True)
+
+    profiles = {}
+    for batch in (min(args.batches), max(args.batches)):
+        for name, content in models.items():
+            images = cifar100.made_up(batch, seed=0).images
+            profiles[f"{name}, {batch}"] = found = profile(content, images, args.threads, max(5, 100 // batch))
+            print(f"{name}, batch of {batch}, microseconds an image by kernel: " + ", ".join(
+                f"{kernel} {each['microseconds']:,.1f} ({each['nodes']})" for kernel, each in found.items()), flush=True)
+    if args.json:
+        save_json({"machine": machine, "checkpoint": str(checkpoint), "rounds": args.rounds, "speeds": figures, "profiles": profiles}, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,374 @@
+"""From the shipped checkpoint to an ONNX model whose convolutions onnxruntime runs with its 8-bit kernels.
+
+    python export_onnx.py               cifar100_mobilenetv2.pt -> cifar100_mobilenetv2.onnx
+    python export_onnx.py --verify      and compare its predictions with ours on the test set, and list the kernels
+
+Input `image`: pixels, uint8 [N, 3, 32, 32]. Output `logits`: float32 [N, 100]. Standard operators of opset 17 alone, with
+QuantizeLinear/DequantizeLinear around every layer; the weights are the stored codes. Any engine can run it in float; one
+that fuses them runs integers. What is what:
+
+  image                 step 1/64 and zero point 128: the normalisation is in the numbers
+  activations           uint8; unsigned ones have zero point 0, so that the lower clip is the ReLU; signed ones have 128,
+                        because onnxruntime fuses a convolution only if input and output have the same type
+  BatchNorm's scale a   in the weights' step: step * a for every output channel; a < 0 turns the codes' signs
+  BatchNorm's shift     an int32 bias, a whole number of the accumulator's units (input step * weight step * |a|)
+  residual sums         before rounding, as we define them: the 1x1 convolutions that are added are matrix products, whose
+                        result stays float32; as convolutions, each would be rounded to 8 bits before the sum
+  mean of the 4x4 map   a depthwise convolution with codes 4 of step 1/64; its bias, a quarter of what the sum can change
+                        by, sends halves up. The mean is where halves are common
+  linear layer          a matrix product on the pooled 1x1 map, its bias float32
+
+Where the engine's arithmetic is not ours (quantize.py): it rounds halves to even, ours go up; and a BatchNorm shift that is
+no whole number of accumulator units is rounded, by half a unit at most. Each moves a code by one at most, but a code that
+moved moves others behind it: --verify says what arrives at the predictions.
+
+No engine here has 6-bit kernels: 6-bit codes are stored in int8, and run at the speed of 8 bits. Zeros cost as much as any
+code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` asks for the exact way.
+"""
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import cifar100
+import quantize
+from counting import Formats
+from files import replacing, run_script, sha256
+from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
+from packed import load, stated_formats
+
+OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
+BATCH = 32
+NOTICED = 0.999  # of the predictions have to agree
+MAP = IMAGE_SIZE // 8  # side of the last map
+
+
+def needed(name: str):
+    """The module onnx or onnxruntime, imported where it is used: only the export needs them."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
+
+
+# ----------------------------------------------------------------------------------------------- graphs, and the network
+
+class Graph:
+    """Nodes and constants under construction. Values are called by their names."""
+
+    def __init__(self, model: MobileNetV2):
+        self.onnx, self.model = needed("onnx"), model
+        self.nodes, self.constants = [], {}
+
+    def node(self, operator: str, name: str, *inputs: str, **attributes) -> str:
+        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, value, dtype) -> str:
+        array = np.ascontiguousarray(value, dtype)
+        self.constants[name] = self.onnx.numpy_helper.from_array(array.reshape(np.shape(value)), name)
+        return name
+
+    def window(self, name: str) -> dict:
+        """Attributes of a convolution."""
+        layer = self.model.get_submodule(name)
+        return {"kernel_shape": layer.kernel_size, "strides": layer.stride, "pads": layer.padding * 2, "group": layer.groups}
+
+    def finished(self, about: dict[str, str]):
+        """The checked ModelProto. about: its metadata."""
+        helper, types = self.onnx.helper, self.onnx.TensorProto
+        network(self, self.model)
+        image = helper.make_tensor_value_info("image", types.UINT8, ["N", 3, IMAGE_SIZE, IMAGE_SIZE])
+        logits = helper.make_tensor_value_info("logits", types.FLOAT, ["N", self.model.linear.out_features])
+        graph = helper.make_graph(self.nodes, "mobilenet_v2", [image], [logits], list(self.constants.values()))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
+                                  producer_name="export_onnx.py")
+        helper.set_model_props(model, about)
+        self.onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
+    """MobileNetV2.forward. A graph has a layer (with its BatchNorm), a sum, an activation point, a mean, a linear layer."""
+    x = graph.point("relu1", graph.convolution("conv1", "bn1", graph.image()))
+    for i, block in enumerate(model.layers):
+        at = f"layers.{i}."
+        hidden = graph.point(f"{at}relu1", graph.convolution(f"{at}conv1", f"{at}bn1", x))
+        hidden = graph.point(f"{at}relu2", graph.convolution(f"{at}conv2", f"{at}bn2", hidden))
+        if not block.residual:
+            x = graph.point(f"{at}out", graph.convolution(f"{at}conv3", f"{at}bn3", hidden))
+            continue
+        shortcut = graph.summand(f"{at}shortcut.0", f"{at}shortcut.1", x) if len(block.shortcut) else graph.unchanged(at, x)
+        x = graph.sum(f"{at}out", graph.summand(f"{at}conv3", f"{at}bn3", hidden), shortcut)
+    x = graph.point("relu2", graph.convolution("conv2", "bn2", x))
+    graph.linear("logits", graph.mean(x))
+
+
+class Floats(Graph):
+    """The network in float32, its BatchNorms folded into the convolutions: what 8 bits are compared with for speed."""
+
+    def image(self) -> str:
+        step, zero = self.constant("image.step", 1 / cifar100.STD, np.float32), self.constant("image.zero", cifar100.MEAN, np.uint8)
+        return self.node("DequantizeLinear", "image.normalised", "image", step, zero)
+
+    def convolution(self, name: str, norm: str, x: str) -> str:
+        scale, shift = quantize.folded(self.model.get_submodule(norm))
+        weight = self.model.get_submodule(name).weight.detach().double() * scale.view(-1, 1, 1, 1)
+        return self.node("Conv", f"{name}.sums", x, self.constant(f"{name}.weight", weight.numpy(), np.float32),
+                         self.constant(f"{name}.bias", shift.numpy(), np.float32), **self.window(name))
+
+    summand = convolution
+
+    def unchanged(self, at: str, x: str) -> str:
+        return x
+
+    def sum(self, name: str, first: str, second: str) -> str:
+        return self.point(name, self.node("Add", f"{name}.sums", first, second))
+
+    def point(self, name: str, x: str) -> str:
+        return self.node("Relu", name, x) if "relu" in name else x
+
+    def mean(self, x: str) -> str:
+        return self.node("Flatten", "features", self.node("GlobalAveragePool", "mean", x))
+
+    def linear(self, name: str, x: str) -> str:
+        weight, bias = (p.detach().numpy() for p in (self.model.linear.weight, self.model.linear.bias))
+        return self.node("Gemm", name, x, self.constant("linear.weight", weight, np.float32),
+                         self.constant("linear.bias", bias, np.float32), transB=1)
+
+
+class Codes(Graph):
+    """The network in codes: between two layers there are uint8 values, and each layer dequantizes what it reads.
+
+    claim: states the formats. grids: (step, names of its constants and of its zero point) of each uint8 value.
+    turned, kept: output channels with a negative scale whose codes changed sign, and those where a code -2^7 forbids it:
+    their weight step is negative. rounded: shifts that are no whole number of accumulator units.
+    Raises BadInput if the formats are not what 8-bit kernels have.
+    """
+
+    def __init__(self, model: MobileNetV2, claim: dict):
+        super().__init__(model)
+        self.formats: Formats = stated_formats(model, claim)
+        self.steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
+        self.grids: dict[str, tuple[float, str, str]] = {}
+        self.turned = self.kept = self.rounded = 0
+        for name, activation in self.formats.activations.items():
+            if activation.bits != 8:
+                raise BadInput(f"activation {name} has {activation.bits} bits: QuantizeLinear clips to 8")
+        if self.steps["image"] != 1 / cifar100.STD:
+            raise BadInput(f"the image has the step {self.steps['image']}: expected the pixels' own, 1/{cifar100.STD}")
+        for name, layer in weight_layers(model):
+            grid = self.formats.tensors[f"{name}.weight"]
+            if grid.bits > 8 or len(grid.steps) != 1:
+                raise BadInput(f"{name}.weight has {grid.bits} bits and {len(grid.steps)} steps: expected at most 8, and one")
+
+    # -- values and their grids
+
+    def grid(self, name: str, value: str) -> tuple[str, str]:
+        """Names of step and zero point of an activation point, whose codes are called `value`."""
+        zero = 128 if self.formats.activations[name].signed else 0
+        self.grids[value] = (self.steps[name], self.constant(f"{name}.step", self.steps[name], np.float32),
+                             self.constant(f"{name}.zero", zero, np.uint8))
+        return self.grids[value][1:]
+
+    def dequantized(self, reader: str, x: str) -> str:
+        return self.node("DequantizeLinear", f"{reader}.input", x, *self.grids[x][1:])
+
+    def transposed(self, x: str, name: str, order: list[int]) -> str:
+        """The codes x in another order of axes. onnxruntime's own order is NHWC: all of these cancel out."""
+        self.grids[name] = self.grids[x]
+        return self.node("Transpose", name, x, perm=order)
+
+    def point(self, name: str, x: str) -> str:
+        return self.node("QuantizeLinear", name, x, *self.grid(name, name))
+
+    def image(self) -> str:
+        self.grid("image", "image")
+        return "image"
+
+    # -- layers
+
+    def values(self, name: str, norm: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(codes int8 in the weight's shape, step of each output channel, shift of each), float64; exact."""
+        layer, grid = self.model.get_submodule(name), self.formats.tensors[f"{name}.weight"]
+        codes, steps = grid.codes(layer.weight).numpy(), np.full(len(layer.weight), grid.steps[0])
+        if norm is None:
+            return codes.astype(np.int8), steps, layer.bias.detach().double().numpy()
+        scale, shift = (p.detach().double().numpy() for p in (self.model.get_submodule(norm).weight, self.model.get_submodule(norm).bias))
+        steps = steps * scale
+        codes[scale == 0] = 0
+        steps[scale == 0] = 2.0**-12 * max(self.steps.values())  # nothing is summed: fine enough for any shift
+        rows = codes.reshape(len(codes), -1)
+        turn = (scale < 0) & (rows.min(1) > -128)
+        codes[turn], steps[turn] = -codes[turn], -steps[turn]
+        self.turned, self.kept = self.turned + int(turn.sum()), self.kept + int((steps < 0).sum())
+        return codes.astype(np.int8), steps, shift
+
+    def weight(self, name: str, codes: np.ndarray, steps: np.ndarray, axis: int) -> str:
+        """Dequantized codes (or int32 biases), a step for every index of the axis."""
+        return self.node("DequantizeLinear", name, self.constant(f"{name}.codes", codes, codes.dtype),
+                         self.constant(f"{name}.steps", steps, np.float32), axis=axis)
+
+    def rounded_convolution(self, name: str, x: str, codes, steps, shift, **window) -> str:
+        """A convolution that is rounded as it is: onnxruntime fuses it with its neighbours to a QLinearConv."""
+        units = self.grids[x][0] * steps
+        bias = shift / units
+        if np.abs(bias).max() >= 2**31:
+            raise BadInput(f"{name}: a shift of {np.abs(bias).max():.3g} accumulator units does not fit 32 bits")
+        self.rounded += int((bias != np.rint(bias)).sum())
+        return self.node("Conv", f"{name}.sums", self.dequantized(name, x), self.weight(f"{name}.weight", codes, steps, 0),
+                         self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **window)
+
+    def convolution(self, name: str, norm: str, x: str) -> str:
+        return self.rounded_convolution(name, x, *self.values(name, norm), **self.window(name))
+
+    def summand(self, name: str, norm: str | None, x: str) -> str:
+        """A 1x1 convolution whose float32 result [N, H, W, out] is not rounded; in float32 its shift is exact, too."""
+        codes, steps, shift = self.values(name, norm)
+        x = self.transposed(x, f"{name}.rows", [0, 2, 3, 1])
+        weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
+        return self.node("Add", f"{name}.sums", self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight),
+                         self.constant(f"{name}.shift", shift, np.float32))
+
+    def unchanged(self, at: str, x: str) -> str:
+        return self.dequantized(f"{at}shortcut", self.transposed(x, f"{at}shortcut.rows", [0, 2, 3, 1]))
+
+    def sum(self, name: str, first: str, second: str) -> str:
+        codes = self.node("QuantizeLinear", f"{name}.codes", self.node("Add", f"{name}.sums", first, second),
+                          *self.grid(name, f"{name}.codes"))
+        return self.transposed(codes, name, [0, 3, 1, 2])
+
+    def mean(self, x: str) -> str:
+        channels, step = self.model.linear.in_features, 1 / (4 * MAP**2)
+        codes, steps = np.full((channels, 1, MAP, MAP), 4, np.int8), np.full(channels, step)
+        quarter = np.full(channels, step * self.grids[x][0])
+        return self.point("features", self.rounded_convolution("mean", x, codes, steps, quarter, kernel_shape=[MAP, MAP], group=channels))
+
+    def linear(self, name: str, x: str) -> str:
+        return self.node("Flatten", name, self.summand("linear", None, x))
+
+
+def metadata(checkpoint: Path, claim: dict, formats: Formats) -> dict[str, str]:
+    narrow = Counter(formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(MobileNetV2()))
+    return {"source": checkpoint.name, "source_sha256": sha256(checkpoint), "accuracy": json.dumps(claim.get("accuracy")),
+            "weight_bits": json.dumps(narrow), "commit": str(quantize.git_commit())}
+
+
+# ------------------------------------------------------------------------------------------------------------ the engine
+
+def session(model: bytes, threads: int | None = None, **settings):
+    """An onnxruntime session on the CPU, by default with as many threads as torch. settings: of its SessionOptions."""
+    runtime = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation where the CPU has no VNNI
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def kernels(model: bytes) -> dict[str, int]:
+    """The operators that are left once onnxruntime has optimized the graph, the most frequent first."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "optimized.onnx"))
+        session(model, optimized_model_filepath=path)
+        optimized = needed("onnx").load(path)
+    return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
+
+
+@torch.inference_mode()
+def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
+    """{"images", "correct", "exact_correct", "same_logits", "differing": [{"image", "label", "engine", "exact", "margin"}]}.
+
+    margin: by how much the exact logits prefer their own prediction to the engine's.
+    """
+    report = {"images": len(data), "correct": 0, "exact_correct": 0, "same_logits": 0, "differing": []}
+    for start in range(0, len(data), BATCH):
+        images, labels = data.images[start:start + BATCH], data.labels[start:start + BATCH]
+        theirs = torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
+        ours = exact(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
+        found, wanted = theirs.argmax(1), ours.argmax(1)
+        report["correct"] += int((found == labels).sum())
+        report["exact_correct"] += int((wanted == labels).sum())
+        report["same_logits"] += int((theirs == ours).all(1).sum())
+        for i in (found != wanted).nonzero().flatten().tolist():
+            report["differing"].append({"image": start + i, "label": int(labels[i]), "engine": int(found[i]), "exact": int(wanted[i]),
+                                        "margin": float(ours[i, wanted[i]] - ours[i, found[i]])})
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
+    parser.add_argument("--out", type=Path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--verify", action="store_true", help="run it in onnxruntime on the test set, beside quantize.exact_network")
+    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
+    parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
+    args = parser.parse_args(argv)
+    for name, low in (("images", 1), ("made_up", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    return args
+
+
+def text(report: dict) -> str:
+    n, differing = report["images"], report["differing"]
+    lines = [f"Accuracy in onnxruntime: {report['correct']}/{n} ({report['correct'] / n:.2%}); ours, exact: "
+             f"{report['exact_correct']}/{n} ({report['exact_correct'] / n:.2%})",
+             f"Predictions agree on {n - len(differing)}/{n} ({1 - len(differing) / n:.2%}); all logits are the same, to the last "
+             f"bit, on {report['same_logits']}"]
+    for each in sorted(differing, key=lambda each: -each["margin"])[:20]:
+        lines.append(f"  image {each['image']}: label {each['label']}, onnxruntime {each['engine']}, exact {each['exact']}; the two "
+                     f"exact logits are {each['margin']:.4g} apart")
+    return "\n".join(lines + [f"  ... and {len(differing) - 20} with smaller margins"] * (len(differing) > 20))
+
+
+def main(argv=None) -> int:
+    """Returns 2 if too few predictions agree."""
+    args = parse(argv)
+    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    out = args.out or checkpoint.with_suffix(".onnx")
+    if out.suffix != ".onnx":
+        raise BadInput(f"--out {out}: expected a name that ends in .onnx")
+    if args.verify:
+        needed("onnxruntime")  # before anything is done
+    model, claim = load(checkpoint)
+    if claim is None:
+        raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
+    graph = Codes(model, claim)
+    content = graph.finished(metadata(checkpoint, claim, graph.formats)).SerializeToString()
+    with replacing(out) as file:
+        file.write(content)
+    narrow = [name for name, _ in weight_layers(model) if graph.formats.tensors[f"{name}.weight"].bits < 8]
+    print(f"{out}: {len(content):,} bytes, opset {OPSET}; {len(narrow)} of {len(weight_layers(model))} layers have fewer than 8 bits: "
+          f"stored in int8, they run at the speed of 8")
+    print(f"{graph.rounded:,} BatchNorm shifts are no whole number of accumulator units and were rounded; {graph.turned} channels with a "
+          f"negative scale have their codes turned, {graph.kept} with a code -128 keep a negative step")
+    if not args.verify:
+        return 0
+
+    data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
+    data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
+    content = out.read_bytes()
+    print("Kernels: " + ", ".join(f"{count} {name}" for name, count in kernels(content).items()), flush=True)
+    report = compare(session(content), quantize.exact_network(model, claim["activations"]), data)
+    print(text(report), flush=True)
+    if len(report["differing"]) > (1 - NOTICED) * report["images"]:
+        print(f"export_onnx.py: {len(report['differing'])} of {report['images']} predictions differ from ours", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
