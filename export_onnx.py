@@ -3,27 +3,30 @@
     python export_onnx.py               cifar100_mobilenetv2.pt -> cifar100_mobilenetv2.onnx
     python export_onnx.py --verify      and compare its predictions with ours on the test set, and list the kernels
 
-Input `image`: pixels, uint8 [N, 3, 32, 32]. Output `logits`: float32 [N, 100]. Standard operators of opset 17 alone, with
-QuantizeLinear/DequantizeLinear around every layer; the weights are the stored codes. Any engine can run it in float; one
-that fuses them runs integers. What is what:
+Input `image`: pixels, uint8 [N, 3, 32, 32]. Output `logits`: float32 [N, 100]. Standard operators of opset 17 alone,
+with QuantizeLinear/DequantizeLinear around every layer; the weights are the stored codes. Any engine can run it in
+float; one that fuses them runs integers. What is what:
 
   image                 step 1/64 and zero point 128: the normalisation is in the numbers
-  activations           uint8; unsigned ones have zero point 0, so that the lower clip is the ReLU; signed ones have 128,
-                        because onnxruntime fuses a convolution only if input and output have the same type
+  activations           uint8; unsigned ones have zero point 0, so that the lower clip is the ReLU; signed ones have
+                        128: onnxruntime fuses a convolution only if its input and its output have the same type
   BatchNorm's scale a   in the weights' step: step * a for every output channel; a < 0 turns the codes' signs
   BatchNorm's shift     an int32 bias, a whole number of the accumulator's units (input step * weight step * |a|)
-  residual sums         before rounding, as we define them: the 1x1 convolutions that are added are matrix products, whose
-                        result stays float32; as convolutions, each would be rounded to 8 bits before the sum
-  mean of the 4x4 map   a depthwise convolution with codes 4 of step 1/64; its bias, a quarter of what the sum can change
-                        by, sends halves up. The mean is where halves are common
+  residual sums         before rounding, as we define them: the 1x1 convolutions that are added are matrix products,
+                        whose result stays float32; as convolutions, each would be rounded to 8 bits before the sum
+  mean of the 4x4 map   a depthwise convolution with codes 4 of step 1/64; its bias, a quarter of the mean's least
+                        change, sends halves up: where 16 codes are averaged, halves are common
   linear layer          a matrix product on the pooled 1x1 map, its bias float32
 
-Where the engine's arithmetic is not ours (quantize.py): it rounds halves to even, ours go up; and a BatchNorm shift that is
-no whole number of accumulator units is rounded, by half a unit at most. Each moves a code by one at most, but a code that
-moved moves others behind it: --verify says what arrives at the predictions.
+Where the engine's arithmetic is not ours (quantize.py): it rounds halves to even, ours go up; and a BatchNorm shift
+that is no whole number of accumulator units is rounded, by half a unit at most. Either moves few codes, by one; but
+each code that moved moves others behind it, and some ten layers on a third of all codes differ, as much as rounding
+itself stirs them. --verify says what arrives at the predictions. Where shifts are whole units, products fit 24 bits,
+and halves go to even, all logits are identical to the last bit (a test shows it).
 
-No engine here has 6-bit kernels: 6-bit codes are stored in int8, and run at the speed of 8 bits. Zeros cost as much as any
-code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` asks for the exact way.
+No engine here has 6-bit kernels: 6-bit codes are stored in int8 and run at the speed of 8 bits. Zeros cost as much as
+any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` asks for
+the exact way.
 """
 import argparse
 import importlib
@@ -58,7 +61,7 @@ def needed(name: str):
         raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
 
 
-# ----------------------------------------------------------------------------------------------- graphs, and the network
+# ---------------------------------------------------------------------------------------------- graphs, and the network
 
 class Graph:
     """Nodes and constants under construction. Values are called by their names."""
@@ -79,7 +82,8 @@ class Graph:
     def window(self, name: str) -> dict:
         """Attributes of a convolution."""
         layer = self.model.get_submodule(name)
-        return {"kernel_shape": layer.kernel_size, "strides": layer.stride, "pads": layer.padding * 2, "group": layer.groups}
+        return {"kernel_shape": layer.kernel_size, "strides": layer.stride, "pads": layer.padding * 2,
+                "group": layer.groups}
 
     def finished(self, about: dict[str, str]):
         """The checked ModelProto. about: its metadata."""
@@ -96,7 +100,7 @@ class Graph:
 
 
 def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
-    """MobileNetV2.forward. A graph has a layer (with its BatchNorm), a sum, an activation point, a mean, a linear layer."""
+    """MobileNetV2.forward. Layers come with their BatchNorm; a summand is a layer whose result goes into a sum."""
     x = graph.point("relu1", graph.convolution("conv1", "bn1", graph.image()))
     for i, block in enumerate(model.layers):
         at = f"layers.{i}."
@@ -105,8 +109,11 @@ def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
         if not block.residual:
             x = graph.point(f"{at}out", graph.convolution(f"{at}conv3", f"{at}bn3", hidden))
             continue
-        shortcut = graph.summand(f"{at}shortcut.0", f"{at}shortcut.1", x) if len(block.shortcut) else graph.unchanged(at, x)
-        x = graph.sum(f"{at}out", graph.summand(f"{at}conv3", f"{at}bn3", hidden), shortcut)
+        branch = graph.summand(f"{at}conv3", f"{at}bn3", hidden)
+        if len(block.shortcut):
+            x = graph.sum(f"{at}out", branch, graph.summand(f"{at}shortcut.0", f"{at}shortcut.1", x))
+        else:
+            x = graph.sum(f"{at}out", branch, graph.unchanged(f"{at}shortcut", x))
     x = graph.point("relu2", graph.convolution("conv2", "bn2", x))
     graph.linear("logits", graph.mean(x))
 
@@ -115,8 +122,9 @@ class Floats(Graph):
     """The network in float32, its BatchNorms folded into the convolutions: what 8 bits are compared with for speed."""
 
     def image(self) -> str:
-        step, zero = self.constant("image.step", 1 / cifar100.STD, np.float32), self.constant("image.zero", cifar100.MEAN, np.uint8)
-        return self.node("DequantizeLinear", "image.normalised", "image", step, zero)
+        return self.node("DequantizeLinear", "image.normalised", "image",
+                         self.constant("image.step", 1 / cifar100.STD, np.float32),
+                         self.constant("image.zero", cifar100.MEAN, np.uint8))
 
     def convolution(self, name: str, norm: str, x: str) -> str:
         scale, shift = quantize.folded(self.model.get_submodule(norm))
@@ -126,7 +134,7 @@ class Floats(Graph):
 
     summand = convolution
 
-    def unchanged(self, at: str, x: str) -> str:
+    def unchanged(self, name: str, x: str) -> str:
         return x
 
     def sum(self, name: str, first: str, second: str) -> str:
@@ -147,9 +155,9 @@ class Floats(Graph):
 class Codes(Graph):
     """The network in codes: between two layers there are uint8 values, and each layer dequantizes what it reads.
 
-    claim: states the formats. grids: (step, names of its constants and of its zero point) of each uint8 value.
-    turned, kept: output channels with a negative scale whose codes changed sign, and those where a code -2^7 forbids it:
-    their weight step is negative. rounded: shifts that are no whole number of accumulator units.
+    grids: (step, names of the constants step and zero point) of each uint8 value.
+    turned: output channels with a negative scale whose codes changed sign; kept: those where a code -128 forbids it, so
+    that their weight step is negative. rounded: shifts that are no whole number of accumulator units.
     Raises BadInput if the formats are not what 8-bit kernels have.
     """
 
@@ -163,11 +171,12 @@ class Codes(Graph):
             if activation.bits != 8:
                 raise BadInput(f"activation {name} has {activation.bits} bits: QuantizeLinear clips to 8")
         if self.steps["image"] != 1 / cifar100.STD:
-            raise BadInput(f"the image has the step {self.steps['image']}: expected the pixels' own, 1/{cifar100.STD}")
+            raise BadInput(f"the image has the step {self.steps['image']}: expected 1/{cifar100.STD}, the pixels' own")
         for name, layer in weight_layers(model):
             grid = self.formats.tensors[f"{name}.weight"]
             if grid.bits > 8 or len(grid.steps) != 1:
-                raise BadInput(f"{name}.weight has {grid.bits} bits and {len(grid.steps)} steps: expected at most 8, and one")
+                raise BadInput(f"{name}.weight has {grid.bits} bits and {len(grid.steps)} steps: expected at most 8, "
+                               "and one")
 
     # -- values and their grids
 
@@ -201,7 +210,8 @@ class Codes(Graph):
         codes, steps = grid.codes(layer.weight).numpy(), np.full(len(layer.weight), grid.steps[0])
         if norm is None:
             return codes.astype(np.int8), steps, layer.bias.detach().double().numpy()
-        scale, shift = (p.detach().double().numpy() for p in (self.model.get_submodule(norm).weight, self.model.get_submodule(norm).bias))
+        bn = self.model.get_submodule(norm)
+        scale, shift = bn.weight.detach().double().numpy(), bn.bias.detach().double().numpy()
         steps = steps * scale
         codes[scale == 0] = 0
         steps[scale == 0] = 2.0**-12 * max(self.steps.values())  # nothing is summed: fine enough for any shift
@@ -223,7 +233,8 @@ class Codes(Graph):
         if np.abs(bias).max() >= 2**31:
             raise BadInput(f"{name}: a shift of {np.abs(bias).max():.3g} accumulator units does not fit 32 bits")
         self.rounded += int((bias != np.rint(bias)).sum())
-        return self.node("Conv", f"{name}.sums", self.dequantized(name, x), self.weight(f"{name}.weight", codes, steps, 0),
+        return self.node("Conv", f"{name}.sums", self.dequantized(name, x),
+                         self.weight(f"{name}.weight", codes, steps, 0),
                          self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **window)
 
     def convolution(self, name: str, norm: str, x: str) -> str:
@@ -234,11 +245,11 @@ class Codes(Graph):
         codes, steps, shift = self.values(name, norm)
         x = self.transposed(x, f"{name}.rows", [0, 2, 3, 1])
         weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
-        return self.node("Add", f"{name}.sums", self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight),
-                         self.constant(f"{name}.shift", shift, np.float32))
+        products = self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight)
+        return self.node("Add", f"{name}.sums", products, self.constant(f"{name}.shift", shift, np.float32))
 
-    def unchanged(self, at: str, x: str) -> str:
-        return self.dequantized(f"{at}shortcut", self.transposed(x, f"{at}shortcut.rows", [0, 2, 3, 1]))
+    def unchanged(self, name: str, x: str) -> str:
+        return self.dequantized(name, self.transposed(x, f"{name}.rows", [0, 2, 3, 1]))
 
     def sum(self, name: str, first: str, second: str) -> str:
         codes = self.node("QuantizeLinear", f"{name}.codes", self.node("Add", f"{name}.sums", first, second),
@@ -249,19 +260,22 @@ class Codes(Graph):
         channels, step = self.model.linear.in_features, 1 / (4 * MAP**2)
         codes, steps = np.full((channels, 1, MAP, MAP), 4, np.int8), np.full(channels, step)
         quarter = np.full(channels, step * self.grids[x][0])
-        return self.point("features", self.rounded_convolution("mean", x, codes, steps, quarter, kernel_shape=[MAP, MAP], group=channels))
+        mean = self.rounded_convolution("mean", x, codes, steps, quarter, kernel_shape=[MAP, MAP], group=channels)
+        return self.point("features", mean)
 
     def linear(self, name: str, x: str) -> str:
         return self.node("Flatten", name, self.summand("linear", None, x))
 
 
-def metadata(checkpoint: Path, claim: dict, formats: Formats) -> dict[str, str]:
-    narrow = Counter(formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(MobileNetV2()))
-    return {"source": checkpoint.name, "source_sha256": sha256(checkpoint), "accuracy": json.dumps(claim.get("accuracy")),
-            "weight_bits": json.dumps(narrow), "commit": str(quantize.git_commit())}
+def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:
+    """The metadata: where the model comes from, what is claimed of it, and what its tensors do not show."""
+    bits = {name: graph.formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(graph.model)}
+    return {"source": checkpoint.name, "source_sha256": sha256(checkpoint),
+            "accuracy": json.dumps(claim.get("accuracy")), "weight_bits": json.dumps(bits),
+            "commit": str(quantize.git_commit())}
 
 
-# ------------------------------------------------------------------------------------------------------------ the engine
+# ----------------------------------------------------------------------------------------------------------- the engine
 
 def session(model: bytes, threads: int | None = None, **settings):
     """An onnxruntime session on the CPU, by default with as many threads as torch. settings: of its SessionOptions."""
@@ -286,7 +300,8 @@ def kernels(model: bytes) -> dict[str, int]:
 
 @torch.inference_mode()
 def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
-    """{"images", "correct", "exact_correct", "same_logits", "differing": [{"image", "label", "engine", "exact", "margin"}]}.
+    """{"images", "correct", "exact_correct", "same_logits",
+     "differing": [{"image", "label", "engine", "exact", "margin"}]}
 
     margin: by how much the exact logits prefer their own prediction to the engine's.
     """
@@ -300,18 +315,21 @@ def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
         report["exact_correct"] += int((wanted == labels).sum())
         report["same_logits"] += int((theirs == ours).all(1).sum())
         for i in (found != wanted).nonzero().flatten().tolist():
-            report["differing"].append({"image": start + i, "label": int(labels[i]), "engine": int(found[i]), "exact": int(wanted[i]),
-                                        "margin": float(ours[i, wanted[i]] - ours[i, found[i]])})
+            margin = float(ours[i, wanted[i]] - ours[i, found[i]])
+            report["differing"].append({"image": start + i, "label": int(labels[i]), "engine": int(found[i]),
+                                        "exact": int(wanted[i]), "margin": margin})
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
+# ----------------------------------------------------------------------------------------------------------- the script
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
+    parser.add_argument("--checkpoint", type=Path, metavar="F",
+                        help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
     parser.add_argument("--out", type=Path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
-    parser.add_argument("--verify", action="store_true", help="run it in onnxruntime on the test set, beside quantize.exact_network")
+    parser.add_argument("--verify", action="store_true",
+                        help="run it in onnxruntime on the test set, beside quantize.exact_network")
     parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
     parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
@@ -326,11 +344,11 @@ def text(report: dict) -> str:
     n, differing = report["images"], report["differing"]
     lines = [f"Accuracy in onnxruntime: {report['correct']}/{n} ({report['correct'] / n:.2%}); ours, exact: "
              f"{report['exact_correct']}/{n} ({report['exact_correct'] / n:.2%})",
-             f"Predictions agree on {n - len(differing)}/{n} ({1 - len(differing) / n:.2%}); all logits are the same, to the last "
-             f"bit, on {report['same_logits']}"]
+             f"Predictions agree on {n - len(differing)}/{n} ({1 - len(differing) / n:.2%}); all logits are the same, "
+             f"to the last bit, on {report['same_logits']}"]
     for each in sorted(differing, key=lambda each: -each["margin"])[:20]:
-        lines.append(f"  image {each['image']}: label {each['label']}, onnxruntime {each['engine']}, exact {each['exact']}; the two "
-                     f"exact logits are {each['margin']:.4g} apart")
+        lines.append(f"  image {each['image']}: label {each['label']}, onnxruntime {each['engine']}, exact "
+                     f"{each['exact']}; the two exact logits are {each['margin']:.4g} apart")
     return "\n".join(lines + [f"  ... and {len(differing) - 20} with smaller margins"] * (len(differing) > 20))
 
 
@@ -347,14 +365,16 @@ def main(argv=None) -> int:
     if claim is None:
         raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
     graph = Codes(model, claim)
-    content = graph.finished(metadata(checkpoint, claim, graph.formats)).SerializeToString()
+    content = graph.finished(about(checkpoint, claim, graph)).SerializeToString()
     with replacing(out) as file:
         file.write(content)
-    narrow = [name for name, _ in weight_layers(model) if graph.formats.tensors[f"{name}.weight"].bits < 8]
-    print(f"{out}: {len(content):,} bytes, opset {OPSET}; {len(narrow)} of {len(weight_layers(model))} layers have fewer than 8 bits: "
+    layers = weight_layers(model)
+    narrow = sum(graph.formats.tensors[f"{name}.weight"].bits < 8 for name, _ in layers)
+    print(f"{out}: {len(content):,} bytes, opset {OPSET}; {narrow} of {len(layers)} layers have fewer than 8 bits: "
           f"stored in int8, they run at the speed of 8")
-    print(f"{graph.rounded:,} BatchNorm shifts are no whole number of accumulator units and were rounded; {graph.turned} channels with a "
-          f"negative scale have their codes turned, {graph.kept} with a code -128 keep a negative step")
+    print(f"{graph.rounded:,} BatchNorm shifts are no whole number of accumulator units and were rounded; "
+          f"{graph.turned:,} channels with a negative scale have their codes turned, {graph.kept:,} with a code -128 "
+          "keep a negative step")
     if not args.verify:
         return 0
 
@@ -364,8 +384,9 @@ def main(argv=None) -> int:
     print("Kernels: " + ", ".join(f"{count} {name}" for name, count in kernels(content).items()), flush=True)
     report = compare(session(content), quantize.exact_network(model, claim["activations"]), data)
     print(text(report), flush=True)
-    if len(report["differing"]) > (1 - NOTICED) * report["images"]:
-        print(f"export_onnx.py: {len(report['differing'])} of {report['images']} predictions differ from ours", file=sys.stderr)
+    differing, n = len(report["differing"]), report["images"]
+    if differing > (1 - NOTICED) * n:
+        print(f"export_onnx.py: {differing} of {n} predictions differ from ours", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Inference on the CPU: PyTorch float32, onnxruntime float32, and onnxruntime with 8-bit kernels, side by side in one run.
+"""Inference on the CPU: PyTorch float32, onnxruntime float32, and onnxruntime's 8-bit kernels, side by side in one run.
 
     python benchmarks/inference_speed.py [--checkpoint F] [--batches 1 32 128] [--threads 2] [--json F]
 
@@ -85,7 +85,8 @@ def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> d
     """{kernel: {"nodes", "microseconds": for one image}} by onnxruntime's own clock, the most expensive first."""
     times, nodes = defaultdict(float), defaultdict(set)
     with tempfile.TemporaryDirectory() as folder:
-        session = export_onnx.session(content, threads, enable_profiling=True, profile_file_prefix=str(Path(folder, "profile")))
+        session = export_onnx.session(content, threads, enable_profiling=True,
+                                      profile_file_prefix=str(Path(folder, "profile")))
         for _ in range(calls):
             session.run(None, {"image": images.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -94,7 +95,8 @@ def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> d
             kernel = event["args"]["op_name"]
             times[kernel] += event["dur"] / (calls * len(images))
             nodes[kernel].add(event["name"])
-    return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]} for kernel in sorted(times, key=times.get, reverse=True)}
+    return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]}
+            for kernel in sorted(times, key=times.get, reverse=True)}
 
 
 def describe_processor() -> str:
@@ -106,13 +108,15 @@ def describe_processor() -> str:
         fields = {}
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     products = sorted(flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm"})
-    return f"{fields.get('model name', 'unknown processor')} ({', '.join(products) or 'no instructions for 8-bit products known'})"
+    return f"{fields.get('model name', 'unknown processor')} ({', '.join(products) or 'no 8-bit products known'})"
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="F", help=f"shipped, .pt or .mnet (default: {CHECKPOINT} in the repository)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], metavar="N", help="batch sizes (1 32 128)")
+    parser.add_argument("--checkpoint", type=Path, metavar="F",
+                        help=f"shipped, .pt or .mnet (default: {CHECKPOINT} in the repository)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], metavar="N",
+                        help="batch sizes (1 32 128)")
     parser.add_argument("--threads", type=int, default=2, help="of every engine (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each engine in a round (%(default)s)")
@@ -131,7 +135,8 @@ def main(argv=None) -> int:
     if claim is None:
         raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
     runs, models = engines(model, claim, args.threads, args.compile)
-    machine = f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, onnxruntime {runtime.__version__}"
+    machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "
+               f"onnxruntime {runtime.__version__}")
     print(machine, flush=True)
 
     figures = {}
@@ -143,22 +148,24 @@ def main(argv=None) -> int:
             for name, run in runs.items():
                 found[name].append(speed(run, images, args.seconds))
         for name, speeds in found.items():
-            ratios = {base: statistics.median(a / b for a, b in zip(speeds, found[base])) for base in ("torch", "onnx float")}
+            ratios = {base: statistics.median(a / b for a, b in zip(speeds, found[base]))
+                      for base in ("torch", "onnx float")}
             median = statistics.median(speeds)
             figures[f"{name}, {batch}"] = {"images_per_second": speeds, "ratio_to_torch": ratios["torch"],
                                            "ratio_to_onnx_float": ratios["onnx float"]}
-            print(f"{batch:>5}  {name:<15}{median:>10,.1f}{ratios['torch']:>9.2f}{ratios['onnx float']:>14.2f}{1000 * batch / median:>12.3f}",
-                  flush=True)
+            print(f"{batch:>5}  {name:<15}{median:>10,.1f}{ratios['torch']:>9.2f}{ratios['onnx float']:>14.2f}"
+                  f"{1000 * batch / median:>12.3f}", flush=True)
 
     profiles = {}
     for batch in (min(args.batches), max(args.batches)):
         for name, content in models.items():
             images = cifar100.made_up(batch, seed=0).images
             profiles[f"{name}, {batch}"] = found = profile(content, images, args.threads, max(5, 100 // batch))
-            print(f"{name}, batch of {batch}, microseconds an image by kernel: " + ", ".join(
-                f"{kernel} {each['microseconds']:,.1f} ({each['nodes']})" for kernel, each in found.items()), flush=True)
+            each = ", ".join(f"{kernel} {row['microseconds']:,.1f} ({row['nodes']})" for kernel, row in found.items())
+            print(f"{name}, batch of {batch}, microseconds an image by kernel (nodes): {each}", flush=True)
     if args.json:
-        save_json({"machine": machine, "checkpoint": str(checkpoint), "rounds": args.rounds, "speeds": figures, "profiles": profiles}, args.json)
+        save_json({"machine": machine, "checkpoint": str(checkpoint), "rounds": args.rounds, "speeds": figures,
+                   "profiles": profiles}, args.json)
     return 0
 
 

@@ -1,0 +1,324 @@
+import copy
+import json
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cifar100
+import claims
+import quantize
+from files import load_json, run_script, save_json, save_tensors, sha256
+from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+import export_onnx  # noqa: E402
+from export_onnx import Codes, Floats, main, session  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sparse_checkpoint, tmp_path_factory):
+    """Quantized and shipped, with its claim beside it."""
+    model = load_checkpoint(sparse_checkpoint)
+    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
+    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
+    quantize.quantize_activations(model, activations)
+    network, tensors = quantize.shipped(model)
+    path = tmp_path_factory.mktemp("shipped") / "small.pt"
+    save_tensors(network.state_dict(), path)
+    accuracy = {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}
+    save_json(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shipped(checkpoint):
+    return load_checkpoint(checkpoint), load_json(claims.claim_path(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def exported(shipped):
+    """(the graph's builder, the ONNX model)."""
+    graph = Codes(*shipped)
+    return graph, graph.finished({})
+
+
+def refused(argv, capsys):
+    """The one line with which the command line `argv` ends."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: main(argv))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------------- the graph
+
+def test_every_product_reads_codes_of_8_bits(exported):
+    _, model = exported
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
+    assert len(products) == 58 + 1  # and the mean
+    for node in products:
+        x, weight, *bias = (made_by[name] for name in node.input)
+        assert {x.op_type, weight.op_type} == {"DequantizeLinear"}
+        assert constants[weight.input[0]].dtype == np.int8
+        assert constants[x.input[1]].shape == () and constants[x.input[2]].dtype == np.uint8
+        for each in bias:  # on the units of the accumulator, or onnxruntime could not fuse it
+            assert constants[each.input[0]].dtype == np.int32
+            assert np.array_equal(constants[each.input[1]], constants[x.input[1]] * constants[weight.input[1]])
+    rounding = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounding) == 54  # the image is already on its grid
+    assert {constants[node.input[2]].dtype for node in rounding} == {np.dtype(np.uint8)}
+    assert {node.domain for node in model.graph.node} == {""} and model.opset_import[0].version == 17
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+
+
+def test_codes_are_the_stored_ones_and_their_steps_hold_the_batchnorm(exported, shipped):
+    graph, onnx_model = exported
+    model, claim = shipped
+    constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in onnx_model.graph.initializer}
+    steps = {entry["name"]: entry.get("step") for entry in claim["tensors"]}
+    norms = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "shortcut.0": "shortcut.1"}
+    negative = 0
+    for name, layer in weight_layers(model):
+        stored = (layer.weight.detach().double() / steps[f"{name}.weight"]).numpy().reshape(len(layer.weight), -1)
+        codes = constants[f"{name}.weight.codes"].astype(np.float64)
+        codes = codes.T if codes.ndim == 2 else codes.reshape(len(codes), -1)
+        scale = np.ones(len(stored))
+        if name != "linear":
+            key = next(key for key in norms if name == key or name.endswith("." + key))
+            scale = model.get_submodule(name.removesuffix(key) + norms[key]).weight.detach().double().numpy()
+        assert np.array_equal(np.abs(codes), np.abs(stored) * (scale != 0)[:, None])
+        found = codes * constants[f"{name}.weight.steps"].astype(np.float64)[:, None]
+        assert np.array_equal(found, stored * steps[f"{name}.weight"] * scale[:, None])  # exact: float16 x power of two
+        kept = constants[f"{name}.weight.steps"] < 0
+        assert (codes[kept].min(1) == -128).all() if kept.any() else True
+        negative += int(kept.sum())
+    assert graph.turned > 100 and graph.kept == negative > 10 and graph.rounded > 10_000
+
+
+def sources(model):
+    """{activation point: (points that it is computed from)}."""
+    found, last = {"relu1": ["image"]}, "relu1"
+    for i, block in enumerate(model.layers):
+        at = f"layers.{i}."
+        found |= {f"{at}relu1": [last], f"{at}relu2": [f"{at}relu1"],
+                  f"{at}out": [f"{at}relu2"] + [last] * block.residual}
+        last = f"{at}out"
+    return found | {"relu2": [last], "features": ["relu2"]}
+
+
+def exact_codes(network, images):
+    """{activation point: uint8 codes as the ONNX model has them, with zero point 128 if signed}."""
+    found = {}
+
+    def see(name):
+        return lambda module, _, out: found.__setitem__(name, (out / module.step + 128 * module.signed).to(torch.uint8))
+
+    hooks = [module.register_forward_hook(see(name)) for name, module in network.named_modules()
+             if isinstance(module, quantize.Quantizer)]
+    with torch.inference_mode():
+        network(cifar100.normalise(images))
+    for hook in hooks:
+        hook.remove()
+    found["features"] = found["features"][:, :, None, None]
+    return found
+
+
+def test_each_layer_from_our_codes(exported, shipped):
+    """A layer of the engine that reads our codes is at most one off, and seldom: no difference but that of rounding."""
+    _, onnx_model = exported
+    model, claim = shipped
+    images = cifar100.made_up(4, 3).images
+    codes = exact_codes(quantize.exact_network(model, claim["activations"]), images)
+    assert torch.equal(codes["image"], images)
+    extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(onnx_model))
+    table = sources(model)
+    assert table.keys() == codes.keys() - {"image"}
+    for name, inputs in table.items():
+        part = extractor.extract_model(list(dict.fromkeys(inputs)), [name])
+        feeds = {each: codes[each].contiguous().numpy() for each in inputs}
+        got = session(part.SerializeToString()).run(None, feeds)[0]
+        apart = (torch.from_numpy(got).int() - codes[name].int()).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01, name
+        if name == "features":  # here halves are common, and go up
+            assert apart.max() == 0
+    assert torch.equal(torch.from_numpy(got), codes["features"])
+
+
+def engine_friendly(model, claim):
+    """A copy with scales of 5 significant bits, and shifts of whole accumulator units that keep their 16-bit grid."""
+    model = copy.deepcopy(model)
+    steps = {entry["name"]: entry["step"] for entry in claim["tensors"] + claim["activations"] if "step" in entry}
+    layers = [("conv1", "bn1", "image"), ("conv2", "bn2", "layers.16.out")]
+    for i, block in enumerate(model.layers):
+        at, before = f"layers.{i}.", f"layers.{i - 1}.out" if i else "relu1"
+        layers += [(f"{at}conv1", f"{at}bn1", before), (f"{at}conv2", f"{at}bn2", f"{at}relu1"),
+                   (f"{at}conv3", f"{at}bn3", f"{at}relu2")]
+        layers += [(f"{at}shortcut.0", f"{at}shortcut.1", before)] * bool(len(block.shortcut))
+    with torch.no_grad():
+        for name, norm, source in layers:
+            bn = model.get_submodule(norm)
+            fraction, exponent = torch.frexp(bn.weight)
+            significand = (fraction * 2**5).round()
+            bn.weight.copy_(torch.ldexp(significand, exponent - 5))
+            for c in bn.weight.nonzero().flatten().tolist():
+                unit = Fraction(float(bn.weight[c])) * Fraction(steps[f"{name}.weight"]) * Fraction(steps[source])
+                odd = unit.numerator // (unit.numerator & -unit.numerator)
+                step = Fraction(steps[f"{norm}.bias"])
+                grain = abs(odd) * max(unit / odd, step)  # whole units, and whole codes of the shift
+                limit = 32767 * step // grain
+                bn.bias[c] = float(min(max(round(Fraction(float(bn.bias[c])) / grain), -limit), limit) * grain)
+    return model
+
+
+def test_identical_to_the_last_bit_where_the_engine_can_be(shipped, monkeypatch):
+    """Shifts of whole accumulator units, products within 24 bits, halves to even: then nothing is left to differ."""
+    claim = shipped[1]
+    model = engine_friendly(*shipped)
+    network = quantize.exact_network(model, claim["activations"])
+    forward = quantize.Quantizer.forward
+
+    def to_even(quantizer, x):
+        if quantizer is network.features:  # the export sends its halves up
+            return forward(quantizer, x)
+        low, high = quantize.code_range(quantizer.bits, quantizer.signed)
+        return (x / quantizer.step).round().clamp(low, high) * quantizer.step
+
+    monkeypatch.setattr(quantize.Quantizer, "forward", to_even)
+    graph = Codes(model, claim)
+    engine = session(graph.finished({}).SerializeToString())
+    report = export_onnx.compare(engine, network, cifar100.made_up(40, 5))
+    assert graph.rounded == 0 and report["same_logits"] == 40 and report["differing"] == []
+    assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
+
+
+def test_float_graph_is_the_float_network(shipped):
+    images = cifar100.made_up(3, 4).images
+    with torch.inference_mode():
+        expected = shipped[0](cifar100.normalise(images))
+    engine = session(Floats(shipped[0]).finished({}).SerializeToString())
+    logits = torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_engine_runs_8_bit_kernels(exported):
+    found = export_onnx.kernels(exported[1].SerializeToString())
+    assert found["QLinearConv"] == 40 and found["MatMulIntegerToFloat"] == 19
+    assert not found.keys() & {"Conv", "FusedConv", "MatMul", "Gemm"}
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+def test_script(checkpoint, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "small.onnx"
+    monkeypatch.setattr(export_onnx, "NOTICED", 0.5)  # the logits of a random network lie close together
+    assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100"]) == 0
+    said = capsys.readouterr().out
+    for part in ("9 of 58 layers have fewer than 8 bits", "40 QLinearConv", "Predictions agree on"):
+        assert part in said
+    properties = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert properties["source_sha256"] == sha256(checkpoint)
+    assert json.loads(properties["accuracy"]) == load_json(claims.claim_path(checkpoint))["accuracy"]
+    bits = json.loads(properties["weight_bits"])
+    assert len(bits) == 58 and list(bits.values()).count(6) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+    monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
+    argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100", "--images", "8"]
+    assert main(argv) == 2
+    assert "of 8 predictions differ from ours" in capsys.readouterr().err
+
+
+def test_comparison_counts(shipped):
+    """An engine that swaps two classes is caught on exactly the images that have one of them."""
+    model, claim = shipped
+    exact, data = quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 6)
+
+    class Swapped:
+        def run(self, _, inputs):
+            with torch.inference_mode():
+                logits = exact(cifar100.normalise(torch.from_numpy(inputs["image"])))
+            order = list(range(100))
+            order[first], order[second] = second, first
+            return [logits[:, order].numpy()]
+
+    with torch.inference_mode():
+        logits = exact(cifar100.normalise(data.images))
+    first, second = (int(c) for c in logits.argmax(1).unique()[:2])
+    report = export_onnx.compare(Swapped(), exact, data)
+    expected = [i for i, c in enumerate(logits.argmax(1).tolist()) if c in (first, second)]
+    assert [each["image"] for each in report["differing"]] == expected and len(expected) > 1
+    for each in report["differing"]:
+        assert {each["engine"], each["exact"]} == {first, second} and each["margin"] > 0
+        assert each["margin"] == float(logits[each["image"], each["exact"]] - logits[each["image"], each["engine"]])
+    assert report["exact_correct"] == int((logits.argmax(1) == data.labels).sum()) and report["images"] == 40
+    assert "Predictions agree on" in export_onnx.text(report)
+
+
+def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch):
+    assert "no such checkpoint" in refused(["--checkpoint", str(tmp_path / "none.pt")], capsys)
+    out = str(tmp_path / "x.onnx")
+    assert "no claim beside it" in refused(["--checkpoint", str(sparse_checkpoint), "--out", out], capsys)
+    assert "ends in .onnx" in refused(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "x.pt")], capsys)
+    for module in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, module, None)
+            line = refused(["--checkpoint", str(checkpoint), "--out", out, "--verify"], capsys)
+            assert f"{module} is not installed: pip install onnx onnxruntime" in line
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        main(["--images", "0"])
+
+
+def test_formats_that_8_bit_kernels_do_not_have(shipped):
+    model, claim = shipped
+    narrow = copy.deepcopy(claim)
+    narrow["activations"][5]["bits"] = 4
+    with pytest.raises(BadInput, match="has 4 bits: QuantizeLinear clips to 8"):
+        Codes(model, narrow)
+    coarse = copy.deepcopy(claim)
+    coarse["activations"][0]["step"] = 1 / 32
+    with pytest.raises(BadInput, match="the image has the step"):
+        Codes(model, coarse)
+    tiny = copy.deepcopy(model)
+    with torch.no_grad():
+        tiny.layers[5].bn2.weight[tiny.layers[5].bn2.weight.abs().argmax()] = 2.0**-24  # the smallest float16
+    graph = Codes(tiny, claim)
+    with pytest.raises(BadInput, match="layers.5.conv2: a shift of .* accumulator units does not fit 32 bits"):
+        graph.finished({})
+
+
+def test_benchmark(checkpoint, tmp_path, capsys):
+    from benchmarks import inference_speed
+
+    file = tmp_path / "speed.json"
+    threads = torch.get_num_threads()
+    try:
+        assert inference_speed.main(["--checkpoint", str(checkpoint), "--batches", "1", "2", "--rounds", "1",
+                                     "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    figures = load_json(file)
+    names = ("torch", "torch fused", "onnx float", "onnx 8-bit")
+    assert set(figures["speeds"]) == {f"{name}, {n}" for name in names for n in (1, 2)}
+    assert figures["profiles"]["onnx 8-bit, 1"]["QLinearConv"]["nodes"] == 40
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_fused_network_is_the_same(shipped):
+    from benchmarks import inference_speed
+
+    fused = inference_speed.fused(shipped[0])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    x = cifar100.normalise(cifar100.made_up(2, 7).images)
+    with torch.inference_mode():
+        expected = shipped[0](x)
+        assert (fused(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
