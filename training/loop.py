@@ -20,12 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 import cifar100
 from files import load_json, save_json, save_tensors, save_text
 from mobilenet_v2 import BadInput, weight_layers
-from quantize import evaluate
+from quantize import evaluate, renew_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Settings:
     alpha: float = 0.3            # of mixup
     clean: float = 0.05           # share of the epochs, at the end, without mixing
     average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps; 0: no average
-    refresh: int = 10_000         # clean train images that renew the BatchNorm statistics at the end; 0 is none
+    refresh: int = 10_000         # train images that renew the BatchNorm statistics at the end; 0 is none
     distill: float = 0.9          # weight of the teacher in the loss, where there is a teacher
     temperature: float = 4.0
     precision: str = "float32"    # of the forward pass: float32 or bfloat16
@@ -446,18 +445,14 @@ def mixed_cross_entropy(logits, labels, others, lam, smoothing):
 
 @torch.no_grad()
 def finish(model, average, train_data, settings: Settings, stage: str) -> nn.Module:
-    """The stage's result: the average, with the zeros of the last step, and BatchNorm statistics of clean images."""
+    """The stage's result: the average, with the zeros of the last step, and BatchNorm statistics of its own."""
     result = model if average is None else average
     if average is not None:  # a weight that became zero is only nearly zero in the average
         for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(model)):
             ours.weight.mul_(theirs.weight != 0)
     SyncBatchNorm.revert(result)  # every process sees the same images from here on
     if settings.refresh:
-        count = min(settings.refresh, len(train_data.labels))
-        chosen = cifar100.epoch_order(len(train_data.labels), generator_for(settings.seed, stage, "refresh"))[:count]
-        batches = (cifar100.normalise(train_data.images[index.to(train_data.labels.device)])
-                   .contiguous(memory_format=torch.channels_last) for index in chosen.split(500))
-        update_bn(batches, result)
+        renew_statistics(result, train_data, settings.refresh, settings.augment, generator_for(settings.seed, stage, "refresh"))
     return result.eval()
 
 

@@ -101,7 +101,7 @@ def parse(argv=None) -> argparse.Namespace:
     train.add_argument("--ema", type=float, metavar="D", help="decay of the weight average a step; 0: no average (default: "
                        "a memory of 3%% of the stage's steps, 1 - 1 / (0.03 * steps))")
     train.add_argument("--refresh", type=int, default=10_000, metavar="N",
-                       help="clean train images that renew the BatchNorm statistics at a stage's end (%(default)s)")
+                       help="train images that renew the BatchNorm statistics at a stage's end (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
     machine = parser.add_argument_group("machine")
