@@ -25,10 +25,11 @@ itself stirs them. --verify says what arrives at the predictions. Where shifts a
 and halves go to even, all logits are identical to the last bit (a test shows it).
 
 No engine here has 6-bit kernels: 6-bit codes are stored in int8 and run at the speed of 8 bits. Zeros cost as much as
-any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` asks for
-the exact way.
+any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` looks
+for that and asks for exact kernels.
 """
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -277,13 +278,29 @@ def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------------------------- the engine
 
+@functools.cache
+def saturates() -> bool:
+    """Whether the engine's uint8 x int8 products overflow on this CPU: their extremes show it."""
+    helper, types = needed("onnx").helper, needed("onnx").TensorProto
+    shape, extreme = [64, 64], np.full((64, 64), 127, np.int8)
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "weight"], ["sums"])], "extremes",
+                              [helper.make_tensor_value_info("x", types.UINT8, shape)],
+                              [helper.make_tensor_value_info("sums", types.INT32, shape)],
+                              [needed("onnx").numpy_helper.from_array(extreme, "weight")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    engine = needed("onnxruntime").InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    sums = engine.run(None, {"x": np.full(shape, 255, np.uint8)})[0]
+    return bool((sums != 64 * 255 * 127).any())
+
+
 def session(model: bytes, threads: int | None = None, **settings):
     """An onnxruntime session on the CPU, by default with as many threads as torch. settings: of its SessionOptions."""
     runtime = needed("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation where the CPU has no VNNI
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 x uint8: exact, at half the speed
     for name, value in settings.items():
         setattr(options, name, value)
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
