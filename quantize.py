@@ -131,10 +131,13 @@ class Quantizer(nn.Module):
 
     def forward(self, x):
         low, high = code_range(self.bits, self.signed)
-        x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
+        if x.dtype == torch.bfloat16:
+            x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, self.step, low, high)
-        return (x * (1 / self.step)).add_(0.5).floor_().clamp_(low, high).mul_(self.step)
+        # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
+        x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
+        return x.add_(0.5).floor_().float().clamp_(low, high).mul_(self.step)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -153,16 +156,16 @@ class QuantizedLinear(nn.Linear):
 
 
 class ScaleShift(nn.Module):
-    """A folded BatchNorm as one multiplication and one addition, both rounded: a fused one differs between machines."""
+    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, and the shift added, exactly."""
 
     def __init__(self, bn: nn.BatchNorm2d):
         super().__init__()
         scale, shift = folded(bn)
-        self.register_buffer("scale", scale.float()[:, None, None], persistent=False)
-        self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
+        self.register_buffer("scale", scale.float().double()[:, None, None], persistent=False)
+        self.register_buffer("shift", shift.float().double()[:, None, None], persistent=False)
 
     def forward(self, x):
-        return (x * self.scale).add_(self.shift)
+        return x.double().mul_(self.scale).add_(self.shift)
 
 
 class ExactLinear(nn.Linear):
@@ -358,9 +361,9 @@ def probe_logits(network: MobileNetV2) -> list[list[float]]:
 def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None = None) -> tuple[float, int]:
     """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
 
-    By default batches of 32 on a CPU, whose maps stay in its cache, and of 1,000 elsewhere.
+    By default batches of 8 on a CPU, whose maps stay in its cache, and of 1,000 elsewhere.
     """
-    batch_size = batch_size or (32 if data.images.device.type == "cpu" else 1000)
+    batch_size = batch_size or (8 if data.images.device.type == "cpu" else 1000)
     loss, correct = 0.0, 0
     for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
         logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
