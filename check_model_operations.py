@@ -26,7 +26,7 @@ import claims
 import counting
 import packed
 from counting import CONVENTIONS, WORD, Formats
-from files import load_json, run_script, sha256
+from files import run_script, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 
 

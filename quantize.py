@@ -11,10 +11,10 @@ BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift ar
 or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
 a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
 
-Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two, and while
-they stay below 2^24 (testers.py checks the bound; the linear layer is summed in float64) float32 holds them exactly, in
-any order of summation, on any machine.
-So a claim is verified to the image, and the recorded logits to the last bit.
+Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two. While they stay
+below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine; scales and
+shifts, and the linear layer's longer sums, are computed in float64, which holds those exactly. So a claim is verified to
+the image, the recorded logits to the last bit, and integer.py computes the same logits without a float.
 """
 import argparse
 import copy
