@@ -163,7 +163,16 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
         "storage": table(("storage", "bits", "32-bit parameters", ""), parts),
         "account": table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), account),
     }
+    removed = claim["dead_weight_removed"]
+    share = removed["weights"] / (removed["weights"] + exact["nonzeros"])
+    contents["dead"] = table(("dead", "values set to zero", "saved"), [
+        ("weights", f"{removed['weights']:,}", f"{100 * share:.2f}% of the non-zero weights, and the operations on them"),
+        ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}", "nothing: these tensors are stored dense")])
     if "integer" in claim:
+        contents["executed"] = table(("integer execution", "", "command"), [
+            ("accuracy", f"{claim['integer']['correct']:,} of {claim['integer']['images']:,}", "`python integer.py`"),
+            ("predictions that agree with `testers.py`", f"{claim['integer']['agree']:,}", "`python integer.py`"),
+            ("images whose logits agree to the last bit", f"{claim['integer']['identical']:,}", "`python integer.py`")])
         contents["accumulators"] = table(
             ("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"),
             [(row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
@@ -171,7 +180,7 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
     if "packed" in claim:
         size = claim["packed"]["bytes"]
         contents["packed"] = table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
-            (claim["packed"]["file"], f"{size:,}", f"{size / 4e6:.4f}M", f"{100 * (8 * size / storage['total'] - 1):+.3f}%")])
+            (f"`{claim['packed']['file']}`", f"{size:,}", f"{size / 4e6:.4f}M", f"{100 * (8 * size / storage['total'] - 1):+.3f}%")])
     return contents
 
 

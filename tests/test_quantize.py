@@ -413,13 +413,13 @@ def test_store_fixed_by_hand():
 # ----------------------------------------------------------------------------------------------------- exact network
 
 def slow_logits(network, tensors, activations, images):
-    """The claim's arithmetic, written once more: integer codes in float64, two roundings to float32 a BatchNorm."""
+    """The claim's arithmetic, written once more: integer codes, scales and shifts, all exact in float64."""
     steps = {entry["name"]: entry.get("step") for entry in tensors}
     points = {entry["name"]: entry for entry in activations}
     state = network.state_dict()
 
     def grid(name, x):
-        """Codes (float64) and step of a float32 activation."""
+        """Codes and step of an activation."""
         low, high = code_range(points[name]["bits"], points[name]["signed"])
         return torch.floor(x / points[name]["step"] + 0.5).clamp(low, high).double(), points[name]["step"]
 
@@ -435,11 +435,11 @@ def slow_logits(network, tensors, activations, images):
         else:
             sums = F.conv2d(x, w, padding=pad)
         assert torch.equal(sums, sums.round()) and sums.abs().max() < 2**24
-        values = (sums * (x_step * w_step)).float()
-        return values * state[f"{norm}.weight"][:, None, None] + state[f"{norm}.bias"][:, None, None]
+        values = sums * (x_step * w_step)
+        return values * state[f"{norm}.weight"].double()[:, None, None] + state[f"{norm}.bias"].double()[:, None, None]
 
     def value(x):
-        return (x[0] * x[1]).float()
+        return x[0] * x[1]
 
     x = grid("image", (images.float() - 128) / 64)
     x = grid("relu1", conv("conv1", "bn1", x))
@@ -452,7 +452,7 @@ def slow_logits(network, tensors, activations, images):
             y = y + (conv(f"{name}.shortcut.0", f"{name}.shortcut.1", x) if i in (0, 1, 10, 16) else value(x))
         x = grid(f"{name}.out", y)
     x = grid("relu2", conv("conv2", "bn2", x))
-    x = grid("features", ((x[0].sum((2, 3)) / 16) * x[1]).float())
+    x = grid("features", (x[0].sum((2, 3)) / 16) * x[1])
     return ((x[0] * x[1]) @ state["linear.weight"].double().T + state["linear.bias"].double()).float()
 
 
