@@ -168,6 +168,14 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
     contents["dead"] = table(("dead", "values set to zero", "saved"), [
         ("weights", f"{removed['weights']:,}", f"{100 * share:.2f}% of the non-zero weights, and the operations on them"),
         ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}", "nothing: these tensors are stored dense")])
+    speed = HERE / "benchmarks" / "training_speed.json"
+    if speed.is_file():
+        measured = load_json(speed)
+        contents["speed"] = table(("round", "plain, images/s", "ours, images/s", "ratio"), [
+            *((i + 1, f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain:.2f}") for i, (plain, ours) in enumerate(
+                zip(measured["plain_images_per_second"], measured["our_images_per_second"]))),
+            ("median ratio", "", "", f"**{measured['ratio']:.2f}**"),
+            *((f"share of a step: {part}", "", f"{100 * share:.2f}%", "") for part, share in measured["share_of_step"].items())])
     if "integer" in claim:
         contents["executed"] = table(("integer execution", "", "command"), [
             ("accuracy", f"{claim['integer']['correct']:,} of {claim['integer']['images']:,}", "`python integer.py`"),
