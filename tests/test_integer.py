@@ -280,7 +280,7 @@ def test_bounds_are_reached(tiny):
 def test_what_is_seen_is_within_the_bounds(tiny):
     model, claim, network = tiny
     floats = quantize.exact_network(model, claim["activations"])
-    rows = integer.accumulator_rows(network, compare(network, floats, cifar100.made_up(16, 2, CLASSES), 0)["seen"])
+    rows = integer.accumulator_rows(network, compare(network, floats, cifar100.made_up(16, 2, CLASSES))["seen"])
     assert [row["layer"] for row in rows[:2]] == ["conv1", "layers.0.conv1"] and rows[-2]["layer"] == "mean"
     assert {row["layer"] for row in rows} == {name for name, _ in weight_layers(model)} | {"mean"}
     for row in rows:

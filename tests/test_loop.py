@@ -265,7 +265,7 @@ def test_an_epoch_sees_every_image_at_most_once_in_a_new_order(tmp_path, monkeyp
         seen.append([numbers[image.numpy().tobytes()] for image in images])
         return augment(images, labels, draws)
     monkeypatch.setattr(cifar100, "augment", recorded)
-    stage(tmp_path)
+    stage(tmp_path, settings=dataclasses.replace(SETTINGS, refresh=0))
     assert [len(batch) for batch in seen] == [16] * 9
     epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
     assert all(len(set(epoch)) == 48 for epoch in epochs) and len(set(map(tuple, epochs))) == 3
@@ -278,7 +278,7 @@ def test_the_last_epochs_are_clean(tmp_path, monkeypatch):
         mixings.append(mixing)
         return draw(*args, mixing=mixing, **kwargs)
     monkeypatch.setattr(cifar100, "draw", recorded)
-    stage(tmp_path)
+    stage(tmp_path, settings=dataclasses.replace(SETTINGS, refresh=0))
     assert mixings == ["both"] * 6 + ["none"] * 3
 
 

@@ -578,7 +578,7 @@ def test_the_commit(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- the script
 
 def options(checkpoint, out, scheme, *more):
-    return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--scheme", scheme, *more]
+    return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--renew", "0", "--scheme", scheme, *more]
 
 
 @pytest.fixture(scope="module")
