@@ -191,7 +191,7 @@ def test_identical_to_the_last_bit_where_the_engine_can_be(shipped, monkeypatch)
         if quantizer is network.features:  # the export sends its halves up
             return forward(quantizer, x)
         low, high = quantize.code_range(quantizer.bits, quantizer.signed)
-        return (x / quantizer.step).round().clamp(low, high) * quantizer.step
+        return (x / quantizer.step).round().clamp(low, high).float() * quantizer.step
 
     monkeypatch.setattr(quantize.Quantizer, "forward", to_even)
     graph = Codes(model, claim)
