@@ -49,7 +49,7 @@ def forward(model: MobileNetV2, steps: dict[str, float]) -> None:
 
     def rectified(conv, bn, point: str) -> Tensor:
         """Channels of a ReLU that are always zero: no weight, and a shift that rounds to 0 or below."""
-        zero = empty(conv) & (torch.floor(bn.bias / steps[point] + 0.5) <= 0)
+        zero = empty(conv) & (torch.round(bn.bias / steps[point]) <= 0)
         drop_outputs(conv, bn, zero)
         return zero
 
@@ -66,7 +66,7 @@ def forward(model: MobileNetV2, steps: dict[str, float]) -> None:
             shift, nothing = shift + block.shortcut[1].bias, nothing & empty(block.shortcut[0])
         elif block.residual:
             nothing &= zero
-        zero = nothing & (torch.floor(shift / steps[f"layers.{i}.out"] + 0.5) == 0)
+        zero = nothing & (torch.round(shift / steps[f"layers.{i}.out"]) == 0)
     model.conv2.weight[:, zero] = 0
     model.linear.weight[:, rectified(model.conv2, model.bn2, "relu2")] = 0
 

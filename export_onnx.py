@@ -14,15 +14,15 @@ float; one that fuses them runs integers. What is what:
   BatchNorm's shift     an int32 bias, a whole number of the accumulator's units (input step * weight step * |a|)
   residual sums         before rounding, as we define them: the 1x1 convolutions that are added are matrix products,
                         whose result stays float32; as convolutions, each would be rounded to 8 bits before the sum
-  mean of the 4x4 map   a depthwise convolution with codes 4 of step 1/64; its bias, a quarter of the mean's least
-                        change, sends halves up: where 16 codes are averaged, halves are common
+  mean of the 4x4 map   a GlobalAveragePool
   linear layer          a matrix product on the pooled 1x1 map, its bias float32
 
-Where the engine's arithmetic is not ours (quantize.py): it rounds halves to even, ours go up; and a BatchNorm shift
-that is no whole number of accumulator units is rounded, by half a unit at most. Either moves few codes, by one; but
-each code that moved moves others behind it, and some ten layers on a third of all codes differ, as much as rounding
-itself stirs them. --verify says what arrives at the predictions. Where shifts are whole units, products fit 24 bits,
-and halves go to even, all logits are identical to the last bit (a test shows it).
+The engine computes in float32 between an accumulator and the next codes, and adds biases to accumulators, as whole
+numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, scales have few
+bits, so that their products fit a float32's 24, and halves go to even. Then nothing is left to differ: the logits are ours,
+to the last bit. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
+rounded by up to half a unit, which moves few codes, by one; but each code that moved moves others behind it, and some ten
+layers on a third of all codes differ, as much as rounding itself stirs them. --verify says what arrives at the predictions.
 
 No engine here has 6-bit kernels: 6-bit codes are stored in int8 and run at the speed of 8 bits. Zeros cost as much as
 any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` looks
@@ -51,7 +51,6 @@ from packed import load, stated_formats
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
 BATCH = 32
 NOTICED = 0.999  # of the predictions have to agree
-MAP = IMAGE_SIZE // 8  # side of the last map
 
 
 def needed(name: str):
@@ -258,11 +257,7 @@ class Codes(Graph):
         return self.transposed(codes, name, [0, 3, 1, 2])
 
     def mean(self, x: str) -> str:
-        channels, step = self.model.linear.in_features, 1 / (4 * MAP**2)
-        codes, steps = np.full((channels, 1, MAP, MAP), 4, np.int8), np.full(channels, step)
-        quarter = np.full(channels, step * self.grids[x][0])
-        mean = self.rounded_convolution("mean", x, codes, steps, quarter, kernel_shape=[MAP, MAP], group=channels)
-        return self.point("features", mean)
+        return self.point("features", self.node("GlobalAveragePool", "mean.sums", self.dequantized("mean", x)))
 
     def linear(self, name: str, x: str) -> str:
         return self.node("Flatten", name, self.summand("linear", None, x))

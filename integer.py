@@ -8,7 +8,7 @@ Where each value's power is known before the first image, integers and shifts ar
 
   acc   = sum of weight code x activation code                int32   a convolution, the linear layer; padding is code 0
   value = sum over branches of acc x multiplier + addend      int64   a branch is a convolution or a block's own input
-  code  = clip((value + half) >> shift)                       8 bits  floor(x + 1/2); a lower clip at 0 is the ReLU
+  code  = clip(value >> shift, rounded, halves to even)       8 bits  a lower clip at 0 is the ReLU
 
 What is stored for it            width
   weight codes                   6 or 8 bits (at most 8)      signed
@@ -181,8 +181,12 @@ class Point:
         return value
 
     def round(self, value: Tensor) -> Tensor:
-        """The codes, uint8 or int8. Writes over the value."""
-        return value.add_(self.half).bitwise_right_shift_(self.shift).clamp_(self.low, self.high).to(self.dtype)
+        """The codes, uint8 or int8. Writes over the value.
+
+        An odd quotient gets a half, an even one a half less the lowest bit: halves alone tell the difference.
+        """
+        odd = (value >> self.shift).bitwise_and_(1)
+        return value.add_(odd).add_(self.half - 1).bitwise_right_shift_(self.shift).clamp_(self.low, self.high).to(self.dtype)
 
 
 class IntegerNetwork:

@@ -10,6 +10,9 @@ What is stored                                               width
 BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
 or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
 a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
+Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
+shift is a whole number of the accumulator's units: then 8-bit engines need no more than they have to compute the same
+logits to the last bit (see export_onnx.py).
 
 Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two. While they stay
 below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine; scales and
@@ -24,6 +27,7 @@ import platform
 import subprocess
 import sys
 import tomllib
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -42,6 +46,7 @@ LAYERS = 58
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, LAYERS - 3)  # the submission's QBNs; every other layer has 8
 SCHEMES = ("power-of-two", "layer", "channel")
 SHIFT_BITS = 16
+SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
 
 
 # -------------------------------------------------------------------------------------------------------- the grids
@@ -59,8 +64,11 @@ def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
 
 
 def codes(x: Tensor, step, low: int, high: int) -> Tensor:
-    """floor(x / step + 1/2), clipped: the codes of x, as floats. Halves go up, as in an integer's rounding shift."""
-    return (x / step).add_(0.5).floor_().clamp_(low, high)
+    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
+
+    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
+    """
+    return (x / step).round_().clamp_(low, high)
 
 
 def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
@@ -137,7 +145,7 @@ class Quantizer(nn.Module):
             return fake_quantize(x, self.step, low, high)
         # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
         x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
-        return x.add_(0.5).floor_().float().clamp_(low, high).mul_(self.step)
+        return x.round_().float().clamp_(low, high).mul_(self.step)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -179,6 +187,19 @@ def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
     scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
     return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
+
+
+def neighbours(model: MobileNetV2) -> dict[str, tuple[str, str]]:
+    """{convolution: (its BatchNorm, the activation point that it reads)}, as in MobileNetV2.forward."""
+    table, last = {"conv1": ("bn1", "image")}, "relu1"
+    for i, block in enumerate(model.layers):
+        at = f"layers.{i}."
+        table |= {f"{at}conv1": (f"{at}bn1", last), f"{at}conv2": (f"{at}bn2", f"{at}relu1"),
+                  f"{at}conv3": (f"{at}bn3", f"{at}relu2")}
+        if len(block.shortcut):
+            table[f"{at}shortcut.0"] = (f"{at}shortcut.1", last)
+        last = f"{at}out"
+    return table | {"conv2": ("bn2", last)}
 
 
 def activation_points(model: MobileNetV2) -> list[tuple[str, bool]]:
@@ -302,8 +323,7 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
     network = MobileNetV2()
     network.load_state_dict(model.state_dict())
     network.eval()
-    norms = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "shortcut.0": "shortcut.1"}
-    modules, ours = dict(network.named_modules()), []
+    table, ours = neighbours(network), []
     for (name, source), (_, module) in zip(weight_layers(model), weight_layers(network)):
         low, high = code_range(source.bits)
         code = codes(source.weight.detach().float(), source.step, low, high)
@@ -316,10 +336,8 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
         step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
         module.weight.copy_(code * step)
         ours.append({"name": f"{name}.weight", "bits": source.bits, "step": step})
-        for conv, norm in norms.items():
-            if name == conv or name.endswith("." + conv):
-                norm_name = name.removesuffix(conv) + norm
-        bn = modules[norm_name]
+        norm_name = table[name][0]
+        bn = network.get_submodule(norm_name)
         scale, shift = folded(bn)
         scale = scale * (source.step / step).double().flatten()
         scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
@@ -333,8 +351,46 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
         bn.num_batches_tracked.zero_()
         ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
         ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
+    for parameter in network.parameters():
+        parameter.add_(0.0)  # -0.0, the code of a small negative value, becomes 0.0: one zero, one file
     order = {name: i for i, name in enumerate(network.state_dict())}
     return network, sorted(ours, key=lambda claim: order[claim["name"]])
+
+
+@torch.no_grad()
+def shorten_scales(model: MobileNetV2) -> None:
+    """Move every channel's free step, by 3% at most, to where its product with the BatchNorm's scale has 5 significant bits.
+
+    Codes times such scales need few bits, so that float32 holds them exactly. The weights are rounded to the step that
+    is used, so nothing is lost but the freedom of the step.
+    """
+    for name, (norm, _) in neighbours(model).items():
+        conv, (scale, _) = model.get_submodule(name), folded(model.get_submodule(norm))
+        step = conv.step.double().flatten()
+        significand, exponent = torch.frexp(scale * step)
+        short = torch.ldexp((significand * 2**SIGNIFICANT_BITS).round(), exponent - SIGNIFICANT_BITS)
+        conv.step = torch.where(scale == 0, step, short / scale).float().view_as(conv.step)
+
+
+@torch.no_grad()
+def round_shifts(network: MobileNetV2, tensors: list[dict], activations: list[dict]) -> None:
+    """Round the BatchNorm shifts of a shipped network, in place, to whole units of the accumulators that they are added to.
+
+    A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
+    the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
+    """
+    steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
+    for name, (norm, source) in neighbours(network).items():
+        bn, step = network.get_submodule(norm), steps[f"{norm}.bias"]
+        largest = step * code_range(SHIFT_BITS)[1]
+        for channel, (scale, shift) in enumerate(zip(bn.weight.tolist(), bn.bias.tolist())):
+            if scale == 0:
+                continue  # nothing is accumulated
+            unit = abs(Fraction(scale)) * steps[f"{name}.weight"] * steps[source]
+            odd = unit.numerator // (unit.numerator & -unit.numerator)
+            grain = odd * max(unit / odd, step)
+            limit = largest // grain
+            bn.bias[channel] = float(max(-limit, min(limit, round(Fraction(shift) / grain))) * grain)
 
 
 def store_fixed(tensor: Tensor, name: str) -> dict:
@@ -501,16 +557,24 @@ def main(argv=None) -> int:
     if args.renew:
         renew_statistics(model, train_data, args.renew, args.augment, torch.Generator().manual_seed(args.seed))
         report("BatchNorm statistics renewed", model)
+    if args.scheme == "channel":
+        shorten_scales(model)
+        report(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
     quantize_activations(model, calibrate(model, chosen, args.activation_bits, args.ranges))
     report(f"activations at {args.activation_bits} bits, {args.ranges}", model)
     if args.epochs:
         model = fine_tune(model, train_data, test_data, args)
+        if args.scheme == "channel":
+            shorten_scales(model)  # the scales were trained
         report(f"fine-tuned for {args.epochs} epochs", model)
 
     network, tensors = shipped(model)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, Quantizer)]
     report("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
+    if args.scheme == "channel":
+        round_shifts(network, tensors, activations)
+        report("shifts rounded to whole accumulator units", exact_network(network, activations))
     removed = dead_weight.remove(network, activations)
     loss, correct = report(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
     save_tensors(network.state_dict(), args.out)

@@ -1,7 +1,6 @@
 import copy
 import json
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,19 +20,33 @@ import export_onnx  # noqa: E402
 from export_onnx import Codes, Floats, main, session  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def checkpoint(sparse_checkpoint, tmp_path_factory):
-    """Quantized and shipped, with its claim beside it."""
+def ship(sparse_checkpoint, path, scheme):
+    """Quantized and shipped to `path`, with its claim beside it."""
     model = load_checkpoint(sparse_checkpoint)
-    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
+    quantize.quantize_weights(model, quantize.bit_table(None), scheme)
+    if scheme == "channel":
+        quantize.shorten_scales(model)
     activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
     quantize.quantize_activations(model, activations)
     network, tensors = quantize.shipped(model)
-    path = tmp_path_factory.mktemp("shipped") / "small.pt"
+    if scheme == "channel":
+        quantize.round_shifts(network, tensors, activations)
     save_tensors(network.state_dict(), path)
     accuracy = {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}
     save_json(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sparse_checkpoint, tmp_path_factory):
+    return ship(sparse_checkpoint, tmp_path_factory.mktemp("shipped") / "small.pt", "channel")
+
+
+@pytest.fixture(scope="module")
+def long_scales(sparse_checkpoint, tmp_path_factory):
+    """(model, claim) of a scheme whose scales have 11 significant bits."""
+    path = ship(sparse_checkpoint, tmp_path_factory.mktemp("long") / "long.pt", "layer")
+    return load_checkpoint(path), load_json(claims.claim_path(path))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,7 @@ def test_every_product_reads_codes_of_8_bits(exported):
     made_by = {output: node for node in model.graph.node for output in node.output}
     constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
-    assert len(products) == 58 + 1  # and the mean
+    assert len(products) == 58
     for node in products:
         x, weight, *bias = (made_by[name] for name in node.input)
         assert {x.op_type, weight.op_type} == {"DequantizeLinear"}
@@ -102,7 +115,7 @@ def test_codes_are_the_stored_ones_and_their_steps_hold_the_batchnorm(exported, 
         kept = constants[f"{name}.weight.steps"] < 0
         assert (codes[kept].min(1) == -128).all() if kept.any() else True
         negative += int(kept.sum())
-    assert graph.turned > 100 and graph.kept == negative > 10 and graph.rounded > 10_000
+    assert graph.turned > 100 and graph.kept == negative > 10 and graph.rounded == 0
 
 
 def sources(model):
@@ -133,71 +146,34 @@ def exact_codes(network, images):
     return found
 
 
-def test_each_layer_from_our_codes(exported, shipped):
-    """A layer of the engine that reads our codes is at most one off, and seldom: no difference but that of rounding."""
-    _, onnx_model = exported
-    model, claim = shipped
+@pytest.mark.parametrize("scheme", ["channel", "layer"])
+def test_each_layer_from_our_codes(shipped, long_scales, scheme):
+    """Where shifts had to be rounded, a layer that reads our codes is at most one off, and seldom; elsewhere never."""
+    model, claim = shipped if scheme == "channel" else long_scales
+    graph = Codes(model, claim)
+    onnx_model = graph.finished({})
+    assert graph.rounded == 0 if scheme == "channel" else graph.rounded > 10_000
     images = cifar100.made_up(4, 3).images
     codes = exact_codes(quantize.exact_network(model, claim["activations"]), images)
     assert torch.equal(codes["image"], images)
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(onnx_model))
-    table = sources(model)
+    table, seen = sources(model), 0
     assert table.keys() == codes.keys() - {"image"}
     for name, inputs in table.items():
         part = extractor.extract_model(list(dict.fromkeys(inputs)), [name])
         feeds = {each: codes[each].contiguous().numpy() for each in inputs}
         got = session(part.SerializeToString()).run(None, feeds)[0]
         apart = (torch.from_numpy(got).int() - codes[name].int()).abs()
-        assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01, name
-        if name == "features":  # here halves are common, and go up
-            assert apart.max() == 0
-    assert torch.equal(torch.from_numpy(got), codes["features"])
+        assert apart.max() <= 1 and (apart > 0).float().mean() < (0.03 if scheme == "layer" else 1e-9), name
+        seen = max(seen, int(apart.max()))
+    assert seen == (scheme == "layer")
 
 
-def engine_friendly(model, claim):
-    """A copy with scales of 5 significant bits, and shifts of whole accumulator units that keep their 16-bit grid."""
-    model = copy.deepcopy(model)
-    steps = {entry["name"]: entry["step"] for entry in claim["tensors"] + claim["activations"] if "step" in entry}
-    layers = [("conv1", "bn1", "image"), ("conv2", "bn2", "layers.16.out")]
-    for i, block in enumerate(model.layers):
-        at, before = f"layers.{i}.", f"layers.{i - 1}.out" if i else "relu1"
-        layers += [(f"{at}conv1", f"{at}bn1", before), (f"{at}conv2", f"{at}bn2", f"{at}relu1"),
-                   (f"{at}conv3", f"{at}bn3", f"{at}relu2")]
-        layers += [(f"{at}shortcut.0", f"{at}shortcut.1", before)] * bool(len(block.shortcut))
-    with torch.no_grad():
-        for name, norm, source in layers:
-            bn = model.get_submodule(norm)
-            fraction, exponent = torch.frexp(bn.weight)
-            significand = (fraction * 2**5).round()
-            bn.weight.copy_(torch.ldexp(significand, exponent - 5))
-            for c in bn.weight.nonzero().flatten().tolist():
-                unit = Fraction(float(bn.weight[c])) * Fraction(steps[f"{name}.weight"]) * Fraction(steps[source])
-                odd = unit.numerator // (unit.numerator & -unit.numerator)
-                step = Fraction(steps[f"{norm}.bias"])
-                grain = abs(odd) * max(unit / odd, step)  # whole units, and whole codes of the shift
-                limit = 32767 * step // grain
-                bn.bias[c] = float(min(max(round(Fraction(float(bn.bias[c])) / grain), -limit), limit) * grain)
-    return model
-
-
-def test_identical_to_the_last_bit_where_the_engine_can_be(shipped, monkeypatch):
-    """Shifts of whole accumulator units, products within 24 bits, halves to even: then nothing is left to differ."""
-    claim = shipped[1]
-    model = engine_friendly(*shipped)
-    network = quantize.exact_network(model, claim["activations"])
-    forward = quantize.Quantizer.forward
-
-    def to_even(quantizer, x):
-        if quantizer is network.features:  # the export sends its halves up
-            return forward(quantizer, x)
-        low, high = quantize.code_range(quantizer.bits, quantizer.signed)
-        return (x / quantizer.step).round().clamp(low, high).float() * quantizer.step
-
-    monkeypatch.setattr(quantize.Quantizer, "forward", to_even)
-    graph = Codes(model, claim)
-    engine = session(graph.finished({}).SerializeToString())
-    report = export_onnx.compare(engine, network, cifar100.made_up(40, 5))
-    assert graph.rounded == 0 and report["same_logits"] == 40 and report["differing"] == []
+def test_identical_to_the_last_bit(shipped):
+    model, claim = shipped
+    engine = session(Codes(model, claim).finished({}).SerializeToString())
+    report = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
+    assert report["same_logits"] == 40 and report["differing"] == []
     assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
 
 
@@ -212,7 +188,7 @@ def test_float_graph_is_the_float_network(shipped):
 
 def test_the_engine_runs_8_bit_kernels(exported):
     found = export_onnx.kernels(exported[1].SerializeToString())
-    assert found["QLinearConv"] == 40 and found["MatMulIntegerToFloat"] == 19
+    assert found["QLinearConv"] == 39 and found["QLinearGlobalAveragePool"] == 1 and found["MatMulIntegerToFloat"] == 19
     assert not found.keys() & {"Conv", "FusedConv", "MatMul", "Gemm"}
 
 
@@ -220,10 +196,9 @@ def test_the_engine_runs_8_bit_kernels(exported):
 
 def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     out = tmp_path / "small.onnx"
-    monkeypatch.setattr(export_onnx, "NOTICED", 0.5)  # the logits of a random network lie close together
     assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100"]) == 0
     said = capsys.readouterr().out
-    for part in ("9 of 58 layers have fewer than 8 bits", "40 QLinearConv", "Predictions agree on"):
+    for part in ("9 of 58 layers have fewer than 8 bits", "39 QLinearConv", "Predictions agree on 100/100 (100.00%); all logits are the same, to the last bit, on 100"):
         assert part in said
     properties = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert properties["source_sha256"] == sha256(checkpoint)
@@ -309,7 +284,7 @@ def test_benchmark(checkpoint, tmp_path, capsys):
     figures = load_json(file)
     names = ("torch", "torch fused", "onnx float", "onnx 8-bit")
     assert set(figures["speeds"]) == {f"{name}, {n}" for name in names for n in (1, 2)}
-    assert figures["profiles"]["onnx 8-bit, 1"]["QLinearConv"]["nodes"] == 40
+    assert figures["profiles"]["onnx 8-bit, 1"]["QLinearConv"]["nodes"] == 39
     assert "images/s" in capsys.readouterr().out
 
 

@@ -83,7 +83,7 @@ def reference(model: MobileNetV2, claim: dict, image: torch.Tensor) -> tuple[dic
         def code(x):
             if isinstance(x, list):
                 return [code(each) for each in x]
-            return min(max(math.floor(x / step[name] + Fraction(1, 2)), low), high)
+            return min(max(round(x / step[name]), low), high)  # of a Fraction: halves to even
 
         codes[name] = code(values)
         return name

@@ -25,7 +25,14 @@ from files import load_json, run_script, save_json, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from quantize import SCHEMES, bit_table, calibrate, code_range, codes, fake_quantize, free_step, power_of_two_step
 
-STEPS = ("float", "weights at 6/8 bits, {}", "activations at 8 bits, mse", "BatchNorm folded, scales, shifts, biases at 16 bits")
+
+
+def ladder(scheme):
+    """The steps that are reported before the dead weight's, without renewed statistics."""
+    short = scheme == "channel"
+    return ["float", f"weights at 6/8 bits, {scheme}", *["steps moved for scales of 5 significant bits"] * short,
+            "activations at 8 bits, mse", "BatchNorm folded, scales, shifts, biases at 16 bits",
+            *["shifts rounded to whole accumulator units"] * short]
 
 
 def random(*shape, seed=0):
@@ -52,16 +59,16 @@ def test_code_ranges():
     assert [code_range(b, signed=False) for b in (2, 6, 8)] == [(0, 3), (0, 63), (0, 255)]
 
 
-def test_halves_go_up():
+def test_halves_go_to_even():
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -0.51, 0.49, -1.0])
-    assert codes(x, 1.0, -8, 7).tolist() == [-2, -1, 0, 1, 2, 3, -1, 0, -1]
-    assert codes(x / 4, 0.25, -8, 7).tolist() == [-2, -1, 0, 1, 2, 3, -1, 0, -1]
+    assert codes(x, 1.0, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
+    assert codes(x / 4, 0.25, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
     assert codes(torch.tensor([-99.0, 99.0, 7.4, 7.5]), 1.0, -8, 7).tolist() == [-8, 7, 7, 7]
 
 
 def slow_code(value, step, low, high):
     quotient = Fraction(float(np.float32(value / step)))  # float32 division, then exact
-    return min(max(math.floor(quotient + Fraction(1, 2)), low), high)
+    return min(max(round(quotient), low), high)
 
 
 @pytest.mark.parametrize("bits, signed, step", [(8, True, 2**-6), (6, True, 2**-3), (8, False, 2**-5), (2, True, 0.5),
@@ -98,7 +105,7 @@ def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
         top = rows.abs().max().clamp_min(1e-12)
 
         def error(step):
-            return float((torch.floor(rows.double() / step + 0.5).clamp(low, high) * step - rows.double()).square().sum())
+            return float(((rows.double() / step).round().clamp(low, high) * step - rows.double()).square().sum())
 
         candidates = [float(top * share / high) for share in torch.linspace(0.4, 1.0, 40).tolist()]
         errors = [error(candidate) for candidate in candidates]
@@ -330,6 +337,7 @@ def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint
             assert before[value != 0].all() and (before == 0).any()  # the mask is kept
             if scheme != "power-of-two" and "linear" not in entry["name"]:
                 assert entry["step"] == 2.0 ** (1 - entry["bits"])
+    assert not any((value.signbit() & (value == 0)).any() for value in network.state_dict().values())  # no -0.0
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert not module.running_mean.any() and torch.equal(module.running_var, torch.full_like(module.running_var, 1 - 1e-5))
@@ -387,6 +395,86 @@ def test_a_dead_channels_scale_makes_no_difference(fake):
     assert quantize.probe_logits(quantize.exact_network(network, activations)) != logits
 
 
+@torch.no_grad()
+def test_neighbours_are_those_of_the_forward_pass():
+    """What a layer reads and what scales it, found by running the network."""
+    model = MobileNetV2().eval()
+    table, made, seen = quantize.neighbours(model), {}, {}
+    points, norms = dict(quantize.activation_points(model)), {norm for norm, _ in table.values()}
+
+    def see(name):
+        def hook(module, inputs, out):
+            source = made.get(inputs[0].data_ptr())
+            if name in norms:
+                seen[source] = name, seen[source]
+            elif name in table:
+                seen[name] = source
+            made[out.data_ptr()] = name
+            kept.append(out)  # no address is used twice
+        return hook
+
+    kept = [torch.randn(1, 3, 32, 32)]
+    for name, module in model.named_modules():
+        if name in points or name in norms or name in table:
+            module.register_forward_hook(see(name))
+    model(kept[0])
+    assert seen == table and len(table) == 57
+
+
+@torch.no_grad()
+def test_short_scales(fake):
+    model = copy.deepcopy(fake["channel"])
+    model.layers[3].bn2.weight[4] = 0
+    before = {name: module.step for name, module in weight_layers(model)[:-1]}
+    quantize.shorten_scales(model)
+    moved = 0
+    for name, (norm, _) in quantize.neighbours(model).items():
+        step, old = model.get_submodule(name).step.flatten(), before[name].flatten()
+        ratio = step / old
+        assert ratio.min() > 1 - 1 / 32 and ratio.max() < 1 + 1 / 32
+        moved += int((ratio != 1).sum())
+        if name == "layers.3.conv2":
+            assert step[4] == old[4]
+    assert moved > 20_000
+    network, tensors = quantize.shipped(model)
+    steps = {entry["name"]: entry.get("step") for entry in tensors}
+    for name, (norm, _) in quantize.neighbours(model).items():
+        scale = network.get_submodule(norm).weight
+        significand = torch.frexp(scale)[0] * 32
+        assert torch.equal(significand, significand.round())  # although it is a float16
+        ours = quantize.folded(model.get_submodule(norm))[0] * model.get_submodule(name).step.flatten()
+        alive = scale != 0
+        assert torch.allclose(scale.double()[alive] * steps[f"{name}.weight"], ours[alive], rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_shifts_of_whole_units(fake):
+    model = copy.deepcopy(fake["channel"])
+    quantize.shorten_scales(model)
+    activations = calibrate(model, cifar100.made_up(20, 0).images, 8, "mse")
+    before, tensors = quantize.shipped(model)
+    network = copy.deepcopy(before)
+    assert quantize.round_shifts(network, tensors, activations) is None
+    steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
+    changed = 0
+    for name, (norm, source) in quantize.neighbours(network).items():
+        scale, shift = (p.double() for p in network.get_submodule(norm).parameters())
+        old = before.get_submodule(norm).bias.double()
+        code, unit = shift / steps[f"{norm}.bias"], scale * steps[f"{name}.weight"] * steps[source]
+        assert torch.equal(code, code.round()) and code.abs().max() <= 32767
+        alive = scale != 0
+        count = (shift / unit)[alive]
+        assert torch.equal(count, count.round()) and torch.equal(shift[~alive], old[~alive])
+        # the nearest: within half a unit where a unit is coarse, within half of 31 codes where it is fine
+        bound = torch.maximum(unit.abs() / 2, torch.tensor(31 * steps[f"{norm}.bias"] / 2))
+        assert ((shift - old).abs() <= bound)[old.abs() < 32000 * steps[f"{norm}.bias"]].all()
+        changed += int((shift != old).sum())
+    assert changed > 10_000
+    state = network.state_dict()
+    quantize.round_shifts(network, tensors, activations)
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+
+
 def test_a_scale_that_16_bits_do_not_hold_is_named(fake):
     model = copy.deepcopy(fake["layer"])
     model.layers[2].bn3.weight.data[7] = 1e9
@@ -403,9 +491,9 @@ def test_folded_by_hand():
 
 
 def test_store_fixed_by_hand():
-    x = torch.tensor([0.75, -1.0, 2.0**-16, -(2.0**-16), 1e-9])
+    x = torch.tensor([0.75, -1.0, 1.5 * 2**-15, -(2.0**-16), 1e-9])
     assert quantize.store_fixed(x, "b") == {"name": "b", "bits": 16, "step": 2**-15}
-    assert x.tolist() == [0.75, -1.0, 2**-15, 0.0, 0.0]
+    assert x.tolist() == [0.75, -1.0, 2**-14, 0.0, 0.0]
     zeros = torch.zeros(3)
     assert quantize.store_fixed(zeros, "z")["step"] == 1 and not zeros.any()
 
@@ -421,7 +509,7 @@ def slow_logits(network, tensors, activations, images):
     def grid(name, x):
         """Codes and step of an activation."""
         low, high = code_range(points[name]["bits"], points[name]["signed"])
-        return torch.floor(x / points[name]["step"] + 0.5).clamp(low, high).double(), points[name]["step"]
+        return (x / points[name]["step"]).round().clamp(low, high).double(), points[name]["step"]
 
     def conv(name, norm, x, stride=1):
         (x, x_step), w_step = x, steps[f"{name}.weight"]
@@ -603,9 +691,9 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     assert printed[-1] == f"wrote {out} and {out.with_suffix('.json')}"
 
     steps = claim["accuracy_by_step"]
-    assert [step["step"] for step in steps[:-1]] == [name.format(scheme) for name in STEPS]
+    assert [step["step"] for step in steps[:-1]] == ladder(scheme)
     assert re.fullmatch(r"dead weight removed: [\d,]{3,} weights", steps[-1]["step"])
-    assert steps[-1] | {"step": STEPS[-1]} == steps[-2]  # it changes nothing
+    assert steps[-1] | {"step": steps[-2]["step"]} == steps[-2]  # it changes nothing
     before = None
     for step, line in zip(steps, printed, strict=False):
         lost = "" if before is None else f", {step['correct'] - before:+}.00%"
@@ -622,7 +710,7 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     network = quantize.exact_network(model, claim["activations"])
     loss, correct = quantize.evaluate(network, data)
     assert claim["accuracy"] == {"data": "made up", "correct": correct, "images": 100, "loss": pytest.approx(loss)}
-    assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"] and len({step["loss"] for step in steps}) == 4
+    assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"] and len({step["loss"] for step in steps}) == len(steps) - 1
     assert claim["probe_logits"] == quantize.probe_logits(network) and np.shape(claim["probe_logits"]) == (4, 100)
     bits = {entry["name"]: entry["bits"] for entry in claim["tensors"]}
     assert [bits[f"{name}.weight"] for name, _ in weight_layers(model)] == bit_table(None)
@@ -714,10 +802,10 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
     plain, tuned = runs["channel"][0], tmp_path / "tuned.pt"
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
     claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
-    assert [step["step"] for step in claim["accuracy_by_step"]] == [name.format("channel") for name in STEPS[:3]] + \
-        ["fine-tuned for 1 epochs", STEPS[3], claim["accuracy_by_step"][-1]["step"]]
+    assert [step["step"] for step in claim["accuracy_by_step"]] == [
+        *ladder("channel")[:4], "fine-tuned for 1 epochs", *ladder("channel")[4:], claim["accuracy_by_step"][-1]["step"]]
     assert claim["activations"] == untouched["activations"]  # the steps stay
-    assert claim["accuracy_by_step"][:3] == untouched["accuracy_by_step"][:3]
+    assert claim["accuracy_by_step"][:4] == untouched["accuracy_by_step"][:4]
     masked, before, after = load_checkpoint(checkpoint), load_checkpoint(plain), load_checkpoint(tuned)
     changed = 0
     for (name, zeros), (_, old), (_, new) in zip(*map(weight_layers, (masked, before, after))):
