@@ -2,6 +2,7 @@
 
     python export_onnx.py               cifar100_mobilenetv2.pt -> cifar100_mobilenetv2.onnx
     python export_onnx.py --verify      and compare its predictions with ours on the test set, and list the kernels
+    python export_onnx.py --record      and write the result of this comparison into the claim beside the checkpoint
 
 Input `image`: pixels, uint8 [N, 3, 32, 32]. Output `logits`: float32 [N, 100]. Standard operators of opset 17 alone,
 with QuantizeLinear/DequantizeLinear around every layer; the weights are the stored codes. Any engine can run it in
@@ -42,9 +43,10 @@ import torch
 from torch import nn
 
 import cifar100
+import claims
 import quantize
 from counting import Formats
-from files import replacing, run_script, sha256
+from files import replacing, run_script, save_json, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 from packed import load, stated_formats
 
@@ -342,10 +344,12 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
     parser.add_argument("--verify", action="store_true",
                         help="run it in onnxruntime on the test set, beside quantize.exact_network")
+    parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
     parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
     parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
     args = parser.parse_args(argv)
+    args.verify |= args.record
     for name, low in (("images", 1), ("made_up", 2)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
@@ -393,10 +397,15 @@ def main(argv=None) -> int:
     data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
     data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
     content = out.read_bytes()
-    print("Kernels: " + ", ".join(f"{count} {name}" for name, count in kernels(content).items()), flush=True)
+    found = kernels(content)
+    print("Kernels: " + ", ".join(f"{count} {name}" for name, count in found.items()), flush=True)
     report = compare(session(content), quantize.exact_network(model, claim["activations"]), data)
     print(text(report), flush=True)
     differing, n = len(report["differing"]), report["images"]
+    if args.record:
+        record = {"images": n, "correct": report["correct"], "agree": n - differing, "same_logits": report["same_logits"],
+                  "kernels": found, "engine": f"onnxruntime {needed('onnxruntime').__version__}"}
+        save_json(claim | {"onnx": record}, claims.claim_path(checkpoint))
     if differing > (1 - NOTICED) * n:
         print(f"export_onnx.py: {differing} of {n} predictions differ from ours", file=sys.stderr)
         return 2

@@ -328,13 +328,13 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
         low, high = code_range(source.bits)
         code = codes(source.weight.detach().float(), source.step, low, high)
         if isinstance(module, nn.Linear):
-            module.weight.copy_(code * source.step)
+            module.weight.copy_(code * source.step + 0.0)
             ours.append({"name": f"{name}.weight", "bits": source.bits, "step": float(source.step)})
             ours.append(store_fixed(module.bias, f"{name}.bias"))
             continue
         # a scheme's free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
         step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
-        module.weight.copy_(code * step)
+        module.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
         ours.append({"name": f"{name}.weight", "bits": source.bits, "step": step})
         norm_name = table[name][0]
         bn = network.get_submodule(norm_name)
@@ -351,8 +351,6 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
         bn.num_batches_tracked.zero_()
         ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
         ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
-    for parameter in network.parameters():
-        parameter.add_(0.0)  # -0.0, the code of a small negative value, becomes 0.0: one zero, one file
     order = {name: i for i, name in enumerate(network.state_dict())}
     return network, sorted(ours, key=lambda claim: order[claim["name"]])
 
@@ -396,7 +394,7 @@ def round_shifts(network: MobileNetV2, tensors: list[dict], activations: list[di
 def store_fixed(tensor: Tensor, name: str) -> dict:
     """Round a vector in place to 16-bit codes times one power of two: what is added needs absolute precision."""
     step = power_of_two_step(float(tensor.abs().max()), SHIFT_BITS)
-    tensor.copy_(codes(tensor.double(), step, *code_range(SHIFT_BITS)) * step)
+    tensor.copy_(codes(tensor.double(), step, *code_range(SHIFT_BITS)) * step + 0.0)
     return {"name": name, "bits": SHIFT_BITS, "step": step}
 
 

@@ -11,6 +11,7 @@ training.png   loss and accuracy by epoch, stage after stage
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -175,12 +176,19 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
             *((i + 1, f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain:.2f}") for i, (plain, ours) in enumerate(
                 zip(measured["plain_images_per_second"], measured["our_images_per_second"]))),
             ("median ratio", "", "", f"**{measured['ratio']:.2f}**"),
-            *((f"share of a step: {part}", "", f"{100 * share:.2f}%", "") for part, share in measured["share_of_step"].items())])
+            *((f"share of a step: {part}", "", f"{100 * parts[part] / sum(parts[p] for p in parts if p != 'whole'):.2f}%", "")
+              for parts in (measured["steps"]["eager"],) for part in parts if part != "whole")])
+    speed = HERE / "benchmarks" / "inference_speed.json"
+    if speed.is_file():
+        contents["inference"] = inference_table(load_json(speed))
     if "integer" in claim:
         contents["executed"] = table(("integer execution", "", "command"), [
             ("accuracy", f"{claim['integer']['correct']:,} of {claim['integer']['images']:,}", "`python integer.py`"),
             ("predictions that agree with `testers.py`", f"{claim['integer']['agree']:,}", "`python integer.py`"),
-            ("images whose logits agree to the last bit", f"{claim['integer']['identical']:,}", "`python integer.py`")])
+            ("images whose logits agree to the last bit", f"{claim['integer']['identical']:,}", "`python integer.py`"),
+            *((what, f"{claim['onnx'][key]:,}", "`python export_onnx.py --verify`") for what, key in (
+                ("onnxruntime, 8-bit: accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
+                ("images whose logits agree to the last bit", "same_logits")) if "onnx" in claim)])
         contents["accumulators"] = table(
             ("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"),
             [(row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
@@ -190,6 +198,22 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
         contents["packed"] = table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
             (f"`{claim['packed']['file']}`", f"{size:,}", f"{size / 4e6:.4f}M", f"{100 * (8 * size / storage['total'] - 1):+.3f}%")])
     return contents
+
+
+def inference_table(measured: dict) -> str:
+    """Images a second and ratios by batch; then what the products alone take, by onnxruntime's own clock."""
+    rows = []
+    for name, figures in measured["speeds"].items():
+        engine, batch = name.rsplit(", ", 1)
+        rows.append((batch, engine, f"{statistics.median(figures['images_per_second']):,.0f}", f"{figures['ratio_to_torch']:.2f}",
+                     f"{figures['ratio_to_onnx_float']:.2f}"))
+    products = {name: sum(kernel["microseconds"] for operator, kernel in kernels.items() if "Conv" in operator or "MatMul" in operator
+                          or "Gemm" in operator) for name, kernels in measured["profiles"].items()}
+    for name, time in products.items():
+        engine, batch = name.rsplit(", ", 1)
+        rows.append((batch, f"{engine}, convolutions and linear layer alone", f"{1e6 / time:,.0f}", "",
+                     f"{products[f'onnx float, {batch}'] / time:.2f}"))
+    return table(("batch", "engine", "images/s", "beside torch", "beside onnx float"), rows)
 
 
 def table(head, rows) -> str:

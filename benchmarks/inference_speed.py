@@ -12,9 +12,8 @@ that 8-bit kernels really run, and how much faster the layers are by themselves.
   onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
   onnx 8-bit   export_onnx.Codes
 
-What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 threads), in images/s of the one we have:
+What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 threads), in images/s beside the one we had then:
   projections as convolutions, rounded before the residual sum   1.07 to 1.25   not our definition
-  the mean as GlobalAveragePool                                  0.99 to 1.13   sends halves to even
   expansions as matrix products, too                             0.63 to 0.79   float32 between, exact shifts
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels
   int8 activations                                               0.16 to 0.23   most layers are not fused: float kernels

@@ -1,6 +1,6 @@
 """Training throughput beside the plain loop, on this machine, in this run.
 
-    python benchmarks/training_speed.py [--images 1280] [--batch-size 64] [--rounds 3] [--json F]
+    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--modes eager ...] [--json F]
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
@@ -8,7 +8,9 @@ whole batches augmented there, channels-last, bfloat16 where the processor has i
 same network with the same augmentation and batch on the same images. Rounds alternate and the median counts, so that
 whatever else runs on the machine slows both; only the ratio means anything.
 
-The second table gives the share of a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing).
+Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network eager,
+or under torch.compile's mode of that name ("default"; "reduce-overhead" records CUDA graphs). Last, on CUDA, how near that is
+to the memory's limit: the bandwidth of a large copy, measured here, over the bytes that a step has to move (see PASSES).
 """
 import argparse
 import statistics
@@ -25,9 +27,20 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
+import counting  # noqa: E402
 from files import run_script, save_json  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from training import loop, main as training_main  # noqa: E402
+
+
+# How often a training step has to read or write every convolution's output, with all that can be fused fused:
+#   forward   convolution writes it; BatchNorm reads it for the statistics, and again to normalise; the activation is
+#             written, and read by the next convolution                                                                5
+#   backward  the next convolution reads the activation for its weights' gradient, and writes the activation's gradient;
+#             BatchNorm reads this gradient and the output for its sums, and again for the gradient that it writes;
+#             the convolution reads that twice, for its input's gradient and for its weights'                           9
+PASSES = 14
+MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 
 
 class PilImages(Dataset):
@@ -89,25 +102,29 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
     return time.perf_counter() - marks[-1]  # the last epoch: the first one warms up
 
 
-def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, steps: int = 8) -> dict[str, float]:
-    """Median seconds of the parts of a step, with the full augmentation."""
+def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, mode: str, steps: int = 8) -> dict[str, float]:
+    """Median seconds of the parts of a step, with the full augmentation, and of a whole step that waits for nothing in between."""
     model = MobileNetV2().to(device, memory_format=torch.channels_last).train()
+    stepped = model if mode == "eager" else torch.compile(model, mode=mode)
     optimizer = loop.make_optimizer(settings, model)
     size = min(settings.batch_size, len(data))
     times = {"augment": [], "forward": [], "backward": [], "optimizer": []}
-    for step in range(steps + 1):
+    warm_up = 1 if mode == "eager" else 4  # compilation; CUDA graphs are recorded in the second and third call
+
+    def one_step(step: int, wait: bool) -> list[float]:
         marks = [time.perf_counter()]
 
         def mark():
-            synchronize(device)
-            marks.append(time.perf_counter())
+            if wait:
+                synchronize(device)
+                marks.append(time.perf_counter())
 
         draws = cifar100.draw(size, loop.generator_for(0, step), trivial=True, mixing="both")
         x, labels, others, lam = cifar100.augment(data.images[:size], data.labels[:size], draws)
         x = x.contiguous(memory_format=torch.channels_last)
         mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = model(x)
+            logits = stepped(x)
         loss = loop.mixed_cross_entropy(logits.float(), labels, others, lam, 0.1)
         mark()
         optimizer.zero_grad(set_to_none=True)
@@ -115,10 +132,39 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         mark()
         optimizer.step()
         mark()
-        if step:
-            for part, start, end in zip(times, marks, marks[1:]):
-                times[part].append(end - start)
-    return {part: statistics.median(values) for part, values in times.items()}
+        return marks
+
+    with loop.strided_depthwise_in_float32(model):
+        for step in range(warm_up + steps):
+            marks = one_step(step, wait=True)
+            if step >= warm_up:
+                for part, start, end in zip(times, marks, marks[1:]):
+                    times[part].append(end - start)
+        synchronize(device)
+        start = time.perf_counter()
+        for step in range(steps):
+            one_step(step, wait=False)
+        synchronize(device)
+    return {part: statistics.median(values) for part, values in times.items()} | {"whole": (time.perf_counter() - start) / steps}
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 2048) -> float:
+    """Bytes a second, read and written, of the best of ten copies of a tensor that no cache holds."""
+    source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() / best
+
+
+def bytes_to_move(settings: loop.Settings) -> int:
+    """Of a step, for one image: PASSES over every convolution's output."""
+    outputs = sum(row.outputs for row in counting.trace(MobileNetV2()) if row.kind == "batchnorm")
+    return PASSES * outputs * (2 if settings.precision == "bfloat16" else 4)
 
 
 def synchronize(device: torch.device) -> None:
@@ -128,13 +174,17 @@ def synchronize(device: torch.device) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1280, help="of a measured epoch (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--images", type=int, help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
+    parser.add_argument("--batch-size", type=int, help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    cuda = device.type == "cuda"
+    args.images, args.batch_size = args.images or (50_000 if cuda else 1280), args.batch_size or (512 if cuda else 64)
+    args.modes = args.modes or (MODES[:3] if cuda else MODES[:1])
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
                                    "--mixing", "none", "--refresh", "0"])
     settings = training_main.settings_for("pretrain", options, device)
@@ -149,13 +199,23 @@ def main(argv=None) -> int:
     ratio = statistics.median(o / p for o, p in zip(ours, plain))
     print(f"median: plain {statistics.median(plain):,.1f} images/s, ours {statistics.median(ours):,.1f}, ratio {ratio:.2f}")
 
-    parts = step_parts(data, settings, device)
-    whole = sum(parts.values())
-    print("share of a step: " + ", ".join(f"{part} {seconds / whole:.2%}" for part, seconds in parts.items()))
+    steps = {}
+    for mode in args.modes:
+        steps[mode] = parts = step_parts(data, settings, device, mode)
+        whole = sum(seconds for part, seconds in parts.items() if part != "whole")
+        print(f"step, {mode}: {1000 * parts['whole']:.2f} ms, {args.batch_size / parts['whole']:,.0f} images/s; by part "
+              + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / whole:.2%})" for part, seconds in parts.items() if part != "whole"),
+              flush=True)
+    limit = None
+    if cuda:
+        bandwidth, moved = copy_bandwidth(device), bytes_to_move(settings)
+        limit = {"copy_bytes_per_second": bandwidth, "bytes_per_image": moved, "images_per_second": bandwidth / moved}
+        print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are {bandwidth / moved:,.0f} images/s; "
+              f"reached: {statistics.median(ours) * moved / bandwidth:.1%}")
     if args.json:
         save_json({"machine": machine, "images": args.images, "batch_size": args.batch_size, "precision": settings.precision,
                    "plain_images_per_second": plain, "our_images_per_second": ours, "ratio": ratio,
-                   "share_of_step": {part: seconds / whole for part, seconds in parts.items()}}, args.json)
+                   "steps": steps, "limit": limit}, args.json)
     return 0
 
 

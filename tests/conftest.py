@@ -60,3 +60,22 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sparse") / "masked.pt"
     save_tensors(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def full(sparse_checkpoint, tmp_path_factory):
+    """(path, model, claim) of a network of full size, shipped without fine-tuning."""
+    import cifar100
+    import quantize
+    from files import save_json, save_tensors
+    from mobilenet_v2 import load_checkpoint
+
+    model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
+    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
+    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
+    quantize.quantize_activations(model, activations)
+    network, tensors = quantize.shipped(model)
+    path = tmp_path_factory.mktemp("full") / "network.pt"
+    save_tensors(network.state_dict(), path)
+    save_json({"tensors": tensors, "activations": activations}, path.with_suffix(".json"))
+    return path, load_checkpoint(path), {"tensors": tensors, "activations": activations}

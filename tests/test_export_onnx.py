@@ -9,6 +9,7 @@ from torch import nn
 
 import cifar100
 import claims
+import packed
 import quantize
 from files import load_json, run_script, save_json, save_tensors, sha256
 from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
@@ -206,10 +207,28 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     bits = json.loads(properties["weight_bits"])
     assert len(bits) == 58 and list(bits.values()).count(6) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+    before = load_json(claims.claim_path(checkpoint))
+    assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--record", "--made-up", "100", "--images", "30"]) == 0
+    after = load_json(claims.claim_path(checkpoint))
+    record = after.pop("onnx")
+    assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30
+    assert record["kernels"]["QLinearConv"] == 39 and record["engine"].startswith("onnxruntime 1.")
     monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
     argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100", "--images", "8"]
     assert main(argv) == 2
     assert "of 8 predictions differ from ours" in capsys.readouterr().err
+
+
+def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
+    """On test images, to the last bit; and what the claim recorded of all 10,000."""
+    model, claim = packed.load(export_onnx.Path(export_onnx.__file__).with_name(export_onnx.CHECKPOINT))
+    data = cifar100.load(cifar100_dir, "test")
+    data = cifar100.Images(data.images[:300], data.labels[:300])
+    engine = session(Codes(model, claim).finished({}).SerializeToString())
+    report = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), data)
+    assert report["same_logits"] == 300 and report["differing"] == []
+    assert claim["onnx"]["images"] == claim["onnx"]["same_logits"] == 10_000
+    assert claim["onnx"]["correct"] == claim["accuracy"]["correct"] == claim["integer"]["correct"]
 
 
 def test_comparison_counts(shipped):

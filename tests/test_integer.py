@@ -1,5 +1,4 @@
 import json
-import math
 import random
 from fractions import Fraction
 
@@ -13,61 +12,14 @@ import counting
 import integer
 import quantize
 from counting import signed_bits
-from files import save_json, save_tensors
 from integer import Branch, IntegerNetwork, Point, compare, main, products
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
-
-CLASSES, WIDTH = 7, 0.25
-
-
-@torch.no_grad()
-def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNetV2, dict]:
-    """A small network as quantize.py ships it, and its claim: 6 and 8 bits, most weights 0, scales of either sign."""
-    generator, tensors = torch.Generator().manual_seed(0), []
-    model = MobileNetV2(classes, width).eval()
-    layers = dict(weight_layers(model))
-    for index, (name, layer) in enumerate(layers.items()):
-        low, high = quantize.code_range(bits := (6, 8)[index % 2])
-        codes = torch.randint(low, high + 1, layer.weight.shape, generator=generator)
-        codes *= torch.rand(codes.shape, generator=generator) < 0.4
-        layer.weight.copy_(codes * 2.0 ** (1 - bits))
-        tensors.append({"name": f"{name}.weight", "bits": bits, "step": 2.0 ** (1 - bits)})
-    model.layers[3].conv1.weight[5] = 0
-    for name, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            conv = layers[name.replace("bn", "conv").replace("shortcut.1", "shortcut.0")].weight
-            size = torch.rand(len(conv), generator=generator).add(0.5) / (0.13 * conv[0].numel()) ** 0.5
-            norm.weight.copy_((size * torch.randn(len(conv), generator=generator).add(1).sign()).half())
-            norm.weight[conv.flatten(1).count_nonzero(1) == 0] = 0
-            norm.bias.copy_(0.3 * torch.randn(len(conv), generator=generator))
-            norm.running_var.fill_(1 - norm.eps)
-            tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
-            tensors.append(quantize.store_fixed(norm.bias, f"{name}.bias"))
-    model.linear.bias.copy_(torch.randn(classes, generator=generator))
-    tensors.append(quantize.store_fixed(model.linear.bias, "linear.bias"))
-    order = [name for name, _ in model.named_parameters()]
-    activations = quantize.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
-    return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}
-
+from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
+from small import CLASSES, tiny_network
 
 @pytest.fixture(scope="module")
 def tiny():
     model, claim = tiny_network()
     return model, claim, IntegerNetwork.from_checkpoint(model, claim)
-
-
-@pytest.fixture(scope="module")
-def full(sparse_checkpoint, tmp_path_factory):
-    """(path, model, claim) of a network of full size, shipped without fine-tuning."""
-    model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
-    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
-    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
-    quantize.quantize_activations(model, activations)
-    network, tensors = quantize.shipped(model)
-    path = tmp_path_factory.mktemp("full") / "network.pt"
-    save_tensors(network.state_dict(), path)
-    save_json({"tensors": tensors, "activations": activations}, path.with_suffix(".json"))
-    return path, load_checkpoint(path), {"tensors": tensors, "activations": activations}
 
 
 # ---- A slow reference: the network as it is defined, in fractions --------------------------------

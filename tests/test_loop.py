@@ -21,6 +21,7 @@ from files import save_tensors
 from mobilenet_v2 import BadInput, weight_layers
 from training import loop
 from training.loop import Processes, Settings, learning_rate
+from training.magnitude import GradualMagnitude
 from training.reweighted_l1 import Masks, ReweightedL1, target_masks
 
 
@@ -47,7 +48,7 @@ TRAIN, TEST = cifar100.made_up(52, 0, classes=10), cifar100.made_up(30, 1, class
 # 52 images in batches of 16: 3 steps an epoch and 4 images over; 9 steps in all
 SETTINGS = Settings(epochs=3, batch_size=16, lr=0.05, warmup_epochs=1, clean=0.34, average=0.9, refresh=40)
 VARIANTS = {  # optimizer, form of the penalty, masks, weight average
-    "sgd": ("sgd", None, False, 0.9), "adam": ("adam", None, False, 0.9), "proximal": ("sgd", "proximal", False, 0.9),
+    "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9), "proximal": ("sgd", "proximal", False, 0.9),
     "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
 
 
@@ -56,7 +57,10 @@ def stage(folder, variant="sgd", test=TEST, model=None, **kwargs):
     optimizer, form, masked, average = VARIANTS[variant]
     model = model or Tiny()
     strength = {"target": 0.5} if form == "proximal" else {"lam": 1e-3}
-    penalty = form and ReweightedL1(model, LAYERS[1:], form=form, **strength)
+    if form == "magnitude":
+        penalty = GradualMagnitude(model, LAYERS[1:], 0.5)
+    else:
+        penalty = form and ReweightedL1(model, LAYERS[1:], form=form, **strength)
     masks = Masks(model, target_masks(model, LAYERS, 0.4)) if masked else None
     settings = kwargs.pop("settings", dataclasses.replace(SETTINGS, optimizer=optimizer, average=average))
     result = loop.train("stage", model, TRAIN, test, settings, folder, **{

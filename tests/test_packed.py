@@ -13,7 +13,7 @@ from claims import claim_path
 from files import save_json, save_tensors, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from packed import from_bits, load, main, pack, to_bits, unpack, unpack_bytes
-from test_integer import CLASSES, WIDTH, full, tiny_network  # noqa: F401 (full is a fixture)
+from small import CLASSES, WIDTH, tiny_network
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,16 @@ def test_defaults_of_the_stages():
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 
 
+def test_magnitude_takes_the_penaltys_place():
+    args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
+    pruning = training.make_penalty(args, MobileNetV2(width=0.5))
+    assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
+    assert training.parse([]).updates == 5 and training.parse("--penalty magnitude --updates 9".split()).updates == 9
+    for wrong in ("--lambda 1", "--sparsity-type filter"):
+        with pytest.raises(SystemExit):
+            training.parse(["--penalty", "magnitude", *wrong.split()])
+
+
 def test_the_help_names_the_mended_defects(capsys):
     with pytest.raises(SystemExit) as error:
         training.parse(["--help"])

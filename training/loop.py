@@ -226,6 +226,31 @@ def fingerprint(tensors) -> str:
 
 
 @contextlib.contextmanager
+def strided_depthwise_in_float32(model: nn.Module):
+    """Under a CPU's autocast, depthwise convolutions with a stride compute in float32, and return bfloat16.
+
+    oneDNN has no fast bfloat16 kernel for their input's gradient: three of the network's 57 convolutions took 45% of a
+    step (see benchmarks/depthwise_shapes.py). They read and write few elements, so float32 costs little.
+    """
+    def wrapped(forward):
+        def in_float32(x):
+            if not torch.is_autocast_enabled("cpu"):
+                return forward(x)
+            with torch.autocast("cpu", enabled=False):
+                return forward(x.float()).bfloat16()
+        return in_float32
+
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
+    for conv in convs:
+        conv.forward = wrapped(conv.forward)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.forward
+
+
+@contextlib.contextmanager
 def sigterm_noted():
     """A list that SIGTERM fills, instead of ending the process. At the end the handler before learns of it too.
 
@@ -252,7 +277,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
 
     stage:    names the files: FOLDER/STAGE.jsonl (a line an epoch) and FOLDER/STAGE.state/ while it runs.
-    penalty:  a ReweightedL1 on `model`, updated `penalty_updates` times at equal distances.
+    penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked whenever something is written.
     teacher:  a model in eval mode whose logits are distilled on the same mixed images.
     prepare:  called with the model before every epoch's first step, to set modes.
@@ -345,6 +370,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     model.train()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
+        at_end.enter_context(strided_depthwise_in_float32(model))
         while progress["step"] < steps:
             epoch, first = divmod(progress["step"], epoch_steps)
             if prepare is not None:
@@ -385,7 +411,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 optimizer.zero_grad(set_to_none=True)
                 objective.backward()
                 optimizer.step()
-                if penalty is not None and penalty.form == "proximal":
+                if penalty is not None and penalty.form != "loss":
                     penalty.shrink(lr)
                 if masks is not None:
                     masks.apply()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 import cifar100  # noqa: E402
 from files import run_script, save_json, save_tensors  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
-from training import loop, reweighted_l1  # noqa: E402
+from training import loop, magnitude, reweighted_l1  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
@@ -71,9 +71,11 @@ def parse(argv=None) -> argparse.Namespace:
                         help="wanted share of zeros in the pruned layers, in place of a lambda (default 0.8)")
     method.add_argument("--lambda", dest="lam", type=float, metavar="L", help="strength of the penalty, in place of a target")
     method.add_argument("--eps", type=float, default=1e-3, help="of alpha = 1 / (|w| + eps) (%(default)s)")
-    method.add_argument("--penalty", choices=("loss", "proximal"),
-                        help="added to the loss, or a soft threshold after every step (default: proximal, see METHOD.md)")
-    method.add_argument("--updates", type=int, default=5, metavar="K", help="updates of alpha at equal distances (%(default)s)")
+    method.add_argument("--penalty", choices=("loss", "proximal", "magnitude"),
+                        help="added to the loss, or a soft threshold after every step (default: proximal, see METHOD.md); or "
+                             "none, and gradual magnitude pruning to the target in its place, to compare with")
+    method.add_argument("--updates", type=int, metavar="K",
+                        help="updates of alpha (or of the magnitudes' zeros) at equal distances (default: 5; 100 for magnitude)")
     method.add_argument("--threshold", type=float, default=1e-4, help="of --sparsity-type threshold (%(default)s)")
     method.add_argument("--teacher", metavar="F", help="checkpoint whose logits are distilled on the same images")
     method.add_argument("--distill", type=float, default=0.9, help="the teacher's weight in the loss (%(default)s)")
@@ -130,6 +132,9 @@ def parse(argv=None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    if args.penalty == "magnitude" and (args.lam is not None or args.sparsity_type not in (None, "irregular")):
+        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no groups")
+    args.updates = args.updates or (100 if args.penalty == "magnitude" else 5)
     args.mixing = args.mixing or {None: "both", True: "mixup", False: "none"}[args.mixup]
     args.schedule = args.lr_scheduler or "cosine"
     args.warmup_epochs = args.warmup_epochs if args.warmup else 0
@@ -163,9 +168,11 @@ def pruned_layers(args, model) -> list[str]:
     return reweighted_l1.default_layers(model)
 
 
-def make_penalty(args, model) -> reweighted_l1.ReweightedL1:
+def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
     """The submission's (in the loss, lambda 1e-6) where --sparsity-type is given; else proximal, towards a target."""
     lam, target = args.lam, args.target_sparsity
+    if args.penalty == "magnitude":
+        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target or 0.8)
     if lam is None and target is None:
         lam, target = (1e-6, None) if args.sparsity_type else (None, 0.8)
     form = args.penalty or ("loss" if args.sparsity_type else "proximal")

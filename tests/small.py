@@ -1,0 +1,39 @@
+"""A small network in the shipped format, for tests of everything that reads one."""
+import torch
+from torch import nn
+
+import cifar100
+import quantize
+from mobilenet_v2 import MobileNetV2, weight_layers
+
+CLASSES, WIDTH = 7, 0.25
+
+
+@torch.no_grad()
+def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNetV2, dict]:
+    """A small network as quantize.py ships it, and its claim: 6 and 8 bits, most weights 0, scales of either sign."""
+    generator, tensors = torch.Generator().manual_seed(0), []
+    model = MobileNetV2(classes, width).eval()
+    layers = dict(weight_layers(model))
+    for index, (name, layer) in enumerate(layers.items()):
+        low, high = quantize.code_range(bits := (6, 8)[index % 2])
+        codes = torch.randint(low, high + 1, layer.weight.shape, generator=generator)
+        codes *= torch.rand(codes.shape, generator=generator) < 0.4
+        layer.weight.copy_(codes * 2.0 ** (1 - bits))
+        tensors.append({"name": f"{name}.weight", "bits": bits, "step": 2.0 ** (1 - bits)})
+    model.layers[3].conv1.weight[5] = 0
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            conv = layers[name.replace("bn", "conv").replace("shortcut.1", "shortcut.0")].weight
+            size = torch.rand(len(conv), generator=generator).add(0.5) / (0.13 * conv[0].numel()) ** 0.5
+            norm.weight.copy_((size * torch.randn(len(conv), generator=generator).add(1).sign()).half())
+            norm.weight[conv.flatten(1).count_nonzero(1) == 0] = 0
+            norm.bias.copy_(0.3 * torch.randn(len(conv), generator=generator))
+            norm.running_var.fill_(1 - norm.eps)
+            tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
+            tensors.append(quantize.store_fixed(norm.bias, f"{name}.bias"))
+    model.linear.bias.copy_(torch.randn(classes, generator=generator))
+    tensors.append(quantize.store_fixed(model.linear.bias, "linear.bias"))
+    order = [name for name, _ in model.named_parameters()]
+    activations = quantize.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
+    return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}
