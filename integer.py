@@ -7,7 +7,8 @@ Every number that is stored is an integer times a power of two (see quantize.py)
 Where each value's power is known before the first image, integers and shifts are all that is left:
 
   acc   = sum of weight code x activation code                int32   a convolution, the linear layer; padding is code 0
-  value = sum over branches of acc x multiplier + addend      int64   a branch is a convolution or a block's own input
+  value = sum over branches of acc x multiplier + addend      int32   a branch is a convolution or a block's own input;
+                                                              int64   where scales with many bits need it
   code  = clip(value >> shift, rounded, halves to even)       8 bits  a lower clip at 0 is the ReLU
 
 What is stored for it            width
@@ -148,7 +149,7 @@ class Branch:
         acc = self.sums(codes[self.source])
         if watch is not None:
             watch(self.name, acc)
-        return acc.long().mul_(self.multiplier).add_(self.addend)
+        return acc.to(self.multiplier.dtype).mul_(self.multiplier).add_(self.addend)
 
 
 class Point:
@@ -171,10 +172,13 @@ class Point:
         self.bits = largest.bit_length() + 1
         if self.bits > 64:
             raise BadInput(f"{name}: its aligned sums may need {self.bits} bits, more than 64")
-        self.half, self.shift = torch.tensor(halves), torch.tensor([half.bit_length() for half in halves])
+        wide = torch.int32 if self.bits <= 32 else torch.int64
+        for branch in branches:
+            branch.multiplier, branch.addend = branch.multiplier.to(wide), branch.addend.to(wide)
+        self.half, self.shift = torch.tensor(halves, dtype=wide), torch.tensor([half.bit_length() for half in halves], dtype=wide)
 
     def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
-        """int64, times 2^exponent of the channel."""
+        """int32 or int64, times 2^exponent of the channel."""
         value = self.branches[0].value(codes, watch)
         for branch in self.branches[1:]:
             value += branch.value(codes, watch)
@@ -190,7 +194,7 @@ class Point:
 
 
 class IntegerNetwork:
-    """Called with images (uint8 [N, 3, 32, 32]) it returns logits (int64 [N, classes], times 2^logit_exponent).
+    """Called with images (uint8 [N, 3, 32, 32]) it returns logits (integers [N, classes], times 2^logit_exponent).
 
     points: the 55 activation points in the order in which they are computed; logits: a Point that is not rounded.
     """

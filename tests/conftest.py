@@ -64,7 +64,7 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def full(sparse_checkpoint, tmp_path_factory):
-    """(path, model, claim) of a network of full size, shipped without fine-tuning."""
+    """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
     import cifar100
     import quantize
     from files import save_json, save_tensors
@@ -72,9 +72,11 @@ def full(sparse_checkpoint, tmp_path_factory):
 
     model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
     quantize.quantize_weights(model, quantize.bit_table(None), "channel")
+    quantize.shorten_scales(model)
     activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
     quantize.quantize_activations(model, activations)
     network, tensors = quantize.shipped(model)
+    quantize.round_shifts(network, tensors, activations)
     path = tmp_path_factory.mktemp("full") / "network.pt"
     save_tensors(network.state_dict(), path)
     save_json({"tensors": tensors, "activations": activations}, path.with_suffix(".json"))

@@ -107,6 +107,20 @@ def test_full_size(full):
     assert report["correct"] == report["float_correct"] > 5  # by chance: 1 in 2
 
 
+def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
+    network = IntegerNetwork.from_checkpoint(*full[1:])
+    assert {(point.bits <= 32, point.half.dtype, point.branches[0].multiplier.dtype) for point in network.points} == {
+        (True, torch.int32, torch.int32)}
+    model, claim = tiny_network()
+    bn = model.layers[1].bn3
+    with torch.no_grad():
+        bn.weight[bn.weight.nonzero()[0]] = 2.0**-24  # beside the shortcut's, far below it
+    network = IntegerNetwork.from_checkpoint(model, claim)
+    wide = {point.name: point.bits for point in network.points if point.half.dtype == torch.int64}
+    assert list(wide) == ["layers.1.out"] and 32 < wide["layers.1.out"] <= 64
+    assert compare(network, quantize.exact_network(model, claim["activations"]), cifar100.made_up(50, 5, CLASSES))["identical"] == 50
+
+
 @pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])
 def test_wrong_arithmetic_shows(wrong):
     model, claim = tiny_network()

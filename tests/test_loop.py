@@ -623,6 +623,24 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_an_os_error(tmp_path):
     assert code == 10  # run_script makes one line and status 2 of it
 
 
+def test_strided_depthwise_convolutions_in_float32():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Conv2d(6, 6, 3, 1, 1, groups=6))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    with loop.strided_depthwise_in_float32(model):
+        assert torch.equal(model(x), plain)  # no autocast, as in an evaluation: nothing changes
+        with torch.autocast("cpu", torch.bfloat16):
+            first = model[0](x)
+            strided, other = model[1](first), model[2](first)
+        model[1](first.float()).sum().backward()
+    assert first.dtype == strided.dtype == other.dtype == torch.bfloat16
+    wanted = model[1](first.float())
+    assert torch.equal(strided, wanted.bfloat16()) and wanted.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(model[1](first), strided)  # bfloat16 weights round
+    assert model[1].weight.grad is not None and all("forward" not in vars(layer) for layer in model)
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 def in_two(rank, folder, variant, changes, kwargs):

@@ -1,0 +1,42 @@
+"""The benchmarks turn and write what report.py reads. What they measure is not tested: machines are shared."""
+import pytest
+import torch
+
+from benchmarks import depthwise_shapes, training_speed
+from files import load_json
+from mobilenet_v2 import MobileNetV2
+
+
+def test_training_speed(tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    assert training_speed.main(["--images", "40", "--batch-size", "20", "--rounds", "1", "--no-cuda", "--json", str(file)]) == 0
+    figures = load_json(file)
+    assert figures["images"] == 40 and figures["limit"] is None and list(figures["steps"]) == ["eager"]
+    parts = figures["steps"]["eager"]
+    assert list(parts) == ["augment", "forward", "backward", "optimizer", "whole"] and min(parts.values()) > 0
+    assert figures["ratio"] == pytest.approx(figures["our_images_per_second"][0] / figures["plain_images_per_second"][0])
+    assert "step, eager: " in capsys.readouterr().out
+
+
+def test_bytes_that_a_step_moves():
+    """By the outputs of the convolutions, found by running the network."""
+    outputs = []
+    model = MobileNetV2().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, out: outputs.append(out.numel()))
+    model(torch.zeros(1, 3, 32, 32))
+    settings = training_speed.training_main.settings_for("pretrain", training_speed.training_main.parse(["--precision", "float32"]),
+                                                         torch.device("cpu"))
+    assert training_speed.bytes_to_move(settings) == 14 * 4 * sum(outputs) == 14 * 4 * 2_284_288
+
+
+def test_depthwise_shapes(tmp_path, capsys):
+    file = tmp_path / "shapes.json"
+    assert depthwise_shapes.main(["--batch-size", "1", "--rounds", "1", "--no-cuda", "--json", str(file)]) == 0
+    rows = load_json(file)["shapes"]
+    assert [(row["channels"], row["side"], row["stride"]) for row in rows] == depthwise_shapes.shapes() and len(rows) == 17
+    assert rows[0]["channels"] == 40 and rows[-1] | {"channels": 1248, "side": 4, "stride": 1} == rows[-1]
+    assert sum(row["stride"] == 2 for row in rows) == 3
+    assert all(row[name] > 0 for row in rows for name in depthwise_shapes.FORMATS)
+    assert "the faster of each" in capsys.readouterr().out
