@@ -13,6 +13,7 @@ or under torch.compile's mode of that name ("default"; "reduce-overhead" records
 to the memory's limit: the bandwidth of a large copy, measured here, over the bytes that a step has to move (see PASSES).
 """
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -134,7 +135,7 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         mark()
         return marks
 
-    with loop.strided_depthwise_in_float32(model):
+    with loop.strided_depthwise_in_float32(model) if device.type == "cpu" else contextlib.nullcontext():
         for step in range(warm_up + steps):
             marks = one_step(step, wait=True)
             if step >= warm_up:

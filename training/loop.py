@@ -229,8 +229,8 @@ def fingerprint(tensors) -> str:
 def strided_depthwise_in_float32(model: nn.Module):
     """Under a CPU's autocast, depthwise convolutions with a stride compute in float32, and return bfloat16.
 
-    oneDNN has no fast bfloat16 kernel for their input's gradient: three of the network's 57 convolutions took 45% of a
-    step (see benchmarks/depthwise_shapes.py). They read and write few elements, so float32 costs little.
+    oneDNN has no fast bfloat16 kernel for their input's gradient: three of the network's 57 convolutions took two fifths
+    of a step (see benchmarks/depthwise_shapes.py). They read and write few elements, so float32 costs little.
     """
     def wrapped(forward):
         def in_float32(x):
@@ -370,7 +370,8 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     model.train()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
-        at_end.enter_context(strided_depthwise_in_float32(model))
+        if device.type == "cpu":
+            at_end.enter_context(strided_depthwise_in_float32(model))
         while progress["step"] < steps:
             epoch, first = divmod(progress["step"], epoch_steps)
             if prepare is not None:
