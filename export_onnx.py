@@ -19,9 +19,10 @@ float; one that fuses them runs integers. What is what:
   linear layer          a matrix product on the pooled 1x1 map, its bias float32
 
 The engine computes in float32 between an accumulator and the next codes, and adds biases to accumulators, as whole
-numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, scales have few
-bits, so that their products fit a float32's 24, and halves go to even. Then nothing is left to differ: the logits are ours,
-to the last bit. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
+numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, halves go to even,
+and scales have 5 significant bits, so that a product fits a float32's 24 as long as the accumulator has 19, as nearly all have
+(ACCOUNT.md); a longer one is rounded, which shows only where it lies that close to a half. So the logits are ours, to the last
+bit, on all test images. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
 rounded by up to half a unit, which moves few codes, by one; but each code that moved moves others behind it, and some ten
 layers on a third of all codes differ, as much as rounding itself stirs them. --verify says what arrives at the predictions.
 
@@ -228,8 +229,9 @@ class Codes(Graph):
         return self.node("DequantizeLinear", name, self.constant(f"{name}.codes", codes, codes.dtype),
                          self.constant(f"{name}.steps", steps, np.float32), axis=axis)
 
-    def rounded_convolution(self, name: str, x: str, codes, steps, shift, **window) -> str:
+    def convolution(self, name: str, norm: str, x: str) -> str:
         """A convolution that is rounded as it is: onnxruntime fuses it with its neighbours to a QLinearConv."""
+        codes, steps, shift = self.values(name, norm)
         units = self.grids[x][0] * steps
         bias = shift / units
         if np.abs(bias).max() >= 2**31:
@@ -237,10 +239,7 @@ class Codes(Graph):
         self.rounded += int((bias != np.rint(bias)).sum())
         return self.node("Conv", f"{name}.sums", self.dequantized(name, x),
                          self.weight(f"{name}.weight", codes, steps, 0),
-                         self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **window)
-
-    def convolution(self, name: str, norm: str, x: str) -> str:
-        return self.rounded_convolution(name, x, *self.values(name, norm), **self.window(name))
+                         self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **self.window(name))
 
     def summand(self, name: str, norm: str | None, x: str) -> str:
         """A 1x1 convolution whose float32 result [N, H, W, out] is not rounded; in float32 its shift is exact, too."""
