@@ -9,6 +9,7 @@
     probe_logits         logits of a fixed made-up batch (quantize.probe_images), to the last bit
     packed               file, bytes and SHA-256 of the packed file (packed.py adds it)
     integer              accuracy and accumulators of the integer network (integer.py --record adds it)
+    onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)
     made_by              command, commit, machine, and the training stages behind it
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
@@ -22,11 +23,26 @@ from torch import nn
 
 import counting
 from counting import WORD, Activation, Formats, Grid
+from files import load_json, save_json
 from mobilenet_v2 import BadInput
 
 
 def claim_path(checkpoint) -> Path:
     return Path(checkpoint).with_suffix(".json")
+
+
+def recordable(checkpoint) -> None:
+    """Raises BadInput if there is no claim beside the checkpoint to which `record` could add something."""
+    if Path(checkpoint).suffix == ".mnet":
+        raise BadInput(f"{checkpoint}: results are recorded in the claim of the .pt beside it; give that one")
+    if not claim_path(checkpoint).is_file():
+        raise BadInput(f"{checkpoint} has no claim beside it to record anything in; quantize.py writes one")
+
+
+def record(checkpoint, key: str, value: dict) -> None:
+    """Set one key of the claim beside a checkpoint, whatever else has changed there in the meantime."""
+    recordable(checkpoint)
+    save_json(load_json(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:

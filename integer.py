@@ -40,7 +40,7 @@ import claims
 import counting
 import quantize
 from counting import signed_bits
-from files import run_script, save_json
+from files import run_script
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
 from packed import exponent, load, stated_formats
 
@@ -371,6 +371,8 @@ def main(argv=None) -> int:
     """Prints the report. Returns 2 if the networks' logits differ for any image."""
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    if args.record:
+        claims.recordable(checkpoint)  # before anything is done
     model, claim = load(checkpoint)
     if claim is None:
         raise BadInput(f"{checkpoint} has no claim beside it: the integer network needs the formats of its activations")
@@ -383,7 +385,7 @@ def main(argv=None) -> int:
     print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
     if args.record:
         kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
-        save_json(claim | {"integer": kept}, claims.claim_path(checkpoint))
+        claims.record(checkpoint, "integer", {"data": "made up" if args.made_up else "test"} | kept)
     if report["identical"] < report["images"]:
         print(f"integer.py: the float network has other logits for {report['images'] - report['identical']} of "
               f"{report['images']} images", file=sys.stderr)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import claims
 import counting
 from counting import WORD, Formats, Grid
-from files import load_json, replacing, run_script, save_json, sha256
+from files import load_json, replacing, run_script, sha256
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 MAGIC, VERSION = b"MNET", 1
@@ -281,8 +281,7 @@ def main(argv=None) -> int:
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
     if claims.claim_path(out) == claims.claim_path(checkpoint) and checkpoint.suffix != ".mnet":
-        packed = {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)}
-        save_json(claim | {"packed": packed}, claims.claim_path(out))
+        claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
 
     counted = counting.storage(model, stated_formats(model, claim))
     print(f"{out}: {sections['total']:,} bytes, SHA-256 {sha256(out)}; read back, every value and format is the same")

@@ -11,8 +11,8 @@ BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift ar
 or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
 a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
 Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
-shift is a whole number of the accumulator's units: then 8-bit engines need no more than they have to compute the same
-logits to the last bit (see export_onnx.py).
+shift is a whole number of the accumulator's units: what is left to differ in an 8-bit engine that computes in float32
+behind its accumulators is too rare to be seen (see export_onnx.py).
 
 Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two. While they stay
 below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine; scales and
@@ -518,8 +518,9 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     folder = Path(args.checkpoint).parent
     model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teacher=teacher,
                        prepare=freeze_statistics, resume=args.resume,
-                       context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges,
-                                "activation_bits": args.activation_bits, "calibration": args.calibration})
+                       context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
+                                "activation_bits": args.activation_bits, "calibration": args.calibration,
+                                "steps": loop.fingerprint([m.step for _, m in weight_layers(model)])})
     if model is None:
         raise BadInput("fine-tuning was stopped; the same command goes on")
     loop.State(folder / "quantized.state", settings).remove()
@@ -562,9 +563,10 @@ def main(argv=None) -> int:
     report(f"activations at {args.activation_bits} bits, {args.ranges}", model)
     if args.epochs:
         model = fine_tune(model, train_data, test_data, args)
-        if args.scheme == "channel":
-            shorten_scales(model)  # the scales were trained
         report(f"fine-tuned for {args.epochs} epochs", model)
+        if args.scheme == "channel":
+            shorten_scales(model)
+            report("steps moved again: the scales were trained", model)
 
     network, tensors = shipped(model)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}

@@ -171,24 +171,21 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
         ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}", "nothing: these tensors are stored dense")])
     speed = HERE / "benchmarks" / "training_speed.json"
     if speed.is_file():
-        measured = load_json(speed)
-        contents["speed"] = table(("round", "plain, images/s", "ours, images/s", "ratio"), [
-            *((i + 1, f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain:.2f}") for i, (plain, ours) in enumerate(
-                zip(measured["plain_images_per_second"], measured["our_images_per_second"]))),
-            ("median ratio", "", "", f"**{measured['ratio']:.2f}**"),
-            *((f"share of a step: {part}", "", f"{100 * parts[part] / sum(parts[p] for p in parts if p != 'whole'):.2f}%", "")
-              for parts in (measured["steps"]["eager"],) for part in parts if part != "whole")])
+        contents["speed"] = training_table(load_json(speed))
+    speed = HERE / "benchmarks" / "depthwise_shapes.json"
+    if speed.is_file():
+        contents["depthwise"] = depthwise_table(load_json(speed))
     speed = HERE / "benchmarks" / "inference_speed.json"
     if speed.is_file():
         contents["inference"] = inference_table(load_json(speed))
     if "integer" in claim:
-        contents["executed"] = table(("integer execution", "", "command"), [
-            ("accuracy", f"{claim['integer']['correct']:,} of {claim['integer']['images']:,}", "`python integer.py`"),
-            ("predictions that agree with `testers.py`", f"{claim['integer']['agree']:,}", "`python integer.py`"),
-            ("images whose logits agree to the last bit", f"{claim['integer']['identical']:,}", "`python integer.py`"),
-            *((what, f"{claim['onnx'][key]:,}", "`python export_onnx.py --verify`") for what, key in (
-                ("onnxruntime, 8-bit: accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
-                ("images whose logits agree to the last bit", "same_logits")) if "onnx" in claim)])
+        contents["executed"] = table(("executed by", "images", "command"), [
+            (f"{where}: {what}", f"{claim[kind][key]:,} of {claim[kind]['images']:,}", f"`python {command}`")
+            for where, kind, command, same in (("integers", "integer", "integer.py --record", "identical"),
+                                               ("onnxruntime, 8-bit", "onnx", "export_onnx.py --record", "same_logits"))
+            if kind in claim
+            for what, key in (("accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
+                              ("images whose logits agree to the last bit", same))])
         contents["accumulators"] = table(
             ("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"),
             [(row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
@@ -200,19 +197,37 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
     return contents
 
 
+def training_table(measured: dict) -> str:
+    """Images a second of the plain loop and ours, round by round, and where a step's time goes in the first mode measured."""
+    rows = [(i + 1, f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain:.2f}") for i, (plain, ours) in enumerate(
+        zip(measured["plain_images_per_second"], measured["our_images_per_second"]))]
+    rows.append(("median ratio", "", "", f"**{measured['ratio']:.2f}**"))
+    mode, parts = next(iter(measured["steps"].items()))
+    shares = {part: seconds for part, seconds in parts.items() if part != "whole"}
+    rows += [(f"share of a step ({mode}): {part}", "", f"{100 * seconds / sum(shares.values()):.2f}%", "") for part, seconds in shares.items()]
+    return table(("round", "plain, images/s", "ours, images/s", "ratio"), rows)
+
+
+def depthwise_table(measured: dict) -> str:
+    """Milliseconds of those with a stride and of the others, in channels-last."""
+    rows = []
+    for what, stride in (("14 without a stride", 1), ("3 with a stride", 2)):
+        chosen = [row for row in measured["shapes"] if row["stride"] == stride]
+        rows.append((what, *(f"{1000 * sum(row[f'{precision} channels-last'][part] for row in chosen):.1f}"
+                             for precision in ("bfloat16", "float32") for part in ("forward", "backward"))))
+    return table(("depthwise convolutions", "bfloat16, forward", "backward", "float32, forward", "backward"), rows)
+
+
 def inference_table(measured: dict) -> str:
-    """Images a second and ratios by batch; then what the products alone take, by onnxruntime's own clock."""
+    """Images a second and ratios by batch; then the kinds of layers, by onnxruntime's own clock, as if each were all."""
     rows = []
     for name, figures in measured["speeds"].items():
         engine, batch = name.rsplit(", ", 1)
         rows.append((batch, engine, f"{statistics.median(figures['images_per_second']):,.0f}", f"{figures['ratio_to_torch']:.2f}",
                      f"{figures['ratio_to_onnx_float']:.2f}"))
-    products = {name: sum(kernel["microseconds"] for operator, kernel in kernels.items() if "Conv" in operator or "MatMul" in operator
-                          or "Gemm" in operator) for name, kernels in measured["profiles"].items()}
-    for name, time in products.items():
-        engine, batch = name.rsplit(", ", 1)
-        rows.append((batch, f"{engine}, convolutions and linear layer alone", f"{1e6 / time:,.0f}", "",
-                     f"{products[f'onnx float, {batch}'] / time:.2f}"))
+    batch = max(int(name.rsplit(", ", 1)[1]) for name in measured["parts"])
+    floats, codes = (measured["parts"][f"{engine}, {batch}"] for engine in ("onnx float", "onnx 8-bit"))
+    rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}") for part in floats]
     return table(("batch", "engine", "images/s", "beside torch", "beside onnx float"), rows)
 
 
@@ -246,9 +261,12 @@ def main(argv=None) -> int:
     counted = {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}
     contents = tables(claim, counted, counting.submission_operations(operations))
     pages = {page: page.read_text() for page in (args.pages / "README.md", args.pages / "ACCOUNT.md")}
-    for name in contents:
-        if not any(f"<!-- {name} -->" in text for text in pages.values()):
-            raise BadInput(f"neither README.md nor ACCOUNT.md has a place <!-- {name} --> ... <!-- end {name} -->")
+    places = {name for text in pages.values() for name in re.findall(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", text, re.S)}
+    for name in sorted(contents.keys() - places):
+        raise BadInput(f"neither README.md nor ACCOUNT.md has a place <!-- {name} --> ... <!-- end {name} -->")
+    for name in sorted(places - contents.keys()):
+        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of the README's section Retrain, or the "
+                       "benchmark beside it")
     filled = {page: fill(text, contents) for page, text in pages.items()}
     if args.check:
         for page, text in pages.items():

@@ -1,10 +1,11 @@
-"""The 17 depthwise convolutions of the network, forward and backward, in both memory formats.
+"""The 17 depthwise convolutions of the network, forward and backward, in both precisions and both memory formats.
 
-    python benchmarks/depthwise_shapes.py [--batch-size 512] [--precision bfloat16] [--json F]
+    python benchmarks/depthwise_shapes.py [--batch-size B] [--rounds 10] [--json F]
 
-Channels-last goes to cuDNN, contiguous (NCHW) to PyTorch's own kernel: which is faster depends on the shape. Beside each
-time stands the share of the memory's bandwidth (a large copy's, measured here) that it reaches: forward the input is
-read and the output written; backward the output's gradient is read twice, the input once, and its gradient written.
+Which kernel is fast depends on all of these. On CUDA channels-last goes to cuDNN, and contiguous (NCHW) bfloat16 to
+PyTorch's own kernel; on CPUs oneDNN has no fast bfloat16 kernel for the input's gradient where there is a stride
+(training/loop.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input is read and
+the output written; backward the output's gradient is read twice, the input once, and its gradient written.
 """
 import argparse
 import statistics
@@ -22,7 +23,9 @@ from files import run_script, save_json  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
 from training import loop, main as training_main  # noqa: E402
 
-FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+VARIANTS = {f"{kind} {order}": (dtype, memory_format)
+            for kind, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+            for order, memory_format in (("channels-last", torch.channels_last), ("contiguous", torch.contiguous_format))}
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -35,60 +38,59 @@ def shapes() -> list[tuple[int, int, int]]:
     return found
 
 
-def seconds(call, device: torch.device, rounds: int) -> float:
-    """Median, after two calls that are not counted."""
-    times = []
-    for i in range(rounds + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def measure(channels: int, side: int, stride: int, batch: int, dtype, memory_format, device, rounds: int) -> tuple[float, float]:
+    """Median seconds (forward, backward) after two calls that are not counted."""
+    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(channels, 1, 3, 3, device=device, dtype=dtype).requires_grad_()
+    times, gradient = ([], []), None
+    for _ in range(rounds + 2):
+        marks = []
+        for part in range(3):
+            synchronize(device)
+            marks.append(time.perf_counter())
+            if part == 0:
+                out = F.conv2d(x, weight, None, stride, 1, 1, channels)
+                gradient = torch.ones_like(out) if gradient is None else gradient
+            elif part == 1:
+                torch.autograd.grad(out, (x, weight), gradient)
+        for kind, start, end in zip(times, marks, marks[1:]):
+            kind.append(end - start)
+    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=512, help="(%(default)s)")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--batch-size", type=int, help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     for name in ("batch_size", "rounds"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    dtype = getattr(torch, args.precision)
+    batch = args.batch_size or (512 if device.type == "cuda" else 64)
     bandwidth = copy_bandwidth(device, 2048 if device.type == "cuda" else 256)
     machine = training_main.describe_machine(device, loop.Processes())
-    print(f"{machine}; batch {args.batch_size}, {args.precision}; a copy moves {bandwidth / 1e9:,.0f} GB/s")
-    print(f"{'channels':>8}{'side':>6}{'stride':>8}  " + "".join(f"{name + ', ms':>20}{'share':>8}" for name in FORMATS) + f"{'ratio':>8}")
+    print(f"{machine}; batch {batch}; a copy moves {bandwidth / 1e9:,.0f} GB/s; forward + backward in ms, and of the bandwidth")
+    print(f"{'channels':>8}{'side':>6}{'stride':>8}" + "".join(f"{name:>28}" for name in VARIANTS))
     rows = []
     for channels, side, stride in shapes():
         row = {"channels": channels, "side": side, "stride": stride}
-        inputs, outputs = channels * side**2, channels * (side // stride) ** 2
-        for name, memory_format in FORMATS.items():
-            x = torch.randn(args.batch_size, channels, side, side, device=device, dtype=dtype)
-            x = x.to(memory_format=memory_format).requires_grad_()
-            weight = torch.randn(channels, 1, 3, 3, device=device, dtype=dtype).requires_grad_()
-            gradient = torch.ones_like(F.conv2d(x, weight, None, stride, 1, 1, channels))
-
-            def step():
-                torch.autograd.grad(F.conv2d(x, weight, None, stride, 1, 1, channels), (x, weight), gradient)
-
-            row[name] = seconds(step, device, args.rounds)
-            moved = args.batch_size * (3 * inputs + 3 * outputs) * dtype.itemsize
-            row[f"{name}, share"] = moved / bandwidth / row[name]
+        values = channels * (side**2 + (side // stride) ** 2)
+        for name, (dtype, memory_format) in VARIANTS.items():
+            forward, backward = measure(channels, side, stride, batch, dtype, memory_format, device, args.rounds)
+            share = 3 * batch * values * dtype.itemsize / bandwidth / (forward + backward)
+            row[name] = {"forward": forward, "backward": backward, "of_bandwidth": share}
         rows.append(row)
-        print(f"{channels:>8}{side:>6}{stride:>8}  " + "".join(f"{1000 * row[name]:>20.3f}{row[f'{name}, share']:>8.1%}" for name in FORMATS)
-              + f"{row['contiguous'] / row['channels-last']:>8.2f}", flush=True)
-    sums = {name: sum(row[name] for row in rows) for name in FORMATS}
-    best = sum(min(row[name] for name in FORMATS) for row in rows)
-    print("all: " + ", ".join(f"{name} {1000 * total:.3f} ms" for name, total in sums.items()) + f", the faster of each {1000 * best:.3f} ms")
+        print(f"{channels:>8}{side:>6}{stride:>8}" + "".join(
+            f"{1000 * row[name]['forward']:>11.2f} +{1000 * row[name]['backward']:>7.2f}{row[name]['of_bandwidth']:>8.1%}" for name in VARIANTS),
+            flush=True)
+    for what, chosen in (("all", rows), ("with a stride", [row for row in rows if row["stride"] > 1])):
+        print(f"{what:<22}" + "".join(f"{1000 * sum(row[name]['forward'] for row in chosen):>11.2f} +"
+                                      f"{1000 * sum(row[name]['backward'] for row in chosen):>7.2f}{'':>8}" for name in VARIANTS))
     if args.json:
-        save_json({"machine": machine, "batch_size": args.batch_size, "precision": args.precision,
-                   "copy_bytes_per_second": bandwidth, "shapes": rows}, args.json)
+        save_json({"machine": machine, "batch_size": batch, "copy_bytes_per_second": bandwidth, "shapes": rows}, args.json)
     return 0
 
 

@@ -5,7 +5,7 @@
 Every engine goes from uint8 pixels to logits, with the same number of threads. Rounds alternate between the engines and
 the median of a round's ratio counts: whatever else runs on the machine slows all of them. For a batch of one image the
 latency is printed as well. Then onnxruntime's own profile: the kernels that ran and what each costs, so that one sees
-that 8-bit kernels really run, and how much faster the layers are by themselves.
+that 8-bit kernels really run; and what each kind of layer costs in float and in 8 bits, all that belongs to it included.
 
   torch        MobileNetV2 in eval mode, eager, channels-last
   torch fused  BatchNorm folded into the convolutions; with --compile also torch.compile (needs a C++ compiler)
@@ -21,6 +21,7 @@ What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 thr
 import argparse
 import copy
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -87,9 +88,22 @@ def speed(run, images: torch.Tensor, seconds: float) -> float:
     return calls * len(images) / passed
 
 
-def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> dict[str, dict]:
-    """{kernel: {"nodes", "microseconds": for one image}} by onnxruntime's own clock, the most expensive first."""
-    times, nodes = defaultdict(float), defaultdict(set)
+PARTS = {  # what a node computes, by the beginning of its name: the layer's, or that of the ReLU which is fused into it
+    r"layers\.\d+\.(conv1|relu1)": "expansions, 1x1", r"layers\.\d+\.(conv2|relu2)": "depthwise convolutions, 3x3",
+    r"layers\.\d+\.": "projections, shortcuts and residual sums, 1x1", r"(conv1|relu1)": "stem, 3x3", r"(conv2|relu2)": "head, 1x1"}
+
+
+def part_of(node: str) -> str:
+    return next((part for pattern, part in PARTS.items() if re.match(pattern, node)), "input, mean and linear layer")
+
+
+def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> tuple[dict[str, dict], dict[str, float]]:
+    """By onnxruntime's own clock, for one image: {kernel: {"nodes", "microseconds"}} and {part: microseconds}.
+
+    A part is everything that is computed for it: where 8-bit codes are summed, scaled and rounded by separate kernels,
+    all of them.
+    """
+    times, nodes, parts = defaultdict(float), defaultdict(set), defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         session = export_onnx.session(content, threads, enable_profiling=True,
                                       profile_file_prefix=str(Path(folder, "profile")))
@@ -101,8 +115,9 @@ def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> d
             kernel = event["args"]["op_name"]
             times[kernel] += event["dur"] / (calls * len(images))
             nodes[kernel].add(event["name"])
-    return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]}
-            for kernel in sorted(times, key=times.get, reverse=True)}
+            parts[part_of(event["name"])] += event["dur"] / (calls * len(images))
+    ordered = sorted(times, key=times.get, reverse=True)
+    return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]} for kernel in ordered}, dict(parts)
 
 
 def describe_processor() -> str:
@@ -162,16 +177,21 @@ def main(argv=None) -> int:
             print(f"{batch:>5}  {name:<15}{median:>10,.1f}{ratios['torch']:>9.2f}{ratios['onnx float']:>14.2f}"
                   f"{1000 * batch / median:>12.3f}", flush=True)
 
-    profiles = {}
+    profiles, parts = {}, {}
     for batch in (min(args.batches), max(args.batches)):
         for name, content in models.items():
             images = cifar100.made_up(batch, seed=0).images
-            profiles[f"{name}, {batch}"] = found = profile(content, images, args.threads, max(5, 100 // batch))
+            found, parts[f"{name}, {batch}"] = profile(content, images, args.threads, max(5, 100 // batch))
+            profiles[f"{name}, {batch}"] = found
             each = ", ".join(f"{kernel} {row['microseconds']:,.1f} ({row['nodes']})" for kernel, row in found.items())
             print(f"{name}, batch of {batch}, microseconds an image by kernel (nodes): {each}", flush=True)
+        floats, codes = parts[f"onnx float, {batch}"], parts[f"onnx 8-bit, {batch}"]
+        for part in floats:
+            print(f"{batch:>5}  {part:<52}{floats[part]:>9,.1f} us in float, {codes[part]:>9,.1f} in 8 bits, {floats[part] / codes[part]:.2f} "
+                  "times as fast", flush=True)
     if args.json:
         save_json({"machine": machine, "checkpoint": str(checkpoint), "rounds": args.rounds, "speeds": figures,
-                   "profiles": profiles}, args.json)
+                   "profiles": profiles, "parts": parts}, args.json)
     return 0
 
 

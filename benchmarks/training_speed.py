@@ -184,7 +184,14 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     cuda = device.type == "cuda"
+    for name in ("images", "batch_size", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
     args.images, args.batch_size = args.images or (50_000 if cuda else 1280), args.batch_size or (512 if cuda else 64)
+    if args.images < 2 * args.batch_size:
+        parser.error(f"--images {args.images}: expected at least two batches of {args.batch_size}")
+    args.images -= args.images % args.batch_size  # what does not fill a batch is not trained on
     args.modes = args.modes or (MODES[:3] if cuda else MODES[:1])
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
                                    "--mixing", "none", "--refresh", "0"])

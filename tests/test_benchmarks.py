@@ -1,7 +1,10 @@
 """The benchmarks turn and write what report.py reads. What they measure is not tested: machines are shared."""
+import re
+
 import pytest
 import torch
 
+import report
 from benchmarks import depthwise_shapes, training_speed
 from files import load_json
 from mobilenet_v2 import MobileNetV2
@@ -16,6 +19,17 @@ def test_training_speed(tmp_path, capsys):
     assert list(parts) == ["augment", "forward", "backward", "optimizer", "whole"] and min(parts.values()) > 0
     assert figures["ratio"] == pytest.approx(figures["our_images_per_second"][0] / figures["plain_images_per_second"][0])
     assert "step, eager: " in capsys.readouterr().out
+    rows = report.training_table(figures).splitlines()[2:]
+    assert rows[1] == f"| median ratio |  |  | **{figures['ratio']:.2f}** |" and len(rows) == 2 + 4
+    shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[2:]]
+    assert sum(shares) == pytest.approx(100, abs=0.03) and rows[2].startswith("| share of a step (eager): augment |")
+
+
+@pytest.mark.parametrize("wrong", ["--images 39 --batch-size 20", "--rounds 0", "--batch-size 0", "--images 0"])
+def test_impossible_measurements(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        training_speed.main(["--no-cuda", *wrong.split()])
+    assert stopped.value.code == 2 and "expected at least" in capsys.readouterr().err
 
 
 def test_bytes_that_a_step_moves():
@@ -38,5 +52,8 @@ def test_depthwise_shapes(tmp_path, capsys):
     assert [(row["channels"], row["side"], row["stride"]) for row in rows] == depthwise_shapes.shapes() and len(rows) == 17
     assert rows[0]["channels"] == 40 and rows[-1] | {"channels": 1248, "side": 4, "stride": 1} == rows[-1]
     assert sum(row["stride"] == 2 for row in rows) == 3
-    assert all(row[name] > 0 for row in rows for name in depthwise_shapes.FORMATS)
-    assert "the faster of each" in capsys.readouterr().out
+    assert len(depthwise_shapes.VARIANTS) == 4
+    assert all(figure > 0 for row in rows for name in depthwise_shapes.VARIANTS for figure in row[name].values())
+    last = capsys.readouterr().out.splitlines()[-1]
+    strided = [row["bfloat16 channels-last"] for row in rows if row["stride"] == 2]
+    assert f"{1000 * sum(each['forward'] for each in strided):.2f} +" in last

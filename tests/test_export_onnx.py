@@ -11,6 +11,7 @@ import cifar100
 import claims
 import packed
 import quantize
+import report
 from files import load_json, run_script, save_json, save_tensors, sha256
 from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
 
@@ -173,8 +174,8 @@ def test_each_layer_from_our_codes(shipped, long_scales, scheme):
 def test_identical_to_the_last_bit(shipped):
     model, claim = shipped
     engine = session(Codes(model, claim).finished({}).SerializeToString())
-    report = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
-    assert report["same_logits"] == 40 and report["differing"] == []
+    found = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
+    assert found["same_logits"] == 40 and found["differing"] == []
     assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
 
 
@@ -211,7 +212,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--record", "--made-up", "100", "--images", "30"]) == 0
     after = load_json(claims.claim_path(checkpoint))
     record = after.pop("onnx")
-    assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30
+    assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30 and record["data"] == "made up"
     assert record["kernels"]["QLinearConv"] == 39 and record["engine"].startswith("onnxruntime 1.")
     monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
     argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100", "--images", "8"]
@@ -225,9 +226,9 @@ def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
     data = cifar100.load(cifar100_dir, "test")
     data = cifar100.Images(data.images[:300], data.labels[:300])
     engine = session(Codes(model, claim).finished({}).SerializeToString())
-    report = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), data)
-    assert report["same_logits"] == 300 and report["differing"] == []
-    assert claim["onnx"]["images"] == claim["onnx"]["same_logits"] == 10_000
+    found = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), data)
+    assert found["same_logits"] == 300 and found["differing"] == []
+    assert claim["onnx"]["data"] == "test" and claim["onnx"]["images"] == claim["onnx"]["same_logits"] == 10_000
     assert claim["onnx"]["correct"] == claim["accuracy"]["correct"] == claim["integer"]["correct"]
 
 
@@ -247,14 +248,14 @@ def test_comparison_counts(shipped):
     with torch.inference_mode():
         logits = exact(cifar100.normalise(data.images))
     first, second = (int(c) for c in logits.argmax(1).unique()[:2])
-    report = export_onnx.compare(Swapped(), exact, data)
+    found = export_onnx.compare(Swapped(), exact, data)
     expected = [i for i, c in enumerate(logits.argmax(1).tolist()) if c in (first, second)]
-    assert [each["image"] for each in report["differing"]] == expected and len(expected) > 1
-    for each in report["differing"]:
+    assert [each["image"] for each in found["differing"]] == expected and len(expected) > 1
+    for each in found["differing"]:
         assert {each["engine"], each["exact"]} == {first, second} and each["margin"] > 0
         assert each["margin"] == float(logits[each["image"], each["exact"]] - logits[each["image"], each["engine"]])
-    assert report["exact_correct"] == int((logits.argmax(1) == data.labels).sum()) and report["images"] == 40
-    assert "Predictions agree on" in export_onnx.text(report)
+    assert found["exact_correct"] == int((logits.argmax(1) == data.labels).sum()) and found["images"] == 40
+    assert "Predictions agree on" in export_onnx.text(found)
 
 
 def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch):
@@ -304,7 +305,19 @@ def test_benchmark(checkpoint, tmp_path, capsys):
     names = ("torch", "torch fused", "onnx float", "onnx 8-bit")
     assert set(figures["speeds"]) == {f"{name}, {n}" for name in names for n in (1, 2)}
     assert figures["profiles"]["onnx 8-bit, 1"]["QLinearConv"]["nodes"] == 39
+    for parts in figures["parts"].values():
+        assert list(sorted(parts)) == sorted([*inference_speed.PARTS.values(), "input, mean and linear layer"])
     assert "images/s" in capsys.readouterr().out
+    rows = report.inference_table(figures).splitlines()[2:]
+    assert len(rows) == 8 + 6
+    median = figures["speeds"]["onnx 8-bit, 2"]
+    assert rows[7] == f"| 2 | onnx 8-bit | {median['images_per_second'][0]:,.0f} | {median['ratio_to_torch']:.2f} | {median['ratio_to_onnx_float']:.2f} |"
+    floats, codes = (figures["parts"][f"onnx {kind}, 2"]["stem, 3x3"] for kind in ("float", "8-bit"))
+    assert f"| 2 | onnx 8-bit: stem, 3x3 alone | {1e6 / codes:,.0f} |  | {floats / codes:.2f} |" in rows
+    names = {"conv1.sums_token_24_kernel_time": "stem, 3x3", "layers.16.relu1_nchwc_kernel_time": "expansions, 1x1",
+             "layers.3.conv2.sums": "depthwise convolutions, 3x3", "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
+             "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
+    assert {name: inference_speed.part_of(name) for name in names} == names
 
 
 def test_fused_network_is_the_same(shipped):

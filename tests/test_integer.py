@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cifar100
 import counting
 import integer
+import packed
 import quantize
 from counting import signed_bits
+from files import load_json
 from integer import Branch, IntegerNetwork, Point, compare, main, products
 from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
 from small import CLASSES, tiny_network
@@ -133,6 +135,25 @@ def test_wrong_arithmetic_shows(wrong):
     else:
         point.branches[0].multiplier += point.branches[0].multiplier // 1024
     assert compare(network, floats, cifar100.made_up(20, 5, CLASSES))["identical"] < 20
+
+
+def test_record(full, tmp_path, capsys):
+    """Into the claim of a .pt, as it is at that moment, and nowhere else."""
+    path, claim = tmp_path / "network.pt", full[0].with_suffix(".json")
+    path.write_bytes(full[0].read_bytes())
+    path.with_suffix(".json").write_bytes(claim.read_bytes())
+    argv = ["--checkpoint", str(path), "--made-up", "100", "--images", "9", "--record"]
+    assert main(argv) == 0
+    after, before = load_json(path.with_suffix(".json")), load_json(claim)
+    record = after.pop("integer")
+    assert after == before and record["data"] == "made up" and record["images"] == record["identical"] == 9
+    assert len(record["accumulators"]) == 59 and "seconds" not in record
+    packed.main(["--checkpoint", str(path)])
+    kept = path.with_suffix(".json").read_bytes()
+    for other, line in ((path.with_suffix(".mnet"), "give that one"), (tmp_path / "alone.pt", "no claim beside it")):
+        with pytest.raises(BadInput, match=line):
+            main(["--checkpoint", str(other), *argv[2:]])
+    assert path.with_suffix(".json").read_bytes() == kept and b'"packed"' in kept
 
 
 # ---- Integers alone ------------------------------------------------------------------------------

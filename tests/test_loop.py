@@ -1,4 +1,5 @@
 """The training loop on a network of four layers: schedules, one step by hand, resume to the bit, several processes."""
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -632,13 +633,30 @@ def test_strided_depthwise_convolutions_in_float32():
         with torch.autocast("cpu", torch.bfloat16):
             first = model[0](x)
             strided, other = model[1](first), model[2](first)
-        model[1](first.float()).sum().backward()
+            model[1](first.detach()).float().square().sum().backward()  # the way of a training step
     assert first.dtype == strided.dtype == other.dtype == torch.bfloat16
     wanted = model[1](first.float())
     assert torch.equal(strided, wanted.bfloat16()) and wanted.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(model[1](first), strided)  # bfloat16 weights round
-    assert model[1].weight.grad is not None and all("forward" not in vars(layer) for layer in model)
+    taught = model[1].weight.grad.clone()
+    model[1].zero_grad()
+    model[1](first.detach().float()).square().sum().backward()
+    assert torch.allclose(taught, model[1].weight.grad, rtol=0.02, atol=0.02 * taught.abs().max().item())
+    assert all("forward" not in vars(layer) for layer in model)
+
+
+def test_a_step_on_a_cpu_uses_them(tmp_path, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def watched(model):
+        entered.append(model)
+        yield
+
+    monkeypatch.setattr(loop, "strided_depthwise_in_float32", watched)
+    _, model = stage(tmp_path)
+    assert entered == [model]
 
 
 # ------------------------------------------------------------------------------------------------ several processes

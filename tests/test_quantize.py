@@ -669,6 +669,19 @@ def options(checkpoint, out, scheme, *more):
     return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--renew", "0", "--scheme", scheme, *more]
 
 
+def short_and_whole(path) -> bool:
+    """Whether all scales have 5 significant bits and all shifts are whole units of their accumulators."""
+    model, claim = load_checkpoint(path), load_json(path.with_suffix(".json"))
+    steps = {entry["name"]: entry["step"] for entry in claim["tensors"] + claim["activations"] if "step" in entry}
+    good = []
+    for name, (norm, source) in quantize.neighbours(model).items():
+        scale, shift = (p.detach().double() for p in model.get_submodule(norm).parameters())
+        significand = torch.frexp(scale)[0] * 32
+        units = shift[scale != 0] / (scale[scale != 0] * steps[f"{name}.weight"] * steps[source])
+        good.append(torch.equal(significand, significand.round()) and torch.equal(units, units.round()))
+    return all(good)
+
+
 @pytest.fixture(scope="module")
 def runs(sparse_checkpoint, tmp_path_factory):
     """{scheme: (the file written, the command line, the lines printed)}"""
@@ -704,6 +717,7 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     with torch.no_grad():
         logits = load_checkpoint(sparse_checkpoint)(cifar100.normalise(data.images))
     assert steps[0]["correct"] == (logits.argmax(1) == data.labels).sum()
+    assert short_and_whole(out) == (scheme == "channel")
     assert steps[0]["loss"] == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-4)
 
     model = load_checkpoint(out)
@@ -803,7 +817,9 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
     claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
     assert [step["step"] for step in claim["accuracy_by_step"]] == [
-        *ladder("channel")[:4], "fine-tuned for 1 epochs", *ladder("channel")[4:], claim["accuracy_by_step"][-1]["step"]]
+        *ladder("channel")[:4], "fine-tuned for 1 epochs", "steps moved again: the scales were trained", *ladder("channel")[4:],
+        claim["accuracy_by_step"][-1]["step"]]
+    assert short_and_whole(tuned)
     assert claim["activations"] == untouched["activations"]  # the steps stay
     assert claim["accuracy_by_step"][:4] == untouched["accuracy_by_step"][:4]
     masked, before, after = load_checkpoint(checkpoint), load_checkpoint(plain), load_checkpoint(tuned)

@@ -136,6 +136,14 @@ def test_a_table_without_a_place_raises(tmp_path):
         report.main(["--pages", str(tmp_path), "--out", str(tmp_path)])
 
 
+@shipped
+def test_a_table_that_nothing_fills_raises(tmp_path):
+    (tmp_path / "README.md").write_text(README + "\n<!-- missing -->\nold\n<!-- end missing -->\n")
+    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    with pytest.raises(BadInput, match="nothing is measured for the table 'missing'"):
+        report.main(["--check", "--pages", str(tmp_path)])
+
+
 def test_fill():
     assert report.fill("nothing here", {"a": "new"}) == "nothing here"
     assert report.fill("<!-- a -->\nold\n<!-- end a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- end a -->"

@@ -229,8 +229,8 @@ def fingerprint(tensors) -> str:
 def strided_depthwise_in_float32(model: nn.Module):
     """Under a CPU's autocast, depthwise convolutions with a stride compute in float32, and return bfloat16.
 
-    oneDNN has no fast bfloat16 kernel for their input's gradient: three of the network's 57 convolutions took two fifths
-    of a step (see benchmarks/depthwise_shapes.py). They read and write few elements, so float32 costs little.
+    oneDNN has no fast bfloat16 kernel for their input's gradient (benchmarks/depthwise_shapes.py): without this, three of
+    the network's 57 convolutions took two fifths of a step. They read and write few elements, so float32 costs little.
     """
     def wrapped(forward):
         def in_float32(x):

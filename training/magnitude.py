@@ -4,7 +4,6 @@ Zhu and Gupta, "To prune, or not to prune", 2017: the smallest weights are zero,
 1 - (1 - t)^3, steeply at first. t is the share of the stage's learning rate that is spent: with the cosine schedule the
 last zeros come while the weights can still answer. Weights are ranked over all layers, as for the mask that follows.
 """
-import torch
 from torch import nn
 
 from mobilenet_v2 import BadInput

@@ -72,10 +72,10 @@ def parse(argv=None) -> argparse.Namespace:
     method.add_argument("--lambda", dest="lam", type=float, metavar="L", help="strength of the penalty, in place of a target")
     method.add_argument("--eps", type=float, default=1e-3, help="of alpha = 1 / (|w| + eps) (%(default)s)")
     method.add_argument("--penalty", choices=("loss", "proximal", "magnitude"),
-                        help="added to the loss, or a soft threshold after every step (default: proximal, see METHOD.md); or "
-                             "none, and gradual magnitude pruning to the target in its place, to compare with")
+                        help="loss: added to it; proximal: a soft threshold after every step (default, see METHOD.md); "
+                             "magnitude: no penalty, but gradual magnitude pruning to --target-sparsity, to compare with")
     method.add_argument("--updates", type=int, metavar="K",
-                        help="updates of alpha (or of the magnitudes' zeros) at equal distances (default: 5; 100 for magnitude)")
+                        help="updates of alpha (or of the zeros, for magnitude) at equal distances (default: 5; 100 for magnitude)")
     method.add_argument("--threshold", type=float, default=1e-4, help="of --sparsity-type threshold (%(default)s)")
     method.add_argument("--teacher", metavar="F", help="checkpoint whose logits are distilled on the same images")
     method.add_argument("--distill", type=float, default=0.9, help="the teacher's weight in the loss (%(default)s)")
@@ -132,8 +132,8 @@ def parse(argv=None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
-    if args.penalty == "magnitude" and (args.lam is not None or args.sparsity_type not in (None, "irregular")):
-        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no groups")
+    if args.penalty == "magnitude" and (args.lam is not None or args.sparsity_type is not None):
+        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no --sparsity-type")
     args.updates = args.updates or (100 if args.penalty == "magnitude" else 5)
     args.mixing = args.mixing or {None: "both", True: "mixup", False: "none"}[args.mixup]
     args.schedule = args.lr_scheduler or "cosine"
