@@ -53,6 +53,10 @@ case $word in
         python training/main.py "$@"
         python quantize.py
         python packed.py
+        python integer.py --record
+        python export_onnx.py --record
+        cp runs/default/*.json* training/logs/
+        python report.py
         verify ;;
     quick)
         rm -rf runs/quick
