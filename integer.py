@@ -382,10 +382,10 @@ def main(argv=None) -> int:
     floats = quantize.exact_network(model, claim["activations"])
     report = {"checkpoint": str(checkpoint)} | compare(network, floats, data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
-    print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
-    if args.record:
+    if args.record:  # before printing: the reader of a pipe may have gone
         kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
         claims.record(checkpoint, "integer", {"data": "made up" if args.made_up else "test"} | kept)
+    print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
     if report["identical"] < report["images"]:
         print(f"integer.py: the float network has other logits for {report['images'] - report['identical']} of "
               f"{report['images']} images", file=sys.stderr)
