@@ -20,9 +20,10 @@ float; one that fuses them runs integers. What is what:
 
 The engine computes in float32 between an accumulator and the next codes, and adds biases to accumulators, as whole
 numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, halves go to even,
-and scales have 5 significant bits, so that a product fits a float32's 24 as long as the accumulator has 19, as nearly all have
-(ACCOUNT.md). It is no proof: a sum of more bits is rounded twice, which shows where it lies that close to a half. It is measured:
---verify finds the shipped checkpoint's logits the same to the last bit, on all test images. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
+and scales have 5 significant bits, so that a product fits a float32's 24 as long as the accumulator has 19 and a sign, as all
+have on the test images (ACCOUNT.md). It is no proof, since a residual sum may need more bits, and is then rounded twice, which
+shows where it lies that close to a half. It is measured: --verify finds the shipped checkpoint's logits the same to the last bit,
+on all test images. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
 rounded by up to half a unit, which moves few codes, by one; but each code that moved moves others behind it, and some ten
 layers on a third of all codes differ, as much as rounding itself stirs them. --verify says what arrives at the predictions.
 

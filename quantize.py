@@ -528,7 +528,7 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
+    args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     table = bit_table(args.table)
     model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)
     if args.made_up:
@@ -579,7 +579,7 @@ def main(argv=None) -> int:
     loss, correct = report(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
     save_tensors(network.state_dict(), args.out)
     made_by = {
-        "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": git_commit(),
+        "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": commit,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "source_sha256": sha256(args.checkpoint), "training": trained}
     accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
