@@ -122,6 +122,7 @@ def test_report_makes_the_figures(tmp_path):
 def test_the_shipped_model_is_what_the_issue_asks_for():
     claim = load_json(ROOT / "cifar100_mobilenetv2.json")
     assert claim["counts"]["weights"]["submission"]["sparsity"] >= 0.7695
+    assert re.fullmatch("[0-9a-f]{12}", claim["made_by"]["commit"])  # and no "-dirty"
     bits = [tensor["bits"] for tensor in claim["tensors"] if tensor["name"].split(".")[-2] in ("conv1", "conv2", "conv3", "0", "linear")
             and tensor["name"].endswith("weight")]
     assert [i for i, b in enumerate(bits) if b == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55] and len(bits) == 58
