@@ -407,7 +407,8 @@ def main(argv=None) -> int:
     differing, n = len(report["differing"]), report["images"]
     if args.record:
         record = {"data": "made up" if args.made_up else "test", "images": n, "correct": report["correct"],
-                  "agree": n - differing, "same_logits": report["same_logits"], "kernels": found, "engine": f"onnxruntime {needed('onnxruntime').__version__}"}
+                  "agree": n - differing, "same_logits": report["same_logits"], "kernels": found,
+                  "engine": f"onnxruntime {needed('onnxruntime').__version__}"}
         claims.record(checkpoint, "onnx", record)
     if differing > (1 - NOTICED) * n:
         print(f"export_onnx.py: {differing} of {n} predictions differ from ours", file=sys.stderr)
