@@ -38,12 +38,12 @@ verify() {  # arguments go to testers.py
     [ $status -le 2 ] || exit $status
     echo
     python check_model_operations.py || { [ $status -ne 0 ] || status=$?; }
-    if [ $status -eq 0 ]; then echo "run.sh: verified"; else echo "run.sh: NOT verified in full, see above (testers.py)" >&2; fi
+    if [ $status -eq 0 ]; then echo "run.sh: verified"; else echo "run.sh: NOT verified in full, see above" >&2; fi
     return $status
 }
 
 setup
-python() { "$venv/bin/python" "$@"; }
+python() { echo "run.sh: python $*" >&2; "$venv/bin/python" "$@"; }
 
 case $word in
     setup) ;;

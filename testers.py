@@ -108,6 +108,9 @@ def main(argv=None) -> int:
     else:
         lines.append("no claim beside it: evaluated in float32, widths as found in the values")
 
+    if not args.json:  # at once: the images take a while
+        print("\n".join(lines), flush=True)
+    lines = []
     split = "made up" if args.made_up else "hold-out" if args.holdout else "test"
     try:
         if args.made_up:
