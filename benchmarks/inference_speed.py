@@ -37,23 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
+import quantize  # noqa: E402
 from files import run_script, save_json  # noqa: E402
 from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
 from packed import load  # noqa: E402
-
-NORMS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
 
 
 def fused(model: nn.Module) -> nn.Module:
     """A copy with every BatchNorm folded into the convolution before it."""
     model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        pairs = {conv: norm for conv, norm in NORMS.items() if hasattr(module, norm)}
-        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
-            pairs = {"0": "1"}
-        for conv, norm in pairs.items():
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-            setattr(module, norm, nn.Identity())
+    for conv, (norm, _) in quantize.neighbours(model).items():
+        model.set_submodule(conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm)))
+        model.set_submodule(norm, nn.Identity())
     return model.to(memory_format=torch.channels_last)
 
 
