@@ -82,7 +82,7 @@ def download(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".", suffix=".tmp") as scratch:
         archive = Path(scratch, "archive")
         try:
-            fetch(URL, archive)
+            fetch(URL, archive, "CIFAR-100")
         except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
             raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
         if file_md5(archive) != ARCHIVE_MD5:
@@ -97,12 +97,13 @@ def download(folder: Path) -> Path:
     return folder / SET
 
 
-def fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path, name: str) -> None:
+    """Download a file, with a progress bar of that name on a terminal."""
     from tqdm import tqdm
 
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
         size = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc="CIFAR-100", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty()) as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))

@@ -33,12 +33,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 import cifar100
 import claims
 import counting
 import dead_weight
+import machine
+from evaluation import evaluate, renew_statistics
 from files import load_json, run_script, save_json, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
@@ -254,25 +255,6 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
     return result
 
 
-def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str, generator: torch.Generator) -> None:
-    """New BatchNorm statistics from `count` train images, in place; leaves the model in eval mode.
-
-    augment: none, plain or trivial: take what the network was trained with (mixing is left out). Statistics of clean
-    images are worse, although the test images are clean: a network trained on crops with black borders, measured on
-    train images, had 56% correct with statistics of clean images and 62% with those of crops.
-    """
-    chosen = cifar100.epoch_order(len(data), generator)[:count]
-
-    def batches():
-        for index in chosen.to(data.labels.device).split(250):
-            draws = cifar100.draw(len(index), generator, crop=augment != "none", trivial=augment == "trivial")
-            x, *_ = cifar100.augment(data.images[index], data.labels[index], draws)
-            yield x.contiguous(memory_format=torch.channels_last)
-
-    update_bn(batches(), model)
-    model.eval()
-
-
 def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
     """Make every convolution and the linear layer round its weights, with steps from the weights as they are now."""
     if scheme not in SCHEMES:
@@ -411,21 +393,6 @@ def probe_logits(network: MobileNetV2) -> list[list[float]]:
     return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()
 
 
-@torch.inference_mode()
-def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None = None) -> tuple[float, int]:
-    """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
-
-    By default batches of 8 on a CPU, whose maps stay in its cache, and of 1,000 elsewhere.
-    """
-    batch_size = batch_size or (8 if data.images.device.type == "cpu" else 1000)
-    loss, correct = 0.0, 0
-    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
-        logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-    return loss / len(data), correct
-
-
 def git_commit() -> str | None:
     """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
     try:
@@ -500,7 +467,7 @@ def parse(argv=None) -> argparse.Namespace:
 def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero."""
     # The one place where the top level reaches into training/: fine-tuning is training, and verifying needs none of it.
-    from training import loop, reweighted_l1
+    from training import loop, reweighted_l1, teachers
 
     def freeze_statistics(network):
         for module in network.modules():
@@ -514,9 +481,9 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
                              warmup_epochs=min(1, args.epochs / 4), augment=args.augment, mixing=args.mixing, seed=args.seed)
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
-    teacher = load_checkpoint(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
+    teacher = teachers.load(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
     folder = Path(args.checkpoint).parent
-    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teacher=teacher,
+    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teachers=[teacher] if teacher else [],
                        prepare=freeze_statistics, resume=args.resume,
                        context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
                                 "activation_bits": args.activation_bits, "calibration": args.calibration,
@@ -528,6 +495,7 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
 
 
 def main(argv=None) -> int:
+    machine.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     table = bit_table(args.table)
     model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)

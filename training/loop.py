@@ -8,119 +8,74 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import cifar100
-from files import load_json, save_json, save_tensors, save_text
-from mobilenet_v2 import BadInput, weight_layers
-from quantize import evaluate, renew_statistics
+import machine
+from evaluation import evaluate, renew_statistics
+from files import save_tensors, save_text
+from mobilenet_v2 import IMAGE_SIZE, BadInput, weight_layers
+from training.parallel import Processes, Replicas, shares, strided_depthwise_in_float32
+from training.state import State, brief, fingerprint, sigterm_noted
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result of a stage. A state is only resumed under equal settings."""
+    """What decides the result of a stage. A state is only resumed under equal settings (but see training/state.py)."""
     epochs: int
     batch_size: int = 512         # of all processes together
     optimizer: str = "sgd"        # Nesterov momentum 0.9; or adam
     lr: float = 0.4
     schedule: str = "cosine"      # to zero; or default (x0.1 at 1/2 and 3/4); or constant
     warmup_epochs: float = 5
+    cooldown: float = 0           # epochs at the end in which the learning rate falls linearly to zero (constant alone)
     weight_decay: float = 5e-4    # none on BatchNorm and biases
     smoothing: float = 0.1
     augment: str = "trivial"      # TrivialAugment, crop and flip; or plain (crop and flip); or none
     mixing: str = "both"          # CutMix or mixup, a draw for every image; or mixup, cutmix, none
     alpha: float = 0.3            # of mixup
     clean: float = 0.05           # share of the epochs, at the end, without mixing
-    average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps; 0: no average
-    refresh: int = 10_000         # train images that renew the BatchNorm statistics at the end; 0 is none
-    distill: float = 0.9          # weight of the teacher in the loss, where there is a teacher
+    sizes: str = "32"             # of the images, by share of the steps: see image_sizes
+    average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps made; 0: no average
+    refresh: int = 10_000         # train images that renew the BatchNorm statistics before an evaluation; 0 is none
+    distill: float = 0.9          # weight of the teachers in the loss, where there are any
     temperature: float = 4.0
+    teaching: str = "turns"       # several teachers: one at each step in turn; or mean, of their probabilities
     precision: str = "float32"    # of the forward pass: float32 or bfloat16
     compile: bool = False
+    workers: int = 1              # threads of a process, each with a share of its batch
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process among those of `torchrun`; alone by default."""
-    rank: int = 0
-    count: int = 1
+def image_sizes(text: str) -> list[tuple[int, float]]:
+    """[(size, until what share of the stage)] of a schedule such as "24:0.6,32": 60% of the steps at 24x24, the others at 32x32.
 
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def agree(self, flag: bool, device) -> bool:
-        """True everywhere if it is true anywhere."""
-        if self.count == 1:
-            return flag
-        value = torch.tensor(float(flag), device=device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over all processes; its gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, value):
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, on a CPU too (torch.nn.SyncBatchNorm is for GPUs alone).
-
-    The shares must be equal, which the loop makes sure of. Keys and buffers are those of BatchNorm2d.
+    Sizes are multiples of the network's stride, 8; each but the last has a share, and the last is the images' own size, 32.
+    Raises BadInput for anything else.
     """
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        x32 = x.float()
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(x32.sum((0, 2, 3))) / count
-        centred = x32 - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    @classmethod
-    def convert(cls, model: nn.Module, device: torch.device) -> nn.Module:
-        if device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = cls  # same attributes, same buffers: only the statistics differ
-        return model
-
-    @classmethod
-    def revert(cls, model: nn.Module) -> None:
-        for module in model.modules():
-            if type(module) is cls:
-                module.__class__ = nn.BatchNorm2d
+    try:
+        *parts, last = text.split(",")
+        parts = [(int(size), float(share)) for size, share in (part.split(":") for part in parts)]
+        ends = itertools.accumulate(share for _, share in parts)
+        sizes = [(size, end) for (size, _), end in zip(parts, ends)] + [(int(last), 1.0)]
+        good = all(size % 8 == 0 and 8 <= size <= IMAGE_SIZE for size, _ in sizes) and sizes[-1][0] == IMAGE_SIZE
+        good = good and all(share > 0 for _, share in parts) and sum(share for _, share in parts) < 1
+    except ValueError:
+        good = False
+    if not good:
+        raise BadInput(f"image sizes {text!r}: expected multiples of 8 up to {IMAGE_SIZE} with their shares of the stage, and "
+                       f"{IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
+    return sizes
 
 
 def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -> float:
@@ -134,7 +89,8 @@ def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -
     if settings.schedule == "default":
         return settings.lr * 0.1 ** ((done >= 0.5) + (done >= 0.75))
     if settings.schedule == "constant":
-        return settings.lr
+        cooldown = round(settings.cooldown * epoch_steps)
+        return settings.lr * min(1, (steps - step) / (cooldown + 1))
     raise BadInput(f"unknown schedule {settings.schedule!r}; known: cosine, default, constant")
 
 
@@ -163,125 +119,21 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
 
 
-class State:
-    """A stage's state in a folder: one file a part (weights, average, optimizer, penalty), and state.json.
-
-    state.json names the files of one moment and is renamed into place after they are written; whatever it does not
-    name is left over from a kill and removed at the next save.
-    """
-
-    def __init__(self, folder: Path, settings: Settings, **others):
-        """`others` decide the result too, and must be equal for a resume as the settings must."""
-        self.folder = folder
-        self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | others))
-
-    def load(self, device) -> tuple[dict, dict] | None:
-        """(progress, {part: contents}), or None if there is nothing to resume."""
-        if not (self.folder / "state.json").is_file():
-            return None
-        record = load_json(self.folder / "state.json")
-        if not {"progress", "files", "settings"} <= record.keys():
-            raise BadInput(f"{self.folder / 'state.json'}: not the list of a state; --no-resume starts the stage again")
-        theirs = record["settings"]
-        changed = [f"{key} {theirs[key]} -> {value}" for key, value in self.settings.items() if theirs.get(key, value) != value]
-        if changed:
-            raise BadInput(f"{self.folder} holds a run with other settings ({', '.join(changed)}): give the same "
-                           "options to go on, or --no-resume to start it again, or another --run folder")
-        parts = {}
-        for part, name in record["files"].items():
-            try:
-                parts[part] = torch.load(self.folder / name, map_location=device, weights_only=True)
-            except Exception as error:
-                raise BadInput(f"{self.folder / name}: cannot be read ({brief(error)}); --no-resume starts the stage again") from error
-        return record["progress"], parts
-
-    def save(self, progress: dict, parts: dict) -> None:
-        files = {}
-        for part, value in parts.items():
-            files[part] = f"{part}-{progress['step']}.pt"
-            save_tensors(value, self.folder / files[part])
-        save_json({"progress": progress, "files": files, "settings": self.settings}, self.folder / "state.json")
-        for path in self.folder.iterdir():
-            if path.name not in (*files.values(), "state.json"):
-                path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        if self.folder.is_dir():
-            (self.folder / "state.json").unlink(missing_ok=True)  # first: it must not name what is gone
-            for path in self.folder.iterdir():
-                path.unlink(missing_ok=True)
-            self.folder.rmdir()
-
-
-def brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def fingerprint(tensors) -> str:
-    """A digest of the values of tensors, for a state to know masks and teachers by."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def strided_depthwise_in_float32(model: nn.Module):
-    """Under a CPU's autocast, depthwise convolutions with a stride compute in float32, and return bfloat16.
-
-    oneDNN has no fast bfloat16 kernel for their input's gradient (benchmarks/depthwise_shapes.py): without this, three of
-    the network's 57 convolutions took two fifths of a step. They read and write few elements, so float32 costs little.
-    """
-    def wrapped(forward):
-        def in_float32(x):
-            if not torch.is_autocast_enabled("cpu"):
-                return forward(x)
-            with torch.autocast("cpu", enabled=False):
-                return forward(x.float()).bfloat16()
-        return in_float32
-
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
-    for conv in convs:
-        conv.forward = wrapped(conv.forward)
-    try:
-        yield
-    finally:
-        for conv in convs:
-            del conv.forward
-
-
-@contextlib.contextmanager
-def sigterm_noted():
-    """A list that SIGTERM fills, instead of ending the process. At the end the handler before learns of it too.
-
-    Only the main thread may install a handler; in another one the list stays empty.
-    """
-    arrived = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
-    except ValueError:
-        yield arrived
-        return
-    try:
-        yield arrived
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if arrived and callable(before):
-            before(signal.SIGTERM, None)
-
-
 def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
-          settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teacher=None,
-          prepare=None, context: dict | None = None, resume: bool = True, eval_every: int = 1, save_seconds: float = 60.0, max_seconds: float = math.inf,
+          settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
+          prepare=None, context: dict | None = None, resume: bool = True, start_epoch: float = 0, eval_every: int = 1,
+          save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
           processes: Processes = Processes()) -> nn.Module | None:
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
 
-    stage:    names the files: FOLDER/STAGE.jsonl (a line an epoch) and FOLDER/STAGE.state/ while it runs.
+    stage:    names the files: FOLDER/STAGE.jsonl (a line an epoch), FOLDER/STAGE.state/ while it runs, and
+              FOLDER/STAGE.average.pt, what the stage would give as it is (float16), wherever it was stopped.
     penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked whenever something is written.
-    teacher:  a model in eval mode whose logits are distilled on the same mixed images.
+    teachers: models in eval mode whose logits are distilled on the same mixed images, at 32x32 whatever the student sees.
     prepare:  called with the model before every epoch's first step, to set modes.
     context:  what else decides the result (plain values): a state is only resumed under the same.
+    start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
     """
     folder, device = Path(folder), train_data.labels.device
     images = len(train_data.labels)
@@ -293,27 +145,34 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     if processes.count > 1 and settings.mixing != "none" and share % 2:
         raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so this must be even")
     mine = slice(processes.rank * share, (processes.rank + 1) * share)
+    parts_of_share = shares(share, settings.workers)
     epoch_steps = images // batch_size  # what does not fill a batch waits for another epoch's order
     steps = settings.epochs * epoch_steps
     lrs = [learning_rate(settings, step, steps, epoch_steps) for step in range(steps)]
+    by_share = image_sizes(settings.sizes)
+    sizes = [next(size for size, end in by_share if step < end * steps) for step in range(steps)]
+    pixels_to_come = list(itertools.accumulate(size**2 for size in reversed(sizes)))[::-1] + [0]
     update_at = {round(i * steps / penalty_updates) for i in range(penalty_updates)}
-    decay = 1 - 1 / max(1, 0.03 * steps) if settings.average is None else settings.average
     clean_from = settings.epochs - round(settings.clean * settings.epochs)
 
-    average = copy.deepcopy(model) if decay else None
-    if processes.count > 1:
-        SyncBatchNorm.convert(model, device)
+    average = copy.deepcopy(model) if settings.average != 0 else None
+    replicas = Replicas(model, len(parts_of_share))
     optimizer = make_optimizer(settings, model)
     parts = {"weights": model, "optimizer": optimizer, "average": average, "penalty": penalty}
     parts = {name: part for name, part in parts.items() if part is not None}
     state = State(folder / f"{stage}.state", settings, images=images, context=context,
                   penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
                   masks=None if masks is None else fingerprint(masks.factors),
-                  teacher=None if teacher is None else fingerprint(teacher.state_dict().values()))
-    progress = {"step": 0, "loss": 0.0, "correct": 0.0, "seconds": 0.0}
+                  teacher=fingerprint(value for teacher in teachers for value in teacher.state_dict().values()) if teachers else None)
+
+    def constant(of, step):
+        """Whether the rate has been constant, but for the warm-up, before this step, under these settings of a state."""
+        return of["schedule"] == "constant" and step <= (of["epochs"] - of.get("cooldown", 0)) * epoch_steps
+
+    progress = {"step": round(start_epoch * epoch_steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0}
     if not resume and processes.first:
         state.remove()
-    found = state.load(device) if resume else None
+    found = state.load(device, constant) if resume else None
     if found:
         progress, contents = found
         try:
@@ -321,29 +180,50 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 part.load_state_dict(contents[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadInput(f"{state.folder} is of another network ({brief(error)}); --no-resume starts the stage again") from error
-        if processes.first:
-            print(f"{stage}: goes on at epoch {progress['step'] // epoch_steps + 1} of {settings.epochs}", flush=True)
+    if progress["step"] >= steps:
+        raise BadInput(f"{stage}: cannot start at epoch {progress['step'] / epoch_steps:g} of {settings.epochs}")
+    if processes.first and progress["step"]:
+        print(f"{stage}: goes on at epoch {progress['step'] // epoch_steps + 1} of {settings.epochs}", flush=True)
     log_path = folder / f"{stage}.jsonl"
     log = []
-    if found and log_path.is_file():  # an epoch that was logged after the state was written is trained again
+    if progress["step"] and log_path.is_file():  # an epoch that was logged after the state was written is trained again
         log = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= progress["step"]]
 
-    stepped = model
-    if settings.compile:
-        stepped = torch.compile(stepped)
-    if processes.count > 1:
-        stepped = nn.parallel.DistributedDataParallel(
-            stepped, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    compiled = torch.compile(model) if settings.compile else model
+    stepped = [compiled, *replicas.models[1:]]
+    where = f"{processes.count} x {len(parts_of_share)} {device.type}, {settings.precision}"
+
+    def share_step(k):
+        """Forward and backward of the k-th share of this process: (loss, correct), as shares of the batch's mean."""
+        part = parts_of_share[k]
+        x, labels, others, lam = cifar100.augment(train_data.images[index[part]], train_data.labels[index[part]], draws[part])
+        weight = (part.stop - part.start) / batch_size
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            with torch.no_grad():
+                taught = [teacher(x).float() for teacher in teaching]
+            logits = stepped[k](resized(x, size)).float()
+        loss = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
+        objective = loss
+        if taught:
+            objective = (1 - settings.distill) * loss + settings.distill * distillation(logits, taught, settings.temperature)
+        (weight * objective).backward()
+        with torch.no_grad():
+            target = torch.where(lam >= 0.5, labels, others)
+            return weight * torch.stack([loss.detach().double(), (logits.argmax(1) == target).double().mean()])
 
     def reduced(values):
-        """Their mean over the processes, as numbers."""
+        """Their sum over the processes, as numbers."""
         values = values.clone()
-        if processes.count > 1:
-            dist.all_reduce(values)
-        return (values / processes.count).tolist()
+        processes.add([values])
+        return values.tolist()
 
     def due():
         return processes.agree(time.monotonic() - saved >= save_seconds, device)
+
+    def result_so_far():
+        """A copy of what the stage would give if it ended here."""
+        return finish(copy.deepcopy(model if average is None else average), model, train_data, settings, stage)
 
     def save():
         nonlocal saved
@@ -360,6 +240,8 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
 
     def stopped():
         if processes.first:
+            halves = {key: value.half() if value.is_floating_point() else value for key, value in result_so_far().state_dict().items()}
+            save_tensors({key: value.cpu().contiguous() for key, value in halves.items()}, folder / f"{stage}.average.pt")
             print(f"{stage}: stopped at epoch {progress['step'] / epoch_steps:.2f} of {settings.epochs}, state written to "
                   f"{state.folder}; the same command goes on", flush=True)
 
@@ -367,21 +249,25 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     before = progress["seconds"]
     # sums over the epoch's steps of loss and accuracy, kept on the device: reading them would wait for it
     totals = torch.tensor([progress["loss"], progress["correct"]], dtype=torch.float64, device=device)
+    if processes.rank:
+        totals.zero_()  # the first process goes on with the sum of all
     model.train()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
         if device.type == "cpu":
-            at_end.enter_context(strided_depthwise_in_float32(model))
+            for replica in replicas.models:
+                at_end.enter_context(strided_depthwise_in_float32(replica))
         while progress["step"] < steps:
             epoch, first = divmod(progress["step"], epoch_steps)
             if prepare is not None:
                 prepare(model)
+            replicas.follow()
             order = cifar100.epoch_order(images, generator_for(settings.seed, stage, "order", epoch)).to(device)
-            bar = progress_bar(stage, epoch, settings.epochs, epoch_steps, first, processes.first)
-            at_end.callback(bar.close)
+            shown = Progress(stage, epoch, settings.epochs, first, epoch_steps, batch_size, show_seconds, processes.first)
+            at_end.callback(shown.close)
             for i in range(first, epoch_steps):
                 step = epoch * epoch_steps + i
-                lr = lrs[step]
+                lr, size = lrs[step], sizes[step]
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 if penalty is not None and step in update_at:
@@ -391,67 +277,48 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 mixing = "none" if epoch >= clean_from else settings.mixing
                 draws = cifar100.draw(batch_size, generator_for(settings.seed, stage, "step", step),
                                       crop=settings.augment != "none", trivial=settings.augment == "trivial",
-                                      mixing=mixing, mixup_alpha=settings.alpha)
-                x, labels, others, lam = cifar100.augment(train_data.images[index], train_data.labels[index], draws[mine])
-                x = x.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                    logits = stepped(x)
-                    if teacher is not None:
-                        with torch.no_grad():
-                            taught = teacher(x)
-                logits = logits.float()
-                loss = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
-                objective = loss
-                if teacher is not None:
-                    t = settings.temperature
-                    divergence = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(taught.float() / t, 1),
-                                          log_target=True, reduction="batchmean") * t * t
-                    objective = (1 - settings.distill) * loss + settings.distill * divergence
+                                      mixing=mixing, mixup_alpha=settings.alpha)[mine]
+                teaching = [teachers[step % len(teachers)]] if teachers and settings.teaching == "turns" else teachers
+                for replica in replicas.models:
+                    replica.zero_grad(set_to_none=True)
+                totals += sum(machine.in_threads(share_step, range(len(stepped))))
+                replicas.gather(processes)
                 if penalty is not None and penalty.form == "loss":
-                    objective = objective + penalty.loss()
-                optimizer.zero_grad(set_to_none=True)
-                objective.backward()
+                    penalty.loss().backward()
                 optimizer.step()
                 if penalty is not None and penalty.form != "loss":
                     penalty.shrink(lr)
                 if masks is not None:
                     masks.apply()
-                if average is not None:  # a short memory at first, so that the start is soon forgotten
-                    update_average(average, model, min(decay, (1 + step) / (10 + step)))
+                if average is not None:
+                    update_average(average, model, average_decay(settings, step))
 
-                with torch.no_grad():
-                    target = torch.where(lam >= 0.5, labels, others)
-                    totals += torch.stack([loss.detach().double(), (logits.argmax(1) == target).double().mean()])
                 progress["step"] = step + 1
-                if bar.show():
-                    seen = totals.tolist()
-                    bar.set_postfix(loss=f"{seen[0] / (i + 1):.3f}", accuracy=f"{seen[1] / (i + 1):.1%}", refresh=False)
-                bar.update()
+                shown.step(i + 1, totals * processes.count, pixels_to_come[step + 1] / size**2, lr, size)
                 pause = processes.agree(bool(asked) or time.monotonic() - started > max_seconds, device)
                 if i + 1 < epoch_steps and (pause or due()):
                     save()
                     if pause:
                         return stopped()
-            bar.close()
+            shown.close()
             loss_sum, correct_sum = reduced(totals)
             check_finite(stage, loss_sum, epoch)
             record = {"stage": stage, "epoch": epoch + 1, "step": progress["step"], "lr": lrs[progress["step"] - 1],
-                      "loss": round(loss_sum / epoch_steps, 6), "accuracy": round(correct_sum / epoch_steps, 6),
-                      "zeros": count_zeros(model)}
+                      "size": sizes[progress["step"] - 1], "loss": round(loss_sum / epoch_steps, 6),
+                      "accuracy": round(correct_sum / epoch_steps, 6), "zeros": count_zeros(model)}
             totals.zero_()
             last = progress["step"] == steps
+            result = None
             if last:
-                model = finish(model, average, train_data, settings, stage)
+                result = finish(model if average is None else average, model, train_data, settings, stage)
                 if masks is not None:
-                    masks.check(model)
+                    masks.check(result)
             if test_data is not None and (last or (epoch + 1) % eval_every == 0):
-                shown = model if average is None or last else average
-                test_loss, correct = evaluate(shown.eval(), test_data)
-                model.train(not last)
+                test_loss, correct = evaluate(result or result_so_far(), test_data)
                 record |= {"test_loss": test_loss, "test_accuracy": correct / len(test_data.labels)}
             if penalty is not None:
                 record["lambda"] = penalty.lam
-            record["seconds"] = round(before + time.monotonic() - started, 1)
+            record |= {"where": where, "seconds": round(before + time.monotonic() - started, 1)}
             log.append(json.dumps(record))
             if processes.first:
                 save_text("\n".join(log) + "\n", log_path)
@@ -460,7 +327,28 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                 save()
             if not last and pause:
                 return stopped()
-    return model
+    return result
+
+
+def average_decay(settings: Settings, step: int) -> float:
+    """Of the weight average at a step: its memory is 3% of the steps made so far, or what the settings say, but short at first."""
+    if settings.average is None:
+        return 1 - 1 / max(1, 0.03 * (step + 1))
+    return min(settings.average, (1 + step) / (10 + step))
+
+
+def resized(x, size: int):
+    """A finished batch at another size, antialiased."""
+    if size == x.shape[-1]:
+        return x
+    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def distillation(logits, taught: list, temperature: float):
+    """Hinton, Vinyals and Dean 2015: T^2 KL(teachers || student), both softened by T; several teachers: of the mean of theirs."""
+    target = sum((each / temperature).softmax(1) for each in taught) / len(taught)
+    return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
 
 def mixed_cross_entropy(logits, labels, others, lam, smoothing):
@@ -471,13 +359,11 @@ def mixed_cross_entropy(logits, labels, others, lam, smoothing):
 
 
 @torch.no_grad()
-def finish(model, average, train_data, settings: Settings, stage: str) -> nn.Module:
-    """The stage's result: the average, with the zeros of the last step, and BatchNorm statistics of its own."""
-    result = model if average is None else average
-    if average is not None:  # a weight that became zero is only nearly zero in the average
+def finish(result: nn.Module, model: nn.Module, train_data, settings: Settings, stage: str) -> nn.Module:
+    """Make `result`, the average (or the model itself), a stage's result: with the model's zeros, and statistics of its own."""
+    if result is not model:  # a weight that became zero is only nearly zero in the average
         for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(model)):
             ours.weight.mul_(theirs.weight != 0)
-    SyncBatchNorm.revert(result)  # every process sees the same images from here on
     if settings.refresh:
         renew_statistics(result, train_data, settings.refresh, settings.augment, generator_for(settings.seed, stage, "refresh"))
     return result.eval()
@@ -501,25 +387,34 @@ def describe(record: dict, settings: Settings) -> str:
     return line + f", zeros {record['zeros']:,}, {record['seconds']:.0f} s"
 
 
-class _Quiet:
-    """The progress bar of a process that shows none."""
-    def show(self): return False
-    def update(self): pass
-    def close(self): pass
+class Progress:
+    """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`."""
 
+    def __init__(self, stage: str, epoch: int, epochs: int, first: int, total: int, batch_size: int, seconds: float, wanted: bool):
+        self.name, self.epochs, self.epoch, self.total, self.batch_size = stage, epochs, epoch, total, batch_size
+        self.seconds, self.bar = seconds if wanted else math.inf, None
+        if wanted and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, initial=first, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
+            self.seconds = 0.5
+        self.last, self.at = first, time.monotonic()
 
-def progress_bar(stage: str, epoch: int, epochs: int, total: int, first: int, wanted: bool):
-    """Loss, accuracy and time left on a terminal; nothing elsewhere (the epoch's line is printed anyway)."""
-    if not wanted or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        return _Quiet()
-    from tqdm import tqdm
+    def step(self, done: int, totals, to_come: float, lr: float, size: int) -> None:
+        """`done` of the epoch's steps are made, with these sums of loss and accuracy; `to_come`: as many steps of this size."""
+        now = time.monotonic()
+        if now - self.at < self.seconds:  # reading the totals waits for the device: seldom
+            return
+        rate = (done - self.last) / (now - self.at)
+        loss, correct = (totals / done).tolist()
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", refresh=False)
+            self.bar.update(done - self.last)
+        else:
+            print(f"{self.name} epoch {self.epoch + done / self.total:.2f}/{self.epochs}: {rate * self.batch_size:,.0f} images/s at "
+                  f"{size}x{size}, lr {lr:.4g}, loss {loss:.4f}, train {correct:.2%}, "
+                  f"{(self.epoch + done / self.total) / self.epochs:.1%} done, {to_come / rate / 60:,.0f} min left", flush=True)
+        self.last, self.at = done, now
 
-    class Bar(tqdm):
-        def show(self):  # reading the loss waits for the device: ten times an epoch at most, or every half second
-            now = time.monotonic()
-            if now - getattr(self, "shown", 0) < 0.5:
-                return False
-            self.shown = now
-            return True
-
-    return Bar(total=total, initial=first, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

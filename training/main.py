@@ -24,9 +24,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
 
 import cifar100  # noqa: E402
+import machine  # noqa: E402
 from files import run_script, save_json, save_tensors  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
-from training import loop, magnitude, reweighted_l1  # noqa: E402
+from training import loop, magnitude, reweighted_l1, teachers  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
@@ -49,10 +50,15 @@ def parse(argv=None) -> argparse.Namespace:
     stage.add_argument("--run-folder", "--run", dest="run", type=Path, default=Path("runs/default"), metavar="DIR",
                        help="(%(default)s)")
     stage.add_argument("--start-from", "--start", dest="start", metavar="F",
-                       help="checkpoint that the first stage starts from (default: the stage before)")
+                       help="checkpoint that the first stage starts from (default: the stage before); a folder STAGE.state: the "
+                            "weights of that running stage as they are")
+    stage.add_argument("--start-epoch", type=float, default=0, metavar="E",
+                       help="take the stage up at this epoch, from the weights of --start, with fresh momentum, where its state is lost")
     stage.add_argument("--resume", action=flag, default=True, help="go on from the state in the run folder (default)")
     stage.add_argument("--max-minutes", type=float, metavar="M",
                        help="wall-clock budget: stop cleanly after it, state written; the same command goes on")
+    stage.add_argument("--show-seconds", type=float, default=60, metavar="S", help="print a line this often where there is no "
+                       "terminal (%(default)s)")
     stage.add_argument("--save-seconds", type=float, default=60, metavar="S", help="write the state this often (%(default)s)")
     stage.add_argument("--eval-every", type=int, default=1, metavar="E", help="epochs between accuracies (the last always)")
 
@@ -77,8 +83,11 @@ def parse(argv=None) -> argparse.Namespace:
     method.add_argument("--updates", type=int, metavar="K",
                         help="updates of alpha (or of the zeros, for magnitude) at equal distances (default: 5; 100 for magnitude)")
     method.add_argument("--threshold", type=float, default=1e-4, help="of --sparsity-type threshold (%(default)s)")
-    method.add_argument("--teacher", metavar="F", help="checkpoint whose logits are distilled on the same images")
-    method.add_argument("--distill", type=float, default=0.9, help="the teacher's weight in the loss (%(default)s)")
+    method.add_argument("--teacher", nargs="+", default=[], metavar="F", help="checkpoints whose logits are distilled on the same images: "
+                        "ours, or KAIST AI's (see teachers.py), such as " + next(iter(teachers.KAIST)))
+    method.add_argument("--teaching", choices=("turns", "mean"), default="turns",
+                        help="several teachers: one at each step in turn, or the mean of their probabilities (%(default)s)")
+    method.add_argument("--distill", type=float, default=0.9, help="the teachers' weight in the loss (%(default)s)")
     method.add_argument("--temperature", type=float, default=4.0, help="of the distillation (%(default)s)")
 
     train = parser.add_argument_group("training")
@@ -87,7 +96,11 @@ def parse(argv=None) -> argparse.Namespace:
     train.add_argument("--optmzr", choices=("sgd", "adam"), default="sgd", help="Nesterov SGD, or AdamW (%(default)s)")
     train.add_argument("--lr", type=float, help=f"peak learning rate (default: {PEAK_LR['sgd']} for sgd, 1e-3 for adam)")
     train.add_argument("--lr-scheduler", choices=("cosine", "default", "constant"),
-                       help="cosine to zero; default: x0.1 at 1/2 and 3/4; constant (default: cosine)")
+                       help="cosine to zero; default: x0.1 at 1/2 and 3/4; constant, and --cooldown (default: cosine)")
+    train.add_argument("--cooldown", type=float, default=0, metavar="K", help="with constant: K epochs at the end in which it falls "
+                       "linearly to zero. While it is constant, a resume may change --epochs, --cooldown and --sizes")
+    train.add_argument("--sizes", default="32", metavar="S", help="image sizes by share of the stage: 24:0.6,32 scales 60%% of its "
+                       "batches down to 24x24 (%(default)s)")
     train.add_argument("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     train.add_argument("--warmup", action=flag, default=True, help="linear warm-up of the learning rate")
     train.add_argument("--warmup-epochs", type=float, default=5, help="(%(default)s)")
@@ -97,20 +110,22 @@ def parse(argv=None) -> argparse.Namespace:
     train.add_argument("--mixing", choices=("both", "mixup", "cutmix", "none"), help="the same with every choice")
     train.add_argument("--alpha", type=float, default=0.3, help="of mixup's Beta distribution (%(default)s)")
     train.add_argument("--smooth", action=flag, default=True, help="label smoothing")
-    train.add_argument("--smooth-eps", type=float, default=0.1, help="(%(default)s)")
+    train.add_argument("--smooth-eps", type=float, help="(default: 0.1; none beside a teacher)")
     train.add_argument("--no-tricks", action="store_true", help="no mixing, smoothing, warm-up or cosine schedule, whatever "
                        "else is given (as in the submission)")
     train.add_argument("--ema", type=float, metavar="D", help="decay of the weight average a step; 0: no average (default: "
-                       "a memory of 3%% of the stage's steps, 1 - 1 / (0.03 * steps))")
+                       "a memory of 3%% of the steps made, 1 - 1 / (0.03 * steps))")
     train.add_argument("--refresh", type=int, default=10_000, metavar="N",
                        help="train images that renew the BatchNorm statistics at a stage's end (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    machine.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+    hardware = parser.add_argument_group("machine")
+    hardware.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    hardware.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                          help="of the forward pass; auto: bfloat16 on CUDA and on CPUs that multiply it (%(default)s)")
-    machine.add_argument("--compile", action=flag, help="torch.compile the network (default: on CUDA)")
+    hardware.add_argument("--compile", action=flag, help="torch.compile the network (default: on CUDA)")
+    hardware.add_argument("--workers", type=int, metavar="W", help="threads of a process on a CPU, each with a share of its batch "
+                         "(default: the cores there are)")
     network = parser.add_argument_group("network (accepted for the submission's commands; there is one)")
     network.add_argument("--arch", choices=("mobilenetv2",), default="mobilenetv2")
     network.add_argument("--depth", type=int, choices=(17,), default=17, help="blocks (%(default)s)")
@@ -128,7 +143,8 @@ def parse(argv=None) -> argparse.Namespace:
                             ("ema", 0, 1), ("smooth_eps", 0, 1), ("target_sparsity", 0.001, 0.999), ("lam", 0, 10**6), ("eps", 1e-9, 1),
                             ("distill", 0, 1), ("temperature", 0.01, 1000), ("save_seconds", 0, 10**9), ("seed", 0, 2**62),
                             ("made_up", 2, 10**6), ("eval_every", 1, 10**6), ("updates", 1, 10**6), ("warmup_epochs", 0, 10**6),
-                            ("refresh", 0, 10**6), ("max_minutes", 0, 10**9), ("threshold", 0, 1), ("alpha", 0.01, 1000)):
+                            ("refresh", 0, 10**6), ("max_minutes", 0, 10**9), ("threshold", 0, 1), ("alpha", 0.01, 1000), ("cooldown", 0, 10**6),
+                            ("start_epoch", 0, 10**6), ("show_seconds", 0, 10**9), ("workers", 1, 1024)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
@@ -138,7 +154,12 @@ def parse(argv=None) -> argparse.Namespace:
     args.mixing = args.mixing or {None: "both", True: "mixup", False: "none"}[args.mixup]
     args.schedule = args.lr_scheduler or "cosine"
     args.warmup_epochs = args.warmup_epochs if args.warmup else 0
+    if args.smooth_eps is None:
+        args.smooth_eps = 0.0 if args.teacher else 0.1
     args.smooth_eps = args.smooth_eps if args.smooth else 0.0
+    loop.image_sizes(args.sizes)
+    if args.cooldown and args.schedule != "constant":
+        parser.error("--cooldown belongs to --lr-scheduler constant")
     if args.no_tricks:
         args.mixing, args.smooth_eps, args.warmup_epochs, args.schedule = "none", 0.0, 0, "constant"
     return args
@@ -150,12 +171,15 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
         fast = device.type == "cuda" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         precision = "bfloat16" if fast else "float32"
     epochs = args.epochs or EPOCHS[stage]
+    if args.cooldown > epochs:
+        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {epochs} epochs")
+    workers = 1 if device.type == "cuda" else args.workers or machine.cores()
     return loop.Settings(
         epochs=epochs, batch_size=args.batch_size, optimizer=args.optmzr,
-        lr=PEAK_LR[args.optmzr][stage] if args.lr is None else args.lr, schedule=args.schedule,
+        lr=PEAK_LR[args.optmzr][stage] if args.lr is None else args.lr, schedule=args.schedule, cooldown=args.cooldown,
         warmup_epochs=min(args.warmup_epochs, epochs / 4), weight_decay=args.weight_decay, smoothing=args.smooth_eps,
         augment=args.augment, mixing=args.mixing, alpha=args.alpha, average=args.ema, refresh=args.refresh,
-        distill=args.distill, temperature=args.temperature, precision=precision,
+        sizes=args.sizes, distill=args.distill, temperature=args.temperature, teaching=args.teaching, precision=precision, workers=workers,
         compile=device.type == "cuda" if args.compile is None else args.compile, seed=args.seed)
 
 
@@ -198,6 +222,10 @@ def make_masks(args, model) -> reweighted_l1.Masks:
 
 def starting_point(stage: str, args) -> MobileNetV2:
     """The model that a stage starts from: --start, else the stage before, else (for --rew, with a warning) random weights."""
+    if args.start and Path(args.start).is_dir():
+        model = MobileNetV2()
+        model.load_state_dict(loop.State(Path(args.start), None).read("weights"))
+        return model
     if args.start:
         return load_checkpoint(args.start)
     before = {"rew": "pretrain", "masked": "rew"}.get(stage)
@@ -214,7 +242,7 @@ def starting_point(stage: str, args) -> MobileNetV2:
 
 
 def describe_machine(device: torch.device, processes: loop.Processes) -> str:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine.cores()} core(s)"
     return f"{processes.count} process(es), {where}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -224,7 +252,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
     masks = make_masks(args, model) if stage == "masked" else None
-    teacher = load_checkpoint(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
+    taught_by = [teachers.load(path).to(device, memory_format=torch.channels_last) for path in args.teacher]
     if processes.first:
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         save_json({"stage": stage, "machine": describe_machine(device, processes), "train_images": len(data.labels),
@@ -232,7 +260,8 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
         finished = loop.train(
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
-            teacher=teacher, resume=args.resume, eval_every=args.eval_every, save_seconds=args.save_seconds,
+            teachers=taught_by, resume=args.resume, start_epoch=args.start_epoch, eval_every=args.eval_every,
+            save_seconds=args.save_seconds, show_seconds=args.show_seconds,
             max_seconds=deadline - time.monotonic(), processes=processes)
     if finished is None:
         return False
@@ -247,6 +276,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
 
 
 def main(argv=None) -> int:
+    machine.prepare()
     args = parse(argv)
     deadline = time.monotonic() + (math.inf if args.max_minutes is None else 60 * args.max_minutes)
     processes = loop.Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -275,7 +305,7 @@ def main(argv=None) -> int:
                           + ("; --no-resume trains it again" if chosen else ""), flush=True)
             elif not run_stage(stage, args, data, test, device, processes, deadline):
                 break
-            args.start = None  # --start is where the first stage began
+            args.start, args.start_epoch = None, 0  # --start is where the first stage began
         return 0
     finally:
         if processes.count > 1:

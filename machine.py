@@ -1,0 +1,69 @@
+"""A CPU as the scripts use it: memory that is kept instead of returned, and one thread for each core that never spins.
+
+torch splits every operation over its OpenMP threads, and a thread that is done spins until the slowest is. Beside another
+job the slowest has no core, and everybody waits for it: two such jobs on two cores run at a fifteenth of their speed. Here
+every worker is a Python thread with operations of one thread each, and works on images of its own: it shares a core as
+any process does. torch leaves the interpreter's lock while it computes, so the workers run at the same time.
+"""
+import contextlib
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_pool = None
+_lock = threading.Lock()
+
+
+def cores() -> int:
+    """The cores that this process may use; of several processes of torchrun on this machine, its share of them."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def prepare() -> None:
+    """For scripts, before the first large tensor: keep freed memory, and one thread for each operation."""
+    keep_memory()
+    torch.set_num_threads(1)
+
+
+def keep_memory() -> None:
+    """Tell glibc's allocator to keep what is freed; nothing where there is another C library.
+
+    By default large tensors are mapped anew each time and unmapped when they are freed. The kernel then clears every page
+    of every activation of every step: a third of a training step was page faults. The cost is that the process holds its
+    largest memory until it ends.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_ARENA_MAX, 1)  # the heaps of other threads hold 64 MB at most, and are unmapped when they are empty
+
+
+def in_threads(function, parts) -> list:
+    """[function(part) for part in parts], each in a thread of its own (the first in this one), with one core each.
+
+    Autocast, inference mode and the like belong to a thread: `function` enters what it needs. The first error is raised
+    once all are done.
+    """
+    global _pool
+    first, *others = parts
+    if not others:
+        return [function(first)]
+    with _lock:
+        if _pool is None or _pool._max_workers < len(others):
+            _pool = ThreadPoolExecutor(max(cores(), len(others)), initializer=torch.set_num_threads, initargs=(1,))
+    waiting = [_pool.submit(function, part) for part in others]
+    try:
+        return [function(first)] + [each.result() for each in waiting]
+    finally:
+        for each in waiting:  # after an error, too, nobody is still at work on what the caller goes on with
+            each.exception()

@@ -1,0 +1,112 @@
+"""A stage's state in a folder: what a run that was ended at any moment goes on from."""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import torch
+
+from files import load_json, save_json, save_tensors
+from mobilenet_v2 import BadInput
+
+# Where and how a stage is computed may change on the way: the result is then the same but for rounding.
+MACHINE = ("precision", "compile", "workers")
+# How long a stage is may change while its learning rate is still constant.
+LENGTH = ("epochs", "cooldown", "sizes")
+
+
+class State:
+    """One file a part (weights, average, optimizer, penalty), and state.json.
+
+    state.json names the files of one moment and is renamed into place after they are written; whatever it does not
+    name is left over from a kill and removed at the next save.
+    """
+
+    def __init__(self, folder: Path, settings, **others):
+        """`settings`, a dataclass, and `others` decide the result: they must be equal for a resume, but for MACHINE."""
+        self.folder = folder
+        everything = (dataclasses.asdict(settings) if settings else {}) | others
+        self.settings = json.loads(json.dumps({key: value for key, value in everything.items() if key not in MACHINE}))
+
+    def load(self, device, constant=None) -> tuple[dict, dict] | None:
+        """(progress, {part: contents}), or None if there is nothing to resume.
+
+        constant: (settings, step) -> whether the learning rate is constant up to this step under these settings; under
+        the old ones and the new ones, a resume may change LENGTH.
+        """
+        if not (self.folder / "state.json").is_file():
+            return None
+        record = load_json(self.folder / "state.json")
+        if not {"progress", "files", "settings"} <= record.keys():
+            raise BadInput(f"{self.folder / 'state.json'}: not the list of a state; --no-resume starts the stage again")
+        theirs = record["settings"]
+        changed = [key for key, value in self.settings.items() if theirs.get(key, value) != value]
+        step = record["progress"]["step"]
+        free = constant and set(changed) <= set(LENGTH) and constant(theirs, step) and constant(self.settings, step)
+        if changed and not free:
+            told = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
+            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to go on, or "
+                           "--no-resume to start it again, or another --run folder"
+                           + "; its length may change only while the learning rate is constant" * (set(changed) <= set(LENGTH)))
+        return record["progress"], {part: self.read(part, device) for part in record["files"]}
+
+    def read(self, part: str, device="cpu") -> dict:
+        """The contents of one part, such as "weights" or "average"."""
+        name = load_json(self.folder / "state.json").get("files", {}).get(part)
+        if name is None:
+            raise BadInput(f"{self.folder}: the state has no {part}")
+        try:
+            return torch.load(self.folder / name, map_location=device, weights_only=True)
+        except Exception as error:
+            raise BadInput(f"{self.folder / name}: cannot be read ({brief(error)}); --no-resume starts the stage again") from error
+
+    def save(self, progress: dict, parts: dict) -> None:
+        files = {}
+        for part, value in parts.items():
+            files[part] = f"{part}-{progress['step']}.pt"
+            save_tensors(value, self.folder / files[part])
+        save_json({"progress": progress, "files": files, "settings": self.settings}, self.folder / "state.json")
+        for path in self.folder.iterdir():
+            if path.name not in (*files.values(), "state.json"):
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        if self.folder.is_dir():
+            (self.folder / "state.json").unlink(missing_ok=True)  # first: it must not name what is gone
+            for path in self.folder.iterdir():
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+
+
+def brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def fingerprint(tensors) -> str:
+    """A digest of the values of tensors, for a state to know masks and teachers by."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def sigterm_noted():
+    """A list that SIGTERM fills, instead of ending the process. At the end the handler before learns of it too.
+
+    Only the main thread may install a handler; in another one the list stays empty.
+    """
+    arrived = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    except ValueError:
+        yield arrived
+        return
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if arrived and callable(before):
+            before(signal.SIGTERM, None)
