@@ -34,6 +34,7 @@ for that and asks for exact kernels.
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import sys
 import tempfile
@@ -46,6 +47,7 @@ from torch import nn
 
 import cifar100
 import claims
+import machine
 import quantize
 from counting import Formats
 from files import replacing, run_script, sha256
@@ -313,13 +315,21 @@ def kernels(model: bytes) -> dict[str, int]:
     return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
 
 
-@torch.inference_mode()
 def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
-    """{"images", "correct", "exact_correct", "same_logits",
+    """Both on every core: {"images", "correct", "exact_correct", "same_logits",
      "differing": [{"image", "label", "engine", "exact", "margin"}]}
 
     margin: by how much the exact logits prefer their own prediction to the engine's.
     """
+    parts = data.chunks(machine.cores())
+    starts = [0, *itertools.accumulate(map(len, parts))]
+    reports = machine.in_threads(lambda k: compare_some(engine, exact, parts[k], starts[k]), range(len(parts)))
+    return {key: sum((report[key] for report in reports), start=type(reports[0][key])()) for key in reports[0]}
+
+
+@torch.inference_mode()
+def compare_some(engine, exact: nn.Module, data: cifar100.Images, first: int) -> dict:
+    """`compare` on one core, of images that are numbered from `first`."""
     report = {"images": len(data), "correct": 0, "exact_correct": 0, "same_logits": 0, "differing": []}
     for start in range(0, len(data), BATCH):
         images, labels = data.images[start:start + BATCH], data.labels[start:start + BATCH]
@@ -331,7 +341,7 @@ def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
         report["same_logits"] += int((theirs == ours).all(1).sum())
         for i in (found != wanted).nonzero().flatten().tolist():
             margin = float(ours[i, wanted[i]] - ours[i, found[i]])
-            report["differing"].append({"image": start + i, "label": int(labels[i]), "engine": int(found[i]),
+            report["differing"].append({"image": first + start + i, "label": int(labels[i]), "engine": int(found[i]),
                                         "exact": int(wanted[i]), "margin": margin})
     return report
 
@@ -371,6 +381,7 @@ def text(report: dict) -> str:
 
 def main(argv=None) -> int:
     """Returns 2 if too few predictions agree."""
+    machine.prepare()
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
     out = args.out or checkpoint.with_suffix(".onnx")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import cifar100
 import claims
 import counting
+import machine
 import quantize
 from counting import signed_bits
 from files import run_script
@@ -45,6 +46,7 @@ from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
 from packed import exponent, load, stated_formats
 
 BATCH = 8  # images: their maps stay in the cache
+COUNTED = ("correct", "float_correct", "agree", "identical")
 
 
 # ------------------------------------------------------------------------------------------------- sums of products
@@ -291,13 +293,21 @@ class IntegerNetwork:
 # ---------------------------------------------------------------------------------------- beside the float network
 
 def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -> dict:
-    """Runs both networks on all images.
+    """Runs both networks on all images, on every core.
 
     {"images", "correct", "float_correct", "agree": images with the same prediction, "identical": images whose logits
      are the same to the last bit, "seen": {layer: (lowest, highest) accumulator}, "seconds", "float_seconds"}
     """
-    seen = {}
-    report = dict.fromkeys(("correct", "float_correct", "agree", "identical"), 0) | {"seconds": 0.0, "float_seconds": 0.0}
+    parts = machine.in_threads(lambda part: compare_some(network, floats, part), data.chunks(machine.cores()))
+    seconds = {key: sum(part.pop(key) for part in parts) / len(parts) for key in ("seconds", "float_seconds")}
+    seen = {name: (min(part["seen"][name][0] for part in parts), max(part["seen"][name][1] for part in parts))
+            for name in parts[0]["seen"]}
+    return {"images": len(data)} | {key: sum(part[key] for part in parts) for key in COUNTED} | seconds | {"seen": seen}
+
+
+def compare_some(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -> dict:
+    """`compare` on one core."""
+    seen, report = {}, dict.fromkeys(COUNTED, 0) | {"seconds": 0.0, "float_seconds": 0.0}
 
     def watch(name, acc):
         low, high = (int(x) for x in acc.aminmax())
@@ -319,7 +329,7 @@ def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -
         # the float network's logits are float32: exact values, rounded once at the very end
         same = (ours.double() * 2.0**network.logit_exponent).float() == theirs
         report["identical"] += int(same.all(1).sum())
-    return {"images": len(data)} | report | {"seen": seen}
+    return report | {"seen": seen}
 
 
 def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) -> list[dict]:
@@ -356,7 +366,7 @@ def text(report: dict) -> str:
              f"The float network of testers.py: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); predictions "
              f"agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on {report['identical']}/{n}"]
     lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
-              f"floats ({torch.get_num_threads()} threads, batches of {BATCH})", "",
+              f"floats ({machine.cores()} threads, batches of {BATCH})", "",
               "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
               f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
               f"{'sum bits':>10}"]
@@ -369,6 +379,7 @@ def text(report: dict) -> str:
 
 def main(argv=None) -> int:
     """Prints the report. Returns 2 if the networks' logits differ for any image."""
+    machine.prepare()
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
     if args.record:

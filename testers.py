@@ -20,8 +20,10 @@ from torch import nn
 import cifar100
 import claims
 import counting
+import machine
 import packed
 import quantize
+from evaluation import evaluate
 from files import run_script, sha256
 from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
 
@@ -83,6 +85,7 @@ def total_lines(summary: dict) -> list[str]:
 
 
 def main(argv=None) -> int:
+    machine.prepare()
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
     model, claim = packed.load(checkpoint)
@@ -121,7 +124,7 @@ def main(argv=None) -> int:
         lines.append("Accuracy: NOT VERIFIED, the data is missing")
         problems.append(f"the accuracy was not verified: {error}")
     else:
-        loss, correct = quantize.evaluate(network, data)
+        loss, correct = evaluate(network, data)
         report |= {"data": split, "loss": loss, "correct": correct, "images": len(data)}
         lines += [f"Loss: {loss:.4f} ({split} set)", f"Accuracy: {correct}/{len(data)} ({correct / len(data):.2%})"]
         claimed = claim.get("accuracy") if claim is not None else report

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -111,8 +112,8 @@ def at_draw(monkeypatch, number, action):
 
     def counted(*args, **kwargs):
         nonlocal count
-        count += 1
-        if count == number:
+        count += "mixing" in kwargs  # those that renew statistics are not mixed
+        if count == number and "mixing" in kwargs:
             action()
         return draw(*args, **kwargs)
     monkeypatch.setattr(cifar100, "draw", counted)
@@ -135,6 +136,8 @@ def test_other_schedules():
     assert [learning_rate(default, step, 8, 4) for step in range(8)] == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
     constant = dataclasses.replace(default, schedule="constant", warmup_epochs=0.5)
     assert [learning_rate(constant, step, 8, 4) for step in range(8)] == [0.5] + [1.0] * 7
+    cooled = dataclasses.replace(constant, cooldown=0.75)  # three steps, linearly to what would be zero one step later
+    assert [learning_rate(cooled, step, 8, 4) for step in range(8)] == [0.5] + [1.0] * 4 + [0.75, 0.5, 0.25]
     with pytest.raises(BadInput, match="linear.*cosine, default, constant"):
         learning_rate(dataclasses.replace(default, schedule="linear"), 5, 8, 4)
 
@@ -203,7 +206,7 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     objective.backward()
 
     result, _ = stage(tmp_path, test=None, model=model, settings=settings, penalty=penalty or None, penalty_updates=1,
-                      teacher=teacher if distill else None)
+                      teachers=[teacher] if distill else [])
     for name, p in reference.named_parameters():
         gradient = p.grad + (0.01 * start[name] if p.dim() > 1 else 0)
         expected = start[name] - 0.1 * 1.9 * gradient  # the first Nesterov step: g + 0.9 g
@@ -233,11 +236,12 @@ def test_the_average_by_hand(tmp_path, monkeypatch):
         assert torch.allclose(result.state_dict()[key].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_remembers_three_percent_of_the_steps_by_default(tmp_path, monkeypatch):
+def test_the_average_remembers_three_percent_of_the_steps_made_by_default(tmp_path, monkeypatch):
     decays = []
     monkeypatch.setattr(loop, "update_average", lambda average, model, decay: decays.append(decay))
-    stage(tmp_path, settings=dataclasses.replace(SETTINGS, average=None, epochs=40, refresh=0))  # 120 steps: 3.6 of them
-    assert decays[-1] == pytest.approx(1 - 1 / 3.6) and max(decays) == decays[-1] and decays[0] == 0.1
+    stage(tmp_path, settings=dataclasses.replace(SETTINGS, average=None, epochs=40, refresh=0), test=None)  # 120 steps
+    assert decays[-1] == pytest.approx(1 - 1 / 3.6) and decays[59] == pytest.approx(1 - 1 / 1.8) and decays[:33] == [0] * 33
+    assert decays == sorted(decays)
 
 
 def test_evaluate_by_hand():
@@ -365,6 +369,68 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(tmp_path, save_second
 def test_impossible_batches_are_refused(tmp_path, wrong, processes):
     with pytest.raises(BadInput, match="batch"):
         stage(tmp_path, settings=dataclasses.replace(SETTINGS, **wrong), processes=processes)
+
+
+@pytest.mark.parametrize("text, sizes", (("32", [(32, 1.0)]), ("24:0.5,32", [(24, 0.5), (32, 1.0)]),
+                                         ("16:0.25,24:0.5,32", [(16, 0.25), (24, 0.75), (32, 1.0)])))
+def test_image_sizes(text, sizes):
+    assert loop.image_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ("", "24", "24:0.6", "20:0.6,32", "24:0.6,40", "24:1,32", "24:0,32", "24:-1,32", "24:x,32", "24,32",
+                                  "24:0.5,16:0.5,32", "32:0.5:1,32", "24:nan,32"))
+def test_impossible_image_sizes(text):
+    with pytest.raises(BadInput, match="sizes"):
+        loop.image_sizes(text)
+
+
+def test_sizes_by_share_of_the_steps(tmp_path, monkeypatch):
+    """Finished batches are scaled; the teacher sees them at 32x32, and so does whoever evaluates."""
+    seen, taught, resized = [], [], loop.resized
+    monkeypatch.setattr(loop, "resized", lambda x, size: seen.append(resized(x, size)) or seen[-1])
+    teacher = Tiny(1).eval()
+    teacher.register_forward_pre_hook(lambda module, inputs: taught.append(inputs[0].shape[-1]))
+    evaluated = []
+    monkeypatch.setattr(loop, "evaluate", lambda network, data: evaluated.append(network.training) or (1.0, 3))
+    stage(tmp_path, settings=dataclasses.replace(SETTINGS, sizes="16:0.34,24:0.33,32"), teachers=[teacher])
+    assert [x.shape[-1] for x in seen] == [16] * 4 + [24] * 3 + [32] * 2 and taught == [32] * 9
+    assert [line["size"] for line in log(tmp_path)] == [16, 24, 32] and evaluated == [False] * 3
+
+
+def test_resized_is_antialiased():
+    x = torch.zeros(1, 1, 32, 32)
+    x[..., ::2] = 1  # stripes finer than the smaller image can show
+    small = loop.resized(x, 16)
+    assert small.shape[-1] == 16 and torch.allclose(small[..., 2:-2], torch.tensor(0.5), atol=0.02)
+    assert loop.resized(x, 32) is x
+
+
+def test_several_teachers_in_turns_or_their_mean(tmp_path):
+    """In turns: step k has teacher k mod n. Their mean: of their softened probabilities."""
+    asked = []
+    teachers = [Tiny(1).eval(), Tiny(2).eval(), Tiny(3).eval()]
+    for k, teacher in enumerate(teachers):
+        teacher.register_forward_hook(lambda module, inputs, out, k=k: asked.append(k))
+    stage(tmp_path / "turns", teachers=teachers)
+    assert asked == [0, 1, 2] * 3
+    asked.clear()
+    stage(tmp_path / "mean", teachers=teachers, settings=dataclasses.replace(SETTINGS, teaching="mean"))
+    assert asked == [0, 1, 2] * 9
+
+    logits, taught = torch.randn(4, 10), [torch.randn(4, 10), torch.randn(4, 10)]
+    p = (F.softmax(taught[0] / 2, 1) + F.softmax(taught[1] / 2, 1)) / 2
+    expected = 4 * (p * (p.log() - F.log_softmax(logits / 2, 1))).sum(1).mean()
+    assert loop.distillation(logits, taught, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_progress_where_there_is_no_terminal(tmp_path, capsys):
+    stage(tmp_path, show_seconds=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert len(lines) == 9
+    assert re.fullmatch(r"stage epoch 0\.67/3: [\d,]+ images/s at 32x32, lr 0\.0\d+, loss \d+\.\d+, train [\d.]+%, 22\.2% done, 0 min left",
+                        lines[1])
+    stage(tmp_path / "quiet")
+    assert "images/s" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -515,6 +581,81 @@ def test_other_settings_do_not_resume(tmp_path, change):
         stage(tmp_path, settings=dataclasses.replace(SETTINGS, **change))
 
 
+@pytest.mark.parametrize("first, then", ((dict(precision="bfloat16", workers=2), {}), ({}, dict(precision="bfloat16", workers=2))))
+def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
+    """Precision and threads are no settings that a state must match; each epoch's line says how it was trained."""
+    settings = dataclasses.replace(SETTINGS, epochs=4)
+    for _ in range(4):  # a step at a time: into the second epoch
+        stage(tmp_path, max_seconds=0, settings=dataclasses.replace(settings, **first))
+    result, _ = stage(tmp_path, settings=dataclasses.replace(settings, **then))
+    where = {True: "1 x 2 cpu, bfloat16", False: "1 x 1 cpu, float32"}
+    assert [line["where"] for line in log(tmp_path)] == [where[bool(first)]] + [where[bool(then)]] * 3
+    alone, _ = stage(tmp_path / "alone", settings=settings)
+    cosine = F.cosine_similarity(result.conv1.weight.flatten(), alone.conv1.weight.flatten(), dim=0)
+    assert cosine > 0.99 and not torch.equal(result.conv1.weight, alone.conv1.weight)
+
+
+CONSTANT = dataclasses.replace(SETTINGS, schedule="constant", epochs=4, cooldown=1, warmup_epochs=0.5)
+
+
+def test_the_length_may_change_while_the_rate_is_constant(tmp_path):
+    stage(tmp_path, max_seconds=0, settings=CONSTANT)
+    for _ in range(7):  # 8 of 12 steps: the rate falls from the 10th on
+        stage(tmp_path, max_seconds=0, settings=CONSTANT)
+    with pytest.raises(BadInput, match="lr .*length may change only|lr "):
+        stage(tmp_path, settings=dataclasses.replace(CONSTANT, epochs=6, lr=0.04))
+    with pytest.raises(BadInput, match="epochs 4 -> 3.*only while"):  # under the new plan it would have been falling
+        stage(tmp_path, settings=dataclasses.replace(CONSTANT, epochs=3))
+    longer = dataclasses.replace(CONSTANT, epochs=6, cooldown=2, sizes="24:0.5,32")
+    assert stage(tmp_path, max_seconds=0, settings=longer)[0] is None
+    result, _ = stage(tmp_path, settings=longer)
+    assert [line["epoch"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["lr"] for line in log(tmp_path)] == pytest.approx([0.05] * 4 + [0.05 * 4 / 7, 0.05 / 7])
+    plain, _ = stage(tmp_path / "plain", settings=dataclasses.replace(CONSTANT, epochs=6, cooldown=2))
+    assert not torch.equal(plain.conv1.weight, result.conv1.weight)
+
+
+def test_the_length_may_not_change_once_the_rate_falls(tmp_path):
+    for _ in range(10):
+        stage(tmp_path, max_seconds=0, settings=CONSTANT)
+    with pytest.raises(BadInput, match="epochs 4 -> 8.*only while the learning rate is constant"):
+        stage(tmp_path, settings=dataclasses.replace(CONSTANT, epochs=8))
+
+
+def test_a_longer_run_is_what_it_would_have_been(tmp_path):
+    """Two plans with the same constant part: changed on the way or planned from the start, bit for bit."""
+    planned, _ = stage(tmp_path / "planned", settings=dataclasses.replace(CONSTANT, epochs=6))
+    for _ in range(5):
+        stage(tmp_path / "changed", max_seconds=0, settings=CONSTANT)
+    changed, _ = stage(tmp_path / "changed", settings=dataclasses.replace(CONSTANT, epochs=6))
+    assert_same(planned, changed)
+
+
+def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
+    """stage.average.pt: float16, zeros and statistics as at the end; and a stage is taken up from it."""
+    model = Tiny()
+    for _ in range(4):
+        stage(tmp_path, "loss+masks", max_seconds=0)
+    left = torch.load(tmp_path / "stage.average.pt", weights_only=True)
+    state = loop.State(tmp_path / "stage.state", None)
+    average = state.read("average")
+    assert all(value.dtype == torch.float16 for value in left.values() if value.is_floating_point())
+    for name in LAYERS:
+        assert torch.equal(left[f"{name}.weight"], average[f"{name}.weight"].half())
+    zeros, count = (sum(f(left[f"{name}.weight"]) for name in LAYERS) for f in (lambda w: int((w == 0).sum()), torch.numel))
+    assert zeros >= 0.4 * count
+    assert not torch.equal(left["bn1.running_mean"], average["bn1.running_mean"].half())  # renewed
+
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in left.items()})
+    for path in (tmp_path / "stage.state").iterdir():
+        path.unlink()
+    result, _ = stage(tmp_path, model=model, start_epoch=4 / 3)
+    assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]  # the first was there before
+    assert result is not None
+    with pytest.raises(BadInput, match="cannot start at epoch 3 of 3"):
+        stage(tmp_path / "late", start_epoch=3)
+
+
 def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     """They decide the result too, though they are no Settings."""
     def changed(word, **kwargs):
@@ -522,7 +663,7 @@ def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
             loop.train("stage", model, kwargs.pop("data", TRAIN), TEST, SETTINGS, tmp_path, **{**same, **kwargs})
 
     model = Tiny()
-    same = {"penalty": ReweightedL1(model, LAYERS, target=0.5), "penalty_updates": 3, "teacher": Tiny(1).eval(),
+    same = {"penalty": ReweightedL1(model, LAYERS, target=0.5), "penalty_updates": 3, "teachers": [Tiny(1).eval()],
             "masks": Masks(model, target_masks(model, LAYERS, 0.3)), "save_seconds": 0}
     loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, max_seconds=0, **same)
     model = Tiny()
@@ -534,8 +675,8 @@ def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     changed("penalty", penalty=None)
     changed("penalty", penalty=ReweightedL1(model, LAYERS, target=0.5), penalty_updates=4)
     same["penalty"] = ReweightedL1(model, LAYERS, target=0.5)
-    changed("teacher", teacher=Tiny(2).eval())
-    changed("teacher", teacher=None)
+    changed("teacher", teachers=[Tiny(2).eval()])
+    changed("teacher", teachers=[])
     changed("images", data=cifar100.made_up(54, 0, classes=10))
     changed("masks", masks=None)
     assert loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, **same) is not None
@@ -624,39 +765,21 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_an_os_error(tmp_path):
     assert code == 10  # run_script makes one line and status 2 of it
 
 
-def test_strided_depthwise_convolutions_in_float32():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Conv2d(6, 6, 3, 1, 1, groups=6))
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = model(x)
-    with loop.strided_depthwise_in_float32(model):
-        assert torch.equal(model(x), plain)  # no autocast, as in an evaluation: nothing changes
-        with torch.autocast("cpu", torch.bfloat16):
-            first = model[0](x)
-            strided, other = model[1](first), model[2](first)
-            model[1](first.detach()).float().square().sum().backward()  # the way of a training step
-    assert first.dtype == strided.dtype == other.dtype == torch.bfloat16
-    wanted = model[1](first.float())
-    assert torch.equal(strided, wanted.bfloat16()) and wanted.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(model[1](first), strided)  # bfloat16 weights round
-    taught = model[1].weight.grad.clone()
-    model[1].zero_grad()
-    model[1](first.detach().float()).square().sum().backward()
-    assert torch.allclose(taught, model[1].weight.grad, rtol=0.02, atol=0.02 * taught.abs().max().item())
-    assert all("forward" not in vars(layer) for layer in model)
-
-
-def test_a_step_on_a_cpu_uses_them(tmp_path, monkeypatch):
-    entered = []
-
-    @contextlib.contextmanager
-    def watched(model):
-        entered.append(model)
-        yield
-
-    monkeypatch.setattr(loop, "strided_depthwise_in_float32", watched)
-    _, model = stage(tmp_path)
-    assert entered == [model]
+def test_two_workers_by_hand(tmp_path):
+    """One step: the mean of the gradients of two halves, each normalised by itself; running statistics are their mean."""
+    settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0, smoothing=0.0,
+                        augment="none", mixing="none", average=0, refresh=0, workers=2)
+    order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    reference = Tiny().train()
+    halves = [copy.deepcopy(reference) for _ in range(2)]
+    for half, index in zip(halves, order.split(26)):
+        F.cross_entropy(half(cifar100.normalise(TRAIN.images[index])), TRAIN.labels[index]).backward()
+    result, _ = stage(tmp_path, test=None, settings=settings)
+    for (name, ours), first, second in zip(result.named_parameters(), *(half.parameters() for half in halves)):
+        expected = first.detach() - 0.1 * 1.9 * (first.grad + second.grad) / 2
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6), name
+    for ours, first, second in zip(result.buffers(), *(half.buffers() for half in halves)):
+        assert torch.allclose(ours.double(), (first.double() + second) / 2, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -686,24 +809,32 @@ def loaded(path) -> nn.Module:
     return model
 
 
+def in_shares(folder, variant):
+    """One process of two workers: (result, trained model)."""
+    optimizer, _, _, average = VARIANTS[variant]
+    return stage(folder, variant, settings=dataclasses.replace(SETTINGS, optimizer=optimizer, average=average, workers=2))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_train_what_one_trains(tmp_path, whole, variant):
-    two(tmp_path, variant)
-    result, model, lines = whole(variant)
+def test_two_processes_train_what_two_workers_train(tmp_path, variant):
+    two(tmp_path / "two", variant)
+    result, model = in_shares(tmp_path / "one", variant)
+    lines, tmp_path = log(tmp_path / "one"), tmp_path / "two"
     assert_close(loaded(tmp_path / "result0.pt"), result)
     assert_close(loaded(tmp_path / "trained0.pt"), model)
     assert_same(loaded(tmp_path / "result0.pt"), loaded(tmp_path / "result1.pt"))
     assert_same(loaded(tmp_path / "trained0.pt"), loaded(tmp_path / "trained1.pt"))
     for mine, theirs in zip(log(tmp_path), lines, strict=True):  # a line an epoch, written once
-        assert mine.pop("stage") == theirs["stage"]
-        assert mine == pytest.approx({key: value for key, value in theirs.items() if key != "stage"}, rel=1e-3, abs=1e-3)
+        assert (mine.pop("where"), theirs.pop("where")) == ("2 x 1 cpu, float32", "1 x 2 cpu, float32")
+        assert mine.pop("stage") == theirs.pop("stage")
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3)
 
 
-def test_a_run_of_two_goes_on_alone(tmp_path, whole):
-    two(tmp_path, "proximal", max_seconds=0)
-    assert state_of(tmp_path)["progress"]["step"] == 1
-    result, _ = stage(tmp_path, "proximal")
-    assert_close(result, whole("proximal")[0])
+def test_a_run_of_two_goes_on_alone(tmp_path):
+    two(tmp_path / "two", "proximal", max_seconds=0)
+    assert state_of(tmp_path / "two")["progress"]["step"] == 1
+    result, _ = in_shares(tmp_path / "two", "proximal")
+    assert_close(result, in_shares(tmp_path / "one", "proximal")[0])
 
 
 def test_a_run_of_two_goes_on_bit_for_bit(tmp_path):
@@ -712,37 +843,3 @@ def test_a_run_of_two_goes_on_bit_for_bit(tmp_path):
     two(tmp_path / "parts", "loss+masks")
     assert_same(loaded(tmp_path / "whole/result0.pt"), loaded(tmp_path / "parts/result0.pt"))
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
-
-
-def batch_norm_of_two(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = loop.SyncBatchNorm.convert(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))
-    assert type(model[0]) is loop.SyncBatchNorm
-    x, weights = torch.load(folder / "batch.pt")
-    half = x[4 * rank:4 * rank + 4].clone().requires_grad_()
-    y = model(half)
-    (y * weights[4 * rank:4 * rank + 4]).sum().backward()
-    out = {"y": y.detach(), "x.grad": half.grad, "weight.grad": model[0].weight.grad, "bias.grad": model[0].bias.grad,
-           **model.state_dict()}
-    save_tensors(out, folder / f"out{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_batchnorm_over_two_processes_is_batchnorm_of_the_whole_batch(tmp_path):
-    x = 3 * torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) + 2
-    weights = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(1))
-    torch.save((x, weights), tmp_path / "batch.pt")
-    assert [wait(process) for process in [start(batch_norm_of_two, rank, tmp_path) for rank in (0, 1)]] == [0, 0]
-    one, other = (torch.load(tmp_path / f"out{rank}.pt") for rank in (0, 1))
-
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    whole_x = x.clone().requires_grad_()
-    y = model(whole_x)
-    (y * weights).sum().backward()
-    assert torch.allclose(torch.cat([one["y"], other["y"]]), y, atol=1e-5)
-    assert torch.allclose(torch.cat([one["x.grad"], other["x.grad"]]), whole_x.grad, atol=1e-5)
-    for name, parameter in model[0].named_parameters():
-        assert torch.allclose(one[f"{name}.grad"] + other[f"{name}.grad"], parameter.grad, atol=1e-4)
-    for key, value in model.state_dict().items():
-        assert torch.allclose(one[key], value, rtol=1e-5) and torch.equal(one[key], other[key])

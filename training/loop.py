@@ -25,7 +25,7 @@ import machine
 from evaluation import evaluate, renew_statistics
 from files import save_tensors, save_text
 from mobilenet_v2 import IMAGE_SIZE, BadInput, weight_layers
-from training.parallel import Processes, Replicas, shares, strided_depthwise_in_float32
+from training.parallel import Processes, Replicas, shares, fast_on_a_cpu
 from training.state import State, brief, fingerprint, sigterm_noted
 
 
@@ -256,7 +256,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
         asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
         if device.type == "cpu":
             for replica in replicas.models:
-                at_end.enter_context(strided_depthwise_in_float32(replica))
+                at_end.enter_context(fast_on_a_cpu(replica))
         while progress["step"] < steps:
             epoch, first = divmod(progress["step"], epoch_steps)
             if prepare is not None:
