@@ -98,51 +98,25 @@ class InFloat32:
             return super().forward(x.float()).bfloat16()
 
 
-class BitwiseReLU(torch.autograd.Function):
-    """ReLU of a bfloat16 tensor in place, on its bits as int16: below zero for both where the sign bit is set.
-
-    The gradient passes where the output is above zero. For NaN with a sign bit, too, the output is 0.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        x.view(torch.int16).clamp_min_(0)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        out, = ctx.saved_tensors
-        if gradient.stride() != out.stride() or gradient.dtype != out.dtype:
-            return gradient * (out > 0)
-        return torch.ops.aten.threshold_backward(gradient.view(torch.int16), out.view(torch.int16), 0).view(torch.bfloat16)
-
-
-class OnBits:
-    """A ReLU that overwrites its bfloat16 input, which is the output of a BatchNorm and needed by nobody else."""
-
-    def forward(self, x):
-        return BitwiseReLU.apply(x) if x.dtype == torch.bfloat16 else super().forward(x)
-
-
 @contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
-    """Within it, a step in bfloat16 avoids what is slow on a CPU; the results are the same or better. Nothing else changes.
+    """Within it, a step avoids what is slow on a CPU. The results are the same, or better.
 
-    Depthwise convolutions with a stride compute in float32: oneDNN has no fast bfloat16 kernel for their input's gradient
-    (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step. They read and
-    write few elements, so float32 costs little. ReLU, which torch computes by way of float32, works on the bits.
+    In bfloat16, depthwise convolutions with a stride compute in float32: oneDNN has no fast kernel for their input's
+    gradient (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step. They
+    read and write few elements, so float32 costs little. ReLU overwrites its input, the output of a BatchNorm, which nobody
+    else needs: 3% of a step.
     """
-    changed = []
-    for module in model.modules():
-        strided = isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.stride) > 1
-        mixin = InFloat32 if strided else OnBits if type(module) is nn.ReLU else None
-        if mixin:
-            module.__class__ = type(mixin.__name__, (mixin, type(module)), {})
-            changed.append(module)
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
+    relus = [m for m in model.modules() if isinstance(m, nn.ReLU) and not m.inplace]
+    for conv in strided:
+        conv.__class__ = type("InFloat32", (InFloat32, type(conv)), {})
+    for relu in relus:
+        relu.inplace = True
     try:
         yield
     finally:
-        for module in changed:
-            module.__class__ = type(module).__bases__[1]
+        for conv in strided:
+            conv.__class__ = type(conv).__bases__[1]
+        for relu in relus:
+            relu.inplace = False
