@@ -4,7 +4,7 @@
 
 Which kernel is fast depends on all of these. On CUDA channels-last goes to cuDNN, and contiguous (NCHW) bfloat16 to
 PyTorch's own kernel; on CPUs oneDNN has no fast bfloat16 kernel for the input's gradient where there is a stride
-(training/loop.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input is read and
+(training/parallel.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input is read and
 the output written; backward the output's gradient is read twice, the input once, and its gradient written.
 """
 import argparse

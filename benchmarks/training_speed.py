@@ -4,17 +4,25 @@
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
-whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA. Both train the
-same network with the same augmentation and batch on the same images. Rounds alternate and the median counts, so that
-whatever else runs on the machine slows both; only the ratio means anything.
+whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a thread
+with a share of the batch for each core. Both train the same network with the same augmentation and batch on the same
+images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, both loops beside another
+process that keeps two threads busy. Every measurement has a process of its own: the allocator is told something else in
+each. Rounds alternate and the median ratio counts, so that whatever else runs on the machine slows all; only the ratios
+mean anything.
 
-Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network eager,
-or under torch.compile's mode of that name ("default"; "reduce-overhead" records CUDA graphs). Last, on CUDA, how near that is
-to the memory's limit: the bandwidth of a large copy, measured here, over the bytes that a step has to move (see PASSES).
+Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network eager
+(on a CPU: in one of its threads), or under torch.compile's mode of that name ("default"; "reduce-overhead" records CUDA
+graphs). Last, on CUDA, how near that is to the memory's limit: the bandwidth of a large copy, measured here, over the bytes
+that a step has to move (see PASSES).
 """
 import argparse
 import contextlib
+import dataclasses
+import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
 import counting  # noqa: E402
+import machine  # noqa: E402
 from files import run_script, save_json  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
-from training import loop, main as training_main  # noqa: E402
+from training import loop, main as training_main, teachers  # noqa: E402
 
 
 # How often a training step has to read or write every convolution's output, with all that can be fused fused:
@@ -41,6 +50,12 @@ from training import loop, main as training_main  # noqa: E402
 #             BatchNorm reads this gradient and the output for its sums, and again for the gradient that it writes;
 #             the convolution reads that twice, for its input's gradient and for its weights'                           9
 PASSES = 14
+RATIOS = {  # name: (speed, beside which)
+    "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
+    "training without a teacher beside one with": ("ours", "ours, with a teacher"),
+    "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
+    "the plain loop alone, and beside a busy process": ("plain", "plain, beside a busy process"),
+    "training alone, and beside a busy process": ("ours", "ours, beside a busy process")}
 MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 
 
@@ -83,24 +98,46 @@ def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) ->
     return (time.perf_counter() - started) / (steps - 1) * steps
 
 
-def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device) -> float:
+def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device, taught: bool = False) -> float:
     """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not."""
+    machine.prepare()
     torch.manual_seed(0)
     model = MobileNetV2().to(device, memory_format=torch.channels_last)
+    taught_by = [teachers.fold_batchnorm(teachers.Micronet().eval()).to(device, memory_format=torch.channels_last)] * taught
     marks = []
 
     def mark(_):
         synchronize(device)
         marks.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
-        shown, sys.stdout = sys.stdout, nowhere
-        try:
-            loop.train("speed", model, data, None, settings, folder, prepare=mark, save_seconds=1e9)
-        finally:
-            sys.stdout = shown
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loop.train("speed", model, data, None, settings, folder, teachers=taught_by, prepare=mark, save_seconds=1e9)
     synchronize(device)
     return time.perf_counter() - marks[-1]  # the last epoch: the first one warms up
+
+
+def in_a_process(function, images: int, *args) -> float:
+    """function(made-up images, *args), in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (function, images, args))
+
+
+def _measured(function, images: int, args: tuple) -> float:
+    device = next(arg for arg in args if isinstance(arg, torch.device))
+    return function(cifar100.made_up(images, seed=0, device=device), *args)  # the speed does not depend on what they show
+
+
+@contextlib.contextmanager
+def busy_neighbour():
+    """Another process that multiplies matrices with two OpenMP threads, as most programs that use torch do."""
+    program = "import torch; torch.set_num_threads(2); x = torch.randn(512, 512)\nwhile True: torch.relu(x @ x)"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        time.sleep(5)  # until it has torch loaded
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, mode: str, steps: int = 8) -> dict[str, float]:
@@ -196,17 +233,29 @@ def main(argv=None) -> int:
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
                                    "--mixing", "none", "--refresh", "0"])
     settings = training_main.settings_for("pretrain", options, device)
-    data = cifar100.made_up(args.images, seed=0, device=device)  # the speed does not depend on what they show
-    machine = training_main.describe_machine(device, loop.Processes())
-    print(f"{machine}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    plain, ours = [], []
+    small = dataclasses.replace(settings, sizes="24:0.999999,32")
+    where = training_main.describe_machine(device, loop.Processes())
+    print(f"{where}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
+    kinds = {"plain": (plain_epoch, args.batch_size, device), "ours": (our_epoch, settings, device),
+             "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
+             "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
+    beside = {} if cuda else {"plain, beside a busy process": kinds["plain"], "ours, beside a busy process": kinds["ours"]}
+    speeds = {name: [] for name in (*kinds, *beside)}
     for turn in range(args.rounds):
-        plain.append(args.images / plain_epoch(data, args.batch_size, device))
-        ours.append(args.images / our_epoch(data, settings, device))
-        print(f"round {turn + 1}: plain {plain[-1]:,.1f} images/s, ours {ours[-1]:,.1f}, ratio {ours[-1] / plain[-1]:.2f}", flush=True)
-    ratio = statistics.median(o / p for o, p in zip(ours, plain))
-    print(f"median: plain {statistics.median(plain):,.1f} images/s, ours {statistics.median(ours):,.1f}, ratio {ratio:.2f}")
+        for name, kind in kinds.items():
+            speeds[name].append(args.images / in_a_process(kind[0], args.images, *kind[1:]))
+        for name, kind in beside.items():
+            with busy_neighbour():
+                speeds[name].append(args.images / in_a_process(kind[0], args.images, *kind[1:]))
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()), flush=True)
+    ratios = {}
+    for name, (above, below) in RATIOS.items():
+        if above in speeds:
+            ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
+            print(f"{name}: {ratios[name]:.2f}")
 
+    machine.prepare()
+    data = cifar100.made_up(args.images, seed=0, device=device)
     steps = {}
     for mode in args.modes:
         steps[mode] = parts = step_parts(data, settings, device, mode)
@@ -219,11 +268,10 @@ def main(argv=None) -> int:
         bandwidth, moved = copy_bandwidth(device), bytes_to_move(settings)
         limit = {"copy_bytes_per_second": bandwidth, "bytes_per_image": moved, "images_per_second": bandwidth / moved}
         print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are {bandwidth / moved:,.0f} images/s; "
-              f"reached: {statistics.median(ours) * moved / bandwidth:.1%}")
+              f"reached: {statistics.median(speeds['ours']) * moved / bandwidth:.1%}")
     if args.json:
-        save_json({"machine": machine, "images": args.images, "batch_size": args.batch_size, "precision": settings.precision,
-                   "plain_images_per_second": plain, "our_images_per_second": ours, "ratio": ratio,
-                   "steps": steps, "limit": limit}, args.json)
+        save_json({"machine": where, "images": args.images, "batch_size": args.batch_size, "precision": settings.precision,
+                   "images_per_second": speeds, "ratios": ratios, "steps": steps, "limit": limit}, args.json)
     return 0
 
 

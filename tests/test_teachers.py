@@ -1,0 +1,128 @@
+"""KAIST's network by its facts, its files where they are there, and what happens where they are not."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cifar100
+from files import save_tensors
+from mobilenet_v2 import BadInput
+from training import teachers
+
+THERE = os.environ.get("TEACHERS_DIR")
+NAMES = list(teachers.KAIST)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TEACHERS_DIR", raising=False)
+
+
+def random_state(pruned=("layers.3.conv1", "linear")) -> dict:
+    """A state dict as the files hold it: pruned layers have a mask beside the weight."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = teachers.Micronet().state_dict()
+        for name in pruned:
+            state[f"{name}.mask"] = (torch.rand_like(state[f"{name}.weight"]) < 0.7).float()
+        for key, value in state.items():
+            if key.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif key.endswith(("running_mean", "bn1.bias", "bn2.bias")):
+                value.normal_()
+    return state
+
+
+@pytest.mark.skipif(not THERE or not os.environ.get("CIFAR100_DIR"), reason="TEACHERS_DIR and CIFAR100_DIR do not name real files")
+def test_the_published_networks_have_the_measured_accuracy(capsys):
+    """All four and their mean, to the image but for rounding: the network, its normalisation and its masks are right."""
+    assert teachers.main(["--folder", THERE, "--data", os.environ["CIFAR100_DIR"]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [int(line.split(": ")[1].split(" of ")[0].replace(",", "")) for line in lines]
+    assert found == pytest.approx([8088, 8104, 8081, 8000, 8187], abs=5)
+
+
+def test_the_network_is_the_published_one():
+    model = teachers.Micronet()
+    assert sum(p.numel() for p in model.parameters()) == 485_330
+    assert len(model.layers) == 16 and model.linear.in_features == 114
+    assert [block.conv2.stride[0] for block in model.layers] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1]
+    assert [i for i, block in enumerate(model.layers) if len(block.shortcut)] == [0, 4, 13, 15]
+    assert model.layers[1].conv1.weight.shape[0] == 50 and model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_its_normalisation():
+    pixels = torch.tensor([0, 77, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    seen = []
+    model = teachers.Micronet().eval()
+    model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(cifar100.normalise(pixels))
+    wanted = [(value / 255 - mean) / std for value, mean, std in zip((0, 77, 255), teachers.MEAN, teachers.STD)]
+    assert torch.allclose(seen[0][0, :, 5, 5], torch.tensor(wanted), atol=1e-5)
+
+
+def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
+    state = random_state()
+    save_tensors(state, Path("some.t7"))
+    plain = teachers.load_micronet("some.t7")
+    assert torch.equal(plain.linear.weight, state["linear.weight"] * state["linear.mask"])
+    folded = teachers.load("some.t7")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
+    x = cifar100.normalise(cifar100.made_up(4, 0).images)
+    with torch.no_grad():
+        assert torch.allclose(plain(x), folded(x), rtol=1e-3, atol=1e-4)
+    save_tensors({f"module.{key}": value for key, value in state.items()}, Path("parallel.t7"))
+    assert torch.equal(teachers.load_micronet("parallel.t7").linear.weight, plain.linear.weight)
+
+
+def test_ours_is_a_teacher_too(sparse_checkpoint):
+    from mobilenet_v2 import load_checkpoint
+    x = cifar100.normalise(cifar100.made_up(2, 0).images)
+    with torch.no_grad():
+        assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change, said", (
+    (lambda state: state.pop("linear.bias"), "none of KAIST's"), (lambda state: state.update({"x.mask": torch.ones(2)}), "x.mask"),
+    (lambda state: state.update({"linear.mask": torch.ones(2)}), "linear.mask"),
+    (lambda state: state.update({"linear.bias": torch.ones(7)}), "none of KAIST's")))
+def test_another_network_is_named(change, said):
+    state = random_state()
+    change(state)
+    save_tensors(state, Path("other.t7"))
+    with pytest.raises(BadInput, match=said) as error:
+        teachers.load("other.t7")
+    assert "\n" not in str(error.value) and "other.t7" in str(error.value)
+
+
+def test_files_are_looked_for_and_checked(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="--folder.*holds no " + NAMES[0]):
+        teachers.find(tmp_path)
+    monkeypatch.setenv("TEACHERS_DIR", str(tmp_path))
+    with pytest.raises(BadInput, match="TEACHERS_DIR"):
+        teachers.load(NAMES[0])  # a bare name is looked for where the files are
+    (tmp_path / NAMES[0]).write_bytes(b"something else")
+    with pytest.raises(BadInput, match="SHA-256"):
+        teachers.find()
+
+
+def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    served = tmp_path / "served"
+    served.mkdir()
+    monkeypatch.setattr(teachers, "URL", f"file://{served}/")
+    with pytest.raises(BadInput, match="cannot download.*TEACHERS_DIR"):
+        teachers.find()
+    assert not list(Path().rglob("*.t7*"))
+    from files import sha256
+    for name in NAMES:
+        (served / name).write_bytes(name.encode())
+    monkeypatch.setattr(teachers, "KAIST", {name: (sha256(served / name), 0) for name in NAMES})
+    folder = teachers.find()
+    assert folder == teachers.FOLDER and sorted(path.name for path in folder.iterdir()) == sorted(NAMES)
+    (folder / NAMES[1]).write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="damaged"):
+        teachers.find()
