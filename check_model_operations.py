@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import claims
 import counting
-import packed
 from counting import CONVENTIONS, WORD, Formats
-from files import run_script, sha256
+from files import run_script
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 
 
@@ -218,15 +218,11 @@ def main(argv=None) -> int:
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:
         checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
-        model, claim = packed.load(checkpoint)
-        formats = counting.found_formats(model)
-        source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": sha256(checkpoint)}
+        read = checkpoints.read(checkpoint)
+        model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
+        source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": read.sha256}
         claim_file = claims.claim_path(checkpoint)
         if claim is not None:
-            formats, problems = claims.hold(claim, claim_file, model, formats)
-            if claim.get("sha256") != source["sha256"]:
-                problems.insert(0, f"{claim_file} claims SHA-256 {claim.get('sha256')}, "
-                                   f"but {checkpoint} has {source['sha256']}")
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
             if not problems and counts is not None and counts != counting.summary(model, formats):
                 problems.append(f"the counts that {claim_file} claims are not those of {checkpoint}")

@@ -11,9 +11,12 @@
     integer              accuracy and accumulators of the integer network (integer.py --record adds it)
     onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)
     made_by              command, commit, machine, and the training stages behind it
+    digest               SHA-256 of all of the above (see `digest`): what nobody can see in the values is at least what was written
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
 """
+import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +30,32 @@ from files import load_json, save_json
 from mobilenet_v2 import BadInput
 
 
+# parts that testers.py does not check, and the command that measured them
+RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py", "made_by": "its word alone",
+            "packed": "python packed.py", "integer": "python integer.py", "onnx": "python export_onnx.py --verify"}
+
+
 def claim_path(checkpoint) -> Path:
     return Path(checkpoint).with_suffix(".json")
+
+
+def digest(claim: dict) -> str:
+    """SHA-256 of the claim without its digest: of its JSON, with sorted keys and no spaces."""
+    content = {key: value for key, value in claim.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def save(claim: dict, path) -> None:
+    save_json(claim | {"digest": digest(claim)}, path)
+
+
+def read(path) -> dict:
+    """The claim in a file. Raises BadInput if it is missing, damaged, or not as it was written."""
+    claim = load_json(path)
+    if claim.get("digest") != digest(claim):
+        raise BadInput(f"{path}: altered since it was written (its digest is {claim.get('digest')}, that of its content "
+                       f"{digest(claim)}); restore it, or write it again with quantize.py")
+    return claim
 
 
 def recordable(checkpoint) -> None:
@@ -42,7 +69,7 @@ def recordable(checkpoint) -> None:
 def record(checkpoint, key: str, value: dict) -> None:
     """Set one key of the claim beside a checkpoint, whatever else has changed there in the meantime."""
     recordable(checkpoint)
-    save_json(load_json(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
+    save(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:

@@ -49,10 +49,11 @@ import cifar100
 import claims
 import machine
 import quantize
+from checkpoints import load
 from counting import Formats
 from files import replacing, run_script, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
-from packed import load, stated_formats
+from packed import stated_formats
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
 BATCH = 32
@@ -392,8 +393,6 @@ def main(argv=None) -> int:
     if args.record:
         claims.recordable(checkpoint)
     model, claim = load(checkpoint)
-    if claim is None:
-        raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
     graph = Codes(model, claim)
     content = graph.finished(about(checkpoint, claim, graph)).SerializeToString()
     with replacing(out) as file:

@@ -40,10 +40,11 @@ import claims
 import counting
 import machine
 import quantize
+from checkpoints import load
 from counting import signed_bits
 from files import run_script
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
-from packed import exponent, load, stated_formats
+from packed import exponent, stated_formats
 
 BATCH = 8  # images: their maps stay in the cache
 COUNTED = ("correct", "float_correct", "agree", "identical")
@@ -385,8 +386,6 @@ def main(argv=None) -> int:
     if args.record:
         claims.recordable(checkpoint)  # before anything is done
     model, claim = load(checkpoint)
-    if claim is None:
-        raise BadInput(f"{checkpoint} has no claim beside it: the integer network needs the formats of its activations")
     network = IntegerNetwork.from_checkpoint(model, claim)
     data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
     data = cifar100.Images(data.images[:args.images], data.labels[:args.images])

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 import claims
 import counting
 from counting import WORD, Formats, Grid
-from files import load_json, replacing, run_script, sha256
-from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
+from files import replacing, run_script, sha256
+from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, weight_layers
 
 MAGIC, VERSION = b"MNET", 1
 HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
@@ -240,30 +240,11 @@ def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
     return model.eval(), {"tensors": tensors, "activations": activations}
 
 
-def load(path) -> tuple[MobileNetV2, dict | None]:
-    """(model, claim) of a checkpoint of either kind. The claim is the .json beside it.
-
-    A packed file states its formats itself: they are the claim if there is no .json, and must be those of the .json if
-    there is one, whose "sha256" is then that of the packed file. A state dict without a .json has the claim None.
-    """
-    beside = claims.claim_path(path)
-    claim = load_json(beside) if beside.exists() else None
-    if Path(path).suffix != ".mnet":
-        return load_checkpoint(path), claim
-    model, own = unpack(path)
-    if claim is None:
-        return model, own | {"sha256": sha256(path)}
-    differing = format_differences(claim, own)
-    if differing:
-        raise BadInput(f"{beside} and {path} do not agree on {', '.join(differing[:3])}"
-                       + f" (and {len(differing) - 3} more)" * (len(differing) > 3))
-    packed = claim.get("packed")
-    return model, claim | {"sha256": packed.get("sha256") if isinstance(packed, dict) else None}
-
-
 # ---------------------------------------------------------------------------------------------------------- the script
 
 def main(argv=None) -> int:
+    import checkpoints  # which reads packed files too
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="F",
                         help=f"a shipped one, with its claim beside it (default: {CHECKPOINT} beside this script)")
@@ -273,9 +254,7 @@ def main(argv=None) -> int:
     out = args.out or checkpoint.with_suffix(".mnet")
     if out.suffix != ".mnet":
         raise BadInput(f"--out {out}: expected a name that ends in .mnet")
-    model, claim = load(checkpoint)
-    if claim is None:
-        raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
+    model, claim = checkpoints.load(checkpoint)
     sections = pack(model, claim, out)
     found = differences(model, claim, *unpack(out))
     if found:

@@ -40,7 +40,7 @@ import counting
 import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
-from files import load_json, run_script, save_json, save_tensors, sha256
+from files import load_json, run_script, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 LAYERS = 58
@@ -552,7 +552,7 @@ def main(argv=None) -> int:
         "source_sha256": sha256(args.checkpoint), "training": trained}
     accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
     claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by) | {"dead_weight_removed": removed}
-    save_json(claim, claims.claim_path(args.out))
+    claims.save(claim, claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

@@ -21,8 +21,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 import claims  # noqa: E402
 import counting  # noqa: E402
+from checkpoints import load  # noqa: E402
 from files import load_json, run_script, save_text  # noqa: E402
-from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint  # noqa: E402
+from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -250,12 +251,8 @@ def main(argv=None) -> int:
     parser.add_argument("--pages", type=Path, default=HERE, metavar="DIR", help="where README.md and ACCOUNT.md are (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
-    model = load_checkpoint(args.checkpoint)
-    path = claims.claim_path(args.checkpoint)
-    claim = load_json(path)
-    formats, problems = claims.hold(claim, path, model, counting.found_formats(model))
-    if problems:
-        raise BadInput(f"{args.checkpoint} contradicts its claim: {problems[0]}")
+    model, claim = load(args.checkpoint)
+    formats, _ = claims.hold(claim, args.checkpoint, model, counting.found_formats(model))
     operations = counting.trace(model)
     counted = {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}
     contents = tables(claim, counted, counting.submission_operations(operations))
@@ -270,8 +267,8 @@ def main(argv=None) -> int:
     if args.check:
         for page, text in pages.items():
             if filled[page] != text:
-                raise BadInput(f"{page}: its tables are not those of {path}; run python report.py")
-        print(f"the tables of README.md and ACCOUNT.md are those of {path}")
+                raise BadInput(f"{page}: its tables are not those of {claims.claim_path(args.checkpoint)}; run python report.py")
+        print(f"the tables of README.md and ACCOUNT.md are those of {claims.claim_path(args.checkpoint)}")
         return 0
     figures = {
         "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import cifar100
+import checkpoints
 import claims
 import counting
 import machine
-import packed
 import quantize
 from evaluation import evaluate
-from files import run_script, sha256
+from files import run_script
 from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
 
 
@@ -88,16 +88,13 @@ def main(argv=None) -> int:
     machine.prepare()
     args = parse(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
-    model, claim = packed.load(checkpoint)
-    found = counting.found_formats(model)
-    formats, network, problems = found, model.to(memory_format=torch.channels_last), []
-    report = {"checkpoint": str(checkpoint), "sha256": sha256(checkpoint)}
+    read = checkpoints.read(checkpoint)
+    model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
+    network = model.to(memory_format=torch.channels_last)
+    report = {"checkpoint": str(checkpoint), "sha256": read.sha256}
     lines = [f"{checkpoint}, SHA-256 {report['sha256']}"]
 
     if claim is not None:
-        formats, problems = claims.hold(claim, claims.claim_path(checkpoint), model, found)
-        if claim.get("sha256") != report["sha256"]:
-            problems.insert(0, f"the claim is about another file, with SHA-256 {claim.get('sha256')}")
         network = quantize.exact_network(model, claim.get("activations", []))
         bound = exactness(model, formats)
         lines.append(f"weights and activations quantized as claimed by {claims.claim_path(checkpoint).name}; the largest possible "
@@ -108,6 +105,10 @@ def main(argv=None) -> int:
         lines.append(f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}")
         if not same:
             problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
+        unchecked = [key for key, command in claims.RECORDED.items() if key in claim]
+        if unchecked:
+            lines.append("not checked here, but as they were written: " + ", ".join(
+                f"{key} ({claims.RECORDED[key]})" for key in unchecked))
     else:
         lines.append("no claim beside it: evaluated in float32, widths as found in the values")
 
@@ -134,7 +135,7 @@ def main(argv=None) -> int:
             problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
 
     summary = counting.summary(model, formats)
-    report |= {"tensors": counting.tensor_rows(model, found), "counts": summary, "problems": problems}
+    report |= {"tensors": counting.tensor_rows(model, counting.found_formats(model)), "counts": summary, "problems": problems}
     if claim is not None and claim.get("counts") != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:

@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
 import quantize  # noqa: E402
+from checkpoints import load  # noqa: E402
 from files import run_script, save_json  # noqa: E402
-from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
-from packed import load  # noqa: E402
+from mobilenet_v2 import CHECKPOINT  # noqa: E402
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -148,8 +148,6 @@ def main(argv=None) -> int:
     torch.set_num_threads(args.threads)
     checkpoint = args.checkpoint or Path(__file__).resolve().parent.parent / CHECKPOINT
     model, claim = load(checkpoint)
-    if claim is None:
-        raise BadInput(f"{checkpoint} has no claim beside it: its formats are unknown")
     runs, models = engines(model, claim, args.threads, args.compile)
     machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "
                f"onnxruntime {runtime.__version__}")

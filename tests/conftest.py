@@ -66,8 +66,9 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
 def full(sparse_checkpoint, tmp_path_factory):
     """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
     import cifar100
+    import claims
     import quantize
-    from files import save_json, save_tensors
+    from files import save_tensors, sha256
     from mobilenet_v2 import load_checkpoint
 
     model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
@@ -79,5 +80,6 @@ def full(sparse_checkpoint, tmp_path_factory):
     quantize.round_shifts(network, tensors, activations)
     path = tmp_path_factory.mktemp("full") / "network.pt"
     save_tensors(network.state_dict(), path)
-    save_json({"tensors": tensors, "activations": activations}, path.with_suffix(".json"))
-    return path, load_checkpoint(path), {"tensors": tensors, "activations": activations}
+    claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
+    claims.save(claim, path.with_suffix(".json"))
+    return path, load_checkpoint(path), claim

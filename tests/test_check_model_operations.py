@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import check_model_operations
+import claims
 import counting
 from check_model_operations import main
 from claims import hold
@@ -45,7 +46,7 @@ def shipped(tmp_path_factory):
     activations = [{"name": name, "bits": 8, "signed": bool(SIGNED.fullmatch(name)), "step": 0.0625}
                    for name in counting.activation_points(model)]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
-    save_json(claim, path.with_suffix(".json"))
+    claims.save(claim, path.with_suffix(".json"))
     return path, claim
 
 
@@ -53,8 +54,8 @@ def shipped(tmp_path_factory):
 def claimed(shipped):
     """A function that writes a claim beside the checkpoint; the true one is put back afterwards."""
     path, claim = shipped
-    yield lambda changed: save_json(changed, path.with_suffix(".json"))
-    save_json(claim, path.with_suffix(".json"))
+    yield lambda changed: claims.save(changed, path.with_suffix(".json"))
+    claims.save(claim, path.with_suffix(".json"))
 
 
 @pytest.fixture(autouse=True)

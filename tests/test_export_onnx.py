@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cifar100
+import checkpoints
 import claims
 import packed
 import quantize
@@ -35,7 +36,7 @@ def ship(sparse_checkpoint, path, scheme):
         quantize.round_shifts(network, tensors, activations)
     save_tensors(network.state_dict(), path)
     accuracy = {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}
-    save_json(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
+    claims.save(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
     return path
 
 
@@ -212,6 +213,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--record", "--made-up", "100", "--images", "30"]) == 0
     after = load_json(claims.claim_path(checkpoint))
     record = after.pop("onnx")
+    assert after.pop("digest") != before.pop("digest")
     assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30 and record["data"] == "made up"
     assert record["kernels"]["QLinearConv"] == 39 and record["engine"].startswith("onnxruntime 1.")
     monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
@@ -222,7 +224,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
     """On test images, to the last bit; and what the claim recorded of all 10,000."""
-    model, claim = packed.load(export_onnx.Path(export_onnx.__file__).with_name(export_onnx.CHECKPOINT))
+    model, claim = checkpoints.load(export_onnx.Path(export_onnx.__file__).with_name(export_onnx.CHECKPOINT))
     data = cifar100.load(cifar100_dir, "test")
     data = cifar100.Images(data.images[:300], data.labels[:300])
     engine = session(Codes(model, claim).finished({}).SerializeToString())

@@ -146,6 +146,7 @@ def test_record(full, tmp_path, capsys):
     assert main(argv) == 0
     after, before = load_json(path.with_suffix(".json")), load_json(claim)
     record = after.pop("integer")
+    assert after.pop("digest") != before.pop("digest")
     assert after == before and record["data"] == "made up" and record["images"] == record["identical"] == 9
     assert len(record["accumulators"]) == 59 and "seconds" not in record
     packed.main(["--checkpoint", str(path)])

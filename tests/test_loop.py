@@ -1,5 +1,4 @@
 """The training loop on a network of four layers: schedules, one step by hand, resume to the bit, several processes."""
-import contextlib
 import copy
 import dataclasses
 import errno

@@ -9,10 +9,11 @@ from torch import nn
 
 import counting
 import packed
-from claims import claim_path
+from checkpoints import load, read
+from claims import claim_path, digest, save
 from files import save_json, save_tensors, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
-from packed import from_bits, load, main, pack, to_bits, unpack, unpack_bytes
+from packed import from_bits, main, pack, to_bits, unpack, unpack_bytes
 from small import CLASSES, WIDTH, tiny_network
 
 
@@ -241,27 +242,31 @@ def test_another_width(tiny, tmp_path):
 
 def test_load(full, tmp_path):
     path, model, claim = full
-    assert same(load(path)[0], model) and load(path)[1] == claim
+    assert same(read(path).model, model) and read(path).claim == claim | {"digest": digest(claim)} and read(path).problems == []
     file = tmp_path / "network.mnet"
     pack(model, claim, file)
-    returned, own = load(file)
-    assert same(model, returned) and own == claim | {"sha256": sha256(file)}  # without a claim: what the file states
+    alone = read(file)
+    formats = {key: claim[key] for key in ("tensors", "activations")}
+    assert same(model, alone.model) and alone.claim == formats and alone.problems == []  # without a claim: what the file states
+    assert alone.sha256 == sha256(file)
 
-    save_json(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
-    assert load(file)[1] == claim | {"sha256": None, "accuracy": 1}
+    save(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
+    assert len(read(file).problems) == 1 and "about another file, with SHA-256 None" in read(file).problems[0]
     said = claim | {"sha256": "of the .pt", "packed": {"sha256": sha256(file)}}
-    save_json(said, claim_path(file))
-    assert load(file)[1] == said | {"sha256": sha256(file)}
+    save(said, claim_path(file))
+    assert load(file)[1]["packed"] == said["packed"] and read(file).problems == []
 
     other = json.loads(json.dumps(said))
     for entry in other["activations"][:4]:
         entry["step"] *= 2
-    save_json(other, claim_path(file))
+    save(other, claim_path(file))
     with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
         load(file)
 
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
-    assert load(tmp_path / "alone.pt")[1] is None
+    assert read(tmp_path / "alone.pt").claim is None
+    with pytest.raises(BadInput, match="no claim beside it"):
+        load(tmp_path / "alone.pt")
 
 
 def test_script(full, tmp_path, capsys):
@@ -270,7 +275,7 @@ def test_script(full, tmp_path, capsys):
     path.write_bytes(source.read_bytes())
     with pytest.raises(BadInput, match="no claim beside it"):
         main(["--checkpoint", str(path)])
-    save_json(claim, claim_path(path))
+    save(claim, claim_path(path))
     with pytest.raises(BadInput, match="ends in .mnet"):
         main(["--checkpoint", str(path), "--out", str(path)])
     assert main(["--checkpoint", str(path)]) == 0
@@ -278,9 +283,10 @@ def test_script(full, tmp_path, capsys):
     assert f"{file}: {file.stat().st_size:,} bytes" in out and "32-bit parameters in the file" in out
     recorded = json.loads(claim_path(path).read_text())
     packed_file = {"file": "network.mnet", "bytes": file.stat().st_size, "sha256": sha256(file)}
+    assert recorded.pop("digest") == digest(recorded)
     assert recorded == claim | {"packed": packed_file}
-    assert load(file)[1]["sha256"] == sha256(file)
+    assert load(file)[1]["packed"]["sha256"] == sha256(file)
     again = tmp_path / "again.mnet"  # a packed file can be packed; other names leave the claim alone
     assert main(["--checkpoint", str(file), "--out", str(again)]) == 0
-    assert again.read_bytes() == file.read_bytes() and json.loads(claim_path(path).read_text()) == recorded
+    assert again.read_bytes() == file.read_bytes() and json.loads(claim_path(path).read_text()) == recorded | {"digest": digest(recorded)}
     assert same(load_checkpoint(path), load(again)[0]) and isinstance(load(again)[0], MobileNetV2)

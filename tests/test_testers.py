@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cifar100
+import claims
 import counting
 import quantize
 import testers
@@ -109,7 +110,7 @@ def test_json_holds_the_same(original, run):
 def test_json_names_the_problems_too(shipped, run):
     claim = load_json(shipped.with_suffix(".json"))
     claim["counts"] = {}
-    save_json(claim, shipped.with_suffix(".json"))
+    claims.save(claim, shipped.with_suffix(".json"))
     status, out, err = run("--checkpoint", shipped, "--json", *MADE_UP)
     assert status == 2 and err == "testers.py: the counts in the claim are not those of the file\n"
     assert json.loads(out)["problems"] == ["the counts in the claim are not those of the file"]
@@ -130,7 +131,7 @@ def test_without_a_claim_it_is_a_float_network(sparse_checkpoint, run):
 def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
     """`Accuracy: N/10000 (xx.xx%)`, whatever the data."""
     monkeypatch.setattr(cifar100, "load", lambda folder, split: cifar100.Images(torch.zeros(images, 1), torch.zeros(images)))
-    monkeypatch.setattr(quantize, "evaluate", lambda network, data: (1.5, correct))
+    monkeypatch.setattr(testers, "evaluate", lambda network, data: (1.5, correct))
     shipped.with_suffix(".json").unlink()
     status, out, _ = run("--checkpoint", shipped)
     assert status == 0 and f"\nLoss: 1.5000 (test set)\nAccuracy: {correct}/{images} ({100 * correct / images:.2f}%)\n" in out
@@ -163,6 +164,21 @@ def test_other_data_than_the_claims_do_not_verify_it(original, run):
 
 # ------------------------------------------------------------------------------------------------- a tampered claim
 
+@pytest.mark.parametrize("key, value", (("accuracy_by_step", []), ("made_by", {}), ("dead_weight_removed", {"weights": 9}),
+                                        ("integer", {"correct": 10_000}), ("sha256", "0" * 64)))
+def test_whatever_is_altered_by_hand_is_refused(shipped, run, key, value):
+    """Also what nobody can see in the values: the claim carries a digest of itself."""
+    beside = shipped.with_suffix(".json")
+    save_json(load_json(beside) | {key: value}, beside)
+    status, out, err = run("--checkpoint", shipped, *MADE_UP)
+    assert (status, out) == (2, "") and "altered since it was written" in err and err.count("\n") == 1
+
+
+def test_what_is_not_checked_here_is_named(original, run):
+    out = run("--checkpoint", original, *MADE_UP)[1]
+    assert "not checked here, but as they were written: accuracy_by_step (python quantize.py), " in out
+
+
 def set_entry(name, key="tensors", **changes):
     return lambda claim: entry(claim, name, key).update(changes)
 
@@ -194,8 +210,8 @@ TAMPERED = {
     "no counts": (lambda claim: claim.pop("counts"), ["the counts in the claim are not those of the file"]),
     "last bit of a logit": (last_bit, ["the logits of the fixed made-up batch are not those recorded"]),
     "no logits": (lambda claim: claim.pop("probe_logits"), ["the logits of the fixed made-up batch are not those recorded"]),
-    "another file": (lambda claim: claim.update(sha256="0" * 64), ["the claim is about another file, with SHA-256 0000"]),
-    "no file": (lambda claim: claim.pop("sha256"), ["the claim is about another file, with SHA-256 None"]),
+    "another file": (lambda claim: claim.update(sha256="0" * 64), ["about another file, with SHA-256 0000"]),
+    "no file": (lambda claim: claim.pop("sha256"), ["about another file, with SHA-256 None"]),
     "missing activation": (drop("layers.9.relu2", "activations"), [r"missing \['layers.9.relu2'\]"]),
     "no activations": (lambda claim: claim.pop("activations"), ["'activations' is not a list"]),
     "activation's sign": (set_entry("relu1", "activations", signed=True), ["activation relu1: signed is True, expected False"]),
@@ -212,7 +228,7 @@ def test_a_tampered_claim(shipped, run, what):
     change, messages = TAMPERED[what]
     claim = load_json(shipped.with_suffix(".json"))
     change(claim)
-    save_json(claim, shipped.with_suffix(".json"))
+    claims.save(claim, shipped.with_suffix(".json"))
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
     assert status == 2
     for message in messages:
@@ -236,7 +252,7 @@ def test_one_code_changed(shipped, run):
 
     tamper(shipped, change)
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
-    assert status == 2 and "the claim is about another file" in err
+    assert status == 2 and "is about another file" in err
     assert "the logits of the fixed made-up batch are not those recorded" in err and "NOT as recorded" in out
 
 
@@ -247,7 +263,7 @@ def test_one_value_off_its_grid(shipped, run):
     tamper(shipped, change)
     status, _, err = run("--checkpoint", shipped, *MADE_UP)
     assert status == 2 and re.search(r"^testers.py: layers.3.conv1.weight: the values need \d+ bits", err, re.M)
-    assert "the claim is about another file" in err
+    assert "is about another file" in err
 
 
 def test_one_zero_more(shipped, run):

@@ -1,0 +1,71 @@
+"""A checkpoint with its claim: the one place where every script gets both from, held against each other."""
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+import claims
+import counting
+import packed
+from counting import Formats
+from files import sha256
+from mobilenet_v2 import BadInput, load_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """`model` in eval mode; `claim` beside it, or None; `formats` as claimed, or as found in the values without a claim;
+    `problems`, a line for everything in which file and claim contradict each other."""
+    path: Path
+    sha256: str
+    model: nn.Module
+    claim: dict | None
+    formats: Formats
+    problems: list[str]
+
+
+def read(path) -> Checkpoint:
+    """A checkpoint of either kind, a state dict or a packed .mnet. The claim is the .json beside it.
+
+    A packed file states its formats itself: they are the claim if there is no .json, and must be those of the .json if
+    there is one. Raises BadInput if a file cannot be read at all, or the claim was altered since it was written.
+    """
+    path, beside = Path(path), claims.claim_path(path)
+    claim = claims.read(beside) if beside.exists() else None
+    own, problems = None, []
+    if path.suffix == ".mnet":
+        model, own = packed.unpack(path)
+    else:
+        model = load_checkpoint(path)
+    digest, found = sha256(path), counting.found_formats(model)
+    if claim is None:
+        if own is None:
+            return Checkpoint(path, digest, model, None, found, [])
+        claim = own
+    else:
+        claimed = claim.get("sha256")
+        if own is not None:
+            record = claim.get("packed")
+            claimed = record.get("sha256") if isinstance(record, dict) else None
+        if claimed != digest:
+            problems.append(f"{beside} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
+        differing = packed.format_differences(claim, own) if own is not None else []
+        if differing:
+            problems.append(f"{beside} and {path} do not agree on {', '.join(differing[:3])}"
+                            + f" (and {len(differing) - 3} more)" * (len(differing) > 3))
+    formats, contradictions = claims.hold(claim, beside, model, found)
+    return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
+
+
+def load(path) -> tuple[nn.Module, dict]:
+    """(model, claim) of a checkpoint that fits its claim, for scripts that compute with both or record what they found.
+
+    Raises BadInput for anything else, and if there is no claim.
+    """
+    checkpoint = read(path)
+    if checkpoint.claim is None:
+        raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; quantize.py writes one")
+    if checkpoint.problems:
+        more = f" (and {len(checkpoint.problems) - 1} more; testers.py lists them)" if checkpoint.problems[1:] else ""
+        raise BadInput(f"{checkpoint.problems[0]}{more}")
+    return checkpoint.model, checkpoint.claim
