@@ -26,7 +26,7 @@ import checkpoints
 import claims
 import counting
 from counting import CONVENTIONS, WORD, Formats
-from files import run_script
+from files import run_script, some_path
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 
 
@@ -193,7 +193,7 @@ def share(text: str) -> Fraction:
 
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Operations, storage, score by the rules of the MicroNet Challenge.")
-    parser.add_argument("--checkpoint", type=Path, help=f"a state dict (default: {CHECKPOINT} beside this script)")
+    parser.add_argument("--checkpoint", type=some_path, help=f"a state dict (default: {CHECKPOINT} beside this script)")
     parser.add_argument("--summary", action="store_true", help="leave out the row for every operation")
     parser.add_argument("--json", action="store_true", help="everything as JSON, in exact bits")
     alone = parser.add_mutually_exclusive_group()

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from files import run_script
+from files import run_script, some_path
 from mobilenet_v2 import IMAGE_SIZE, BadInput
 
 CLASSES = 100
@@ -471,7 +471,7 @@ def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Find (or download) CIFAR-100, check it, and say what was found.")
-    parser.add_argument("--data", metavar="FOLDER", help="folder that is or holds cifar-100-python "
+    parser.add_argument("--data", type=some_path, metavar="FOLDER", help="folder that is or holds cifar-100-python "
                         "(default: the environment variable CIFAR100_DIR, else ./data.cifar100, downloaded if missing)")
     folder = find(parser.parse_args(argv).data)
     print(f"CIFAR-100 in {folder}")

@@ -11,12 +11,10 @@
     integer              accuracy and accumulators of the integer network (integer.py --record adds it)
     onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)
     made_by              command, commit, machine, and the training stages behind it
-    digest               SHA-256 of all of the above (see `digest`): what nobody can see in the values is at least what was written
+    digest               SHA-256 of all of the above (files.digest): what nobody can see in the values is at least what was written
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
 """
-import hashlib
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import nn
 
 import counting
 from counting import WORD, Activation, Formats, Grid
-from files import load_json, save_json
+from files import load_record, save_record
 from mobilenet_v2 import BadInput
 
 
@@ -39,23 +37,9 @@ def claim_path(checkpoint) -> Path:
     return Path(checkpoint).with_suffix(".json")
 
 
-def digest(claim: dict) -> str:
-    """SHA-256 of the claim without its digest: of its JSON, with sorted keys and no spaces."""
-    content = {key: value for key, value in claim.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def save(claim: dict, path) -> None:
-    save_json(claim | {"digest": digest(claim)}, path)
-
-
 def read(path) -> dict:
     """The claim in a file. Raises BadInput if it is missing, damaged, or not as it was written."""
-    claim = load_json(path)
-    if claim.get("digest") != digest(claim):
-        raise BadInput(f"{path}: altered since it was written (its digest is {claim.get('digest')}, that of its content "
-                       f"{digest(claim)}); restore it, or write it again with quantize.py")
-    return claim
+    return load_record(path, "restore it, or write it again with quantize.py")
 
 
 def recordable(checkpoint) -> None:
@@ -69,7 +53,7 @@ def recordable(checkpoint) -> None:
 def record(checkpoint, key: str, value: dict) -> None:
     """Set one key of the claim beside a checkpoint, whatever else has changed there in the meantime."""
     recordable(checkpoint)
-    save(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
+    save_record(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:

@@ -51,7 +51,7 @@ import machine
 import quantize
 from checkpoints import load
 from counting import Formats
-from files import replacing, run_script, sha256
+from files import replacing, run_script, sha256, some_path, try_to_write
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 from packed import stated_formats
 
@@ -351,20 +351,20 @@ def compare_some(engine, exact: nn.Module, data: cifar100.Images, first: int) ->
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="F",
+    parser.add_argument("--checkpoint", type=some_path, metavar="F",
                         help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
-    parser.add_argument("--out", type=Path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--out", type=some_path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
     parser.add_argument("--verify", action="store_true",
                         help="run it in onnxruntime on the test set, beside quantize.exact_network")
     parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
-    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
     parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
     args = parser.parse_args(argv)
     args.verify |= args.record
     for name, low in (("images", 1), ("made_up", 2)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= 10**6:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {10**6}")
     return args
 
 
@@ -388,6 +388,7 @@ def main(argv=None) -> int:
     out = args.out or checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise BadInput(f"--out {out}: expected a name that ends in .onnx")
+    try_to_write(out)
     if args.verify:
         needed("onnxruntime")  # before anything is done
     if args.record:

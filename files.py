@@ -1,4 +1,5 @@
 """Files that are never half written, and scripts that end with one clear line."""
+import argparse
 import contextlib
 import hashlib
 import io
@@ -17,30 +18,56 @@ from mobilenet_v2 import BadInput
 def replacing(path):
     """A temporary file beside `path`, open for writing bytes; renamed to `path` once the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was.
+    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. An OSError
+    names `path`, whichever call raised it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            kept = "; what was there before is kept" if path.exists() else ""
+            raise OSError(error.errno, f"not written: {error.strerror}{kept}", str(path)) from error
         raise
 
 
-def save_tensors(value, path) -> None:
-    """`torch.save` that leaves the old file or the new one. `value` is a state dict or nested plain containers."""
+def try_to_write(*paths) -> None:
+    """Before long work: raises BadInput if a file could not be written there afterwards. Leaves no trace but the folder."""
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                raise OSError(0, "it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp"):
+                pass
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
+
+
+def some_path(text: str) -> Path:
+    """An argparse type: a path that is not empty, which would mean the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, and not nothing")
+    return Path(text)
+
+
+def save_tensors(value, path) -> str:
+    """`torch.save` that leaves the old file or the new one; its SHA-256. `value`: a state dict or nested plain containers."""
     buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
     torch.save(value, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def save_text(text: str, path) -> None:
@@ -63,6 +90,41 @@ def load_json(path) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+def load_lines(path) -> list[dict]:
+    """The lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, if one is something else."""
+    lines = []
+    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            good = isinstance(line, dict) and type(line.get("step")) is int
+        except (ValueError, RecursionError):
+            good = False
+        if not good:
+            raise BadInput(f"{path}: line {number} is no line of a log; remove the file, or restore it")
+        lines.append(line)
+    return lines
+
+
+def digest(record: dict) -> str:
+    """SHA-256 of a record without its own "digest": of its JSON, with sorted keys and no spaces."""
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def save_record(record: dict, path) -> None:
+    """`save_json` with a digest of the record in it."""
+    save_json(record | {"digest": digest(record)}, path)
+
+
+def load_record(path, remedy: str) -> dict:
+    """What `save_record` wrote. Raises BadInput, which ends in `remedy`, if it was altered since."""
+    record = load_json(path)
+    if record.get("digest") != digest(record):
+        raise BadInput(f"{path}: altered since it was written (its digest is {record.get('digest')}, that of its content "
+                       f"{digest(record)}); {remedy}")
+    return record
 
 
 def sha256(path) -> str:

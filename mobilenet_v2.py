@@ -7,6 +7,9 @@ is marked DEPARTURE where it happens. State-dict keys are those of kuangliu/pyto
 between this file and any implementation of that table. This file imports torch alone.
 """
 import os
+import pickle
+import re
+import zipfile
 
 import torch
 from torch import nn
@@ -25,6 +28,8 @@ STAGES = (
 STEM_WIDTH, HEAD_WIDTH = 32, 1280
 IMAGE_SIZE = 32
 CHECKPOINT = "cifar100_mobilenetv2.pt"
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
+         torch.int32, torch.int64)
 
 
 class BadInput(ValueError):
@@ -120,9 +125,15 @@ def load_state(path) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch does not look at its own checksums
+            raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
     except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # not in torch's words: they advise to read the file with weights_only=False, which executes what stands in it
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = f"it asks for {asked[1]}, which tensors do not need" if asked else "damaged, or another kind of file"
         raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
@@ -130,6 +141,11 @@ def load_state(path) -> dict[str, torch.Tensor]:
     if len(plain) < len(state):
         raise BadInput(f"{path}: holds the same key with and without the prefix 'module.'")
     return plain
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a dense tensor of numbers that become float32 as they are: nothing nested, quantized, packed, complex."""
+    return not tensor.is_nested and not tensor.is_meta and tensor.layout is torch.strided and tensor.dtype in PLAIN
 
 
 def load_checkpoint(path, num_classes: int = 100, width: float = 1.3) -> MobileNetV2:
@@ -146,10 +162,10 @@ def load_checkpoint(path, num_classes: int = 100, width: float = 1.3) -> MobileN
         if key not in state:
             if not key.endswith("num_batches_tracked"):
                 problems.append(f"missing {key}")
+        elif not is_plain(state[key]):
+            problems.append(f"{key} is no dense tensor of real numbers")
         elif state[key].shape != value.shape:
             problems.append(f"{key} is {list(state[key].shape)}, expected {list(value.shape)}")
-        elif state[key].layout is not torch.strided or state[key].is_complex() or state[key].is_meta:
-            problems.append(f"{key} is no dense tensor of real numbers")
         elif not torch.isfinite(state[key].float()).all():
             problems.append(f"{key} holds values that are not finite")
     if problems:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import claims
 import counting
 from counting import WORD, Formats, Grid
-from files import replacing, run_script, sha256
+from files import replacing, run_script, sha256, some_path, try_to_write
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, weight_layers
 
 MAGIC, VERSION = b"MNET", 1
@@ -246,14 +246,15 @@ def main(argv=None) -> int:
     import checkpoints  # which reads packed files too
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="F",
+    parser.add_argument("--checkpoint", type=some_path, metavar="F",
                         help=f"a shipped one, with its claim beside it (default: {CHECKPOINT} beside this script)")
-    parser.add_argument("--out", type=Path, metavar="F.mnet", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--out", type=some_path, metavar="F.mnet", help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
     out = args.out or checkpoint.with_suffix(".mnet")
     if out.suffix != ".mnet":
         raise BadInput(f"--out {out}: expected a name that ends in .mnet")
+    try_to_write(out)
     model, claim = checkpoints.load(checkpoint)
     sections = pack(model, claim, out)
     found = differences(model, claim, *unpack(out))

@@ -21,7 +21,6 @@ the image, the recorded logits to the last bit, and integer.py computes the same
 """
 import argparse
 import copy
-import json
 import math
 import platform
 import subprocess
@@ -40,7 +39,7 @@ import counting
 import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
-from files import load_json, run_script, save_tensors, sha256
+from files import load_lines, load_record, run_script, save_record, save_tensors, sha256, some_path, try_to_write
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 LAYERS = 58
@@ -408,10 +407,12 @@ def training_record(checkpoint) -> list[dict]:
     for stage in ("pretrain", "rew", "masked"):
         options, log = folder / f"{stage}.options.json", folder / f"{stage}.jsonl"
         if options.is_file() and log.is_file():
-            record = load_json(options)
-            last = json.loads(log.read_text().splitlines()[-1])
-            stages.append({"stage": stage, "machine": record["machine"], "train_images": record["train_images"],
-                           "settings": record["settings"], "last_epoch": last})
+            record = load_record(options, "remove it, or give a checkpoint elsewhere")
+            lines = load_lines(log)
+            known = {key: record.get(key) for key in ("machine", "train_images", "settings")}
+            if not lines or not isinstance(known["settings"], dict) or None in known.values():
+                raise BadInput(f"{options} and {log} are not what a stage writes; remove them, or give a checkpoint elsewhere")
+            stages.append({"stage": stage} | known | {"last_epoch": lines[-1]})
     return stages
 
 
@@ -430,8 +431,8 @@ def make_claim(checkpoint: Path, tensors: list[dict], activations: list[dict], a
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="runs/default/masked.pt", metavar="F", help="sparse float checkpoint (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(CHECKPOINT), metavar="F", help="what is written, with a .json beside it (%(default)s)")
+    parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F", help="sparse float checkpoint (%(default)s)")
+    parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F", help="what is written, with a .json beside it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the "
                         "submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
     parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's power of two "
@@ -444,7 +445,7 @@ def parse(argv=None) -> argparse.Namespace:
                         "once the weights are quantized; 0: keep them (%(default)s)")
     parser.add_argument("--augment", choices=("trivial", "plain", "none"), help="of the train images, for --renew and for fine-tuning "
                         "(default: as the checkpoint was trained, by its run folder; else plain)")
-    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--holdout", action="store_true", help="calibrate, tune and test within the train set (45,000 and 5,000)")
     parser.add_argument("--made-up", type=int, metavar="N", help="N made-up images instead of CIFAR-100")
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
@@ -452,15 +453,16 @@ def parse(argv=None) -> argparse.Namespace:
     tune.add_argument("--lr", type=float, default=0.01, help="peak learning rate, SGD, cosine (%(default)s)")
     tune.add_argument("--batch-size", type=int, default=512, help="(%(default)s)")
     tune.add_argument("--mixing", choices=cifar100.MIXINGS, default="both", help="(%(default)s)")
-    tune.add_argument("--teacher", metavar="F", help="checkpoint whose logits are distilled")
+    tune.add_argument("--teacher", type=some_path, metavar="F", help="checkpoint whose logits are distilled")
     tune.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     args = parser.parse_args(argv)
-    for name, low in (("epochs", 0), ("batch_size", 1), ("calibration", 1), ("renew", 0), ("made_up", 2), ("lr", 0), ("seed", 0)):
+    for name, low, high in (("epochs", 0, 10**6), ("batch_size", 1, 10**6), ("calibration", 1, 10**6), ("renew", 0, 10**6),
+                            ("made_up", 2, 10**6), ("lr", 0, 100), ("seed", 0, 2**62)):
         value = getattr(args, name)
-        if value is not None and not value >= low:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {low}")
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     return args
 
 
@@ -497,6 +499,7 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
 def main(argv=None) -> int:
     machine.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
+    try_to_write(args.out, claims.claim_path(args.out))
     table = bit_table(args.table)
     model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)
     if args.made_up:
@@ -506,7 +509,7 @@ def main(argv=None) -> int:
         test_data = cifar100.load(args.data, "holdout" if args.holdout else "test")
         data_name = "hold-out" if args.holdout else "test"
     trained = training_record(args.checkpoint)
-    args.augment = args.augment or (trained[-1]["settings"]["augment"] if trained else "plain")
+    args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
     steps = []
 
     def report(step: str, network: nn.Module) -> tuple[float, int]:
@@ -552,7 +555,7 @@ def main(argv=None) -> int:
         "source_sha256": sha256(args.checkpoint), "training": trained}
     accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
     claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by) | {"dead_weight_removed": removed}
-    claims.save(claim, claims.claim_path(args.out))
+    save_record(claim, claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

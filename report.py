@@ -9,7 +9,6 @@ cost.png       where storage and operations go
 training.png   loss and accuracy by epoch, stage after stage
 """
 import argparse
-import json
 import re
 import statistics
 from pathlib import Path
@@ -22,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import claims  # noqa: E402
 import counting  # noqa: E402
 from checkpoints import load  # noqa: E402
-from files import load_json, run_script, save_text  # noqa: E402
+from files import load_json, load_lines, run_script, save_text, some_path  # noqa: E402
 from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
@@ -245,10 +244,10 @@ def fill(page: str, contents: dict[str, str]) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
-    parser.add_argument("--logs", type=Path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--pages", type=Path, default=HERE, metavar="DIR", help="where README.md and ACCOUNT.md are (%(default)s)")
+    parser.add_argument("--checkpoint", type=some_path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
+    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where README.md and ACCOUNT.md are (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = load(args.checkpoint)
@@ -275,7 +274,7 @@ def main(argv=None) -> int:
         "cost": cost_figure(counting.storage(model, formats), counted),
     }
     logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
-    stages = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs if log.is_file()]
+    stages = [load_lines(log) for log in logs if log.is_file()]
     if stages:
         figures["training"] = training_figure(stages)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -50,21 +50,31 @@ case $word in
     verify) verify "$@" ;;
     test) python -m pytest "$@" ;;
     train)
+        run=runs/default  # or the folder that --run names: what is trained is what is shipped
+        for ((i = 1; i <= $#; i++)); do
+            case ${!i} in
+                --run=*|--run-folder=*) run=${!i#*=} ;;
+                --run|--run-folder) next=$((i + 1)); run=${!next:-} ;;
+            esac
+        done
         python training/main.py "$@"
-        python quantize.py
+        if [ ! -f "$run/masked.pt" ]; then
+            echo "run.sh: $run/masked.pt is not there yet, so nothing is shipped; the same command goes on" >&2; exit 2
+        fi
+        python quantize.py --checkpoint "$run/masked.pt"
         python packed.py
         python integer.py --record
         python export_onnx.py --record
-        cp runs/default/*.json* training/logs/
+        cp "$run"/*.json* training/logs/
         python report.py
         verify ;;
     quick)
         rm -rf runs/quick
-        common="--run runs/quick --made-up 1000 --batch-size 50 --augment plain --mixing none --eval-every 2"
+        common="--run runs/quick --made-up 1000 --batch-size 50 --augment plain --mixing none --sizes 16:0.7,32 --eval-every 9 --refresh 200"
         python training/main.py --pretrain --epochs 6 --lr 0.1 --warmup-epochs 1 $common
         python training/main.py --rew --epochs 2 --lr 0.05 --warmup-epochs 0 $common
-        python training/main.py --masked-retrain --epochs 4 --lr 0.05 --warmup-epochs 0 $common
-        python quantize.py --checkpoint runs/quick/masked.pt --out runs/quick/shipped.pt --made-up 1000
+        python training/main.py --masked-retrain --epochs 3 --lr 0.05 --warmup-epochs 0 $common
+        python quantize.py --checkpoint runs/quick/masked.pt --out runs/quick/shipped.pt --made-up 1000 --calibration 200 --renew 200
         python packed.py --checkpoint runs/quick/shipped.pt
         python testers.py --checkpoint runs/quick/shipped.mnet --made-up 1000
         python integer.py --checkpoint runs/quick/shipped.mnet --made-up 1000

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.training_speed import copy_bandwidth, synchronize  # noqa: E402
-from files import run_script, save_json  # noqa: E402
+from files import run_script, save_json, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
 from training import loop, main as training_main  # noqa: E402
 
@@ -63,8 +63,10 @@ def main(argv=None) -> int:
     parser.add_argument("--batch-size", type=int, help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--no-cuda", action="store_true")
-    parser.add_argument("--json", metavar="F", help="write the figures to F as well")
+    parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
+    if args.json:
+        try_to_write(args.json)
     for name in ("batch_size", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")

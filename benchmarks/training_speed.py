@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifar100  # noqa: E402
 import counting  # noqa: E402
 import machine  # noqa: E402
-from files import run_script, save_json  # noqa: E402
+from files import run_script, save_json, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from training import loop, main as training_main, teachers  # noqa: E402
 
@@ -217,8 +217,10 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
-    parser.add_argument("--json", metavar="F", help="write the figures to F as well")
+    parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
+    if args.json:
+        try_to_write(args.json)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     cuda = device.type == "cuda"
     for name in ("images", "batch_size", "rounds"):

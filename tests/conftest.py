@@ -66,9 +66,8 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
 def full(sparse_checkpoint, tmp_path_factory):
     """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
     import cifar100
-    import claims
     import quantize
-    from files import save_tensors, sha256
+    from files import save_record, save_tensors, sha256
     from mobilenet_v2 import load_checkpoint
 
     model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
@@ -81,5 +80,5 @@ def full(sparse_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("full") / "network.pt"
     save_tensors(network.state_dict(), path)
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
-    claims.save(claim, path.with_suffix(".json"))
+    save_record(claim, path.with_suffix(".json"))
     return path, load_checkpoint(path), claim

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import check_model_operations
-import claims
 import counting
 from check_model_operations import main
 from claims import hold
-from files import save_json, save_tensors, sha256
+from files import save_record, save_tensors, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 SIGNED = re.compile(r"image|.*\.out")
@@ -46,7 +45,7 @@ def shipped(tmp_path_factory):
     activations = [{"name": name, "bits": 8, "signed": bool(SIGNED.fullmatch(name)), "step": 0.0625}
                    for name in counting.activation_points(model)]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
-    claims.save(claim, path.with_suffix(".json"))
+    save_record(claim, path.with_suffix(".json"))
     return path, claim
 
 
@@ -54,8 +53,8 @@ def shipped(tmp_path_factory):
 def claimed(shipped):
     """A function that writes a claim beside the checkpoint; the true one is put back afterwards."""
     path, claim = shipped
-    yield lambda changed: claims.save(changed, path.with_suffix(".json"))
-    claims.save(claim, path.with_suffix(".json"))
+    yield lambda changed: save_record(changed, path.with_suffix(".json"))
+    save_record(claim, path.with_suffix(".json"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,9 @@ from torch import nn
 import cifar100
 import checkpoints
 import claims
-import packed
 import quantize
 import report
-from files import load_json, run_script, save_json, save_tensors, sha256
+from files import load_json, run_script, save_record, save_tensors, sha256
 from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
 
 onnx = pytest.importorskip("onnx")
@@ -36,7 +35,7 @@ def ship(sparse_checkpoint, path, scheme):
         quantize.round_shifts(network, tensors, activations)
     save_tensors(network.state_dict(), path)
     accuracy = {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}
-    claims.save(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
+    save_record(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
     return path
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cifar100
-from files import save_tensors
+from files import save_record, save_tensors
 from mobilenet_v2 import BadInput, weight_layers
 from training import loop
 from training.loop import Processes, Settings, learning_rate
@@ -48,7 +48,8 @@ LAYERS = ["conv1", "conv2", "linear"]
 TRAIN, TEST = cifar100.made_up(52, 0, classes=10), cifar100.made_up(30, 1, classes=10)
 # 52 images in batches of 16: 3 steps an epoch and 4 images over; 9 steps in all
 SETTINGS = Settings(epochs=3, batch_size=16, lr=0.05, warmup_epochs=1, clean=0.34, average=0.9, refresh=40)
-VARIANTS = {  # optimizer, form of the penalty, masks, weight average
+VARIANTS = {  # optimizer, form of the penalty, masks, weight average; "taught" by two teachers too
+    "taught": ("sgd", "proximal", False, None),
     "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9), "proximal": ("sgd", "proximal", False, 0.9),
     "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
 
@@ -64,8 +65,9 @@ def stage(folder, variant="sgd", test=TEST, model=None, **kwargs):
         penalty = form and ReweightedL1(model, LAYERS[1:], form=form, **strength)
     masks = Masks(model, target_masks(model, LAYERS, 0.4)) if masked else None
     settings = kwargs.pop("settings", dataclasses.replace(SETTINGS, optimizer=optimizer, average=average))
+    teachers = [Tiny(1).eval(), Tiny(2).eval()] if variant == "taught" else []
     result = loop.train("stage", model, TRAIN, test, settings, folder, **{
-        "penalty": penalty, "penalty_updates": 3, "masks": masks, "save_seconds": 0, **kwargs})
+        "penalty": penalty, "penalty_updates": 3, "masks": masks, "teachers": teachers, "save_seconds": 0, **kwargs})
     return result, model
 
 
@@ -559,7 +561,7 @@ def test_the_seconds_add_up(tmp_path):
     record = json.loads(path.read_text())
     assert 0 < record["progress"]["seconds"] < 60
     record["progress"]["seconds"] = 1000.0
-    path.write_text(json.dumps(record))
+    save_record(record, path)
     stage(tmp_path)
     assert 1000 <= json.loads((tmp_path / "stage.jsonl").read_text().splitlines()[0])["seconds"] < 1060
 
@@ -651,7 +653,7 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     result, _ = stage(tmp_path, model=model, start_epoch=4 / 3)
     assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]  # the first was there before
     assert result is not None
-    with pytest.raises(BadInput, match="cannot start at epoch 3 of 3"):
+    with pytest.raises(BadInput, match="cannot go on at epoch 3: the stage has 3"):
         stage(tmp_path / "late", start_epoch=3)
 
 
@@ -687,7 +689,30 @@ def damaged_list(folder):
 
 
 def list_without_files(folder):
-    (folder / "state.json").write_text("{}")
+    save_record({}, folder / "state.json")
+
+
+def flipped_bit(folder):
+    path = next(folder.glob("weights-*.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def changed(**progress):
+    def change(folder):
+        record = json.loads((folder / "state.json").read_text())
+        record["progress"] |= progress
+        (folder / "state.json").write_text(json.dumps(record))
+    return change
+
+
+def changed_and_signed(**progress):
+    def change(folder):
+        record = json.loads((folder / "state.json").read_text())
+        record["progress"] |= progress
+        save_record(record, folder / "state.json")
+    return change
 
 
 def part_cut_short(folder):
@@ -708,11 +733,13 @@ def part_that_runs_code(folder):
 
 
 @pytest.mark.parametrize("damage", (damaged_list, list_without_files, part_cut_short, part_missing, part_of_another_network,
-                                    part_that_runs_code))
+                                    part_that_runs_code, flipped_bit, changed(step=2), changed_and_signed(step=10**9),
+                                    changed_and_signed(step=-1), changed_and_signed(step=2.0), changed_and_signed(step="x"),
+                                    changed_and_signed(step=None), changed_and_signed(loss=float("nan")), changed_and_signed(log=7)))
 def test_a_damaged_state_is_named(tmp_path, damage):
     stage(tmp_path, max_seconds=0)
     damage(tmp_path / "stage.state")
-    with pytest.raises(BadInput, match="stage.state") as error:
+    with pytest.raises(BadInput, match="stage.state|the stage has 3") as error:
         stage(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -10,8 +10,8 @@ from torch import nn
 import counting
 import packed
 from checkpoints import load, read
-from claims import claim_path, digest, save
-from files import save_json, save_tensors, sha256
+from claims import claim_path
+from files import digest, save_record, save_tensors, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from packed import from_bits, main, pack, to_bits, unpack, unpack_bytes
 from small import CLASSES, WIDTH, tiny_network
@@ -250,16 +250,16 @@ def test_load(full, tmp_path):
     assert same(model, alone.model) and alone.claim == formats and alone.problems == []  # without a claim: what the file states
     assert alone.sha256 == sha256(file)
 
-    save(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
+    save_record(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
     assert len(read(file).problems) == 1 and "about another file, with SHA-256 None" in read(file).problems[0]
     said = claim | {"sha256": "of the .pt", "packed": {"sha256": sha256(file)}}
-    save(said, claim_path(file))
+    save_record(said, claim_path(file))
     assert load(file)[1]["packed"] == said["packed"] and read(file).problems == []
 
     other = json.loads(json.dumps(said))
     for entry in other["activations"][:4]:
         entry["step"] *= 2
-    save(other, claim_path(file))
+    save_record(other, claim_path(file))
     with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
         load(file)
 
@@ -275,7 +275,7 @@ def test_script(full, tmp_path, capsys):
     path.write_bytes(source.read_bytes())
     with pytest.raises(BadInput, match="no claim beside it"):
         main(["--checkpoint", str(path)])
-    save(claim, claim_path(path))
+    save_record(claim, claim_path(path))
     with pytest.raises(BadInput, match="ends in .mnet"):
         main(["--checkpoint", str(path), "--out", str(path)])
     assert main(["--checkpoint", str(path)]) == 0

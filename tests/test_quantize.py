@@ -21,7 +21,7 @@ from torch import nn
 import cifar100
 import claims
 import quantize
-from files import load_json, run_script, save_json, sha256
+from files import load_json, run_script, save_record, sha256
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from quantize import SCHEMES, bit_table, calibrate, code_range, codes, fake_quantize, free_step, power_of_two_step
 
@@ -641,7 +641,7 @@ def test_evaluate_by_hand():
 
 def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == []
-    save_json({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")
+    save_record({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")
     assert quantize.training_record(tmp_path / "masked.pt") == []
     (tmp_path / "rew.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "loss": 0.5}\n')
     assert quantize.training_record(tmp_path / "masked.pt") == [

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import cifar100
-import claims
 import counting
 import quantize
 import testers
-from files import load_json, run_script, save_json, save_tensors, sha256
+from files import load_json, run_script, save_json, save_record, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, MobileNetV2, load_checkpoint, weight_layers
 
 SCRIPT = Path(testers.__file__)
@@ -110,7 +109,7 @@ def test_json_holds_the_same(original, run):
 def test_json_names_the_problems_too(shipped, run):
     claim = load_json(shipped.with_suffix(".json"))
     claim["counts"] = {}
-    claims.save(claim, shipped.with_suffix(".json"))
+    save_record(claim, shipped.with_suffix(".json"))
     status, out, err = run("--checkpoint", shipped, "--json", *MADE_UP)
     assert status == 2 and err == "testers.py: the counts in the claim are not those of the file\n"
     assert json.loads(out)["problems"] == ["the counts in the claim are not those of the file"]
@@ -228,7 +227,7 @@ def test_a_tampered_claim(shipped, run, what):
     change, messages = TAMPERED[what]
     claim = load_json(shipped.with_suffix(".json"))
     change(claim)
-    claims.save(claim, shipped.with_suffix(".json"))
+    save_record(claim, shipped.with_suffix(".json"))
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
     assert status == 2
     for message in messages:

@@ -7,6 +7,7 @@ and one number: a run that was killed at any moment goes on from its last state,
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from torch import nn
 import cifar100
 import machine
 from evaluation import evaluate, renew_statistics
-from files import save_tensors, save_text
+from files import load_lines, save_tensors, save_text
 from mobilenet_v2 import IMAGE_SIZE, BadInput, weight_layers
 from training.parallel import Processes, Replicas, shares, fast_on_a_cpu
 from training.state import State, brief, fingerprint, sigterm_noted
@@ -94,6 +95,14 @@ def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -
     raise BadInput(f"unknown schedule {settings.schedule!r}; known: cosine, default, constant")
 
 
+def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
+    """Whether the rate has been constant, but for the warm-up, before this step, under the settings that a state holds."""
+    epochs, cooldown = settings.get("epochs"), settings.get("cooldown", 0)
+    if settings.get("schedule") != "constant" or type(epochs) is not int or type(cooldown) not in (int, float):
+        return False
+    return step <= (epochs - cooldown) * epoch_steps
+
+
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     """Weight decay on the weights of convolutions and the linear layer; none on BatchNorm and biases."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -123,7 +132,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
           prepare=None, context: dict | None = None, resume: bool = True, start_epoch: float = 0, eval_every: int = 1,
           save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
-          processes: Processes = Processes()) -> nn.Module | None:
+          processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
 
     stage:    names the files: FOLDER/STAGE.jsonl (a line an epoch), FOLDER/STAGE.state/ while it runs, and
@@ -134,6 +143,7 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
     prepare:  called with the model before every epoch's first step, to set modes.
     context:  what else decides the result (plain values): a state is only resumed under the same.
     start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
+    began:    called once nothing stands against the stage any more, before its first step.
     """
     folder, device = Path(folder), train_data.labels.device
     images = len(train_data.labels)
@@ -164,15 +174,10 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
                   penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
                   masks=None if masks is None else fingerprint(masks.factors),
                   teacher=fingerprint(value for teacher in teachers for value in teacher.state_dict().values()) if teachers else None)
-
-    def constant(of, step):
-        """Whether the rate has been constant, but for the warm-up, before this step, under these settings of a state."""
-        return of["schedule"] == "constant" and step <= (of["epochs"] - of.get("cooldown", 0)) * epoch_steps
-
-    progress = {"step": round(start_epoch * epoch_steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0}
+    progress = {"step": round(start_epoch * epoch_steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
     if not resume and processes.first:
         state.remove()
-    found = state.load(device, constant) if resume else None
+    found = state.load(device, functools.partial(constant_so_far, epoch_steps=epoch_steps)) if resume else None
     if found:
         progress, contents = found
         try:
@@ -181,13 +186,13 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadInput(f"{state.folder} is of another network ({brief(error)}); --no-resume starts the stage again") from error
     if progress["step"] >= steps:
-        raise BadInput(f"{stage}: cannot start at epoch {progress['step'] / epoch_steps:g} of {settings.epochs}")
+        raise BadInput(f"{stage}: cannot go on at epoch {progress['step'] / epoch_steps:g}: the stage has {settings.epochs}")
     if processes.first and progress["step"]:
         print(f"{stage}: goes on at epoch {progress['step'] // epoch_steps + 1} of {settings.epochs}", flush=True)
     log_path = folder / f"{stage}.jsonl"
-    log = []
-    if progress["step"] and log_path.is_file():  # an epoch that was logged after the state was written is trained again
-        log = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= progress["step"]]
+    if not found and progress["step"] and log_path.is_file():
+        progress["log"] = [line for line in load_lines(log_path) if line["step"] <= progress["step"]]
+    began()
 
     compiled = torch.compile(model) if settings.compile else model
     stepped = [compiled, *replicas.models[1:]]
@@ -319,9 +324,9 @@ def train(stage: str, model: nn.Module, train_data: cifar100.Images, test_data: 
             if penalty is not None:
                 record["lambda"] = penalty.lam
             record |= {"where": where, "seconds": round(before + time.monotonic() - started, 1)}
-            log.append(json.dumps(record))
+            progress["log"].append(record)
             if processes.first:
-                save_text("\n".join(log) + "\n", log_path)
+                save_text("".join(json.dumps(line) + "\n" for line in progress["log"]), log_path)
                 print(describe(record, settings), flush=True)
             if not last and (pause or due()):
                 save()

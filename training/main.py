@@ -11,6 +11,7 @@ The same command again goes on where it was.
 """
 import argparse
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import run_script, save_json, save_tensors  # noqa: E402
+from files import run_script, save_record, save_tensors, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
 from training import loop, magnitude, reweighted_l1, teachers  # noqa: E402
 
@@ -47,9 +48,9 @@ def parse(argv=None) -> argparse.Namespace:
     stage.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
     stage.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
-    stage.add_argument("--run-folder", "--run", dest="run", type=Path, default=Path("runs/default"), metavar="DIR",
+    stage.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
                        help="(%(default)s)")
-    stage.add_argument("--start-from", "--start", dest="start", metavar="F",
+    stage.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
                        help="checkpoint that the first stage starts from (default: the stage before); a folder STAGE.state: the "
                             "weights of that running stage as they are")
     stage.add_argument("--start-epoch", type=float, default=0, metavar="E",
@@ -63,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
     stage.add_argument("--eval-every", type=int, default=1, metavar="E", help="epochs between accuracies (the last always)")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    data.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     data.add_argument("--holdout", action="store_true", help="train on 45,000 of the train images, test on the other 5,000")
     data.add_argument("--made-up", type=int, metavar="N", help="N made-up images instead of CIFAR-100, to see it turn")
 
@@ -83,7 +84,7 @@ def parse(argv=None) -> argparse.Namespace:
     method.add_argument("--updates", type=int, metavar="K",
                         help="updates of alpha (or of the zeros, for magnitude) at equal distances (default: 5; 100 for magnitude)")
     method.add_argument("--threshold", type=float, default=1e-4, help="of --sparsity-type threshold (%(default)s)")
-    method.add_argument("--teacher", nargs="+", default=[], metavar="F", help="checkpoints whose logits are distilled on the same images: "
+    method.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F", help="checkpoints whose logits are distilled on the same images: "
                         "ours, or KAIST AI's (see teachers.py), such as " + next(iter(teachers.KAIST)))
     method.add_argument("--teaching", choices=("turns", "mean"), default="turns",
                         help="several teachers: one at each step in turn, or the mean of their probabilities (%(default)s)")
@@ -222,9 +223,12 @@ def make_masks(args, model) -> reweighted_l1.Masks:
 
 def starting_point(stage: str, args) -> MobileNetV2:
     """The model that a stage starts from: --start, else the stage before, else (for --rew, with a warning) random weights."""
-    if args.start and Path(args.start).is_dir():
+    if args.start and args.start.is_dir():
         model = MobileNetV2()
-        model.load_state_dict(loop.State(Path(args.start), None).read("weights"))
+        try:
+            model.load_state_dict(loop.State(args.start, None).read("weights"))
+        except RuntimeError as error:
+            raise BadInput(f"{args.start}: the state of another network") from error
         return model
     if args.start:
         return load_checkpoint(args.start)
@@ -253,16 +257,19 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     penalty = make_penalty(args, model) if stage == "rew" else None
     masks = make_masks(args, model) if stage == "masked" else None
     taught_by = [teachers.load(path).to(device, memory_format=torch.channels_last) for path in args.teacher]
-    if processes.first:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        save_json({"stage": stage, "machine": describe_machine(device, processes), "train_images": len(data.labels),
-                   "settings": dataclasses.asdict(settings), "options": options}, args.run / f"{stage}.options.json")
+
+    def began():
+        if processes.first:
+            options = json.loads(json.dumps(vars(args), default=str))  # paths as text
+            save_record({"stage": stage, "machine": describe_machine(device, processes), "train_images": len(data.labels),
+                         "settings": dataclasses.asdict(settings), "options": options}, args.run / f"{stage}.options.json")
+
     with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
         finished = loop.train(
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
             teachers=taught_by, resume=args.resume, start_epoch=args.start_epoch, eval_every=args.eval_every,
             save_seconds=args.save_seconds, show_seconds=args.show_seconds,
-            max_seconds=deadline - time.monotonic(), processes=processes)
+            max_seconds=deadline - time.monotonic(), processes=processes, began=began)
     if finished is None:
         return False
     if processes.first:
@@ -294,6 +301,7 @@ def main(argv=None) -> int:
         else:
             data = cifar100.load(args.data, "fit" if args.holdout else "train", device)
             test = cifar100.load(args.data, "holdout" if args.holdout else "test", device)
+        try_to_write(args.run / "options.json")
         chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
         if chosen and not args.resume and processes.first:
             (args.run / f"{chosen[0]}.pt").unlink(missing_ok=True)

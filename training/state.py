@@ -2,26 +2,29 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import math
 import signal
 from pathlib import Path
 
 import torch
 
-from files import load_json, save_json, save_tensors
+from files import load_record, save_record, save_tensors
 from mobilenet_v2 import BadInput
 
 # Where and how a stage is computed may change on the way: the result is then the same but for rounding.
 MACHINE = ("precision", "compile", "workers")
 # How long a stage is may change while its learning rate is still constant.
 LENGTH = ("epochs", "cooldown", "sizes")
+AGAIN = "--no-resume starts the stage again"
 
 
 class State:
     """One file a part (weights, average, optimizer, penalty), and state.json.
 
-    state.json names the files of one moment and is renamed into place after they are written; whatever it does not
-    name is left over from a kill and removed at the next save.
+    state.json names the files of one moment with their SHA-256, carries a digest of itself, and is renamed into place after
+    they are written; whatever it does not name is left over from a kill and removed at the next save.
     """
 
     def __init__(self, folder: Path, settings, **others):
@@ -38,9 +41,7 @@ class State:
         """
         if not (self.folder / "state.json").is_file():
             return None
-        record = load_json(self.folder / "state.json")
-        if not {"progress", "files", "settings"} <= record.keys():
-            raise BadInput(f"{self.folder / 'state.json'}: not the list of a state; --no-resume starts the stage again")
+        record = self.record()
         theirs = record["settings"]
         changed = [key for key, value in self.settings.items() if theirs.get(key, value) != value]
         step = record["progress"]["step"]
@@ -54,20 +55,40 @@ class State:
 
     def read(self, part: str, device="cpu") -> dict:
         """The contents of one part, such as "weights" or "average"."""
-        name = load_json(self.folder / "state.json").get("files", {}).get(part)
-        if name is None:
+        record = self.record()
+        if part not in record["files"]:
             raise BadInput(f"{self.folder}: the state has no {part}")
+        path = self.folder / record["files"][part]
         try:
-            return torch.load(self.folder / name, map_location=device, weights_only=True)
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
+        if hashlib.sha256(content).hexdigest() != record["sums"][part]:
+            raise BadInput(f"{path}: damaged, its SHA-256 is not the one in state.json; {AGAIN}")
+        try:
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:
-            raise BadInput(f"{self.folder / name}: cannot be read ({brief(error)}); --no-resume starts the stage again") from error
+            raise BadInput(f"{path}: not what a stage writes ({type(error).__name__}); {AGAIN}") from error
+
+    def record(self) -> dict:
+        """state.json, checked: {"progress": {...}, "files": {part: name}, "sums": {part: SHA-256}, "settings": {...}}."""
+        path = self.folder / "state.json"
+        record = load_record(path, AGAIN)
+        progress, files, sums, settings = (record.get(key) for key in ("progress", "files", "sums", "settings"))
+        good = all(isinstance(each, dict) for each in (progress, files, sums, settings)) and files.keys() == sums.keys()
+        good = good and all(isinstance(name, str) and name == Path(name).name for name in files.values())
+        good = good and type(progress.get("step")) is int and progress["step"] >= 0
+        good = good and isinstance(progress.get("log"), list) and all(isinstance(line, dict) for line in progress["log"])
+        good = good and all(type(progress.get(key)) in (int, float) and math.isfinite(progress[key])
+                            for key in ("loss", "correct", "seconds"))
+        if not good:
+            raise BadInput(f"{path}: not the list of a state; {AGAIN}")
+        return record
 
     def save(self, progress: dict, parts: dict) -> None:
-        files = {}
-        for part, value in parts.items():
-            files[part] = f"{part}-{progress['step']}.pt"
-            save_tensors(value, self.folder / files[part])
-        save_json({"progress": progress, "files": files, "settings": self.settings}, self.folder / "state.json")
+        files = {part: f"{part}-{progress['step']}.pt" for part in parts}
+        sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
+        save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings}, self.folder / "state.json")
         for path in self.folder.iterdir():
             if path.name not in (*files.values(), "state.json"):
                 path.unlink(missing_ok=True)

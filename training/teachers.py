@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 import cifar100  # noqa: E402
 import machine  # noqa: E402
 from files import run_script, sha256  # noqa: E402
-from mobilenet_v2 import BadInput, load_checkpoint, load_state  # noqa: E402
+from mobilenet_v2 import BadInput, is_plain, load_checkpoint, load_state  # noqa: E402
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -106,10 +106,13 @@ def load_micronet(path) -> Micronet:
     state = load_state(path)
     for key in [key for key in state if key.endswith(".mask")]:
         mask, weight = state.pop(key), key.removesuffix("mask") + "weight"
-        if weight not in state or state[weight].shape != mask.shape:
+        if weight not in state or not is_plain(mask) or not is_plain(state[weight]) or state[weight].shape != mask.shape:
             raise BadInput(f"{path}: {key} belongs to no weight of its shape")
         state[weight] = state[weight] * mask
     model = Micronet()
+    odd = [key for key, value in state.items() if not is_plain(value) or not value.float().isfinite().all()]
+    if odd:
+        raise BadInput(f"{path}: {odd[0]} is no dense tensor of finite numbers")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -134,6 +137,8 @@ def load(path) -> nn.Module:
     path = Path(path)
     if path.name in KAIST and not path.is_file():
         path = find() / path.name
+    if path.name in KAIST and sha256(path) != KAIST[path.name][0]:
+        raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
     theirs = path.suffix == ".t7"
     return fold_batchnorm(load_micronet(path) if theirs else load_checkpoint(path)).requires_grad_(False)
 
