@@ -51,7 +51,7 @@ import machine
 import quantize
 from checkpoints import load
 from counting import Formats
-from files import replacing, run_script, sha256, some_path, try_to_write
+from files import number, replacing, run_script, sha256, some_path, try_to_write
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 from packed import stated_formats
 
@@ -358,13 +358,10 @@ def parse(argv=None) -> argparse.Namespace:
                         help="run it in onnxruntime on the test set, beside quantize.exact_network")
     parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
     parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
-    parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="the test set of N made-up images instead")
     args = parser.parse_args(argv)
     args.verify |= args.record
-    for name, low in (("images", 1), ("made_up", 2)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= 10**6:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {10**6}")
     return args
 
 

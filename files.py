@@ -54,6 +54,19 @@ def try_to_write(*paths) -> None:
             raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
 
 
+def number(kind: type, low, high):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not low <= value <= high:  # NaN is not
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {'a whole number' if kind is int else 'a number'} from {low} to {high}")
+        return value
+    return convert
+
+
 def some_path(text: str) -> Path:
     """An argparse type: a path that is not empty, which would mean the current folder."""
     if not text.strip() or "\0" in text:

@@ -42,7 +42,7 @@ import machine
 import quantize
 from checkpoints import load
 from counting import signed_bits
-from files import run_script, some_path
+from files import number, run_script, some_path
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
 from packed import exponent, stated_formats
 
@@ -350,15 +350,11 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=some_path, metavar="F", help=f"(default: {CHECKPOINT} beside this script)")
     parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--images", type=int, metavar="N", help="the first N test images alone")
-    parser.add_argument("--made-up", type=int, metavar="N", help="the test set of N made-up images instead")
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="the test set of N made-up images instead")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
-    args = parser.parse_args(argv)
-    for name, low in (("images", 1), ("made_up", 2)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= 10**6:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {10**6}")
-    return args
+    return parser.parse_args(argv)
 
 
 def text(report: dict) -> str:

@@ -39,7 +39,7 @@ import counting
 import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
-from files import load_lines, load_record, run_script, save_record, save_tensors, sha256, some_path, try_to_write
+from files import load_lines, load_record, number, run_script, save_record, save_tensors, sha256, some_path, try_to_write
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 LAYERS = 58
@@ -440,30 +440,24 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--activation-bits", type=int, default=8, choices=range(2, 9), metavar="B", help="(%(default)s)")
     parser.add_argument("--ranges", choices=("mse", "max"), default="mse", help="activation steps: of the least squared error, or "
                         "of the largest value as in the submission (%(default)s)")
-    parser.add_argument("--calibration", type=int, default=1000, metavar="N", help="train images that set the ranges (%(default)s)")
-    parser.add_argument("--renew", type=int, default=4000, metavar="N", help="train images that renew the BatchNorm statistics "
+    parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N", help="train images that set the ranges (%(default)s)")
+    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the BatchNorm statistics "
                         "once the weights are quantized; 0: keep them (%(default)s)")
     parser.add_argument("--augment", choices=("trivial", "plain", "none"), help="of the train images, for --renew and for fine-tuning "
                         "(default: as the checkpoint was trained, by its run folder; else plain)")
     parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--holdout", action="store_true", help="calibrate, tune and test within the train set (45,000 and 5,000)")
-    parser.add_argument("--made-up", type=int, metavar="N", help="N made-up images instead of CIFAR-100")
+    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="N made-up images instead of CIFAR-100")
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
-    tune.add_argument("--epochs", type=int, default=0, help="(%(default)s: none)")
-    tune.add_argument("--lr", type=float, default=0.01, help="peak learning rate, SGD, cosine (%(default)s)")
-    tune.add_argument("--batch-size", type=int, default=512, help="(%(default)s)")
+    tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, help="(%(default)s: none)")
+    tune.add_argument("--lr", type=number(float, 0, 100), default=0.01, help="peak learning rate, SGD, cosine (%(default)s)")
+    tune.add_argument("--batch-size", type=number(int, 1, 10**6), default=512, help="(%(default)s)")
     tune.add_argument("--mixing", choices=cifar100.MIXINGS, default="both", help="(%(default)s)")
     tune.add_argument("--teacher", type=some_path, metavar="F", help="checkpoint whose logits are distilled")
-    tune.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    tune.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="(%(default)s)")
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    args = parser.parse_args(argv)
-    for name, low, high in (("epochs", 0, 10**6), ("batch_size", 1, 10**6), ("calibration", 1, 10**6), ("renew", 0, 10**6),
-                            ("made_up", 2, 10**6), ("lr", 0, 100), ("seed", 0, 2**62)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
-    return args
+    return parser.parse_args(argv)
 
 
 def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:

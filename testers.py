@@ -24,7 +24,7 @@ import counting
 import machine
 import quantize
 from evaluation import evaluate
-from files import run_script, some_path
+from files import number, run_script, some_path
 from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
 
 
@@ -33,12 +33,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=some_path, metavar="F", help=f"a state dict (default: {CHECKPOINT} beside this script)")
     parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--holdout", action="store_true", help="test on the 5,000 held-out train images")
-    parser.add_argument("--made-up", type=int, metavar="N", help="test on the test set of N made-up images (as training/main.py)")
+    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="test on the test set of N made-up images (as training/main.py)")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
-    args = parser.parse_args(argv)
-    if args.made_up is not None and not 2 <= args.made_up <= 10**6:
-        parser.error(f"--made-up {args.made_up}: expected 2 to {10**6}")
-    return args
+    return parser.parse_args(argv)
 
 
 def exactness(model, formats: counting.Formats) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.training_speed import copy_bandwidth, synchronize  # noqa: E402
-from files import run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
 from training import loop, main as training_main  # noqa: E402
 
@@ -60,16 +60,13 @@ def measure(channels: int, side: int, stride: int, batch: int, dtype, memory_for
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, help="(default: 512 on CUDA, else 64)")
-    parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
+    parser.add_argument("--rounds", type=number(int, 1, 10**6), default=10, help="(%(default)s)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     if args.json:
         try_to_write(args.json)
-    for name in ("batch_size", "rounds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     batch = args.batch_size or (512 if device.type == "cuda" else 64)
     bandwidth = copy_bandwidth(device, 2048 if device.type == "cuda" else 256)

@@ -39,7 +39,7 @@ import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
 import quantize  # noqa: E402
 from checkpoints import load  # noqa: E402
-from files import run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import CHECKPOINT  # noqa: E402
 
 
@@ -131,21 +131,16 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=some_path, metavar="F",
                         help=f"shipped, .pt or .mnet (default: {CHECKPOINT} in the repository)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], metavar="N",
+    parser.add_argument("--batches", type=number(int, 1, 10**5), nargs="+", default=[1, 32, 128], metavar="N",
                         help="batch sizes (1 32 128)")
-    parser.add_argument("--threads", type=int, default=2, help="of every engine (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each engine in a round (%(default)s)")
+    parser.add_argument("--threads", type=number(int, 1, 1024), default=2, help="of every engine (%(default)s)")
+    parser.add_argument("--rounds", type=number(int, 1, 10**6), default=7, help="(%(default)s)")
+    parser.add_argument("--seconds", type=number(float, 0, 3600), default=1.0, help="of each engine in a round (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too (minutes of compilation)")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     if args.json:
         try_to_write(args.json)
-    for name in ("threads", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    if min(args.batches) < 1:
-        parser.error("--batches: expected at least 1")
     runtime = export_onnx.needed("onnxruntime")
     torch.set_num_threads(args.threads)
     checkpoint = args.checkpoint or Path(__file__).resolve().parent.parent / CHECKPOINT

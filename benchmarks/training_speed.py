@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifar100  # noqa: E402
 import counting  # noqa: E402
 import machine  # noqa: E402
-from files import run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from training import loop, main as training_main, teachers  # noqa: E402
 
@@ -212,9 +212,9 @@ def synchronize(device: torch.device) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
-    parser.add_argument("--batch-size", type=int, help="(default: 512 on CUDA, else 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--images", type=number(int, 1, 10**6), help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
+    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
+    parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
@@ -223,10 +223,6 @@ def main(argv=None) -> int:
         try_to_write(args.json)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     cuda = device.type == "cuda"
-    for name in ("images", "batch_size", "rounds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
     args.images, args.batch_size = args.images or (50_000 if cuda else 1280), args.batch_size or (512 if cuda else 64)
     if args.images < 2 * args.batch_size:
         parser.error(f"--images {args.images}: expected at least two batches of {args.batch_size}")

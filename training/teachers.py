@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import run_script, sha256  # noqa: E402
+from files import run_script, sha256, some_path  # noqa: E402
 from mobilenet_v2 import BadInput, is_plain, load_checkpoint, load_state  # noqa: E402
 
 FOLDER = Path("data.teachers")
@@ -180,8 +180,8 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", metavar="DIR", help="folder with the four files (default: $TEACHERS_DIR, else a download)")
-    parser.add_argument("--data", metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    parser.add_argument("--folder", type=some_path, metavar="DIR", help="folder with the four files (default: $TEACHERS_DIR, else a download)")
+    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     args = parser.parse_args(argv)
     machine.prepare()
     folder = find(args.folder)
