@@ -255,6 +255,22 @@ def test_one_code_changed(shipped, run):
     assert "the logits of the fixed made-up batch are not those recorded" in err and "NOT as recorded" in out
 
 
+def test_nobody_works_with_an_altered_checkpoint(shipped, monkeypatch, capsys):
+    """Signs of the linear layer turned: formats and counts are as claimed, but it is another network. Nothing is recorded."""
+    import check_model_operations, export_onnx, integer, packed, report  # noqa: E401
+
+    packed.main(["--checkpoint", str(shipped)])
+    tamper(shipped, lambda state: state["linear.weight"].view(-1)[:3000].neg_())
+    before = {path: path.read_bytes() for path in shipped.parent.iterdir()}
+    capsys.readouterr()
+    for script, *options in ((packed,), (integer, "--record", *MADE_UP), (export_onnx, "--record", *MADE_UP), (export_onnx,), (report,),
+                             (check_model_operations, "--summary")):
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: script.main(["--checkpoint", str(shipped), *options]))
+        assert stopped.value.code == 2 and "is about another file" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in shipped.parent.iterdir()} == before
+
+
 def test_one_value_off_its_grid(shipped, run):
     def change(state):
         state["layers.3.conv1.weight"].view(-1)[0] += 1e-3

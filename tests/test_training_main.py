@@ -242,6 +242,41 @@ def test_a_teacher_changes_what_is_learnt(narrow):
         assert_same(Path("run/pretrain.pt"), Path("taught/pretrain.pt"))
 
 
+def test_a_cooldown_branches_off_a_running_stage(narrow):
+    """--start takes the weights of its state as they are, or what a stop left of its average; the stage goes on unharmed."""
+    trunk = QUICK + " --pretrain --epochs 3 --lr-scheduler constant"
+    assert run(trunk, "whole") == 0
+    assert run(trunk + " --max-minutes 0") == 0
+    state = training.loop.State(Path("run/pretrain.state"), None)
+    branch = QUICK + " --pretrain --lr-scheduler constant --cooldown 1 --no-warmup --lr 1e-9 --weight-decay 0 --ema 0"
+    assert run(branch + " --start run/pretrain.state", "branch") == 0
+    assert run(branch + " --start run/pretrain.average.pt", "other") == 0
+    for folder, wanted in (("branch", state.read("weights")), ("other", torch.load("run/pretrain.average.pt"))):
+        assert torch.allclose(torch.load(f"{folder}/pretrain.pt")["conv2.weight"], wanted["conv2.weight"].float(), atol=1e-5)
+    assert run(trunk) == 0
+    assert_same(Path("whole/pretrain.pt"), Path("run/pretrain.pt"))
+    assert not Path("run/pretrain.average.pt").exists()
+
+
+def test_a_stage_is_taken_up_from_its_average_alone(narrow, capsys):
+    command = QUICK + " --pretrain --epochs 2 --lr-scheduler constant"
+    for _ in range(3):
+        run(command + " --max-minutes 0")
+    Path("run/pretrain.average.pt").rename("kept.pt")
+    log = Path("run/pretrain.jsonl").read_text()
+    assert run(command + " --start kept.pt --start-epoch 1.5", "new") == 0
+    assert "goes on at epoch 2 of 2" in capsys.readouterr().out
+    assert [line["epoch"] for line in lines("new/pretrain.jsonl")] == [2] and log.count("\n") == 1
+
+
+def test_a_refused_resume_leaves_the_record(narrow):
+    assert run(QUICK + " --pretrain --max-minutes 0") == 0
+    before = Path("run/pretrain.options.json").read_bytes()
+    with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
+        run(QUICK + " --pretrain --lr 0.07")
+    assert Path("run/pretrain.options.json").read_bytes() == before
+
+
 def test_start_is_where_the_first_stage_began(narrow, monkeypatch):
     """Also when the same command is given again with the first stage done."""
     torch.manual_seed(9)
@@ -332,7 +367,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
             with pytest.raises(SystemExit) as error:
                 training.run_script(lambda: run(QUICK + " --pretrain"))
         err = capsys.readouterr().err
-        assert error.value.code == 2 and "No space left on device" in err and err.count("\n") == 1
+        assert error.value.code == 2 and "No space left on device" in err and err.count("\n") == 1 and full in err
         kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.suffix == ".pt" or path.name == "state.json"}
         assert kept == {path: content for path, content in before.items() if path in kept} and len(kept) == 5
     assert run(QUICK + " --pretrain") == 0
