@@ -5,6 +5,8 @@
 #   bash run.sh test        set up, then run the tests (further words go to pytest)
 #   bash run.sh quick       all stages in a few minutes on a CPU, on made-up images: to see the machinery turn
 #   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
+#   bash run.sh ship [RUN]  quantize, pack, execute, export, record and verify the masked network of a run (runs/default),
+#                           finished or as its last stop left it: some eight minutes on two cores
 #   bash run.sh setup       set up alone
 #
 # CIFAR-100 is downloaded to ./data.cifar100, or taken from the folder named by CIFAR100_DIR.
@@ -14,8 +16,8 @@ venv=${VENV:-.venv}
 word=${1:-verify}
 [ $# -gt 0 ] && shift
 
-case $word in verify|test|quick|train|setup) ;; *)
-    echo "run.sh: unknown command $word; known: verify (the default), test, quick, train, setup" >&2; exit 2 ;;
+case $word in verify|test|quick|train|ship|setup) ;; *)
+    echo "run.sh: unknown command $word; known: verify (the default), test, quick, train, ship, setup" >&2; exit 2 ;;
 esac
 
 setup() {
@@ -42,6 +44,21 @@ verify() {  # arguments go to testers.py
     return $status
 }
 
+ship() {  # a run folder
+    local masked="$1/masked.pt"
+    [ -f "$masked" ] || masked="$1/masked.average.pt"
+    if [ ! -f "$masked" ]; then
+        echo "run.sh: neither $1/masked.pt nor masked.average.pt is there: nothing to ship yet; run.sh train goes on" >&2; exit 2
+    fi
+    python quantize.py --checkpoint "$masked"
+    python packed.py
+    python integer.py --record
+    python export_onnx.py --record
+    cp "$1"/*.json* training/logs/
+    python report.py
+    verify
+}
+
 setup
 python() { echo "run.sh: python $*" >&2; "$venv/bin/python" "$@"; }
 
@@ -58,16 +75,8 @@ case $word in
             esac
         done
         python training/main.py "$@"
-        if [ ! -f "$run/masked.pt" ]; then
-            echo "run.sh: $run/masked.pt is not there yet, so nothing is shipped; the same command goes on" >&2; exit 2
-        fi
-        python quantize.py --checkpoint "$run/masked.pt"
-        python packed.py
-        python integer.py --record
-        python export_onnx.py --record
-        cp "$run"/*.json* training/logs/
-        python report.py
-        verify ;;
+        ship "$run" ;;
+    ship) ship "${1:-runs/default}" ;;
     quick)
         rm -rf runs/quick
         common="--run runs/quick --made-up 1000 --batch-size 50 --augment plain --mixing none --sizes 16:0.7,32 --eval-every 9 --refresh 200"

@@ -1,6 +1,8 @@
 """What the repository says of itself: imports point one way, scripts parse, the README quotes the claim."""
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,45 @@ def test_run_sh_refuses_an_old_python(tmp_path):
     result = subprocess.run(["bash", ROOT / "run.sh", "setup"], capture_output=True, text=True,
                             env={"PATH": "/usr/bin:/bin", "PYTHON": str(old), "VENV": str(tmp_path / "venv")})
     assert result.returncode == 2 and "older than Python 3.11" in result.stderr
+
+
+@pytest.fixture
+def run_sh(tmp_path):
+    """run.sh in a folder of its own, with a python that only notes how it was called."""
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "training" / "logs").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\n')
+    python.chmod(0o755)
+
+    def run(*words):
+        result = subprocess.run(["bash", tmp_path / "run.sh", *words], capture_output=True, text=True,
+                                env={**os.environ, "VENV": str(tmp_path / "venv")})
+        calls = python.with_name("calls")
+        return result, calls.read_text().splitlines() if calls.exists() else []
+    return run
+
+
+@pytest.mark.parametrize("words, run", (((), "runs/default"), (("--run", "runs/x"), "runs/x"), (("--epochs", "2", "--run-folder=runs/y"), "runs/y")))
+def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
+    result, calls = run_sh("train", *words)
+    assert result.returncode == 2 and calls == [" ".join(("training/main.py", *words))] and f"neither {run}/masked.pt" in result.stderr
+    (tmp_path / run).mkdir(parents=True)
+    (tmp_path / run / "masked.average.pt").touch()
+    (tmp_path / run / "masked.jsonl").touch()
+    result, calls = run_sh("ship", run)
+    assert result.returncode == 0 and calls[1:] == [f"quantize.py --checkpoint {run}/masked.average.pt", "packed.py", "integer.py --record",
+                                                    "export_onnx.py --record", "report.py", "testers.py", "check_model_operations.py"]
+    assert (tmp_path / "training" / "logs" / "masked.jsonl").exists()
+    (tmp_path / run / "masked.pt").touch()  # finished: that one
+    assert f"quantize.py --checkpoint {run}/masked.pt" in run_sh("train", *words)[1]
+
+
+def test_run_sh_test_gives_its_words_to_pytest(run_sh):
+    assert run_sh("test", "-q", "tests/test_files.py")[1] == ["-m pytest -q tests/test_files.py"]
 
 
 def test_the_submissions_commands_stand_in_training_run_sh():
