@@ -27,6 +27,7 @@ import claims
 import counting
 from counting import CONVENTIONS, WORD, Formats
 from files import run_script, some_path
+from graph import activation_points
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 
 
@@ -168,7 +169,7 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
     weights = [f"{name}.weight" for name, _ in weight_layers(model)]
     groups = {"weight tensors": [formats.tensors[name].bits for name in weights],
               "BatchNorm and bias tensors": [g.bits for name, g in formats.tensors.items() if name not in weights],
-              "activation points": [formats.activation(name, True).bits for name in counting.activation_points(model)]}
+              "activation points": [formats.activation(name, True).bits for name in activation_points(model)]}
     return [f"  {group}: " + ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(found).items()))
             for group, found in groups.items()]
 

@@ -25,6 +25,7 @@ from torch import nn
 import counting
 from counting import WORD, Activation, Formats, Grid
 from files import load_record, save_record
+from graph import activation_points
 from mobilenet_v2 import BadInput
 
 
@@ -113,7 +114,7 @@ def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, 
             tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
         except BadInput as error:
             problems.append(f"{name}: {error}")
-    wanted = counting.activation_points(model)
+    wanted = activation_points(model)
     problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
     unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
     problems += [f"{name}: claimed, but not in the network" for name in unknown]

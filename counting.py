@@ -25,9 +25,7 @@ An accumulator's length is counted by one of three conventions (the challenge's 
 - "tree": a balanced binary tree whose first additions count the width of a product, the next one bit more, and so on up
   to 32 (see `tree_additions`). This is the submission's convention.
 """
-import copy
 import math
-import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -35,7 +33,8 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from mobilenet_v2 import HEAD_WIDTH, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
+from graph import Operation, is_point, trace
+from mobilenet_v2 import HEAD_WIDTH, BadInput, MobileNetV2, weight_layers
 
 WORD = 32  # the rules count in 32-bit parameters and 32-bit operations
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
@@ -172,11 +171,6 @@ class Formats:
         return self.activations.get(name, Activation(self.activation_bits, signed))
 
 
-def activation_points(model: nn.Module) -> list[str]:
-    """Names of the modules after which values are rounded to an activation's grid: the ReLUs and the Identities."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.ReLU, nn.Identity))]
-
-
 def is_folded(norm: nn.BatchNorm2d) -> bool:
     """Whether the normalisation is the identity (up to a float32 rounding), so that weight and bias say it all."""
     off = (norm.running_var.double() + norm.eps - 1).abs().max().item()
@@ -216,75 +210,6 @@ def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activat
 def float_formats(model: nn.Module) -> Formats:
     """Every number a float32: the baseline, and the start of a what-if without a checkpoint."""
     return Formats({name: Grid(WORD) for name, _ in model.named_parameters()})
-
-
-# ---- The operations of the network, as they run --------------------------------------------------
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation for one image.
-
-    name: the module's name; "layers.0.add" and "mean" for those that are no modules. key: unique, also if shared.
-    kind: a key of RULES. inputs: the keys of the operations whose outputs it reads.
-    fan_in: terms of a dense dot product, or the values that a mean averages. outputs: elements that it makes.
-    channels: of the output. module: the module itself (its weights are looked at when counting), or None.
-    """
-    key: str
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    fan_in: int
-    outputs: int
-    channels: int
-    module: nn.Module | None = field(default=None, repr=False)
-
-
-def _kind(node, model: nn.Module) -> str:
-    """The rule that counts a node of the traced graph. Raises BadInput, naming it, if there is none."""
-    kinds = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu", nn.Identity: "point"}
-    if node.op == "placeholder":
-        return "input"
-    if node.op == "call_module":
-        module = model.get_submodule(node.target)
-        for layer, kind in kinds.items():
-            if isinstance(module, layer):
-                return kind
-        raise BadInput(f"no counting rule for layer {node.target} ({type(module).__name__})")
-    two_maps = len(node.args) == 2 and all(isinstance(arg, torch.fx.Node) for arg in node.args)
-    if node.target is operator.add and two_maps:
-        return "add"
-    if (node.op, node.target) == ("call_method", "mean") and node.args[1:] == ((2, 3),) and not node.kwargs:
-        return "mean"
-    raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target} with {node.args[1:]})")
-
-
-def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
-    """Every operation of the model for one image of `shape` (channels, height, width), in the order in which they run.
-
-    The graph is that of the model's own `forward`, followed on tensors without data. Raises BadInput, naming it, for
-    anything that has no rule here. The model is left as it was.
-    """
-    from torch.fx.passes.shape_prop import ShapeProp
-
-    graph = torch.fx.symbolic_trace(copy.deepcopy(model).to("meta").eval())
-    kinds = {node: _kind(node, model) for node in graph.graph.nodes if node.op != "output"}
-    ShapeProp(graph).propagate(torch.empty(1, *shape, device="meta"))
-    operations, names = [], {}
-    for node, kind in kinds.items():
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        inputs, out = node.all_input_nodes, node.meta["tensor_meta"].shape
-        if module is not None:
-            names[node] = node.target
-        else:  # named after the module that holds it, as its first input is
-            names[node] = ".".join([*names[inputs[0]].split(".")[:-1], kind]) if inputs else node.name
-        if kind in ("conv", "linear"):
-            fan_in = module.weight[0].numel()
-        else:
-            fan_in = inputs[0].meta["tensor_meta"].shape[2:].numel() if kind == "mean" else 0
-        channels = out[-1] if kind == "linear" else out[1]
-        read = tuple(arg.name for arg in node.args if isinstance(arg, torch.fx.Node))  # x + x reads x twice
-        operations.append(Operation(node.name, names[node], kind, read, fan_in, out.numel(), channels, module))
-    return operations
 
 
 def macs(operations: list[Operation]) -> int:
@@ -495,8 +420,8 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None)
         else:
             norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
             bits["batchnorm" if norm else "biases"] += n * grid.bits
-    quantized = [name for name in activation_points(model) if formats.activation(name, True).bits < WORD]
-    bits["steps"] += WORD * len(quantized)
+    places = [name for name, module in model.named_modules() if is_point(module)]
+    bits["steps"] += WORD * sum(formats.activation(name, True).bits < WORD for name in places)
     return bits | {"total": sum(bits.values())}
 
 

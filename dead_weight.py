@@ -5,70 +5,66 @@ zero if nothing but zeros reaches it and its shift rounds to the code 0; then wh
 make others, so both passes alternate until nothing changes. What is zero is not stored (see counting.storage).
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graph import Point, points
 from mobilenet_v2 import MobileNetV2
 
 
-def reads(*convs) -> Tensor:
-    """Which input channels these (full) convolutions or linear layers read: bool [in]."""
-    return torch.stack([(conv.weight != 0).flatten(2).any(2).any(0) if conv.weight.dim() == 4 else (conv.weight != 0).any(0)
-                        for conv in convs]).any(0)
+def reads(layer: nn.Module) -> Tensor:
+    """Which input channels a depthwise or full convolution, or a linear layer, reads: bool [in]."""
+    used = layer.weight != 0
+    if getattr(layer, "groups", 1) > 1:
+        return used.flatten(1).any(1)
+    return used.flatten(2).any(2).any(0) if used.dim() == 4 else used.any(0)
 
 
-def empty(conv) -> Tensor:
-    """Which output channels have no non-zero weight: bool [out]."""
-    return (conv.weight == 0).flatten(1).all(1)
+def drop_inputs(layer: nn.Module, dead: Tensor) -> None:
+    if getattr(layer, "groups", 1) > 1:
+        layer.weight[dead] = 0
+    else:
+        layer.weight[:, dead] = 0
 
 
-def drop_outputs(conv, bn, dead: Tensor) -> None:
-    conv.weight[dead] = 0
-    bn.weight[dead] = 0
-    bn.bias[dead] = 0
+def drop_outputs(layer: nn.Module, norm: nn.BatchNorm2d, dead: Tensor) -> None:
+    for values in (layer.weight, norm.weight, norm.bias):
+        values[dead] = 0
 
 
-def backward(model: MobileNetV2) -> None:
-    """Removes what computes a channel that is never read, from the last layer to the first."""
-    drop_outputs(model.conv2, model.bn2, ~reads(model.linear))
-    read = reads(model.conv2)
-    for block in reversed(model.layers):
-        drop_outputs(block.conv3, block.bn3, ~read)
-        if len(block.shortcut):
-            drop_outputs(*block.shortcut, ~read)
-        drop_outputs(block.conv2, block.bn2, ~reads(block.conv3))
-        drop_outputs(block.conv1, block.bn1, empty(block.conv2))
-        if len(block.shortcut):
-            read = reads(block.conv1, block.shortcut[0])
-        else:
-            read = reads(block.conv1) | (read if block.residual else False)
-    drop_outputs(model.conv1, model.bn1, ~read)
+def backward(model: MobileNetV2, order: list[Point]) -> None:
+    """Removes what computes a channel that is never read, from the logits to the image."""
+    read = {order[-1].name: torch.ones(model.linear.out_features, dtype=torch.bool)}
+    for point in reversed(order):
+        for branch in point.branches:
+            used = read[point.name]
+            if branch.kind == "layer":
+                layer = model.get_submodule(branch.name)
+                if branch.norm:
+                    drop_outputs(layer, model.get_submodule(branch.norm), ~used)
+                used = reads(layer)
+            read[branch.source] = read[branch.source] | used if branch.source in read else used
 
 
-def forward(model: MobileNetV2, steps: dict[str, float]) -> None:
-    """Removes what reads a channel that is always zero, from the first layer to the last."""
-
-    def rectified(conv, bn, point: str) -> Tensor:
-        """Channels of a ReLU that are always zero: no weight, and a shift that rounds to 0 or below."""
-        zero = empty(conv) & (torch.round(bn.bias / steps[point]) <= 0)
-        drop_outputs(conv, bn, zero)
-        return zero
-
-    zero = rectified(model.conv1, model.bn1, "relu1")
-    for i, block in enumerate(model.layers):
-        block.conv1.weight[:, zero] = 0
-        hidden = rectified(block.conv1, block.bn1, f"layers.{i}.relu1")
-        block.conv2.weight[hidden] = 0
-        hidden = rectified(block.conv2, block.bn2, f"layers.{i}.relu2")
-        block.conv3.weight[:, hidden] = 0
-        shift, nothing = block.bn3.bias.clone(), empty(block.conv3)
-        if len(block.shortcut):
-            block.shortcut[0].weight[:, zero] = 0
-            shift, nothing = shift + block.shortcut[1].bias, nothing & empty(block.shortcut[0])
-        elif block.residual:
-            nothing &= zero
-        zero = nothing & (torch.round(shift / steps[f"layers.{i}.out"]) == 0)
-    model.conv2.weight[:, zero] = 0
-    model.linear.weight[:, rectified(model.conv2, model.bn2, "relu2")] = 0
+def forward(model: MobileNetV2, order: list[Point], steps: dict[str, float]) -> None:
+    """Removes what reads a channel that is always zero, from the image to the logits."""
+    zero = {}
+    for point in order:
+        nothing, shift = [], 0.0
+        for branch in point.branches:
+            if branch.kind == "layer":
+                layer = model.get_submodule(branch.name)
+                drop_inputs(layer, zero[branch.source])
+                nothing.append(~(layer.weight != 0).flatten(1).any(1))
+                shift = shift + (model.get_submodule(branch.norm) if branch.norm else layer).bias
+            else:
+                nothing.append(zero.get(branch.source, torch.zeros(3, dtype=torch.bool)))  # pixels may be anything
+        if point is order[-1]:
+            return
+        code = torch.round(torch.as_tensor(shift) / steps[point.name])
+        zero[point.name] = torch.stack(nothing).all(0) & (code <= 0 if point.rectified else code == 0)
+        if point.rectified:
+            for branch in point.branches:  # a shift below zero is no different from none
+                drop_outputs(model.get_submodule(branch.name), model.get_submodule(branch.norm), zero[point.name])
 
 
 @torch.no_grad()
@@ -82,10 +78,10 @@ def remove(model: MobileNetV2, activations: list[dict]) -> dict[str, int]:
         return {"weights": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1),
                 "scales and shifts": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() == 1)}
 
-    steps, before = {a["name"]: a["step"] for a in activations}, nonzeros()
+    steps, order, before = {a["name"]: a["step"] for a in activations}, points(model), nonzeros()
     last = None
     while last != nonzeros():
         last = nonzeros()
-        backward(model)
-        forward(model, steps)
+        backward(model, order)
+        forward(model, order, steps)
     return {kind: before[kind] - last[kind] for kind in before}

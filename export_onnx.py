@@ -52,6 +52,7 @@ import quantize
 from checkpoints import load
 from counting import Formats
 from files import number, replacing, run_script, sha256, some_path, try_to_write
+from graph import points
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 from packed import stated_formats
 
@@ -107,22 +108,22 @@ class Graph:
 
 
 def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
-    """MobileNetV2.forward. Layers come with their BatchNorm; a summand is a layer whose result goes into a sum."""
-    x = graph.point("relu1", graph.convolution("conv1", "bn1", graph.image()))
-    for i, block in enumerate(model.layers):
-        at = f"layers.{i}."
-        hidden = graph.point(f"{at}relu1", graph.convolution(f"{at}conv1", f"{at}bn1", x))
-        hidden = graph.point(f"{at}relu2", graph.convolution(f"{at}conv2", f"{at}bn2", hidden))
-        if not block.residual:
-            x = graph.point(f"{at}out", graph.convolution(f"{at}conv3", f"{at}bn3", hidden))
-            continue
-        branch = graph.summand(f"{at}conv3", f"{at}bn3", hidden)
-        if len(block.shortcut):
-            x = graph.sum(f"{at}out", branch, graph.summand(f"{at}shortcut.0", f"{at}shortcut.1", x))
+    """Build the model point by point. Layers come with their BatchNorm; a summand is a layer whose result goes into a sum."""
+    values = {}
+    for point in points(model):
+        first, *others = point.branches
+        if point.name == "image":
+            values["image"] = graph.image()
+        elif point.name == "logits":
+            graph.linear("logits", values[first.source])
+        elif first.kind == "mean":
+            values[point.name] = graph.mean(point.name, values[first.source])
+        elif others:
+            terms = [graph.summand(each.name, each.norm, values[each.source]) if each.norm
+                     else graph.unchanged(each.name, values[each.source]) for each in point.branches]
+            values[point.name] = graph.sum(point.name, *terms)
         else:
-            x = graph.sum(f"{at}out", branch, graph.unchanged(f"{at}shortcut", x))
-    x = graph.point("relu2", graph.convolution("conv2", "bn2", x))
-    graph.linear("logits", graph.mean(x))
+            values[point.name] = graph.point(point.name, graph.convolution(first.name, first.norm, values[first.source]))
 
 
 class Floats(Graph):
@@ -150,8 +151,8 @@ class Floats(Graph):
     def point(self, name: str, x: str) -> str:
         return self.node("Relu", name, x) if "relu" in name else x
 
-    def mean(self, x: str) -> str:
-        return self.node("Flatten", "features", self.node("GlobalAveragePool", "mean", x))
+    def mean(self, name: str, x: str) -> str:
+        return self.node("Flatten", name, self.node("GlobalAveragePool", "mean", x))
 
     def linear(self, name: str, x: str) -> str:
         weight, bias = (p.detach().numpy() for p in (self.model.linear.weight, self.model.linear.bias))
@@ -262,8 +263,8 @@ class Codes(Graph):
                           *self.grid(name, f"{name}.codes"))
         return self.transposed(codes, name, [0, 3, 1, 2])
 
-    def mean(self, x: str) -> str:
-        return self.point("features", self.node("GlobalAveragePool", "mean.sums", self.dequantized("mean", x)))
+    def mean(self, name: str, x: str) -> str:
+        return self.point(name, self.node("GlobalAveragePool", "mean.sums", self.dequantized("mean", x)))
 
     def linear(self, name: str, x: str) -> str:
         return self.node("Flatten", name, self.summand("linear", None, x))

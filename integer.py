@@ -38,12 +38,13 @@ from torch import Tensor, nn
 import cifar100
 import claims
 import counting
+import graph
 import machine
 import quantize
 from checkpoints import load
 from counting import signed_bits
 from files import number, run_script, some_path
-from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2
+from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2
 from packed import exponent, stated_formats
 
 BATCH = 8  # images: their maps stay in the cache
@@ -241,36 +242,25 @@ class IntegerNetwork:
                      for p, n in zip(positive, negative)]
             return Branch(name, source, layer_sums(module, weight), reach, scale, list(map(Fraction, shift.tolist())))
 
-        def unchanged(name: str, source: str, channels: int) -> Branch:
-            activation = formats.activations[source]
-            return Branch(name, source, lambda codes: codes, [(activation.low, activation.high)] * channels,
-                          [step[source]] * channels, [Fraction(0)] * channels)
+        def branch(each: graph.Branch, channels: int | None) -> Branch:
+            if each.kind == "layer":
+                return layer(each.name, each.norm, each.source)
+            if each.kind == "pixels":
+                unit = Fraction(1, cifar100.STD)
+                return Branch(each.name, each.source, lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
+            activation, n = formats.activations[each.source], each.terms or 1
+            return Branch(each.name, each.source, sum_of_map if each.kind == "mean" else lambda codes: codes,
+                          [(n * activation.low, n * activation.high)] * channels, [step[each.source] / n] * channels,
+                          [Fraction(0)] * channels)
 
-        def point(name: str, *branches: Branch) -> str:
-            activation = formats.activations[name]
-            points.append(Point(name, list(branches), step[name], activation.low, activation.high))
-            return name
-
-        # as MobileNetV2.forward
-        unit = Fraction(1, cifar100.STD)
-        image = Branch("pixels", "pixels", lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
-        last = point("relu1", layer("conv1", "bn1", point("image", image)))
-        for i, block in enumerate(model.layers):
-            at = f"layers.{i}."
-            hidden = point(f"{at}relu1", layer(f"{at}conv1", f"{at}bn1", last))
-            hidden = point(f"{at}relu2", layer(f"{at}conv2", f"{at}bn2", hidden))
-            branches = [layer(f"{at}conv3", f"{at}bn3", hidden)]
-            if block.residual and len(block.shortcut):
-                branches.append(layer(f"{at}shortcut.0", f"{at}shortcut.1", last))
-            elif block.residual:
-                branches.append(unchanged(f"{at}shortcut", last, block.conv3.out_channels))
-            last = point(f"{at}out", *branches)
-        last = point("relu2", layer("conv2", "bn2", last))
-        activation, places = formats.activations[last], (IMAGE_SIZE // 8) ** 2
-        channels = model.linear.in_features
-        mean = Branch("mean", last, sum_of_map, [(places * activation.low, places * activation.high)] * channels,
-                      [step[last] / places] * channels, [Fraction(0)] * channels)
-        return cls(points, Point("logits", [layer("linear", None, point("features", mean))]))
+        channels = {}
+        for point in graph.points(model):
+            branches = [branch(each, channels.get(each.source)) for each in point.branches]
+            channels[point.name] = len(branches[0].scale)
+            if point.name == "logits":
+                return cls(points, Point("logits", branches))
+            activation = formats.activations[point.name]
+            points.append(Point(point.name, branches, step[point.name], activation.low, activation.high))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, watch: Callable[[str, Tensor], None] | None = None) -> Tensor:

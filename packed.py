@@ -37,6 +37,7 @@ import claims
 import counting
 from counting import WORD, Formats, Grid
 from files import replacing, run_script, sha256, some_path, try_to_write
+from graph import activation_points
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, weight_layers
 
 MAGIC, VERSION = b"MNET", 1
@@ -148,7 +149,7 @@ def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str,
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     weights = {f"{name}.weight" for name, _ in weight_layers(model)}
     parts = [("header", HEADER.pack(MAGIC, VERSION, 0, model.linear.out_features, width))]
-    for name in counting.activation_points(model):
+    for name in activation_points(model):
         activation = formats.activations[name]
         if activation.bits > 16:
             raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
@@ -221,7 +222,7 @@ def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
     with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
         model = MobileNetV2(classes, width)
     tensors, activations, state = [], [], {}
-    for name in counting.activation_points(model):
+    for name in activation_points(model):
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
         if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
             raise BadInput(f"activation {name} has the unknown format {kind:#04x}")

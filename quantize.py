@@ -40,10 +40,10 @@ import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
 from files import load_lines, load_record, number, run_script, save_record, save_tensors, sha256, some_path, try_to_write
+from graph import activation_points, neighbours
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
 
-LAYERS = 58
-SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, LAYERS - 3)  # the submission's QBNs; every other layer has 8
+SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
 SCHEMES = ("power-of-two", "layer", "channel")
 SHIFT_BITS = 16
 SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
@@ -94,7 +94,7 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
 
 
 def bit_table(option: str | None) -> list[int]:
-    """Bits of the 58 layers. None: the submission's table; a number: that many for all; else a TOML file.
+    """Bits of all layers. None: the submission's table; a number: that many for all; else a TOML file.
 
     The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
     anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
@@ -102,9 +102,9 @@ def bit_table(option: str | None) -> list[int]:
     """
     names = [name for name, _ in weight_layers(MobileNetV2())]
     if option is None:
-        table = [6 if i in SIX_BITS else 8 for i in range(LAYERS)]
+        table = [6 if i in SIX_BITS or i - len(names) in SIX_BITS else 8 for i in range(len(names))]
     elif option.isdecimal():
-        table = [int(option)] * LAYERS
+        table = [int(option)] * len(names)
     else:
         try:
             content = tomllib.loads(Path(option).read_text())
@@ -114,11 +114,11 @@ def bit_table(option: str | None) -> list[int]:
             raise BadInput(f"{option}: not a TOML file ({error})") from error
         if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
             raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
-        table = [content.get("default", 8)] * LAYERS
+        table = [content.get("default", 8)] * len(names)
         for key, bits in content.get("bits", {}).items():
             if key in names:
                 table[names.index(key)] = bits
-            elif key.isdecimal() and int(key) < LAYERS:
+            elif key.isdecimal() and int(key) < len(names):
                 table[int(key)] = bits
             else:
                 raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
@@ -189,28 +189,6 @@ def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
 
 
-def neighbours(model: MobileNetV2) -> dict[str, tuple[str, str]]:
-    """{convolution: (its BatchNorm, the activation point that it reads)}, as in MobileNetV2.forward."""
-    table, last = {"conv1": ("bn1", "image")}, "relu1"
-    for i, block in enumerate(model.layers):
-        at = f"layers.{i}."
-        table |= {f"{at}conv1": (f"{at}bn1", last), f"{at}conv2": (f"{at}bn2", f"{at}relu1"),
-                  f"{at}conv3": (f"{at}bn3", f"{at}relu2")}
-        if len(block.shortcut):
-            table[f"{at}shortcut.0"] = (f"{at}shortcut.1", last)
-        last = f"{at}out"
-    return table | {"conv2": ("bn2", last)}
-
-
-def activation_points(model: MobileNetV2) -> list[tuple[str, bool]]:
-    """(name, signed) of the 55 places where an activation is stored: the image, every ReLU, every block, the features."""
-    points = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.ReLU, nn.Identity, Quantizer)):
-            points.append((name, not (name.rpartition(".")[2].startswith("relu") or name == "features")))
-    return points
-
-
 @torch.no_grad()
 def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> list[dict]:
     """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
@@ -219,7 +197,7 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
     one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
     no calibration: its pixels are exactly code * 2^-6.
     """
-    points = dict(activation_points(model))
+    points = activation_points(model)
     largest = dict.fromkeys(points, 0.0)
     errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
 
@@ -273,7 +251,7 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
 
     Raises BadInput if the list does not name exactly the network's points.
     """
-    points = dict(activation_points(model))
+    points = activation_points(model)
     named = [a.get("name") for a in activations]
     if sorted(map(str, named)) != sorted(points):
         raise BadInput(f"the activations listed are not the network's {len(points)}: "

@@ -37,16 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
-import quantize  # noqa: E402
 from checkpoints import load  # noqa: E402
 from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
+from graph import neighbours  # noqa: E402
 from mobilenet_v2 import CHECKPOINT  # noqa: E402
 
 
 def fused(model: nn.Module) -> nn.Module:
     """A copy with every BatchNorm folded into the convolution before it."""
     model = copy.deepcopy(model).eval()
-    for conv, (norm, _) in quantize.neighbours(model).items():
+    for conv, (norm, _) in neighbours(model).items():
         model.set_submodule(conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm)))
         model.set_submodule(norm, nn.Identity())
     return model.to(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ import counting
 from check_model_operations import main
 from claims import hold
 from files import save_record, save_tensors, sha256
+from graph import activation_points
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 
 SIGNED = re.compile(r"image|.*\.out")
@@ -43,7 +44,7 @@ def shipped(tmp_path_factory):
     path = tmp_path_factory.mktemp("shipped") / "network.pt"
     save_tensors(model.state_dict(), path)
     activations = [{"name": name, "bits": 8, "signed": bool(SIGNED.fullmatch(name)), "step": 0.0625}
-                   for name in counting.activation_points(model)]
+                   for name in activation_points(model)]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
     save_record(claim, path.with_suffix(".json"))
     return path, claim

@@ -13,6 +13,7 @@ from torch import nn
 import counting
 from counting import (CONVENTIONS, Activation, BadInput, Formats, Grid, count, fixed_bits, found_formats, found_grid,
                       reach, score, signed_bits, storage, sum_bits, terms_per_channel, totals, trace, tree_additions)
+from graph import activation_points
 from mobilenet_v2 import MobileNetV2, weight_layers
 
 
@@ -63,7 +64,7 @@ def test_network_figures(network, operations):
     assert kinds == {"conv": 57, "batchnorm": 57, "relu": 36, "add": 14, "mean": 1, "linear": 1, "point": 19,
                      "input": 1}
     assert sum(op.outputs for op in operations if op.kind == "batchnorm") == 2_284_288
-    assert len(counting.activation_points(network)) == 55
+    assert len(activation_points(network)) == 55
     names = [name for name, _ in weight_layers(network)]
     assert [op.name for op in operations if op.kind in ("conv", "linear")] == names
     assert {"layers.0.add", "mean", "layers.16.shortcut.0"} <= {op.name for op in operations}

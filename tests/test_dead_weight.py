@@ -6,6 +6,7 @@ import torch
 
 import cifar100
 import dead_weight
+import graph
 import quantize
 from mobilenet_v2 import MobileNetV2, weight_layers
 
@@ -68,7 +69,7 @@ def dense():
     return model
 
 
-ONES = [{"name": name, "step": 0.125} for name, _ in quantize.activation_points(MobileNetV2())]
+ONES = [{"name": name, "step": 0.125} for name in graph.activation_points(MobileNetV2())]
 
 
 def test_a_dense_network_has_none():

@@ -22,6 +22,7 @@ import cifar100
 import claims
 import quantize
 from files import load_json, run_script, save_record, sha256
+from graph import activation_points, neighbours
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from quantize import SCHEMES, bit_table, calibrate, code_range, codes, fake_quantize, free_step, power_of_two_step
 
@@ -162,7 +163,7 @@ def test_bit_tables_that_are_not_there(option, message):
 # ------------------------------------------------------------------------------------------------------- activations
 
 def test_the_55_activation_points():
-    points = quantize.activation_points(MobileNetV2())
+    points = activation_points(MobileNetV2())
     signs = dict(points)
     assert len(points) == len(signs) == 55
     signed = {"image", *(f"layers.{i}.out" for i in range(17))}
@@ -176,7 +177,7 @@ def seen(model, images):
     """{name: all values at the activation point}, looked at with hooks of our own."""
     values = {}
     hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: values.__setitem__(name, out))
-             for name, _ in quantize.activation_points(model)]
+             for name in activation_points(model)]
     model.eval()((images.float() - 128) / 64)
     for hook in hooks:
         hook.remove()
@@ -200,10 +201,10 @@ def values(sparse_checkpoint, images):
 def test_calibrated_ranges(sparse_checkpoint, images, values, bits, ranges):
     model = load_checkpoint(sparse_checkpoint)
     chosen = calibrate(model, images, bits, ranges)
-    points, finer = quantize.activation_points(model), 0
-    assert [entry["name"] for entry in chosen] == [name for name, _ in points]
+    points, finer = activation_points(model), 0
+    assert [entry["name"] for entry in chosen] == list(points)
     assert not any(module._forward_hooks for module in model.modules())
-    for entry, (name, signed) in zip(chosen, points):
+    for entry, (name, signed) in zip(chosen, points.items()):
         step = 2.0 ** (math.ceil(math.log2(values[name].abs().max())) - bits + signed)
         assert entry == {"name": name, "bits": bits, "signed": signed, "step": entry["step"]}
         if ranges == "max" or (name == "image" and bits == 8):
@@ -242,7 +243,7 @@ def test_calibration_by_hand():
 
 def claimed_activations(**changes):
     return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
-            for name, signed in quantize.activation_points(MobileNetV2())]
+            for name, signed in activation_points(MobileNetV2()).items()]
 
 
 @pytest.mark.parametrize("entry, message", [
@@ -270,7 +271,7 @@ def test_a_quantizer_stands_at_every_point():
     quantize.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
     values = seen(model, cifar100.made_up(2, 0).images)
     assert len(values) == 55 and isinstance(model.relu2, quantize.Quantizer) and model.relu2.bits == 4
-    for name, signed in quantize.activation_points(model):
+    for name, signed in activation_points(model).items():
         low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
         scaled = values[name] / step
         assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high
@@ -399,8 +400,8 @@ def test_a_dead_channels_scale_makes_no_difference(fake):
 def test_neighbours_are_those_of_the_forward_pass():
     """What a layer reads and what scales it, found by running the network."""
     model = MobileNetV2().eval()
-    table, made, seen = quantize.neighbours(model), {}, {}
-    points, norms = dict(quantize.activation_points(model)), {norm for norm, _ in table.values()}
+    table, made, seen = neighbours(model), {}, {}
+    points, norms = activation_points(model), {norm for norm, _ in table.values()}
 
     def see(name):
         def hook(module, inputs, out):
@@ -428,7 +429,7 @@ def test_short_scales(fake):
     before = {name: module.step for name, module in weight_layers(model)[:-1]}
     quantize.shorten_scales(model)
     moved = 0
-    for name, (norm, _) in quantize.neighbours(model).items():
+    for name, (norm, _) in neighbours(model).items():
         step, old = model.get_submodule(name).step.flatten(), before[name].flatten()
         ratio = step / old
         assert ratio.min() > 1 - 1 / 32 and ratio.max() < 1 + 1 / 32
@@ -438,7 +439,7 @@ def test_short_scales(fake):
     assert moved > 20_000
     network, tensors = quantize.shipped(model)
     steps = {entry["name"]: entry.get("step") for entry in tensors}
-    for name, (norm, _) in quantize.neighbours(model).items():
+    for name, (norm, _) in neighbours(model).items():
         scale = network.get_submodule(norm).weight
         significand = torch.frexp(scale)[0] * 32
         assert torch.equal(significand, significand.round())  # although it is a float16
@@ -457,7 +458,7 @@ def test_shifts_of_whole_units(fake):
     assert quantize.round_shifts(network, tensors, activations) is None
     steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
     changed = 0
-    for name, (norm, source) in quantize.neighbours(network).items():
+    for name, (norm, source) in neighbours(network).items():
         scale, shift = (p.double() for p in network.get_submodule(norm).parameters())
         old = before.get_submodule(norm).bias.double()
         code, unit = shift / steps[f"{norm}.bias"], scale * steps[f"{name}.weight"] * steps[source]
@@ -674,7 +675,7 @@ def short_and_whole(path) -> bool:
     model, claim = load_checkpoint(path), load_json(path.with_suffix(".json"))
     steps = {entry["name"]: entry["step"] for entry in claim["tensors"] + claim["activations"] if "step" in entry}
     good = []
-    for name, (norm, source) in quantize.neighbours(model).items():
+    for name, (norm, source) in neighbours(model).items():
         scale, shift = (p.detach().double() for p in model.get_submodule(norm).parameters())
         significand = torch.frexp(scale)[0] * 32
         units = shift[scale != 0] / (scale[scale != 0] * steps[f"{name}.weight"] * steps[source])
