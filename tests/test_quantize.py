@@ -644,9 +644,13 @@ def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == []
     save_record({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")
     assert quantize.training_record(tmp_path / "masked.pt") == []
-    (tmp_path / "rew.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "loss": 0.5}\n')
+    (tmp_path / "rew.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
     assert quantize.training_record(tmp_path / "masked.pt") == [
-        {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1}, "last_epoch": {"epoch": 2, "loss": 0.5}}]
+        {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1}, "last_epoch": {"step": 2, "loss": 0.5}}]
+    for wrong in ("", "{}\n", "garbage\n"):
+        (tmp_path / "rew.jsonl").write_text(wrong)
+        with pytest.raises(BadInput, match="rew"):
+            quantize.training_record(tmp_path / "masked.pt")
 
 
 def test_the_commit(monkeypatch):
