@@ -6,7 +6,7 @@ from torch import nn
 
 import claims
 import counting
-import packed
+import mnet
 from counting import Formats
 from files import sha256
 from mobilenet_v2 import BadInput, load_checkpoint
@@ -34,7 +34,7 @@ def read(path) -> Checkpoint:
     claim = claims.read(beside) if beside.exists() else None
     own, problems = None, []
     if path.suffix == ".mnet":
-        model, own = packed.unpack(path)
+        model, own = mnet.unpack(path)
     else:
         model = load_checkpoint(path)
     digest, found = sha256(path), counting.found_formats(model)
@@ -49,7 +49,7 @@ def read(path) -> Checkpoint:
             claimed = record.get("sha256") if isinstance(record, dict) else None
         if claimed != digest:
             problems.append(f"{beside} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
-        differing = packed.format_differences(claim, own) if own is not None else []
+        differing = mnet.format_differences(claim, own) if own is not None else []
         if differing:
             problems.append(f"{beside} and {path} do not agree on {', '.join(differing[:3])}"
                             + f" (and {len(differing) - 3} more)" * (len(differing) > 3))

@@ -6,7 +6,7 @@
     activations          [{"name", "bits", "signed", "step"}]: the format of every activation point
     counts               zeros, storage, operations and score (see counting.summary)
     dead_weight_removed  how many non-zero values could not reach a logit, and were set to zero
-    probe_logits         logits of a fixed made-up batch (quantize.probe_images), to the last bit
+    probe_logits         logits of a fixed made-up batch (exact.probe_images), to the last bit
     packed               file, bytes and SHA-256 of the packed file (packed.py adds it)
     integer              accuracy and accumulators of the integer network (integer.py --record adds it)
     onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)

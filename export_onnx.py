@@ -48,13 +48,13 @@ from torch import nn
 import cifar100
 import claims
 import machine
-import quantize
 from checkpoints import load
 from counting import Formats
-from files import number, replacing, run_script, sha256, some_path, try_to_write
+from exact import exact_network, folded
+from files import git_commit, number, replacing, run_script, sha256, some_path, try_to_write
 from graph import points
 from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
-from packed import stated_formats
+from mnet import stated_formats
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
 BATCH = 32
@@ -135,7 +135,7 @@ class Floats(Graph):
                          self.constant("image.zero", cifar100.MEAN, np.uint8))
 
     def convolution(self, name: str, norm: str, x: str) -> str:
-        scale, shift = quantize.folded(self.model.get_submodule(norm))
+        scale, shift = folded(self.model.get_submodule(norm))
         weight = self.model.get_submodule(name).weight.detach().double() * scale.view(-1, 1, 1, 1)
         return self.node("Conv", f"{name}.sums", x, self.constant(f"{name}.weight", weight.numpy(), np.float32),
                          self.constant(f"{name}.bias", shift.numpy(), np.float32), **self.window(name))
@@ -275,7 +275,7 @@ def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:
     bits = {name: graph.formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(graph.model)}
     return {"source": checkpoint.name, "source_sha256": sha256(checkpoint),
             "accuracy": json.dumps(claim.get("accuracy")), "weight_bits": json.dumps(bits),
-            "commit": str(quantize.git_commit())}
+            "commit": str(git_commit())}
 
 
 # ----------------------------------------------------------------------------------------------------------- the engine
@@ -356,7 +356,7 @@ def parse(argv=None) -> argparse.Namespace:
                         help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
     parser.add_argument("--out", type=some_path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
     parser.add_argument("--verify", action="store_true",
-                        help="run it in onnxruntime on the test set, beside quantize.exact_network")
+                        help="run it in onnxruntime on the test set, beside exact_network")
     parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
     parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
     parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
@@ -411,7 +411,7 @@ def main(argv=None) -> int:
     content = out.read_bytes()
     found = kernels(content)
     print("Kernels: " + ", ".join(f"{count} {name}" for name, count in found.items()), flush=True)
-    report = compare(session(content), quantize.exact_network(model, claim["activations"]), data)
+    report = compare(session(content), exact_network(model, claim["activations"]), data)
     print(text(report), flush=True)
     differing, n = len(report["differing"]), report["images"]
     if args.record:

@@ -19,7 +19,7 @@ What is stored for it            width
 The average is the sum of its values: dividing by 16 is 4 more in a shift. Logits are values, all with one power of two.
 
 No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the
-network is built. quantize.exact_network, which testers.py runs, computes the same whole numbers in floats that are wide
+network is built. exact_network, which testers.py runs, computes the same whole numbers in floats that are wide
 enough to hold them: both networks must have the same logits to the last bit, and this script compares them.
 """
 import argparse
@@ -40,12 +40,12 @@ import claims
 import counting
 import graph
 import machine
-import quantize
 from checkpoints import load
 from counting import signed_bits
+from exact import exact_network
 from files import number, run_script, some_path
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2
-from packed import exponent, stated_formats
+from mnet import exponent, stated_formats
 
 BATCH = 8  # images: their maps stay in the cache
 COUNTED = ("correct", "float_correct", "agree", "identical")
@@ -375,7 +375,7 @@ def main(argv=None) -> int:
     network = IntegerNetwork.from_checkpoint(model, claim)
     data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
     data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
-    floats = quantize.exact_network(model, claim["activations"])
+    floats = exact_network(model, claim["activations"])
     report = {"checkpoint": str(checkpoint)} | compare(network, floats, data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
     if args.record:  # before printing: the reader of a pipe may have gone

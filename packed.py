@@ -1,251 +1,21 @@
-"""The packed file, .mnet: everything that inference needs, each value at its stated width, and nothing else.
+"""The shipped network as one small file, .mnet: every stored bit of it, and nothing else (see mnet.py).
 
     python packed.py                                packs the shipped checkpoint, reads it back, compares, and says
     python packed.py --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
-
-All numbers are little-endian; bits are packed with the highest first, each stream filled up to a byte with zeros.
-
-  bytes      content
-  4          "MNET"
-  1, 1       version, 1; and a 0
-  2          classes                                      unsigned
-  8          width multiplier of the network              float64
-  2 each     the activation points, in network order      format, exponent of the step
-  ...        the parameters, in state-dict order          format, exponent of the step (2 bytes), and then
-               if masked      a bit a position, 1 where the code is not zero; the codes of those positions alone
-               if not         the codes of all positions, b bits each in two's complement
-               if float16     the 16 bits of each value
-  32         SHA-256 of all bytes before
-
-A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
-are powers of two, and their exponent is a signed byte. A weight tensor is masked where that is shorter, as
-`counting.storage` counts it. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
-`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from classes and width multiplier.
 """
 import argparse
-import hashlib
-import math
-import struct
-from collections import Counter
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor, nn
 
 import claims
 import counting
-from counting import WORD, Formats, Grid
-from files import replacing, run_script, sha256, some_path, try_to_write
-from graph import activation_points
-from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, weight_layers
+from checkpoints import load
+from counting import WORD
+from files import run_script, sha256, some_path, try_to_write
+from mnet import differences, pack, stated_formats, unpack
+from mobilenet_v2 import CHECKPOINT, BadInput
 
-MAGIC, VERSION = b"MNET", 1
-HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
-BITS, SIGNED, HALF, MASKED = 0x1F, 0x20, 0x40, 0x80
-CHECKSUM = 32
-
-
-def stated_formats(model: nn.Module, claim: dict) -> Formats:
-    """The claim's formats of all tensors and activations. Raises BadInput if one is missing or the values deny it."""
-    formats, problems = claims.hold(claim, "the claim", model, counting.found_formats(model))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise BadInput(f"the claim does not fit the network: {problems[0]}{more}")
-    return formats
-
-
-def exponent(step, name: str) -> int:
-    """e of a step 2^e, -128 to 127. Raises BadInput for any other step."""
-    fraction, e = math.frexp(step) if isinstance(step, int | float) else (0, 0)
-    if fraction != 0.5 or not -128 <= e - 1 <= 127:
-        raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
-    return e - 1
-
-
-# ------------------------------------------------------------------------------------------------------- bit streams
-
-def to_bits(codes: np.ndarray, bits: int) -> bytes:
-    """Signed codes [n], `bits` each (1 to 16), as one stream."""
-    planes = codes.astype(np.int16)[:, None] >> np.arange(bits - 1, -1, -1, dtype=np.int16)
-    return np.packbits((planes & 1).astype(np.uint8)).tobytes()
-
-
-def from_bits(stream: bytes, n: int, bits: int) -> np.ndarray:
-    """The n signed codes (int32) of a stream."""
-    planes = np.unpackbits(np.frombuffer(stream, np.uint8), count=n * bits).reshape(n, bits).astype(np.int32)
-    places = 1 << np.arange(bits - 1, -1, -1, dtype=np.int32)
-    places[0] *= -1  # two's complement
-    return planes @ places
-
-
-class Reader:
-    """Takes bytes from the front. Raises BadInput when there are too few, before anything is allocated for them."""
-
-    def __init__(self, data: bytes):
-        self.data, self.position = data, 0
-
-    def take(self, size: int) -> bytes:
-        part = self.data[self.position:self.position + size]
-        if len(part) < size:
-            raise BadInput("it ends too early")
-        self.position += size
-        return part
-
-    def bits(self, n: int, bits: int) -> np.ndarray:
-        return from_bits(self.take((n * bits + 7) // 8), n, bits)
-
-
-# ------------------------------------------------------------------------------------------------- one tensor and back
-
-def pack_tensor(values: Tensor, grid: Grid, name: str, may_mask: bool) -> dict[str, bytes]:
-    """{"format", "mask", "values"}: the parts of a parameter's record, in their order in the file."""
-    if grid.kind == "float16":
-        halves = values.half().flatten().numpy().astype("<f2")
-        return {"format": FORMAT.pack(16 | HALF, 0), "mask": b"", "values": halves.tobytes()}
-    if len(grid.steps) != 1 or grid.bits > 16:
-        raise BadInput(f"{name} ({grid.kind}) has {grid.bits} bits and {len(grid.steps)} steps: "
-                       f"the packed file holds float16, and codes of up to 16 bits with one step a tensor")
-    e, codes = exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
-    mask = codes != 0
-    if may_mask and mask.sum() * grid.bits + mask.size < mask.size * grid.bits:
-        return {"format": FORMAT.pack(grid.bits | MASKED, e), "mask": np.packbits(mask).tobytes(),
-                "values": to_bits(codes[mask], grid.bits)}
-    return {"format": FORMAT.pack(grid.bits, e), "mask": b"", "values": to_bits(codes, grid.bits)}
-
-
-def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor, dict]:
-    """(float32 values, the claim for them)."""
-    n = shape.numel()
-    kind, e = FORMAT.unpack(reader.take(FORMAT.size))
-    bits = kind & BITS
-    if kind == HALF | 16:
-        values = np.frombuffer(reader.take(2 * n), "<f2").astype(np.float32)
-        entry = {"name": name, "bits": 16, "kind": "float16"}
-    else:
-        if not 1 <= bits <= 16 or kind & (HALF | SIGNED):
-            raise BadInput(f"{name} has the unknown format {kind:#04x}")
-        codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
-        if kind & MASKED:
-            mask = reader.bits(n, 1) != 0
-            codes[mask] = reader.bits(int(mask.sum()), bits)
-        with np.errstate(over="ignore"):  # it is looked for below
-            values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
-        entry = {"name": name, "bits": bits, "step": 2.0**e}
-    if not np.isfinite(values).all():
-        raise BadInput(f"{name} holds values that are not finite")
-    return torch.from_numpy(values).view(shape), entry
-
-
-# --------------------------------------------------------------------------------------------------- the file and back
-
-def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str, int]:
-    """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
-
-    What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
-    model, or if anything in them would not come back as it is.
-    """
-    formats = stated_formats(model, claim)
-    steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
-    weights = {f"{name}.weight" for name, _ in weight_layers(model)}
-    parts = [("header", HEADER.pack(MAGIC, VERSION, 0, model.linear.out_features, width))]
-    for name in activation_points(model):
-        activation = formats.activations[name]
-        if activation.bits > 16:
-            raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
-        parts.append(("steps", FORMAT.pack(activation.bits | SIGNED * activation.signed, exponent(steps[name], name))))
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        kind = "weights" if name in weights else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"
-        record = pack_tensor(parameter.detach(), formats.tensors[name], name, may_mask=name in weights)
-        parts += zip(("steps", "masks", kind), record.values())
-    parts.append(("checksum", hashlib.sha256(b"".join(part for _, part in parts)).digest()))
-    data = b"".join(part for _, part in parts)
-
-    returned, own = unpack_bytes(data)
-    problems = differences(model, claim, returned, own)
-    if problems:
-        raise BadInput("the packed file cannot hold " + ", ".join(problems))
-    with replacing(path) as file:
-        file.write(data)
-    sections = Counter()
-    for kind, part in parts:
-        sections[kind] += len(part)
-    return dict(sections) | {"total": len(data)}
-
-
-def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: dict) -> list[str]:
-    """What is not the same in both, by name: values of the state dict that inference reads, formats."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    found = [key for key in sorted(ours.keys() | theirs.keys()) if not key.endswith("num_batches_tracked")
-             and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
-    return found + format_differences(claim, other_claim)
-
-
-def format_differences(claim: dict, other: dict) -> list[str]:
-    """Names of the tensors and activations whose formats two claims state differently."""
-    found = []
-    for key in ("tensors", "activations"):
-        ours, theirs = ({name: [entry.get(k) for k in ("bits", "step", "kind", "signed")]
-                         for name, entry in claims.entries(each, key, "the claim").items()} for each in (claim, other))
-        found += [f"the format of {name}" for name in sorted(ours.keys() | theirs.keys())
-                  if ours.get(name) != theirs.get(name)]
-    return found
-
-
-def unpack(path) -> tuple[MobileNetV2, dict]:
-    """(the model in eval mode, its formats as a claim has them: {"tensors", "activations"}) of a packed file.
-
-    Raises BadInput, and nothing else, if the file is missing, foreign, cut, damaged, or of another version.
-    """
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
-    try:
-        return unpack_bytes(Path(path).read_bytes())
-    except OSError as error:
-        raise BadInput(f"{path}: not readable ({error.strerror})") from error
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-
-
-def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
-    if data[:len(MAGIC)] != MAGIC:
-        raise BadInput("not a packed network (.mnet): it does not begin with MNET")
-    if len(data) < HEADER.size + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
-        raise BadInput("damaged or cut: its SHA-256 is not the one at its end")  # before anything in it is believed
-    reader = Reader(data[:-CHECKSUM])
-    _, version, _, classes, width = HEADER.unpack(reader.take(HEADER.size))
-    if version != VERSION:
-        raise BadInput(f"a packed network of version {version}; this program reads version {VERSION}")
-    if not classes:
-        raise BadInput("a network without classes")
-    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
-        model = MobileNetV2(classes, width)
-    tensors, activations, state = [], [], {}
-    for name in activation_points(model):
-        kind, e = FORMAT.unpack(reader.take(FORMAT.size))
-        if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
-            raise BadInput(f"activation {name} has the unknown format {kind:#04x}")
-        activations.append({"name": name, "bits": kind & BITS, "signed": bool(kind & SIGNED), "step": 2.0**e})
-    for name, parameter in model.named_parameters():
-        state[name], entry = unpack_tensor(reader, parameter.shape, name)
-        tensors.append(entry)
-    if reader.position != len(reader.data):
-        raise BadInput(f"{len(reader.data) - reader.position} bytes are left over")
-    for name, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):  # folded
-            state[f"{name}.running_mean"] = torch.zeros(norm.num_features)
-            state[f"{name}.running_var"] = torch.full((norm.num_features,), 1 - norm.eps)
-            state[f"{name}.num_batches_tracked"] = torch.tensor(0)
-    model.load_state_dict(state, assign=True)
-    return model.eval(), {"tensors": tensors, "activations": activations}
-
-
-# ---------------------------------------------------------------------------------------------------------- the script
 
 def main(argv=None) -> int:
-    import checkpoints  # which reads packed files too
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=some_path, metavar="F",
                         help=f"a shipped one, with its claim beside it (default: {CHECKPOINT} beside this script)")
@@ -256,7 +26,7 @@ def main(argv=None) -> int:
     if out.suffix != ".mnet":
         raise BadInput(f"--out {out}: expected a name that ends in .mnet")
     try_to_write(out)
-    model, claim = checkpoints.load(checkpoint)
+    model, claim = load(checkpoint)
     sections = pack(model, claim, out)
     found = differences(model, claim, *unpack(out))
     if found:

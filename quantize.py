@@ -14,16 +14,10 @@ Where every channel has its own step (scheme "channel") it is chosen such that a
 shift is a whole number of the accumulator's units: what is left to differ in an 8-bit engine that computes in float32
 behind its accumulators is too rare to be seen (see export_onnx.py).
 
-Powers of two make the evaluation exact: products and sums of codes are whole numbers times a power of two. While they stay
-below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on any machine; scales and
-shifts, and the linear layer's longer sums, are computed in float64, which holds those exactly. So a claim is verified to
-the image, the recorded logits to the last bit, and integer.py computes the same logits without a float.
+Powers of two make the evaluation exact: see exact.py, the network that computes on these grids.
 """
 import argparse
-import copy
-import math
 import platform
-import subprocess
 import sys
 import tomllib
 from fractions import Fraction
@@ -39,9 +33,12 @@ import counting
 import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
-from files import load_lines, load_record, number, run_script, save_record, save_tensors, sha256, some_path, try_to_write
+from exact import (Quantizer, code_range, codes, exact_network, fake_quantize, folded, power_of_two_step, probe_logits,
+                   quantize_activations)
+from files import git_commit, load_lines, load_record, number, run_script, save_record, save_tensors, sha256, some_path, try_to_write
 from graph import activation_points, neighbours
-from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, load_checkpoint, weight_layers
+from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
+from training import loop, reweighted_l1, teachers
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
 SCHEMES = ("power-of-two", "layer", "channel")
@@ -50,34 +47,6 @@ SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has
 
 
 # -------------------------------------------------------------------------------------------------------- the grids
-
-def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
-    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
-    if largest == 0:
-        return 1.0
-    return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
-
-
-def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
-    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
-    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
-
-
-def codes(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
-
-    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
-    """
-    return (x / step).round_().clamp_(low, high)
-
-
-def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return codes(x, step, low, high).mul_(step)
-    scaled = (x / step).clamp(low - 0.5, high + 0.5)
-    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
-
 
 def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
     """The step, [1, 1, ...] or [out, 1, ...], with the least squared error among 40 clipping points of max|w|."""
@@ -130,24 +99,6 @@ def bit_table(option: str | None) -> list[int]:
 
 # ----------------------------------------------------------------------------- a network that computes on its grids
 
-class Quantizer(nn.Module):
-    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys."""
-
-    def __init__(self, bits: int, signed: bool, step: float):
-        super().__init__()
-        self.bits, self.signed, self.step = bits, signed, step
-
-    def forward(self, x):
-        low, high = code_range(self.bits, self.signed)
-        if x.dtype == torch.bfloat16:
-            x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
-        if torch.is_grad_enabled() and x.requires_grad:
-            return fake_quantize(x, self.step, low, high)
-        # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
-        x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
-        return x.round_().float().clamp_(low, high).mul_(self.step)
-
-
 class QuantizedConv2d(nn.Conv2d):
     """A convolution that rounds its weights on the way: what it stores is what is trained."""
     step, bits = None, None
@@ -161,32 +112,6 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), self.bias)
-
-
-class ScaleShift(nn.Module):
-    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, and the shift added, exactly."""
-
-    def __init__(self, bn: nn.BatchNorm2d):
-        super().__init__()
-        scale, shift = folded(bn)
-        self.register_buffer("scale", scale.float().double()[:, None, None], persistent=False)
-        self.register_buffer("shift", shift.float().double()[:, None, None], persistent=False)
-
-    def forward(self, x):
-        return x.double().mul_(self.scale).add_(self.shift)
-
-
-class ExactLinear(nn.Linear):
-    """The linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
-
-    def forward(self, x):
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
-
-
-def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
-    scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
-    return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
 
 
 @torch.no_grad()
@@ -244,36 +169,6 @@ def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
             step = free_step(weight, bits, channel=scheme == "channel")
         module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d  # same keys, same tensors
         module.step, module.bits = step, bits
-
-
-def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
-    """Put a Quantizer at every activation point, in the place of the ReLU or the Identity there.
-
-    Raises BadInput if the list does not name exactly the network's points.
-    """
-    points = activation_points(model)
-    named = [a.get("name") for a in activations]
-    if sorted(map(str, named)) != sorted(points):
-        raise BadInput(f"the activations listed are not the network's {len(points)}: "
-                       f"missing {sorted(set(points) - set(named))}, unknown {sorted(map(str, set(named) - set(points)))}")
-    for a in activations:
-        step, bits = a.get("step"), a.get("bits")
-        if not isinstance(step, float | int) or not step > 0 or math.frexp(step)[0] != 0.5 or bits not in range(1, 17):
-            raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
-        if a.get("signed") is not points[a["name"]]:
-            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {points[a['name']]}")
-        model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
-
-
-def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
-    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see the head of this file)."""
-    network = copy.deepcopy(model).eval()
-    quantize_activations(network, activations)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            network.set_submodule(name, ScaleShift(module))
-    network.linear.__class__ = ExactLinear
-    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -359,26 +254,6 @@ def store_fixed(tensor: Tensor, name: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------- the claim
 
-def probe_images(count: int = 4) -> Tensor:
-    """A fixed made-up batch, uint8 [count, 3, 32, 32], from whole-number arithmetic alone: the same everywhere."""
-    position = torch.arange(count * 3 * IMAGE_SIZE * IMAGE_SIZE)
-    return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
-
-
-@torch.inference_mode()
-def probe_logits(network: MobileNetV2) -> list[list[float]]:
-    return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def training_record(checkpoint) -> list[dict]:
     """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log."""
     folder, stages = Path(checkpoint).parent, []
@@ -440,9 +315,6 @@ def parse(argv=None) -> argparse.Namespace:
 
 def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero."""
-    # The one place where the top level reaches into training/: fine-tuning is training, and verifying needs none of it.
-    from training import loop, reweighted_l1, teachers
-
     def freeze_statistics(network):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import cifar100
 import checkpoints
+import cifar100
 import claims
 import counting
 import machine
-import quantize
 from evaluation import evaluate
+from exact import exact_network, probe_logits
 from files import number, run_script, some_path
 from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
 
@@ -92,13 +92,13 @@ def main(argv=None) -> int:
     lines = [f"{checkpoint}, SHA-256 {report['sha256']}"]
 
     if claim is not None:
-        network = quantize.exact_network(model, claim.get("activations", []))
+        network = exact_network(model, claim.get("activations", []))
         bound = exactness(model, formats)
         lines.append(f"weights and activations quantized as claimed by {claims.claim_path(checkpoint).name}; the largest possible "
                      f"sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}")
         if bound > 2**24:
             problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
-        same = quantize.probe_logits(network) == claim.get("probe_logits")
+        same = probe_logits(network) == claim.get("probe_logits")
         lines.append(f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}")
         if not same:
             problems.append("the logits of the fixed made-up batch are not those recorded in the claim")

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
 import cifar100  # noqa: E402
-import packed  # noqa: E402
+import mnet  # noqa: E402
 import quantize  # noqa: E402
 from files import digest, load_json, load_lines, save_record, save_tensors, sha256  # noqa: E402
 from mobilenet_v2 import BadInput, load_checkpoint  # noqa: E402
@@ -116,7 +116,7 @@ class Kinds:
         save_tensors(model.state_dict(), folder / "network.pt")
         save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1}, "made_by": {"seed": 0}},
                     folder / "network.json")
-        packed.pack(model, claim, folder / "alone.mnet", WIDTH)
+        mnet.pack(model, claim, folder / "alone.mnet", WIDTH)
         save_tensors(model.state_dict(), folder / "float.pt")
         self.train(folder / "run")
         state = folder / "run" / "fuzz.state"
@@ -135,7 +135,7 @@ class Kinds:
             ".pt": (folder / "network.pt", lambda: network_and_claim(folder / "network.pt"), False),
             ".pt without a claim": (folder / "float.pt", lambda: small_checkpoint(folder / "float.pt").state_dict(), False),
             "claim": (folder / "network.json", lambda: network_and_claim(folder / "network.pt"), True),
-            ".mnet": (folder / "alone.mnet", lambda: dict(packed.unpack(folder / "alone.mnet")[0].named_parameters()), False),
+            ".mnet": (folder / "alone.mnet", lambda: dict(mnet.unpack(folder / "alone.mnet")[0].named_parameters()), False),
             **parts,
             "state.json": (state / "state.json", self.load_state, True),
             "log": (folder / "run" / "fuzz.jsonl", lambda: [line["step"] for line in load_lines(folder / "run" / "fuzz.jsonl")], False),

@@ -6,6 +6,7 @@ import torch
 
 import cifar100
 import dead_weight
+import exact
 import graph
 import quantize
 from mobilenet_v2 import MobileNetV2, weight_layers
@@ -26,15 +27,15 @@ def sparse():
                 module.bias.normal_(0, 0.3)
     images = cifar100.made_up(8, seed=0).images
     quantize.quantize_weights(model, quantize.bit_table(None), "channel")
-    quantize.quantize_activations(model, quantize.calibrate(model, images, 8, "mse"))
+    exact.quantize_activations(model, quantize.calibrate(model, images, 8, "mse"))
     activations = [{"name": name, "bits": 8, "signed": module.signed, "step": module.step}
-                   for name, module in model.named_modules() if isinstance(module, quantize.Quantizer)]
+                   for name, module in model.named_modules() if isinstance(module, exact.Quantizer)]
     return quantize.shipped(model)[0], activations
 
 
 def logits(model, activations):
     with torch.inference_mode():
-        return quantize.exact_network(model, activations)(cifar100.normalise(cifar100.made_up(16, seed=1).images))
+        return exact.exact_network(model, activations)(cifar100.normalise(cifar100.made_up(16, seed=1).images))
 
 
 def test_the_logits_stay_the_same_to_the_last_bit(sparse):

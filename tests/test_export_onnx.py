@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import cifar100
 import checkpoints
+import cifar100
 import claims
 import quantize
 import report
+from exact import Quantizer, exact_network, quantize_activations
 from files import load_json, run_script, save_record, save_tensors, sha256
 from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
 
@@ -29,7 +30,7 @@ def ship(sparse_checkpoint, path, scheme):
     if scheme == "channel":
         quantize.shorten_scales(model)
     activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
-    quantize.quantize_activations(model, activations)
+    quantize_activations(model, activations)
     network, tensors = quantize.shipped(model)
     if scheme == "channel":
         quantize.round_shifts(network, tensors, activations)
@@ -139,7 +140,7 @@ def exact_codes(network, images):
         return lambda module, _, out: found.__setitem__(name, (out / module.step + 128 * module.signed).to(torch.uint8))
 
     hooks = [module.register_forward_hook(see(name)) for name, module in network.named_modules()
-             if isinstance(module, quantize.Quantizer)]
+             if isinstance(module, Quantizer)]
     with torch.inference_mode():
         network(cifar100.normalise(images))
     for hook in hooks:
@@ -156,7 +157,7 @@ def test_each_layer_from_our_codes(shipped, long_scales, scheme):
     onnx_model = graph.finished({})
     assert graph.rounded == 0 if scheme == "channel" else graph.rounded > 10_000
     images = cifar100.made_up(4, 3).images
-    codes = exact_codes(quantize.exact_network(model, claim["activations"]), images)
+    codes = exact_codes(exact_network(model, claim["activations"]), images)
     assert torch.equal(codes["image"], images)
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(onnx_model))
     table, seen = sources(model), 0
@@ -174,7 +175,7 @@ def test_each_layer_from_our_codes(shipped, long_scales, scheme):
 def test_identical_to_the_last_bit(shipped):
     model, claim = shipped
     engine = session(Codes(model, claim).finished({}).SerializeToString())
-    found = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
+    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
     assert found["same_logits"] == 40 and found["differing"] == []
     assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
 
@@ -227,7 +228,7 @@ def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
     data = cifar100.load(cifar100_dir, "test")
     data = cifar100.Images(data.images[:300], data.labels[:300])
     engine = session(Codes(model, claim).finished({}).SerializeToString())
-    found = export_onnx.compare(engine, quantize.exact_network(model, claim["activations"]), data)
+    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), data)
     assert found["same_logits"] == 300 and found["differing"] == []
     assert claim["onnx"]["data"] == "test" and claim["onnx"]["images"] == claim["onnx"]["same_logits"] == 10_000
     assert claim["onnx"]["correct"] == claim["accuracy"]["correct"] == claim["integer"]["correct"]
@@ -236,7 +237,7 @@ def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
 def test_comparison_counts(shipped):
     """An engine that swaps two classes is caught on exactly the images that have one of them."""
     model, claim = shipped
-    exact, data = quantize.exact_network(model, claim["activations"]), cifar100.made_up(40, 6)
+    exact, data = exact_network(model, claim["activations"]), cifar100.made_up(40, 6)
 
     class Swapped:
         def run(self, _, inputs):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import check_model_operations
+import exact
 import export_onnx
 import graph
 import integer
@@ -37,7 +38,7 @@ def test_quantized_modules_have_the_same_graph():
     model = MobileNetV2(width=0.5).eval()
     plain = points(model)
     quantize.quantize_weights(model, quantize.bit_table("8"), "layer")
-    quantize.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
+    exact.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
                                           for name, signed in graph.activation_points(model).items()])
     assert [(p.name, p.branches, p.signed) for p in points(model)] == [(p.name, p.branches, p.signed) for p in plain]
 

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cifar100
 import counting
+import exact
 import integer
 import packed
-import quantize
 from counting import signed_bits
 from files import load_json
 from integer import Branch, IntegerNetwork, Point, compare, main, products
@@ -32,7 +32,7 @@ def reference(model: MobileNetV2, claim: dict, image: torch.Tensor) -> tuple[dic
     codes, step = {}, {name: Fraction(entry["step"]) for name, entry in formats.items()}
 
     def put(name, values):
-        low, high = quantize.code_range(formats[name]["bits"], formats[name]["signed"])
+        low, high = exact.code_range(formats[name]["bits"], formats[name]["signed"])
 
         def code(x):
             if isinstance(x, list):
@@ -96,7 +96,7 @@ def test_equals_the_slow_reference(tiny):
 
 def test_the_float_network_is_the_same_to_the_last_bit(tiny):
     model, claim, network = tiny
-    report = compare(network, quantize.exact_network(model, claim["activations"]), cifar100.made_up(300, 5, CLASSES))
+    report = compare(network, exact.exact_network(model, claim["activations"]), cifar100.made_up(300, 5, CLASSES))
     assert report["images"] == report["agree"] == report["identical"] == 300
 
 
@@ -104,7 +104,7 @@ def test_full_size(full):
     _, model, claim = full
     network, data = IntegerNetwork.from_checkpoint(model, claim), cifar100.made_up(100, 1)
     data = cifar100.Images(data.images[:50], data.labels[:50])
-    report = compare(network, quantize.exact_network(model, claim["activations"]), data)
+    report = compare(network, exact.exact_network(model, claim["activations"]), data)
     assert report["identical"] == 50
     assert report["correct"] == report["float_correct"] > 5  # by chance: 1 in 2
 
@@ -120,13 +120,13 @@ def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
     network = IntegerNetwork.from_checkpoint(model, claim)
     wide = {point.name: point.bits for point in network.points if point.half.dtype == torch.int64}
     assert list(wide) == ["layers.1.out"] and 32 < wide["layers.1.out"] <= 64
-    assert compare(network, quantize.exact_network(model, claim["activations"]), cifar100.made_up(50, 5, CLASSES))["identical"] == 50
+    assert compare(network, exact.exact_network(model, claim["activations"]), cifar100.made_up(50, 5, CLASSES))["identical"] == 50
 
 
 @pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])
 def test_wrong_arithmetic_shows(wrong):
     model, claim = tiny_network()
-    network, floats = IntegerNetwork.from_checkpoint(model, claim), quantize.exact_network(model, claim["activations"])
+    network, floats = IntegerNetwork.from_checkpoint(model, claim), exact.exact_network(model, claim["activations"])
     point = network.points[4]
     if wrong == "half":
         point.half = torch.zeros_like(point.half)  # rounds down
@@ -267,7 +267,7 @@ def test_bounds_are_reached(tiny):
 
 def test_what_is_seen_is_within_the_bounds(tiny):
     model, claim, network = tiny
-    floats = quantize.exact_network(model, claim["activations"])
+    floats = exact.exact_network(model, claim["activations"])
     rows = integer.accumulator_rows(network, compare(network, floats, cifar100.made_up(16, 2, CLASSES))["seen"])
     assert [row["layer"] for row in rows[:2]] == ["conv1", "layers.0.conv1"] and rows[-2]["layer"] == "mean"
     assert {row["layer"] for row in rows} == {name for name, _ in weight_layers(model)} | {"mean"}

@@ -1,0 +1,134 @@
+"""A network that computes on its grids: every value a whole number times a step, so that its logits are exact.
+
+Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a power
+of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on
+any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds those exactly. So a
+claim is verified to the image, the recorded logits to the last bit, and integer.py computes the same logits without a float.
+"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cifar100
+from graph import activation_points
+from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2
+
+
+# ---- Grids ---------------------------------------------------------------------------------------
+
+def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
+    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
+    if largest == 0:
+        return 1.0
+    return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
+
+
+def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
+
+
+def codes(x: Tensor, step, low: int, high: int) -> Tensor:
+    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
+
+    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
+    """
+    return (x / step).round_().clamp_(low, high)
+
+
+def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
+    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return codes(x, step, low, high).mul_(step)
+    scaled = (x / step).clamp(low - 0.5, high + 0.5)
+    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
+
+
+# ---- The network on its grids --------------------------------------------------------------------
+
+class Quantizer(nn.Module):
+    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys."""
+
+    def __init__(self, bits: int, signed: bool, step: float):
+        super().__init__()
+        self.bits, self.signed, self.step = bits, signed, step
+
+    def forward(self, x):
+        low, high = code_range(self.bits, self.signed)
+        if x.dtype == torch.bfloat16:
+            x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
+        if torch.is_grad_enabled() and x.requires_grad:
+            return fake_quantize(x, self.step, low, high)
+        # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
+        x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
+        return x.round_().float().clamp_(low, high).mul_(self.step)
+
+
+class ScaleShift(nn.Module):
+    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, and the shift added, exactly."""
+
+    def __init__(self, bn: nn.BatchNorm2d):
+        super().__init__()
+        scale, shift = folded(bn)
+        self.register_buffer("scale", scale.float().double()[:, None, None], persistent=False)
+        self.register_buffer("shift", shift.float().double()[:, None, None], persistent=False)
+
+    def forward(self, x):
+        return x.double().mul_(self.scale).add_(self.shift)
+
+
+class ExactLinear(nn.Linear):
+    """The linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
+
+    def forward(self, x):
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
+def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
+    scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
+    return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
+
+
+def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
+    """Put a Quantizer at every activation point, in the place of the ReLU or the Identity there.
+
+    Raises BadInput if the list does not name exactly the network's points.
+    """
+    points = activation_points(model)
+    named = [a.get("name") for a in activations]
+    if sorted(map(str, named)) != sorted(points):
+        raise BadInput(f"the activations listed are not the network's {len(points)}: "
+                       f"missing {sorted(set(points) - set(named))}, unknown {sorted(map(str, set(named) - set(points)))}")
+    for a in activations:
+        step, bits = a.get("step"), a.get("bits")
+        if not isinstance(step, float | int) or not step > 0 or math.frexp(step)[0] != 0.5 or bits not in range(1, 17):
+            raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
+        if a.get("signed") is not points[a["name"]]:
+            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {points[a['name']]}")
+        model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
+
+
+def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
+    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see the head of this file)."""
+    network = copy.deepcopy(model).eval()
+    quantize_activations(network, activations)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, ScaleShift(module))
+    network.linear.__class__ = ExactLinear
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def probe_images(count: int = 4) -> Tensor:
+    """A fixed made-up batch, uint8 [count, 3, 32, 32], from whole-number arithmetic alone: the same everywhere."""
+    position = torch.arange(count * 3 * IMAGE_SIZE * IMAGE_SIZE)
+    return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+@torch.inference_mode()
+def probe_logits(network: MobileNetV2) -> list[list[float]]:
+    return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()
