@@ -57,7 +57,7 @@ def test_imports_have_no_circle():
             del graph[leaf]
 
 
-@pytest.mark.parametrize("script", ["run.sh", "training/run.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["run.sh", "training/run.sh", "training/two_cores.sh", ".ci/run"])
 def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 

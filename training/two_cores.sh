@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The run that two CPU cores can carry, in pieces: the same command goes on where it was, on this machine or another.
+#
+#   bash training/two_cores.sh pretrain --max-minutes 150   the dense trunk: constant rate, 24x24, four teachers, no end of its own
+#   bash training/two_cores.sh dense                        the dense baseline: a cooldown of 5 epochs that branches off the trunk
+#   bash training/two_cores.sh rew                          reweighted L1, from the trunk
+#   bash training/two_cores.sh masked                       masked retraining; bash run.sh ship $RUN at every pause
+#
+# RUN is the run folder (runs/two-cores). Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
+#   bash training/two_cores.sh pretrain --start training/dense.pt --start-epoch E
+# What was measured before it, and how far it is: training/logs/README.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
+run=${RUN:-runs/two-cores}
+stage=${1:-}
+[ $# -gt 0 ] && shift
+
+options="--batch-size 128 --lr 0.1 --lr-scheduler constant --augment plain --refresh 5000 --eval-every 4 --save-seconds 300
+    --teacher micronet_v2_pr_15.t7 micronet_v2_pr_30.t7 micronet_v2_pr_45.t7 micronet_v2_pr_60.t7"
+case $stage in
+    pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
+    dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --no-warmup --sizes 24:0.4,32 $options" ;;
+    rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 16 --no-warmup --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
+    masked) options="--masked-retrain --run-folder $run --epochs 100 --cooldown 33 --warmup-epochs 1 --target-sparsity 0.795 --sizes 24:0.5,32 $options" ;;
+    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, masked" >&2; exit 2 ;;
+esac
+# shellcheck disable=SC2086
+exec "$python" training/main.py $options "$@"
