@@ -20,9 +20,10 @@ from torch import nn
 import cifar100
 from files import save_record, save_tensors
 from mobilenet_v2 import BadInput, weight_layers
-from training import loop
-from training.loop import Processes, Settings, learning_rate
+from training import loop, plan
+from training.loop import Processes, Settings
 from training.magnitude import GradualMagnitude
+from training.plan import learning_rate
 from training.reweighted_l1 import Masks, ReweightedL1, target_masks
 
 
@@ -375,14 +376,14 @@ def test_impossible_batches_are_refused(tmp_path, wrong, processes):
 @pytest.mark.parametrize("text, sizes", (("32", [(32, 1.0)]), ("24:0.5,32", [(24, 0.5), (32, 1.0)]),
                                          ("16:0.25,24:0.5,32", [(16, 0.25), (24, 0.75), (32, 1.0)])))
 def test_image_sizes(text, sizes):
-    assert loop.image_sizes(text) == sizes
+    assert plan.image_sizes(text) == sizes
 
 
 @pytest.mark.parametrize("text", ("", "24", "24:0.6", "20:0.6,32", "24:0.6,40", "24:1,32", "24:0,32", "24:-1,32", "24:x,32", "24,32",
                                   "24:0.5,16:0.5,32", "32:0.5:1,32", "24:nan,32"))
 def test_impossible_image_sizes(text):
     with pytest.raises(BadInput, match="sizes"):
-        loop.image_sizes(text)
+        plan.image_sizes(text)
 
 
 def test_sizes_by_share_of_the_steps(tmp_path, monkeypatch):

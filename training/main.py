@@ -28,7 +28,7 @@ import cifar100  # noqa: E402
 import machine  # noqa: E402
 from files import run_script, save_record, save_tensors, some_path, try_to_write  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
-from training import loop, magnitude, reweighted_l1, teachers  # noqa: E402
+from training import loop, magnitude, plan, reweighted_l1, teachers  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
@@ -158,7 +158,7 @@ def parse(argv=None) -> argparse.Namespace:
     if args.smooth_eps is None:
         args.smooth_eps = 0.0 if args.teacher else 0.1
     args.smooth_eps = args.smooth_eps if args.smooth else 0.0
-    loop.image_sizes(args.sizes)
+    plan.image_sizes(args.sizes)
     if args.cooldown and args.schedule != "constant":
         parser.error("--cooldown belongs to --lr-scheduler constant")
     if args.no_tricks:

@@ -1,0 +1,116 @@
+"""What a stage is to do: its settings, and what follows from them for every step."""
+import dataclasses
+import itertools
+import math
+
+from mobilenet_v2 import IMAGE_SIZE, BadInput
+from training.parallel import Processes, shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the result of a stage. A state is only resumed under equal settings (but see training/state.py)."""
+    epochs: int
+    batch_size: int = 512         # of all processes together
+    optimizer: str = "sgd"        # Nesterov momentum 0.9; or adam
+    lr: float = 0.4
+    schedule: str = "cosine"      # to zero; or default (x0.1 at 1/2 and 3/4); or constant
+    warmup_epochs: float = 5
+    cooldown: float = 0           # epochs at the end in which the learning rate falls linearly to zero (constant alone)
+    weight_decay: float = 5e-4    # none on BatchNorm and biases
+    smoothing: float = 0.1
+    augment: str = "trivial"      # TrivialAugment, crop and flip; or plain (crop and flip); or none
+    mixing: str = "both"          # CutMix or mixup, a draw for every image; or mixup, cutmix, none
+    alpha: float = 0.3            # of mixup
+    clean: float = 0.05           # share of the epochs, at the end, without mixing
+    sizes: str = "32"             # of the images, by share of the steps: see image_sizes
+    average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps made; 0: no average
+    refresh: int = 10_000         # train images that renew the BatchNorm statistics before an evaluation; 0 is none
+    distill: float = 0.9          # weight of the teachers in the loss, where there are any
+    temperature: float = 4.0
+    teaching: str = "turns"       # several teachers: one at each step in turn; or mean, of their probabilities
+    precision: str = "float32"    # of the forward pass: float32 or bfloat16
+    compile: bool = False
+    workers: int = 1              # threads of a process, each with a share of its batch
+    seed: int = 0
+
+
+def image_sizes(text: str) -> list[tuple[int, float]]:
+    """[(size, until what share of the stage)] of a schedule such as "24:0.6,32": 60% of the steps at 24x24, the others at 32x32.
+
+    Sizes are multiples of the network's stride, 8; each but the last has a share, and the last is the images' own size, 32.
+    Raises BadInput for anything else.
+    """
+    try:
+        *parts, last = text.split(",")
+        parts = [(int(size), float(share)) for size, share in (part.split(":") for part in parts)]
+        ends = itertools.accumulate(share for _, share in parts)
+        sizes = [(size, end) for (size, _), end in zip(parts, ends)] + [(int(last), 1.0)]
+        good = all(size % 8 == 0 and 8 <= size <= IMAGE_SIZE for size, _ in sizes) and sizes[-1][0] == IMAGE_SIZE
+        good = good and all(share > 0 for _, share in parts) and sum(share for _, share in parts) < 1
+    except ValueError:
+        good = False
+    if not good:
+        raise BadInput(f"image sizes {text!r}: expected multiples of 8 up to {IMAGE_SIZE} with their shares of the stage, and "
+                       f"{IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
+    return sizes
+
+
+def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -> float:
+    """Learning rate of a step (from 0 to steps - 1): linear warm-up, then the schedule over what is left."""
+    warmup = round(settings.warmup_epochs * epoch_steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    if settings.schedule == "cosine":
+        return settings.lr * (1 + math.cos(math.pi * done)) / 2
+    if settings.schedule == "default":
+        return settings.lr * 0.1 ** ((done >= 0.5) + (done >= 0.75))
+    if settings.schedule == "constant":
+        cooldown = round(settings.cooldown * epoch_steps)
+        return settings.lr * min(1, (steps - step) / (cooldown + 1))
+    raise BadInput(f"unknown schedule {settings.schedule!r}; known: cosine, default, constant")
+
+
+def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
+    """Whether the rate has been constant, but for the warm-up, before this step, under the settings that a state holds."""
+    epochs, cooldown = settings.get("epochs"), settings.get("cooldown", 0)
+    if settings.get("schedule") != "constant" or type(epochs) is not int or type(cooldown) not in (int, float):
+        return False
+    return step <= (epochs - cooldown) * epoch_steps
+
+
+class Plan:
+    """Batches, learning rates and image sizes of a stage, step by step.
+
+    mine: this process's slice of a batch; shares: slices of that, one for each worker. epoch_steps, steps: of an epoch, of
+    the stage (what does not fill a batch waits for another epoch's order). lrs, sizes: of every step. updates: the steps at
+    which the penalty is updated. Raises BadInput for batches that cannot be.
+    """
+
+    def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
+        self.settings = settings
+        self.batch_size = min(settings.batch_size, images)
+        if self.batch_size % processes.count or settings.epochs < 1 or self.batch_size < 1:
+            raise BadInput(f"batch size {self.batch_size} and {settings.epochs} epochs: expected at least one epoch and a batch "
+                           f"that {processes.count} process(es) can share equally")
+        share = self.batch_size // processes.count
+        if processes.count > 1 and settings.mixing != "none" and share % 2:
+            raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so this must be even")
+        self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
+        self.shares = shares(share, settings.workers)
+        self.epoch_steps = images // self.batch_size
+        self.steps = settings.epochs * self.epoch_steps
+        self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]
+        by_share = image_sizes(settings.sizes)
+        self.sizes = [next(size for size, end in by_share if step < end * self.steps) for step in range(self.steps)]
+        self.updates = {round(i * self.steps / updates) for i in range(updates)}
+
+    def mixing(self, epoch: int) -> str:
+        """How images are mixed in an epoch: not at all in the last ones."""
+        last = round(self.settings.clean * self.settings.epochs)
+        return "none" if epoch >= self.settings.epochs - last else self.settings.mixing
+
+    def to_come(self, step: int) -> float:
+        """The cost of the steps from this one on, in steps like the one before."""
+        return sum(size**2 for size in self.sizes[step:]) / self.sizes[step - 1] ** 2

@@ -1,0 +1,50 @@
+"""What a run says while it runs."""
+import math
+import os
+import sys
+import time
+
+from training.plan import Settings
+
+
+class Progress:
+    """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`."""
+
+    def __init__(self, stage: str, epoch: int, epochs: int, first: int, total: int, batch_size: int, seconds: float, wanted: bool):
+        self.name, self.epochs, self.epoch, self.total, self.batch_size = stage, epochs, epoch, total, batch_size
+        self.seconds, self.bar = seconds if wanted else math.inf, None
+        if wanted and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, initial=first, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
+            self.seconds = 0.5
+        self.last, self.at = first, time.monotonic()
+
+    def step(self, done: int, stage, plan) -> None:
+        """`done` of the epoch's steps are made."""
+        now = time.monotonic()
+        if now - self.at < self.seconds:  # reading the totals waits for the device: seldom
+            return
+        rate = (done - self.last) / (now - self.at)
+        loss, correct = (stage.totals * stage.processes.count / done).tolist()
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", refresh=False)
+            self.bar.update(done - self.last)
+        else:
+            step, at = stage.progress["step"], self.epoch + done / self.total
+            size, minutes = plan.sizes[step - 1], plan.to_come(step) / rate / 60
+            print(f"{self.name} epoch {at:.2f}/{self.epochs}: {rate * self.batch_size:,.0f} images/s at {size}x{size}, "
+                  f"lr {plan.lrs[step - 1]:.4g}, loss {loss:.4f}, train {correct:.2%}, {at / self.epochs:.1%} done, "
+                  f"{minutes:,.0f} min left", flush=True)
+        self.last, self.at = done, now
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def describe(record: dict, settings: Settings) -> str:
+    line = f"{record['stage']} epoch {record['epoch']}/{settings.epochs}: loss {record['loss']:.4f}"
+    line += f", train {record['accuracy']:.2%}"
+    if "test_accuracy" in record:
+        line += f", test {record['test_accuracy']:.2%}"
+    return line + f", zeros {record['zeros']:,}, {record['seconds']:.0f} s"
