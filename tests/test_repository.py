@@ -1,5 +1,6 @@
 """What the repository says of itself: imports point one way, scripts parse, the README quotes the claim."""
 import ast
+import json
 import os
 import re
 import shutil
@@ -137,6 +138,14 @@ def test_every_python_command_in_the_readme_names_a_script():
     assert len(scripts) > 10
     for script in scripts:
         assert (ROOT / script).exists(), script
+
+
+def test_the_probes_are_those_of_their_logs():
+    text = (ROOT / "training" / "logs" / "README.md").read_text()
+    for name in ("none", "teach4", "teach2"):
+        last = json.loads((ROOT / "training" / "logs" / "probes" / f"{name}.jsonl").read_text().splitlines()[-1])
+        row = next(row for row in text.splitlines() if f"{100 * last['test_accuracy']:.2f}%" in row)
+        assert f"{last['seconds']:.0f} s" in row and last["step"] == 2 * (45_000 // 128)
 
 
 @shipped

@@ -44,6 +44,11 @@ STEM_WIDTH, EXPANSION = 32, 2.5
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of RGB / 255
 
 
+def swish(x: Tensor) -> Tensor:
+    """Hard swish, in place where nobody asks for a gradient: a teacher is evaluated at every step of its student."""
+    return F.hardswish(x, inplace=not torch.is_grad_enabled())
+
+
 class Block(nn.Module):
     """Inverted residual with hard swish and, where the stride is 1, squeeze and excitation and a shortcut."""
 
@@ -64,12 +69,12 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
-        out = F.hardswish(self.bn1(self.conv1(x)))
-        out = F.hardswish(self.bn2(self.conv2(out)))
+        out = swish(self.bn1(self.conv1(x)))
+        out = swish(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if not self.residual:
             return out
-        excited = self.fc2(F.hardswish(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
+        excited = self.fc2(swish(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
         return out * excited + self.shortcut(x)
 
 
@@ -94,7 +99,7 @@ class Micronet(nn.Module):
         self.register_buffer("shift", shift[:, None, None], persistent=False)
 
     def forward(self, x):
-        out = F.hardswish(self.bn1(self.conv1(x * self.scale + self.shift)))
+        out = swish(self.bn1(self.conv1(x * self.scale + self.shift)))
         return self.linear(self.layers(out).mean((2, 3)))
 
 
