@@ -1,12 +1,12 @@
 """The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
 
-    python report.py            figures/*.png, and the tables in README.md and ACCOUNT.md between <!-- NAME --> and
-                                <!-- end NAME -->
+    python report.py            figures/*.png, and the tables of PAGES between <!-- NAME --> and <!-- end NAME -->
     python report.py --check    writes nothing; exit status 2 if a table there is not what it would write
 
 layers.png     sparsity and bits of every weight tensor
 cost.png       where storage and operations go
 training.png   loss and accuracy by epoch, stage after stage
+board.png      accuracy beside score, ours and the challenge's entries
 """
 import argparse
 import re
@@ -29,6 +29,10 @@ KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "rel
 BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
 COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 HERE = Path(__file__).resolve().parent
+PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "training/logs/README.md")
+# the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its accumulators
+BOARD = (("RIAIR", None, 0.0044, "tree"), ("KAIST AI", 80.07, 0.0054, "32-bit"), ("OSI AI", 80.04, 0.0058, "32-bit"),
+         ("MSUNet-v3", 80.13, 0.0108, "32-bit"), ("Woody", 80.06, 0.0155, "tree"))
 
 
 def layers_figure(rows: list[dict], bits: dict[str, int]):
@@ -91,6 +95,40 @@ def training_figure(stages: list[list[dict]]):
     return figure
 
 
+def board_figure(accuracy: float, scores: dict[str, float]):
+    """Accuracy (%) over score: the entries, each under the accumulators of its published score, and ours under all three."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
+    for name, correct, score, convention in BOARD:
+        axes.plot(score, correct or 80, markers[convention], color=GREY, ms=8)
+        axes.annotate(name + (" (80 or more)" if correct is None else ""), (score, correct or 80), xytext=(0, 9), textcoords="offset points",
+                      ha="center", fontsize=8)
+    for convention, score in scores.items():
+        axes.plot(score, accuracy, markers[convention], color=BLUE, ms=9, label=f"ours, {convention} accumulators")
+    axes.axhline(80, color=RED, lw=0.8, ls="--", label="what an entry must reach")
+    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)", ylabel="accuracy on the test set (%)",
+             xlim=(0, 1.15 * max(*scores.values(), 0.0155)), ylim=(min(accuracy, 79) - 1, 82))
+    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    axes.grid(color="#dddddd")
+    axes.set_axisbelow(True)
+    return figure
+
+
+def output_lines(accuracy: dict, counts: dict) -> list[str]:
+    """Some lines of what `bash run.sh` prints; tests/test_testers.py holds them against testers.py and the counter."""
+    storage, scores = counts["storage"]["total"], counts["score"]
+    theirs = counts["weights"]["submission"]
+    lines = [f"Loss: {accuracy['loss']:.4f} (test set)", f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
+             f"  {'the submission' + chr(39) + 's convention (see README)':<42}{theirs['total']:>12,}{theirs['zeros']:>12,}{theirs['nonzeros']:>12,}"
+             f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
+             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters = "
+             f"{storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
+             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in counting.CONVENTIONS)]
+    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
+        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in counting.CONVENTIONS))
+    return lines
+
+
 def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_operations: dict[str, int]) -> dict[str, str]:
     """The tables by name, in Markdown. counted: the rows of every operation by convention.
 
@@ -99,8 +137,8 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
     counts, accuracy = claim["counts"], claim["accuracy"]
     exact, theirs, storage, score = counts["weights"]["all"], counts["weights"]["submission"], counts["storage"], counts["score"]
     by_stage = {stage["stage"]: stage for stage in claim["made_by"]["training"]}
-    bits = {tensor["name"]: tensor["bits"] for tensor in claim["tensors"]}
-    six = sum(b == 6 for name, b in bits.items())
+    by_layer = [tensor["bits"] for tensor in claim["tensors"] if tensor["name"].endswith(".weight") and "kind" not in tensor]
+    six = sum(b == 6 for b in by_layer)
 
     def percent(correct, images=accuracy["images"]):
         return f"{100 * correct / images:.2f}%"
@@ -110,7 +148,7 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
 
     check, test = "`python check_model_operations.py`", "`python testers.py`"
     results = table(("", "this repository", "the submission", "command"), [
-        ("dense baseline, test accuracy", stage_accuracy("pretrain"), "81.92%", "the stages under [Retrain](#retrain)"),
+        ("dense baseline, test accuracy", stage_accuracy("pretrain"), "81.92%", "`python training/main.py --pretrain`"),
         ("masked, not quantized", percent(claim["accuracy_by_step"][0]["correct"]), "-", "the same, and `python quantize.py`"),
         ("**shipped: masked and quantized**", f"**{percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})",
          "80.12%", test),
@@ -121,13 +159,23 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
         ("non-zeros, by the submission's convention", f"{theirs['nonzeros']:,}", "900,109", test),
         ("sparsity, by the submission's convention", f"{theirs['sparsity']:.4f}", "0.7695", test),
         ("compression rate, by the submission's convention", f"{theirs['compression']:.4f}", "4.3391", test),
-        ("bits of weights", f"6 in {six} layers, 8 in {58 - six}", "6 in 9 layers, 8 in 49", test),
+        ("bits of weights", f"6 in {six} layers, 8 in {len(by_layer) - six}", "6 in 9 layers, 8 in 49", test),
         ("parameter storage (32-bit parameters)", f"{storage['total'] / 32e6:.4f}M", "left open", test),
         ("operations, by the submission's convention", f"{submission_operations['bits'] / 32e6:.2f}M", "231.25M", check),
         ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-", check),
         ("score, 32-bit accumulators", f"{score['32-bit']['score']:.4f}", "left open", check),
         ("score, fixed-length accumulators", f"{score['fixed']['score']:.4f}", "-", check),
         ("score, binary tree", f"{score['tree']['score']:.4f}", "-", check),
+    ])
+    summary = table(("", "this repository", "the submission", "command"), [
+        ("**accuracy, shipped: masked and quantized**", f"**{percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})",
+         "80.12%", test),
+        ("dense baseline", stage_accuracy("pretrain"), "81.92%", "`python training/main.py --pretrain`"),
+        ("zeros, by the submission's convention (exact)", f"{100 * theirs['sparsity']:.2f}% ({100 * exact['sparsity']:.2f}%)", "76.95%", test),
+        ("bits of weights; of activations", f"6 in {six} layers, 8 in {len(by_layer) - six}; 8", "6 in 9 layers, 8 in 49; 8", test),
+        ("parameter storage, operations (32-bit units)", f"{storage['total'] / 32e6:.4f}M, "
+         f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open, 231.25M dense", check),
+        ("score: 32-bit, fixed-length, tree accumulators", ", ".join(f"{score[c]['score']:.4f}" for c in counting.CONVENTIONS), "left open", check),
     ])
     steps, before = [], None
     for step in claim["accuracy_by_step"]:
@@ -157,6 +205,8 @@ def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_opera
                     *(f"{counts['operations'][c]['bits'] / 32e6:.3f}" for c in counting.CONVENTIONS)))
     contents = {
         "results": results,
+        "summary": summary,
+        "output": "```\n" + "\n".join(output_lines(accuracy, counts)) + "\n```",
         "steps": table(("step of `quantize.py`", "correct", "accuracy", "change"), steps),
         "stages": table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), stages),
         "score": table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"),
@@ -247,7 +297,7 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", type=some_path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
     parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where README.md and ACCOUNT.md are (%(default)s)")
+    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where the pages are (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = load(args.checkpoint)
@@ -255,24 +305,26 @@ def main(argv=None) -> int:
     operations = counting.trace(model)
     counted = {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}
     contents = tables(claim, counted, counting.submission_operations(operations))
-    pages = {page: page.read_text() for page in (args.pages / "README.md", args.pages / "ACCOUNT.md")}
+    pages = {page: page.read_text() for page in (args.pages / name for name in PAGES)}
     places = {name for text in pages.values() for name in re.findall(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", text, re.S)}
     for name in sorted(contents.keys() - places):
-        raise BadInput(f"neither README.md nor ACCOUNT.md has a place <!-- {name} --> ... <!-- end {name} -->")
+        raise BadInput(f"none of {', '.join(PAGES)} has a place <!-- {name} --> ... <!-- end {name} -->")
     for name in sorted(places - contents.keys()):
-        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of the README's section Retrain, or the "
-                       "benchmark beside it")
+        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the benchmark "
+                       "beside it")
     filled = {page: fill(text, contents) for page, text in pages.items()}
     if args.check:
         for page, text in pages.items():
             if filled[page] != text:
                 raise BadInput(f"{page}: its tables are not those of {claims.claim_path(args.checkpoint)}; run python report.py")
-        print(f"the tables of README.md and ACCOUNT.md are those of {claims.claim_path(args.checkpoint)}")
+        print(f"the tables of {', '.join(PAGES)} are those of {claims.claim_path(args.checkpoint)}")
         return 0
     figures = {
         "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),
         "cost": cost_figure(counting.storage(model, formats), counted),
     }
+    correct, images = claim["accuracy"]["correct"], claim["accuracy"]["images"]
+    figures["board"] = board_figure(100 * correct / images, {c: claim["counts"]["score"][c]["score"] for c in counting.CONVENTIONS})
     logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
     stages = [load_lines(log) for log in logs if log.is_file()]
     if stages:

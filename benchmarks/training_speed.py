@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -118,8 +119,8 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
 
 def in_a_process(function, images: int, *args) -> float:
     """function(made-up images, *args), in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (function, images, args))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # may start a DataLoader's workers
+        return pool.submit(_measured, function, images, args).result()
 
 
 def _measured(function, images: int, args: tuple) -> float:

@@ -10,19 +10,28 @@ from pathlib import Path
 
 import pytest
 
+import cifar100
 import counting
 import report
 from files import load_json
 from mobilenet_v2 import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-README, ACCOUNT = (ROOT / "README.md").read_text(), (ROOT / "ACCOUNT.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md", "training/METHOD.md")}
+README, ACCOUNT = PAGES["README.md"], PAGES["ACCOUNT.md"]
 shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), reason="no checkpoint is shipped yet")
 
 
 SCRIPTS = {"quantize", "packed", "testers", "check_model_operations", "integer", "export_onnx", "report", "training.main"}
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
                for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("*.py")))
+
+
+def pages(folder, changed=None, text=None) -> None:
+    """The pages with tables, one of them changed."""
+    for name in report.PAGES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if name == changed else PAGES[name])
 
 
 def imported(module: str) -> set[str]:
@@ -128,14 +137,15 @@ def test_the_submissions_commands_stand_in_training_run_sh():
 
 
 def test_every_file_that_the_readme_names_exists():
-    for link in re.findall(r"\]\(([^)#]+)\)", README + ACCOUNT):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+    for name, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            if not link.startswith("http"):
+                assert (ROOT / name).parent.joinpath(link).exists(), (name, link)
 
 
 def test_every_python_command_in_the_readme_names_a_script():
-    scripts = re.findall(r"(?:python|torchrun[^`\n]*?) ([\w/]+\.py)", README)
-    assert len(scripts) > 10
+    scripts = re.findall(r"(?:python|torchrun[^`\n]*?) ([\w/]+\.py)", "".join(PAGES.values()))
+    assert len(scripts) > 20
     for script in scripts:
         assert (ROOT / script).exists(), script
 
@@ -157,21 +167,19 @@ def test_the_readmes_tables_are_those_of_the_claim():
 def test_a_changed_number_in_the_readme_is_noticed(tmp_path):
     claim = load_json(ROOT / "cifar100_mobilenetv2.json")
     zeros = f"{claim['counts']['weights']['all']['zeros']:,}"
-    assert zeros in README
-    (tmp_path / "README.md").write_text(README.replace(zeros, "1"))
-    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    assert zeros in ACCOUNT
+    pages(tmp_path, "ACCOUNT.md", ACCOUNT.replace(zeros, "1"))
     with pytest.raises(BadInput, match="run python report.py"):
         report.main(["--check", "--pages", str(tmp_path)])
 
 
 @shipped
 def test_report_makes_the_figures(tmp_path):
-    (tmp_path / "README.md").write_text(README)
-    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    pages(tmp_path)
     assert report.main(["--out", str(tmp_path), "--pages", str(tmp_path)]) == 0
-    for name in ("layers", "cost", "training"):
+    for name in ("layers", "cost", "training", "board"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert (tmp_path / "README.md").read_text() == README and (tmp_path / "ACCOUNT.md").read_text() == ACCOUNT
+    assert all((tmp_path / name).read_text() == PAGES[name] for name in report.PAGES)
 
 
 @shipped
@@ -187,16 +195,14 @@ def test_the_shipped_model_is_what_the_issue_asks_for():
 
 @shipped
 def test_a_table_without_a_place_raises(tmp_path):
-    (tmp_path / "README.md").write_text(README.replace("<!-- results -->", ""))
-    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    pages(tmp_path, "ACCOUNT.md", ACCOUNT.replace("<!-- results -->", ""))
     with pytest.raises(BadInput, match="<!-- results -->"):
         report.main(["--pages", str(tmp_path), "--out", str(tmp_path)])
 
 
 @shipped
 def test_a_table_that_nothing_fills_raises(tmp_path):
-    (tmp_path / "README.md").write_text(README + "\n<!-- missing -->\nold\n<!-- end missing -->\n")
-    (tmp_path / "ACCOUNT.md").write_text(ACCOUNT)
+    pages(tmp_path, "README.md", README + "\n<!-- missing -->\nold\n<!-- end missing -->\n")
     with pytest.raises(BadInput, match="nothing is measured for the table 'missing'"):
         report.main(["--check", "--pages", str(tmp_path)])
 
@@ -214,5 +220,17 @@ def test_figures_quoted_in_the_readme():
     half = counting.submission_operations(counting.trace(MobileNetV2()), 0.5)
     for part in (dense, half):
         text = f"{part['multiplication_bits'] / 32e6:.3f}M + {part['addition_bits'] / 32e6:.3f}M"
-        assert text in README
-    assert f"{dense['bits'] / 32e6:.3f}M" in README and f"{half['bits'] / 32e6:.3f}M" in README
+        assert text in ACCOUNT
+    assert f"{dense['bits'] / 32e6:.3f}M" in ACCOUNT and f"{half['bits'] / 32e6:.3f}M" in ACCOUNT
+
+
+@shipped
+def test_the_readmes_python_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1].replace('"cifar', f'"{ROOT}/cifar')
+    scope = {"images": cifar100.made_up(2, 0).images}
+    exec(code, scope)
+    assert scope["logits"].shape == (2, 100)
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= 140 and len(README.split()) <= 1400

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import cifar100
+import check_model_operations
 import counting
 import quantize
+import report
 import testers
 from files import load_json, run_script, save_json, save_record, save_tensors, sha256
 from mobilenet_v2 import CHECKPOINT, MobileNetV2, load_checkpoint, weight_layers
@@ -257,7 +259,7 @@ def test_one_code_changed(shipped, run):
 
 def test_nobody_works_with_an_altered_checkpoint(shipped, monkeypatch, capsys):
     """Signs of the linear layer turned: formats and counts are as claimed, but it is another network. Nothing is recorded."""
-    import check_model_operations, export_onnx, integer, packed, report  # noqa: E401
+    import export_onnx, integer, packed  # noqa: E401
 
     packed.main(["--checkpoint", str(shipped)])
     tamper(shipped, lambda state: state["linear.weight"].view(-1)[:3000].neg_())
@@ -357,6 +359,9 @@ def test_the_shipped_checkpoint_is_as_claimed(cifar100_dir, capsys):
     finally:
         torch.set_num_threads(threads)
     out, err = capsys.readouterr()
+    check_model_operations.main(["--summary"])
+    both = out + capsys.readouterr().out
+    assert all(f"{line}\n" in both for line in report.output_lines(claim["accuracy"], claim["counts"]))  # as the README shows them
     correct = claim["accuracy"]["correct"]
     assert claim["accuracy"]["images"] == 10_000 and claim["accuracy"]["data"] == "test" and err == ""
     assert f"\nAccuracy: {correct}/10000 ({correct / 100:.2f}%)\n" in out
