@@ -158,6 +158,15 @@ def test_the_probes_are_those_of_their_logs():
         assert f"{last['seconds']:.0f} s" in row and last["step"] == 2 * (45_000 // 128)
 
 
+def test_the_trunk_is_that_of_its_log():
+    text = (ROOT / "training" / "logs" / "README.md").read_text()
+    lines = [json.loads(line) for line in (ROOT / "training" / "logs" / "two-cores" / "pretrain.jsonl").read_text().splitlines()]
+    told = re.search(r"accuracy was (.*?); no cooldown", text, re.S)[1]
+    assert [float(value) for value in re.findall(r"([\d.]+)%", told)] == [
+        round(100 * line["test_accuracy"], 2) for line in lines if "test_accuracy" in line]
+    assert f"{len(lines)} epochs of the dense trunk, {50_000 * len(lines):,} images in {lines[-1]['seconds'] / 60:.0f} minutes" in text
+
+
 @shipped
 def test_the_readmes_tables_are_those_of_the_claim():
     assert report.main(["--check"]) == 0
