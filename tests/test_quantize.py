@@ -20,6 +20,7 @@ from torch import nn
 
 import cifar100
 import claims
+import exact as exact_module
 import files
 import quantize
 from exact import code_range, codes, fake_quantize, power_of_two_step
@@ -259,20 +260,20 @@ def claimed_activations(**changes):
 def test_activations_that_are_refused(entry, message):
     model = MobileNetV2()
     with pytest.raises(BadInput, match=message):
-        exact.quantize_activations(model, claimed_activations(relu1=entry))
+        exact_module.quantize_activations(model, claimed_activations(relu1=entry))
 
 
 def test_missing_activations_are_refused():
     with pytest.raises(BadInput, match=r"missing \['layers.16.out', 'relu2'\], unknown \[\]"):
-        exact.quantize_activations(MobileNetV2(), [entry for entry in claimed_activations()
+        exact_module.quantize_activations(MobileNetV2(), [entry for entry in claimed_activations()
                                                       if entry["name"] not in ("relu2", "layers.16.out")])
 
 
 def test_a_quantizer_stands_at_every_point():
     model = MobileNetV2().eval()
-    exact.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
+    exact_module.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
     values = seen(model, cifar100.made_up(2, 0).images)
-    assert len(values) == 55 and isinstance(model.relu2, exact.Quantizer) and model.relu2.bits == 4
+    assert len(values) == 55 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
     for name, signed in activation_points(model).items():
         low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
         scaled = values[name] / step
@@ -280,7 +281,7 @@ def test_a_quantizer_stands_at_every_point():
     assert list(model.state_dict()) == list(MobileNetV2().state_dict())
     x = random(1000) * 20
     for signed in (True, False):
-        quantizer = exact.Quantizer(8, signed, 0.125)
+        quantizer = exact_module.Quantizer(8, signed, 0.125)
         expected = [slow_code(value, 0.125, *code_range(8, signed)) * 0.125 for value in x.tolist()]
         assert quantizer(x).tolist() == expected == quantizer(x.clone().requires_grad_()).tolist()
 
@@ -390,12 +391,12 @@ def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
 def test_a_dead_channels_scale_makes_no_difference(fake):
     network, tensors = quantize.shipped(fake["channel"])
     activations = calibrate(network, cifar100.made_up(5, 0).images, 8, "max")
-    logits = exact.probe_logits(exact.exact_network(network, activations))
+    logits = exact_module.probe_logits(exact_module.exact_network(network, activations))
     assert network.layers[3].bn1.weight[5] == 0
     network.layers[3].bn1.weight[5] = 3.0
-    assert exact.probe_logits(exact.exact_network(network, activations)) == logits
+    assert exact_module.probe_logits(exact_module.exact_network(network, activations)) == logits
     network.layers[3].bn1.bias[5] += 3.0  # its shift does
-    assert exact.probe_logits(exact.exact_network(network, activations)) != logits
+    assert exact_module.probe_logits(exact_module.exact_network(network, activations)) != logits
 
 
 @torch.no_grad()
@@ -445,7 +446,7 @@ def test_short_scales(fake):
         scale = network.get_submodule(norm).weight
         significand = torch.frexp(scale)[0] * 32
         assert torch.equal(significand, significand.round())  # although it is a float16
-        ours = exact.folded(model.get_submodule(norm))[0] * model.get_submodule(name).step.flatten()
+        ours = exact_module.folded(model.get_submodule(norm))[0] * model.get_submodule(name).step.flatten()
         alive = scale != 0
         assert torch.allclose(scale.double()[alive] * steps[f"{name}.weight"], ours[alive], rtol=1e-6, atol=0)
 
@@ -489,7 +490,7 @@ def test_folded_by_hand():
     bn = nn.BatchNorm2d(2, eps=0.25)
     for tensor, values in ((bn.weight, [3.0, -1.0]), (bn.bias, [1.0, 0.5]), (bn.running_mean, [4.0, 2.0]), (bn.running_var, [2.0, 0.0])):
         tensor.data.copy_(torch.tensor(values))
-    scale, shift = exact.folded(bn)
+    scale, shift = exact_module.folded(bn)
     assert scale.tolist() == [2.0, -2.0] and shift.tolist() == [-7.0, 4.5] and scale.dtype == torch.float64
 
 
@@ -554,7 +555,7 @@ def exact(fake):
     for scheme, ranges in zip(SCHEMES, ("max", "mse", "mse")):
         network, tensors = quantize.shipped(fake[scheme])
         activations = calibrate(fake[scheme], cifar100.made_up(20, 0).images, 8, ranges)
-        made[scheme] = network, tensors, activations, exact.exact_network(network, activations)
+        made[scheme] = network, tensors, activations, exact_module.exact_network(network, activations)
     return made
 
 
@@ -605,7 +606,7 @@ def test_the_linear_layers_sums_are_exact_beyond_float32():
     x = torch.randint(100, 256, (8, 1664), generator=generator)
     linear.weight.copy_(weight * 2.0**-7)
     linear.bias.copy_(bias * 2.0**-17)
-    linear.__class__ = exact.ExactLinear
+    linear.__class__ = exact_module.ExactLinear
     sums = (x @ weight.T) * 16 + bias  # int64, in units of 2^-17
     assert sums.min() > 2**26 and torch.equal(linear(x * 2.0**-6), (sums.double() * 2.0**-17).float())
     assert linear(x * 2.0**-6).dtype == torch.float32
@@ -614,14 +615,14 @@ def test_the_linear_layers_sums_are_exact_beyond_float32():
 def test_the_exact_network_is_a_copy(exact):
     network, _, activations, fast = exact["layer"]
     assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU) and network.conv1.weight.requires_grad
-    assert isinstance(fast.bn1, exact.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
+    assert isinstance(fast.bn1, exact_module.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
     assert torch.equal(fast.bn1.scale.flatten(), network.bn1.weight) and torch.equal(fast.bn1.shift.flatten(), network.bn1.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
 
 def test_the_probe_is_fixed():
-    images = exact.probe_images()
+    images = exact_module.probe_images()
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
     assert images.flatten()[:6].tolist() == [(i * 2654435761 // 2**13) % 256 for i in range(6)]
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
@@ -728,11 +729,11 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     assert steps[0]["loss"] == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-4)
 
     model = load_checkpoint(out)
-    network = exact.exact_network(model, claim["activations"])
+    network = exact_module.exact_network(model, claim["activations"])
     loss, correct = quantize.evaluate(network, data)
     assert claim["accuracy"] == {"data": "made up", "correct": correct, "images": 100, "loss": pytest.approx(loss)}
     assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"] and len({step["loss"] for step in steps}) == len(steps) - 1
-    assert claim["probe_logits"] == exact.probe_logits(network) and np.shape(claim["probe_logits"]) == (4, 100)
+    assert claim["probe_logits"] == exact_module.probe_logits(network) and np.shape(claim["probe_logits"]) == (4, 100)
     bits = {entry["name"]: entry["bits"] for entry in claim["tensors"]}
     assert [bits[f"{name}.weight"] for name, _ in weight_layers(model)] == bit_table(None)
     assert {entry["bits"] for entry in claim["activations"]} == {8} and len(claim["activations"]) == 55
@@ -785,7 +786,7 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(sparse_checkpoint, run
         quantize.main(options(sparse_checkpoint, out, "power-of-two"))
     assert out.with_suffix(".json").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
     assert testers.main(["--checkpoint", str(out), "--made-up", "100"]) == 2
-    assert "the claim is about another file" in capsys.readouterr().err
+    assert "is about another file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [
@@ -843,7 +844,7 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
 def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
     model = load_checkpoint(sparse_checkpoint)
     quantize.quantize_weights(model, bit_table(None), "layer")
-    exact.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
+    exact_module.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
     before = copy.deepcopy(model.state_dict())
     steps = [module.step.clone() for _, module in weight_layers(model)]
     data = cifar100.made_up(20, 0)
@@ -861,7 +862,7 @@ def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
 
 
 def test_verifying_needs_no_training_code():
-    code = "import sys, quantize, testers; sys.exit(any(name.split('.')[0] == 'training' for name in sys.modules))"
+    code = "import sys, testers, check_model_operations, integer, export_onnx; sys.exit(any(name.split('.')[0] == 'training' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(quantize.__file__).parent).returncode == 0
 
 
