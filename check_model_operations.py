@@ -16,7 +16,6 @@ import json
 import sys
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,10 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoints
 import claims
 import counting
-from counting import CONVENTIONS, WORD, Formats
-from files import run_script, some_path
-from graph import activation_points
-from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
+from counting import CONVENTIONS
+from formats import WORD, Formats, float_formats, what_if
+from graph import activation_points, trace
+from mobilenet_v2 import IMAGE_SIZE, MobileNetV2, thop_counts, weight_layers
+from scripts import command_line, number, run_script
 
 
 # ---- Cross-checks --------------------------------------------------------------------------------
@@ -40,23 +40,13 @@ def flop_counter(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def thop_counts(model: nn.Module) -> tuple[int, int] | None:
-    """What thop counts for one image and for two; None if it is not installed. On copies: thop writes into models."""
-    try:
-        from thop import profile
-    except ImportError:
-        return None
-    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
-    return tuple(int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches)
-
-
 # ---- The report ----------------------------------------------------------------------------------
 
 def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Everything that is printed, in exact integers of bits; plain containers, so it is the JSON output as well."""
-    operations = counting.trace(model)
+    operations = trace(model)
     rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
-    stored, whole, floats = counting.storage(model, formats, density), Fraction(1), counting.float_formats(model)
+    stored, whole, floats = counting.storage(model, formats, density), Fraction(1), float_formats(model)
     totals = {convention: counting.totals(rows[convention]) for convention in CONVENTIONS}
     dense = {convention: counting.totals(counting.count(operations, formats, convention, whole))
              for convention in CONVENTIONS}
@@ -71,9 +61,9 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
                                   for convention, row in zip(CONVENTIONS, same)}}
                  for same in zip(*rows.values())],
         "totals": totals, "dense": dense, "storage": stored,
-        "score": {c: counting.scored(stored["total"], totals[c]["bits"]) for c in CONVENTIONS},
+        "score": {c: counting.score(stored["total"], totals[c]["bits"]) for c in CONVENTIONS},
         "float32_dense": {"totals": baseline, "storage": baseline_storage,
-                          "score": counting.scored(baseline_storage, baseline["bits"])},
+                          "score": counting.score(baseline_storage, baseline["bits"])},
         "submission": {"dense": counting.submission_operations(operations),
                        "sparsity_0.5": counting.submission_operations(operations, Fraction(1, 2))},
         "checks": {"macs": counting.macs(operations), "flop_counter": flop_counter(model), "thop": thop_counts(model),
@@ -176,12 +166,6 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
 
 # ---- The script ----------------------------------------------------------------------------------
 
-def bit_count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= WORD:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of bits from 1 to {WORD}")
-    return int(text)
-
-
 def share(text: str) -> Fraction:
     try:
         value = Fraction(text)  # exactly the decimal that was typed
@@ -193,15 +177,15 @@ def share(text: str) -> Fraction:
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Operations, storage, score by the rules of the MicroNet Challenge.")
-    parser.add_argument("--checkpoint", type=some_path, help=f"a state dict (default: {CHECKPOINT} beside this script)")
+    parser = command_line(__doc__)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every operation")
     parser.add_argument("--json", action="store_true", help="everything as JSON, in exact bits")
     alone = parser.add_mutually_exclusive_group()
+    checkpoints.add_option(alone)
     alone.add_argument("--sparsity", type=share, help="what if: this share of every layer's weights is zero")
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
-    parser.add_argument("--weight-bits", type=bit_count, metavar="N", help="what if: every layer's weights have N bits")
-    parser.add_argument("--activation-bits", type=bit_count, metavar="N",
+    parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N", help="what if: every layer's weights have N bits")
+    parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",
                         help="every activation has N bits (default: the claim's, or 32)")
     return parser.parse_args(argv)
 
@@ -211,14 +195,12 @@ def main(argv=None) -> int:
     args = parse(argv)
     source, problems, density, weights = {}, [], None, None
     if args.dense or args.sparsity is not None:
-        if args.checkpoint:
-            raise BadInput("--sparsity and --dense count the architecture alone: leave --checkpoint out")
         density = Fraction(1) if args.dense else 1 - args.sparsity
         model = MobileNetV2()
-        formats = counting.float_formats(model)
+        formats = float_formats(model)
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:
-        checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+        checkpoint = args.checkpoint
         read = checkpoints.read(checkpoint)
         model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
         source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": read.sha256}
@@ -232,7 +214,7 @@ def main(argv=None) -> int:
             source["widths"] = "found in the stored values; there is no claim beside them"
         weights = counting.weight_summary(model)
     if args.weight_bits or args.activation_bits:
-        formats = counting.what_if(formats, model, args.weight_bits, args.activation_bits)
+        formats = what_if(formats, model, args.weight_bits, args.activation_bits)
         given = {"--weight-bits": args.weight_bits, "--activation-bits": args.activation_bits}
         source["what if"] = " ".join(f"{option} {bits}" for option, bits in given.items() if bits)
     report = {"source": source, "problems": problems} | make_report(model, formats, density)

@@ -5,11 +5,18 @@ from pathlib import Path
 from torch import nn
 
 import claims
-import counting
 import mnet
-from counting import Formats
 from files import sha256
-from mobilenet_v2 import BadInput, load_checkpoint
+from formats import Formats, found_formats
+from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint
+from scripts import some_path
+
+SHIPPED = Path(__file__).with_name(CHECKPOINT)
+
+
+def add_option(parser) -> None:
+    parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
+                        help=f"a state dict with its claim beside it, F.json, or a packed .mnet (default: {CHECKPOINT})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,7 @@ def read(path) -> Checkpoint:
         model, own = mnet.unpack(path)
     else:
         model = load_checkpoint(path)
-    digest, found = sha256(path), counting.found_formats(model)
+    digest, found = sha256(path), found_formats(model)
     if claim is None:
         if own is None:
             return Checkpoint(path, digest, model, None, found, [])

@@ -8,7 +8,6 @@ the environment variable CIFAR100_DIR, then in ./data.cifar100, and downloaded t
 A training step: parameters are drawn for the whole batch first (`draw`) and then applied to images (`augment`). A
 process of several draws for the global batch and applies its slice, so that it gets what one process would.
 """
-import argparse
 import dataclasses
 import hashlib
 import http.client
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from files import run_script, some_path
 from mobilenet_v2 import IMAGE_SIZE, BadInput
+from scripts import command_line, number, run_script, some_path
 
 CLASSES = 100
 HOLDOUT_PER_CLASS = 50
@@ -208,6 +207,32 @@ def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
     noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     images = (128 + 50 * patterns[labels] + 25 * noise).clamp(0, 255).to(torch.uint8)
     return Images(images.to(device), labels.to(device))
+
+
+# --------------------------------------------------------------------------------------- the data of a command line
+
+def add_options(parser, made_up: bool = True) -> None:
+    """--data; and, if wanted, what `chosen` takes in place of the published sets."""
+    parser.add_argument("--data", type=some_path, metavar="DIR",
+                        help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download to ./data.cifar100)")
+    if made_up:
+        parser.add_argument("--holdout", action="store_true",
+                            help="45,000 of the train images in place of the train set, the other 5,000 of the test set")
+        parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
+                            help="N made-up images in place of the train set, a fifth of that (100 at least) of the test set")
+
+
+def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
+    """(images, their name) of "train" or "test", as the options say; the first `args.images` alone if there is such an option."""
+    if args.made_up:
+        count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
+        data, name = made_up(count, seed, device=device), "made up"
+    elif args.holdout:
+        data, name = load(args.data, {"train": "fit", "test": "holdout"}[split], device), "hold-out"
+    else:
+        data, name = load(args.data, split, device), split
+    few = getattr(args, "images", None)
+    return Images(data.images[:few], data.labels[:few]), name
 
 
 # ------------------------------------------------------------------------------------------------------ normalise
@@ -470,9 +495,8 @@ def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Find (or download) CIFAR-100, check it, and say what was found.")
-    parser.add_argument("--data", type=some_path, metavar="FOLDER", help="folder that is or holds cifar-100-python "
-                        "(default: the environment variable CIFAR100_DIR, else ./data.cifar100, downloaded if missing)")
+    parser = command_line(__doc__)
+    add_options(parser, made_up=False)
     folder = find(parser.parse_args(argv).data)
     print(f"CIFAR-100 in {folder}")
     for split in COUNT:

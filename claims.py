@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import counting
-from counting import WORD, Activation, Formats, Grid
 from files import load_record, save_record
+from formats import HALVES, WORD, Activation, Formats, Grid, is_half, signed_bits
 from graph import activation_points
 from mobilenet_v2 import BadInput
 
@@ -80,7 +79,7 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     if found.bits > bits:
         raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
     if "kind" in entry:
-        if entry["kind"] not in counting.HALVES or bits != 16 or not counting.is_half(parameter, entry["kind"]):
+        if entry["kind"] not in HALVES or bits != 16 or not is_half(parameter, entry["kind"]):
             raise BadInput(f"the values are no {bits}-bit {entry['kind']}")
         return Grid(16, kind=entry["kind"])
     if step is None:
@@ -93,7 +92,7 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     codes = grid.codes(parameter)
     on_steps = codes * torch.tensor(steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
     off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
-    if off.any() or counting.signed_bits(int(codes.min()), int(codes.max())) > bits:
+    if off.any() or signed_bits(int(codes.min()), int(codes.max())) > bits:
         raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
     return grid
 

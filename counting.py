@@ -27,189 +27,17 @@ An accumulator's length is counted by one of three conventions (the challenge's 
 """
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from formats import WORD, Activation, Formats, Grid, signed_bits
 from graph import Operation, is_point, trace
 from mobilenet_v2 import HEAD_WIDTH, BadInput, MobileNetV2, weight_layers
 
-WORD = 32  # the rules count in 32-bit parameters and 32-bit operations
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 CONVENTIONS = ("32-bit", "fixed", "tree")
-
-
-# ---- The widths of stored numbers, found by looking at their values ------------------------------
-
-INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
-EVEN_TOLERANCE = 2.0**-22  # of a value: the roundings of two float32 numbers, 2^-24 each, and some slack
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How the values of a tensor are stored: `bits` a value, as integer codes times a step.
-
-    steps: one for the tensor, one for each output channel (row), or none: floating point, or a what-if.
-    kind: "power of two", "even", "per channel", "zero", "float16", "bfloat16", "float32", "claimed", "what if".
-    """
-    bits: int
-    steps: tuple[float, ...] = ()
-    kind: str = "float32"
-
-    def codes(self, values: torch.Tensor) -> torch.Tensor:
-        """The integers (int64, shape of `values`) that stand for the values. Needs steps."""
-        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, *[1] * (values.dim() - 1))
-        return (values.detach().double() / steps).round().long()
-
-
-def signed_bits(low: int, high: int) -> int:
-    """Length of the shortest two's-complement number that holds every integer from `low` to `high`; at least 1."""
-    return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: the lowest code is spare
-
-
-def _power_of_two(values: torch.Tensor) -> Grid | None:
-    """The coarsest grid with a power-of-two step on which the values (float64, none zero) stand exactly."""
-    fraction, exponent = torch.frexp(values)
-    significand = (fraction * 2.0**53).long()  # exact: a float64 has 53 bits
-    lowest = torch.frexp((significand & -significand).double())[1] - 1  # position of the lowest bit that is set
-    finest = int((exponent - 53 + lowest).min())
-    if int(exponent.max()) - finest > INTEGER_BITS:
-        return None
-    codes = values * 2.0**-finest
-    bits = signed_bits(int(codes.min()), int(codes.max()))
-    return Grid(bits, (2.0**finest,), "power of two") if bits <= INTEGER_BITS else None
-
-
-def _even(values: torch.Tensor) -> Grid | None:
-    """The coarsest grid with any step, of at most 8 bits, on which the values (float64, none zero) stand.
-
-    The largest magnitude may have any code (a tensor need not use its extreme codes), so each is tried.
-    """
-    def fits(scaled):
-        return ((scaled - scaled.round()).abs() <= scaled.abs() * EVEN_TOLERANCE).all(-1)
-
-    top, tops = values.abs().max(), torch.arange(1, 2**(EVEN_BITS - 1) + 1)
-    few = values[::len(values) // 64 + 1]  # most wrong steps show within a few values
-    for code in tops[fits(few * (tops / top)[:, None])].tolist():
-        scaled = values * (code / top)
-        if fits(scaled):
-            bits = signed_bits(round(scaled.min().item()), round(scaled.max().item()))
-            return Grid(bits, ((top / code).item(),), "even") if bits <= EVEN_BITS else None
-    return None
-
-
-def _one_step(values: torch.Tensor) -> Grid | None:
-    """The grid of values with one step for all, or None."""
-    values = values[values != 0].double()
-    return (_power_of_two(values) or _even(values)) if len(values) else Grid(1, (1.0,), "zero")
-
-
-def _per_channel(rows: torch.Tensor) -> Grid | None:
-    """A grid for each row; its bits are those of the worst row. Stops at the first row that stands on none."""
-    grids = []
-    for row in rows:
-        grids.append(_one_step(row))
-        if grids[-1] is None:
-            return None
-    return Grid(max(grid.bits for grid in grids), tuple(grid.steps[0] for grid in grids), "per channel")
-
-
-def found_grid(tensor: torch.Tensor) -> Grid:
-    """The narrowest format in which the tensor's values can be stored, found in the values alone.
-
-    Tried in this order: signed integer codes (-2^(b-1) to 2^(b-1) - 1) times one power-of-two step for the tensor,
-    exactly, up to 16 bits; times any one step, up to float32 rounding, up to 8 bits; times a step for each row (tensors
-    of two or more dimensions); float16; bfloat16; float32. A tensor of zeros alone counts 1 bit. A channel's step is
-    stored, so `storage` counts it. Raises BadInput if a value is not finite.
-    """
-    values = tensor.detach()
-    if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
-        raise BadInput("a tensor holds values that are not finite")
-    grid = _one_step(values.flatten())
-    if grid is None and tensor.dim() > 1:
-        grid = _per_channel(values.flatten(1))
-    if grid is not None:
-        return grid
-    return next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
-
-
-def is_half(values: torch.Tensor, kind: str) -> bool:
-    """Whether every value is exactly one of the 16-bit floating-point numbers "float16" or "bfloat16"."""
-    return bool((values.to(HALVES[kind]).to(values.dtype) == values).all())
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Integers of `bits` that flow between two layers; 32 stands for float32 as well."""
-    bits: int = WORD
-    signed: bool = True
-
-    @property
-    def low(self) -> int:
-        return -2 ** (self.bits - 1) if self.signed else 0
-
-    @property
-    def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
-
-
-@dataclass(frozen=True)
-class Formats:
-    """The format of every number of a network: a Grid a parameter, an Activation an activation point.
-
-    A point that `activations` does not name has `activation_bits` bits, unsigned after a ReLU, otherwise signed.
-    """
-    tensors: dict[str, Grid]
-    activations: dict[str, Activation] = field(default_factory=dict)
-    activation_bits: int = WORD
-
-    def activation(self, name: str, signed: bool) -> Activation:
-        return self.activations.get(name, Activation(self.activation_bits, signed))
-
-
-def is_folded(norm: nn.BatchNorm2d) -> bool:
-    """Whether the normalisation is the identity (up to a float32 rounding), so that weight and bias say it all."""
-    off = (norm.running_var.double() + norm.eps - 1).abs().max().item()
-    return not norm.running_mean.any() and off <= 2.0**-23
-
-
-def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
-    """Formats found in the values of every parameter.
-
-    Folding a BatchNorm whose statistics are not folded yet leaves two values a channel as well, but float32 ones,
-    whatever grid its weight and bias stand on. Raises BadInput, naming the tensor, if a value is not finite.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        loose = isinstance(module, nn.BatchNorm2d) and not is_folded(module)
-        try:
-            tensors[name] = Grid(WORD) if loose else found_grid(parameter)
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-    return Formats(tensors, activation_bits=activation_bits)
-
-
-def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:
-    """`formats` with other widths for all weights of convolutions and linear layers, or for all activations.
-
-    BatchNorm and biases stay as they are. Without codes, "fixed" accumulators assume that every code is extreme.
-    """
-    tensors = dict(formats.tensors)
-    if weight_bits is not None:
-        tensors |= {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
-    if activation_bits is not None:
-        return Formats(tensors, {}, activation_bits)
-    return Formats(tensors, formats.activations, formats.activation_bits)
-
-
-def float_formats(model: nn.Module) -> Formats:
-    """Every number a float32: the baseline, and the start of a what-if without a checkpoint."""
-    return Formats({name: Grid(WORD) for name, _ in model.named_parameters()})
 
 
 def macs(operations: list[Operation]) -> int:
@@ -238,35 +66,37 @@ def sum_bits(terms: int, leaf_bits: int) -> int:
     return min(WORD, leaf_bits + max(terms - 1, 0).bit_length())
 
 
-def reach(weight: torch.Tensor, grid: Grid, activation: Activation, terms: int) -> tuple[int, int]:
-    """(lowest, highest) integer that an accumulator of the layer can ever hold, over all inputs and channels.
+def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
+    """(lowest, highest) integer that the accumulator of each channel can ever hold. codes: a layer's, int64 [out, ...].
 
     Each product's extreme is taken by itself, so partial sums stay within these bounds in any order. The final extremes
-    are reached by an input of extreme codes: no shorter accumulator is safe. Without steps (a what-if), `terms` weights
-    a channel with the most negative code stand for the codes that nobody knows.
+    are reached by an input of extreme codes: no shorter accumulator is safe.
     """
-    if not grid.steps:
-        bound = terms * 2 ** (grid.bits - 1) * max(activation.high, -activation.low)
-        return -bound, bound
-    codes = grid.codes(weight).flatten(1)
-    positive = codes.clamp(min=0).sum(1)
-    positive, negative = positive.tolist(), (codes.sum(1) - positive).tolist()
-    return (min(p * activation.low + n * activation.high for p, n in zip(positive, negative)),
-            max(p * activation.high + n * activation.low for p, n in zip(positive, negative)))
+    low, high, rows = activation.low, activation.high, codes.flatten(1)
+    positive, negative = rows.clamp(min=0).sum(1).tolist(), rows.clamp(max=0).sum(1).tolist()
+    return [(p * low + n * high, p * high + n * low) for p, n in zip(positive, negative)]
 
 
-def fixed_bits(weight: torch.Tensor, grid: Grid, activation: Activation, terms: int) -> int:
-    """Length of a layer's accumulator under "fixed"; 32 if weights or activations are floating point, at most 32."""
+def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -> int:
+    """Length of a layer's accumulator under "fixed", its worst channel's; 32 if anything is floating point, at most 32.
+
+    Without steps (a what-if), `terms` weights a channel with the most negative code stand for the codes that nobody knows.
+    """
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD
-    return min(WORD, signed_bits(*reach(weight, grid, activation, terms)))
+    if grid.steps:
+        bounds = reach(grid.codes(weight), activation)
+    else:
+        bound = terms * 2 ** (grid.bits - 1) * max(activation.high, -activation.low)
+        bounds = [(-bound, bound)]
+    return min(WORD, max(signed_bits(*each) for each in bounds))
 
 
 # ---- The rules: what an operation multiplies and adds --------------------------------------------
 # Each takes (operation, the formats of its inputs, all formats, convention, density) and returns
 # ({bits: multiplications}, {bits: additions}, the format of its output until the next activation point).
 
-def terms_per_channel(weight: torch.Tensor, density: Fraction | None) -> list[int]:
+def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     """Terms of the dot product of each output channel: its own non-zeros, or a what-if density of all, rounded up.
 
     Channels are counted one by one: with a layer's mean density, as in the organisers' counter, thin channels would
@@ -425,12 +255,11 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None)
     return bits | {"total": sum(bits.values())}
 
 
-def score(storage_bits: int, operation_bits: int) -> tuple[float, float]:
-    """The two terms whose sum is the challenge's score: 32-bit parameters / 36.5M and 32-bit operations / 10.49B.
-
-    Both arguments are bits: of storage, and count x bits of the operations for one image.
-    """
-    return storage_bits / WORD / STORAGE_BASE, operation_bits / WORD / OPERATIONS_BASE
+def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
+    """The challenge's score and its two terms, {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations /
+    10.49B, "score": their sum}, from bits: of storage, and count x bits of the operations for one image."""
+    terms = {"storage": storage_bits / WORD / STORAGE_BASE, "operations": operation_bits / WORD / OPERATIONS_BASE}
+    return terms | {"score": sum(terms.values())}
 
 
 def summary(model: MobileNetV2, formats: Formats) -> dict:
@@ -440,13 +269,7 @@ def summary(model: MobileNetV2, formats: Formats) -> dict:
     by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
     return {"weights": weights, "storage": stored, "operations": by,
-            "score": {convention: scored(stored["total"], by[convention]["bits"]) for convention in CONVENTIONS}}
-
-
-def scored(storage_bits: int, operation_bits: int) -> dict[str, float]:
-    """`score` by name: {"storage", "operations", "score": their sum}."""
-    terms = score(storage_bits, operation_bits)
-    return {"storage": terms[0], "operations": terms[1], "score": sum(terms)}
+            "score": {convention: score(stored["total"], by[convention]["bits"]) for convention in CONVENTIONS}}
 
 
 # ---- The values of the tensors --------------------------------------------------------------------

@@ -6,45 +6,15 @@ any machine; scales and shifts, and the linear layer's longer sums, are computed
 claim is verified to the image, the recorded logits to the last bit, and integer.py computes the same logits without a float.
 """
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar100
+from formats import code_range, exponent, fake_quantize
 from graph import activation_points
 from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2
-
-
-# ---- Grids ---------------------------------------------------------------------------------------
-
-def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
-    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
-    if largest == 0:
-        return 1.0
-    return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
-
-
-def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
-    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
-    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
-
-
-def codes(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
-
-    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
-    """
-    return (x / step).round_().clamp_(low, high)
-
-
-def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return codes(x, step, low, high).mul_(step)
-    scaled = (x / step).clamp(low - 0.5, high + 0.5)
-    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
 
 
 # ---- The network on its grids --------------------------------------------------------------------
@@ -105,7 +75,7 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
                        f"missing {sorted(set(points) - set(named))}, unknown {sorted(map(str, set(named) - set(points)))}")
     for a in activations:
         step, bits = a.get("step"), a.get("bits")
-        if not isinstance(step, float | int) or not step > 0 or math.frexp(step)[0] != 0.5 or bits not in range(1, 17):
+        if exponent(step) is None or bits not in range(1, 17):
             raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
         if a.get("signed") is not points[a["name"]]:
             raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {points[a['name']]}")

@@ -31,7 +31,6 @@ No engine here has 6-bit kernels: 6-bit codes are stored in int8 and run at the 
 any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` looks
 for that and asks for exact kernels.
 """
-import argparse
 import functools
 import importlib
 import itertools
@@ -45,16 +44,17 @@ import numpy as np
 import torch
 from torch import nn
 
+import checkpoints
 import cifar100
 import claims
 import machine
-from checkpoints import load
-from counting import Formats
 from exact import exact_network, folded
-from files import git_commit, number, replacing, run_script, sha256, some_path, try_to_write
+from files import git_commit, replacing, sha256, try_to_write
+from formats import Formats
 from graph import points
-from mobilenet_v2 import CHECKPOINT, IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
 from mnet import stated_formats
+from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
+from scripts import command_line, number, run_script, some_path
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
 BATCH = 32
@@ -350,22 +350,6 @@ def compare_some(engine, exact: nn.Module, data: cifar100.Images, first: int) ->
 
 # ----------------------------------------------------------------------------------------------------------- the script
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F",
-                        help=f"shipped, .pt or .mnet (default: {CHECKPOINT} beside this script)")
-    parser.add_argument("--out", type=some_path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
-    parser.add_argument("--verify", action="store_true",
-                        help="run it in onnxruntime on the test set, beside exact_network")
-    parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
-    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
-    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="the test set of N made-up images instead")
-    args = parser.parse_args(argv)
-    args.verify |= args.record
-    return args
-
-
 def text(report: dict) -> str:
     n, differing = report["images"], report["differing"]
     lines = [f"Accuracy in onnxruntime: {report['correct']}/{n} ({report['correct'] / n:.2%}); ours, exact: "
@@ -381,17 +365,26 @@ def text(report: dict) -> str:
 def main(argv=None) -> int:
     """Returns 2 if too few predictions agree."""
     machine.prepare()
-    args = parse(argv)
-    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
+    cifar100.add_options(parser)
+    parser.add_argument("--out", type=some_path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--verify", action="store_true",
+                        help="run it in onnxruntime on the test set, beside exact_network")
+    parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    args = parser.parse_args(argv)
+    checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise BadInput(f"--out {out}: expected a name that ends in .onnx")
     try_to_write(out)
-    if args.verify:
+    verify = args.verify or args.record
+    if verify:
         needed("onnxruntime")  # before anything is done
     if args.record:
         claims.recordable(checkpoint)
-    model, claim = load(checkpoint)
+    model, claim = checkpoints.load(checkpoint)
     graph = Codes(model, claim)
     content = graph.finished(about(checkpoint, claim, graph)).SerializeToString()
     with replacing(out) as file:
@@ -403,11 +396,10 @@ def main(argv=None) -> int:
     print(f"{graph.rounded:,} BatchNorm shifts are no whole number of accumulator units and were rounded; "
           f"{graph.turned:,} channels with a negative scale have their codes turned, {graph.kept:,} with a code -128 "
           "keep a negative step")
-    if not args.verify:
+    if not verify:
         return 0
 
-    data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
-    data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
+    data, name = cifar100.chosen(args, "test")
     content = out.read_bytes()
     found = kernels(content)
     print("Kernels: " + ", ".join(f"{count} {name}" for name, count in found.items()), flush=True)
@@ -415,7 +407,7 @@ def main(argv=None) -> int:
     print(text(report), flush=True)
     differing, n = len(report["differing"]), report["images"]
     if args.record:
-        record = {"data": "made up" if args.made_up else "test", "images": n, "correct": report["correct"],
+        record = {"data": name, "images": n, "correct": report["correct"],
                   "agree": n - differing, "same_logits": report["same_logits"], "kernels": found,
                   "engine": f"onnxruntime {needed('onnxruntime').__version__}"}
         claims.record(checkpoint, "onnx", record)

@@ -1,12 +1,10 @@
-"""Files that are never half written, and scripts that end with one clear line."""
-import argparse
+"""Files that are never half written, and are held to their last byte when they are read."""
 import contextlib
 import hashlib
 import io
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -53,26 +51,6 @@ def try_to_write(*paths) -> None:
                 pass
         except OSError as error:
             raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
-
-
-def number(kind: type, low, high):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except (ValueError, OverflowError):
-            value = None
-        if value is None or not low <= value <= high:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {'a whole number' if kind is int else 'a number'} from {low} to {high}")
-        return value
-    return convert
-
-
-def some_path(text: str) -> Path:
-    """An argparse type: a path that is not empty, which would mean the current folder."""
-    if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError("expected the name of a file or folder, and not nothing")
-    return Path(text)
 
 
 def save_tensors(value, path) -> str:
@@ -153,16 +131,3 @@ def git_commit() -> str | None:
                               capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def run_script(main) -> None:
-    """Run `main()` and exit with what it returns; input that the user can mend becomes one line and status 2."""
-    try:
-        status = main()
-    except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)

@@ -22,30 +22,28 @@ No order of summation can overflow: the reach of every sum follows from the stor
 network is built. exact_network, which testers.py runs, computes the same whole numbers in floats that are wide
 enough to hold them: both networks must have the same logits to the last bit, and this script compares them.
 """
-import argparse
 import functools
 import json
 import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
 import cifar100
 import claims
 import counting
 import graph
 import machine
-from checkpoints import load
-from counting import signed_bits
 from exact import exact_network
-from files import number, run_script, some_path
-from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2
-from mnet import exponent, stated_formats
+from formats import is_folded, signed_bits
+from mnet import stated_formats, stored_exponent
+from mobilenet_v2 import BadInput, MobileNetV2
+from scripts import command_line, number, run_script
 
 BATCH = 8  # images: their maps stay in the cache
 COUNTED = ("correct", "float_correct", "agree", "identical")
@@ -221,26 +219,23 @@ class IntegerNetwork:
         wide = [f"{name} has {bits} bits" for name, bits in widths.items() if bits > (16 if name in vectors else 8)]
         if wide:
             raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
-        step = {entry["name"]: Fraction(2) ** exponent(entry.get("step"), f"activation {entry['name']}")
+        step = {entry["name"]: Fraction(2) ** stored_exponent(entry.get("step"), f"activation {entry['name']}")
                 for entry in claim["activations"]}
 
         def layer(name: str, norm: str | None, source: str) -> Branch:
             module, grid = model.get_submodule(name), formats.tensors[f"{name}.weight"]
             if len(grid.steps) != 1:
                 raise BadInput(f"{name}.weight has {len(grid.steps)} steps, expected one")
-            unit = Fraction(2) ** exponent(grid.steps[0], f"{name}.weight") * step[source]
+            unit = Fraction(2) ** stored_exponent(grid.steps[0], f"{name}.weight") * step[source]
             scale, shift = [unit] * len(module.weight), module.bias
             if norm:
                 bn = model.get_submodule(norm)
-                if not counting.is_folded(bn):
+                if not is_folded(bn):
                     raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
                 scale, shift = [unit * Fraction(a) for a in bn.weight.tolist()], bn.bias
-            weight, activation = grid.codes(module.weight), formats.activations[source]
-            positive = weight.flatten(1).clamp(min=0).sum(1).tolist()
-            negative = weight.flatten(1).clamp(max=0).sum(1).tolist()
-            reach = [(p * activation.low + n * activation.high, p * activation.high + n * activation.low)
-                     for p, n in zip(positive, negative)]
-            return Branch(name, source, layer_sums(module, weight), reach, scale, list(map(Fraction, shift.tolist())))
+            weight = grid.codes(module.weight)
+            return Branch(name, source, layer_sums(module, weight), counting.reach(weight, formats.activations[source]), scale,
+                          list(map(Fraction, shift.tolist())))
 
         def branch(each: graph.Branch, channels: int | None) -> Branch:
             if each.kind == "layer":
@@ -336,17 +331,6 @@ def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) 
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F", help=f"(default: {CHECKPOINT} beside this script)")
-    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
-    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="the test set of N made-up images instead")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
-    parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
-    return parser.parse_args(argv)
-
-
 def text(report: dict) -> str:
     n = report["images"]
     lines = [f"Accuracy: {report['correct']}/{n} ({report['correct'] / n:.2%})",
@@ -367,20 +351,24 @@ def text(report: dict) -> str:
 def main(argv=None) -> int:
     """Prints the report. Returns 2 if the networks' logits differ for any image."""
     machine.prepare()
-    args = parse(argv)
-    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
+    cifar100.add_options(parser)
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
+    args = parser.parse_args(argv)
     if args.record:
-        claims.recordable(checkpoint)  # before anything is done
-    model, claim = load(checkpoint)
+        claims.recordable(args.checkpoint)  # before anything is done
+    model, claim = checkpoints.load(args.checkpoint)
     network = IntegerNetwork.from_checkpoint(model, claim)
-    data = cifar100.made_up(max(100, args.made_up // 5), seed=1) if args.made_up else cifar100.load(args.data, "test")
-    data = cifar100.Images(data.images[:args.images], data.labels[:args.images])
+    data, name = cifar100.chosen(args, "test")
     floats = exact_network(model, claim["activations"])
-    report = {"checkpoint": str(checkpoint)} | compare(network, floats, data)
+    report = {"checkpoint": str(args.checkpoint)} | compare(network, floats, data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
     if args.record:  # before printing: the reader of a pipe may have gone
         kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
-        claims.record(checkpoint, "integer", {"data": "made up" if args.made_up else "test"} | kept)
+        claims.record(args.checkpoint, "integer", {"data": name} | kept)
     print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
     if report["identical"] < report["images"]:
         print(f"integer.py: the float network has other logits for {report['images'] - report['identical']} of "

@@ -20,7 +20,6 @@ are powers of two, and their exponent is a signed byte. A weight tensor is maske
 `num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from classes and width multiplier.
 """
 import hashlib
-import math
 import struct
 from collections import Counter
 from pathlib import Path
@@ -30,9 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import claims
-import counting
-from counting import Formats, Grid
 from files import replacing
+from formats import Formats, Grid, exponent, found_formats
 from graph import activation_points
 from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
 
@@ -44,19 +42,19 @@ CHECKSUM = 32
 
 def stated_formats(model: nn.Module, claim: dict) -> Formats:
     """The claim's formats of all tensors and activations. Raises BadInput if one is missing or the values deny it."""
-    formats, problems = claims.hold(claim, "the claim", model, counting.found_formats(model))
+    formats, problems = claims.hold(claim, "the claim", model, found_formats(model))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise BadInput(f"the claim does not fit the network: {problems[0]}{more}")
     return formats
 
 
-def exponent(step, name: str) -> int:
+def stored_exponent(step, name: str) -> int:
     """e of a step 2^e, -128 to 127. Raises BadInput for any other step."""
-    fraction, e = math.frexp(step) if isinstance(step, int | float) else (0, 0)
-    if fraction != 0.5 or not -128 <= e - 1 <= 127:
+    e = exponent(step)
+    if e is None or not -128 <= e <= 127:
         raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
-    return e - 1
+    return e
 
 
 # ------------------------------------------------------------------------------------------------------- bit streams
@@ -102,7 +100,7 @@ def pack_tensor(values: Tensor, grid: Grid, name: str, may_mask: bool) -> dict[s
     if len(grid.steps) != 1 or grid.bits > 16:
         raise BadInput(f"{name} ({grid.kind}) has {grid.bits} bits and {len(grid.steps)} steps: "
                        f"the packed file holds float16, and codes of up to 16 bits with one step a tensor")
-    e, codes = exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
+    e, codes = stored_exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
     mask = codes != 0
     if may_mask and mask.sum() * grid.bits + mask.size < mask.size * grid.bits:
         return {"format": FORMAT.pack(grid.bits | MASKED, e), "mask": np.packbits(mask).tobytes(),
@@ -149,7 +147,7 @@ def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str,
         activation = formats.activations[name]
         if activation.bits > 16:
             raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
-        parts.append(("steps", FORMAT.pack(activation.bits | SIGNED * activation.signed, exponent(steps[name], name))))
+        parts.append(("steps", FORMAT.pack(activation.bits | SIGNED * activation.signed, stored_exponent(steps[name], name))))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         kind = "weights" if name in weights else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"

@@ -6,6 +6,7 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 is marked DEPARTURE where it happens. State-dict keys are those of kuangliu/pytorch-cifar, so checkpoints move freely
 between this file and any implementation of that table. This file imports torch alone.
 """
+import copy
 import os
 import pickle
 import re
@@ -33,7 +34,7 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 
 
 class BadInput(ValueError):
-    """Input that the user can mend. Scripts print its one line and exit with status 2 (see files.run_script)."""
+    """Input that the user can mend. Scripts print its one line and exit with status 2 (see scripts.run_script)."""
 
 
 def scaled(base: int, width: float) -> int:
@@ -198,9 +199,17 @@ def layer_table(model: MobileNetV2) -> str:
     return "\n".join(lines)
 
 
-def main():
-    import copy
+def thop_counts(model: nn.Module) -> list[int] | None:
+    """What thop counts for one image and for two; None if it is not installed. On copies: thop writes into models."""
+    try:
+        from thop import profile
+    except ImportError:
+        return None
+    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
+    return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
 
+
+def main():
     model = MobileNetV2()
     print(layer_table(model))
     layers = [module for _, module in weight_layers(model)]
@@ -209,15 +218,11 @@ def main():
     print(f"\n{len(layers)} weight tensors: {conv:,} convolution weights, {model.linear.weight.numel():,} linear weights"
           f" (+ {model.linear.bias.numel()} biases), {norm:,} BatchNorm scales and shifts,"
           f" {sum(p.numel() for p in model.parameters()):,} parameters in all")
-    try:
-        from thop import profile
-    except ImportError:
+    thop = thop_counts(model)
+    if thop is None:
         print("thop is not installed (pip install -r requirements.txt): its count is left out")
-        return
-    for images in (1, 2):  # the submission's 325.4M was a batch of two
-        batch = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE)
-        operations, _ = profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)
-        print(f"thop, batch of {images}: {int(operations):,}")
+    else:  # the submission's 325.4M was a batch of two
+        print(f"thop, batch of 1: {thop[0]:,}\nthop, batch of 2: {thop[1]:,}")
 
 
 if __name__ == "__main__":

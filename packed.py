@@ -3,30 +3,27 @@
     python packed.py                                packs the shipped checkpoint, reads it back, compares, and says
     python packed.py --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
 """
-import argparse
-from pathlib import Path
-
+import checkpoints
 import claims
 import counting
-from checkpoints import load
-from counting import WORD
-from files import run_script, sha256, some_path, try_to_write
+from files import sha256, try_to_write
+from formats import WORD
 from mnet import differences, pack, stated_formats, unpack
-from mobilenet_v2 import CHECKPOINT, BadInput
+from mobilenet_v2 import BadInput
+from scripts import command_line, run_script, some_path
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F",
-                        help=f"a shipped one, with its claim beside it (default: {CHECKPOINT} beside this script)")
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
     parser.add_argument("--out", type=some_path, metavar="F.mnet", help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
-    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
+    checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".mnet")
     if out.suffix != ".mnet":
         raise BadInput(f"--out {out}: expected a name that ends in .mnet")
     try_to_write(out)
-    model, claim = load(checkpoint)
+    model, claim = checkpoints.load(checkpoint)
     sections = pack(model, claim, out)
     found = differences(model, claim, *unpack(out))
     if found:

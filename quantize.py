@@ -33,12 +33,13 @@ import counting
 import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
-from exact import (Quantizer, code_range, codes, exact_network, fake_quantize, folded, power_of_two_step, probe_logits,
-                   quantize_activations)
-from files import git_commit, load_lines, load_record, number, run_script, save_record, save_tensors, sha256, some_path, try_to_write
+from exact import Quantizer, exact_network, folded, probe_logits, quantize_activations
+from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, try_to_write
+from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
 from graph import activation_points, neighbours
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
-from training import loop, reweighted_l1, teachers
+from scripts import command_line, number, run_script, some_path
+from training import loop, plan, reweighted_l1, teachers
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
 SCHEMES = ("power-of-two", "layer", "channel")
@@ -269,47 +270,42 @@ def training_record(checkpoint) -> list[dict]:
     return stages
 
 
-def make_claim(checkpoint: Path, tensors: list[dict], activations: list[dict], accuracy: dict, steps: list[dict],
-               made_by: dict) -> dict:
-    """Everything that is said of a checkpoint (see claims.py), taken from the file as it was written."""
+def made_claim(checkpoint: Path, claim: dict) -> dict:
+    """The claim (see claims.py) with what follows from the file as it was written: its digest, counts, and logits."""
     model = load_checkpoint(checkpoint)
-    claim = {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "accuracy": accuracy, "accuracy_by_step": steps,
-             "tensors": tensors, "activations": activations}
-    formats, problems = claims.hold(claim, checkpoint, model, counting.found_formats(model))
+    formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
     if problems:
         raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
-    return claim | {"counts": counting.summary(model, formats), "probe_logits": probe_logits(exact_network(model, activations)),
-                    "made_by": made_by}
+    return {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)} | claim | {
+        "counts": counting.summary(model, formats), "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F", help="sparse float checkpoint (%(default)s)")
-    parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F", help="what is written, with a .json beside it (%(default)s)")
+    parser = command_line(__doc__)
+    parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
+                        help="sparse float checkpoint (%(default)s)")
+    parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
+                        help="what is written, with a .json beside it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the "
                         "submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
     parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's power of two "
-                        "a layer, a free scale a layer, or a free scale an output channel (%(default)s)")
-    parser.add_argument("--activation-bits", type=int, default=8, choices=range(2, 9), metavar="B", help="(%(default)s)")
+                        "a layer, a free scale a layer, or a free scale per channel (%(default)s)")
+    parser.add_argument("--activation-bits", type=number(int, 2, 8), default=8, metavar="B", help="(%(default)s)")
     parser.add_argument("--ranges", choices=("mse", "max"), default="mse", help="activation steps: of the least squared error, or "
                         "of the largest value as in the submission (%(default)s)")
-    parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N", help="train images that set the ranges (%(default)s)")
-    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the BatchNorm statistics "
-                        "once the weights are quantized; 0: keep them (%(default)s)")
-    parser.add_argument("--augment", choices=("trivial", "plain", "none"), help="of the train images, for --renew and for fine-tuning "
-                        "(default: as the checkpoint was trained, by its run folder; else plain)")
-    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--holdout", action="store_true", help="calibrate, tune and test within the train set (45,000 and 5,000)")
-    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="N made-up images instead of CIFAR-100")
+    parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
+                        help="train images that set the ranges (%(default)s)")
+    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the "
+                        "BatchNorm statistics once the weights are quantized; 0: keep them (%(default)s)")
+    cifar100.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
-    tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, help="(%(default)s: none)")
-    tune.add_argument("--lr", type=number(float, 0, 100), default=0.01, help="peak learning rate, SGD, cosine (%(default)s)")
-    tune.add_argument("--batch-size", type=number(int, 1, 10**6), default=512, help="(%(default)s)")
-    tune.add_argument("--mixing", choices=cifar100.MIXINGS, default="both", help="(%(default)s)")
+    tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
+    plan.add_options(tune, ("lr", "batch_size", "mixing", "seed"), lr=0.01, batch_size=512, mixing="both", seed=0)
     tune.add_argument("--teacher", type=some_path, metavar="F", help="checkpoint whose logits are distilled")
-    tune.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="(%(default)s)")
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
+                    "(default: as the checkpoint was trained, by its run folder; else plain)")
     return parser.parse_args(argv)
 
 
@@ -340,66 +336,77 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     return model.cpu()
 
 
+class Accuracies:
+    """What each step leaves of the accuracy on `data`: printed, and kept in `steps`."""
+
+    def __init__(self, data: cifar100.Images):
+        self.data, self.steps = data, []
+
+    def after(self, step: str, network: nn.Module) -> None:
+        loss, correct = evaluate(network.eval(), self.data)
+        images = len(self.data)
+        lost = f", {(correct - self.steps[-1]['correct']) / images:+.2%}" if self.steps else ""
+        print(f"{step:<52} {correct}/{images} ({correct / images:.2%}{lost}), loss {loss:.4f}", flush=True)
+        self.steps.append({"step": step, "correct": correct, "loss": loss})
+
+
+def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args, accuracies: Accuracies) -> MobileNetV2:
+    """The model with weights and activations on their grids; its BatchNorms are still its own."""
+    accuracies.after("float", model)
+    quantize_weights(model, table, args.scheme)
+    accuracies.after(f"weights at {'/'.join(map(str, sorted(set(table))))} bits, {args.scheme}", model)
+    if args.renew:
+        renew_statistics(model, train_data, args.renew, args.augment, torch.Generator().manual_seed(args.seed))
+        accuracies.after("BatchNorm statistics renewed", model)
+    if args.scheme == "channel":
+        shorten_scales(model)
+        accuracies.after(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
+    # in canonical order the classes are mixed at random: the first images are a fair sample
+    quantize_activations(model, calibrate(model, train_data.images[:args.calibration], args.activation_bits, args.ranges))
+    accuracies.after(f"activations at {args.activation_bits} bits, {args.ranges}", model)
+    if args.epochs:
+        model = fine_tune(model, train_data, accuracies.data, args)
+        accuracies.after(f"fine-tuned for {args.epochs} epochs", model)
+        if args.scheme == "channel":
+            shorten_scales(model)
+            accuracies.after("steps moved again: the scales were trained", model)
+    return model
+
+
+def ship(model: MobileNetV2, scheme: str, accuracies: Accuracies) -> tuple[MobileNetV2, dict]:
+    """(the network whose values all stand on their grids, {"tensors", "activations", "dead_weight_removed"} of its claim)."""
+    network, tensors = shipped(model)
+    activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
+                   for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    accuracies.after("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
+    if scheme == "channel":
+        round_shifts(network, tensors, activations)
+        accuracies.after("shifts rounded to whole accumulator units", exact_network(network, activations))
+    removed = dead_weight.remove(network, activations)
+    accuracies.after(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
+    return network, {"tensors": tensors, "activations": activations, "dead_weight_removed": removed}
+
+
 def main(argv=None) -> int:
     machine.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     try_to_write(args.out, claims.claim_path(args.out))
     table = bit_table(args.table)
     model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)
-    if args.made_up:
-        train_data, test_data, data_name = cifar100.made_up(args.made_up, 0), cifar100.made_up(max(100, args.made_up // 5), 1), "made up"
-    else:
-        train_data = cifar100.load(args.data, "fit" if args.holdout else "train")
-        test_data = cifar100.load(args.data, "holdout" if args.holdout else "test")
-        data_name = "hold-out" if args.holdout else "test"
+    train_data, (test_data, data_name) = cifar100.chosen(args, "train")[0], cifar100.chosen(args, "test")
     trained = training_record(args.checkpoint)
     args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
-    steps = []
-
-    def report(step: str, network: nn.Module) -> tuple[float, int]:
-        loss, correct = evaluate(network.eval(), test_data)
-        lost = f", {(correct - steps[-1]['correct']) / len(test_data):+.2%}" if steps else ""
-        print(f"{step:<52} {correct}/{len(test_data)} ({correct / len(test_data):.2%}{lost}), loss {loss:.4f}", flush=True)
-        steps.append({"step": step, "correct": correct, "loss": loss})
-        return loss, correct
-
-    report("float", model)
-    # in canonical order the classes are mixed at random: the first images are a fair sample
-    chosen = train_data.images[:args.calibration]
-    quantize_weights(model, table, args.scheme)
-    report(f"weights at {'/'.join(map(str, sorted(set(table))))} bits, {args.scheme}", model)
-    if args.renew:
-        renew_statistics(model, train_data, args.renew, args.augment, torch.Generator().manual_seed(args.seed))
-        report("BatchNorm statistics renewed", model)
-    if args.scheme == "channel":
-        shorten_scales(model)
-        report(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
-    quantize_activations(model, calibrate(model, chosen, args.activation_bits, args.ranges))
-    report(f"activations at {args.activation_bits} bits, {args.ranges}", model)
-    if args.epochs:
-        model = fine_tune(model, train_data, test_data, args)
-        report(f"fine-tuned for {args.epochs} epochs", model)
-        if args.scheme == "channel":
-            shorten_scales(model)
-            report("steps moved again: the scales were trained", model)
-
-    network, tensors = shipped(model)
-    activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
-                   for name, module in model.named_modules() if isinstance(module, Quantizer)]
-    report("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
-    if args.scheme == "channel":
-        round_shifts(network, tensors, activations)
-        report("shifts rounded to whole accumulator units", exact_network(network, activations))
-    removed = dead_weight.remove(network, activations)
-    loss, correct = report(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
+    accuracies = Accuracies(test_data)
+    network, formats = ship(quantize(model, train_data, table, args, accuracies), args.scheme, accuracies)
     save_tensors(network.state_dict(), args.out)
-    made_by = {
-        "command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": commit,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "source_sha256": sha256(args.checkpoint), "training": trained}
-    accuracy = {"data": data_name, "correct": correct, "images": len(test_data), "loss": loss}
-    claim = make_claim(args.out, tensors, activations, accuracy, steps, made_by) | {"dead_weight_removed": removed}
-    save_record(claim, claims.claim_path(args.out))
+    last = accuracies.steps[-1]
+    claim = formats | {
+        "accuracy": {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]},
+        "accuracy_by_step": accuracies.steps,
+        "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": commit,
+                    "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+                    "source_sha256": sha256(args.checkpoint), "training": trained}}
+    save_record(made_claim(args.out, claim), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

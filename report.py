@@ -8,7 +8,8 @@ cost.png       where storage and operations go
 training.png   loss and accuracy by epoch, stage after stage
 board.png      accuracy beside score, ours and the challenge's entries
 """
-import argparse
+import contextlib
+import dataclasses
 import re
 import statistics
 from pathlib import Path
@@ -18,11 +19,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+import checkpoints  # noqa: E402
 import claims  # noqa: E402
 import counting  # noqa: E402
-from checkpoints import load  # noqa: E402
-from files import load_json, load_lines, run_script, save_text, some_path  # noqa: E402
-from mobilenet_v2 import CHECKPOINT, BadInput  # noqa: E402
+from counting import CONVENTIONS  # noqa: E402
+from files import load_json, load_lines, save_text  # noqa: E402
+from graph import trace  # noqa: E402
+from mnet import stated_formats  # noqa: E402
+from mobilenet_v2 import BadInput  # noqa: E402
+from scripts import command_line, run_script, some_path  # noqa: E402
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -125,128 +130,165 @@ def output_lines(accuracy: dict, counts: dict) -> list[str]:
              f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
              f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters = "
              f"{storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
-             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in counting.CONVENTIONS)]
+             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
     for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
-        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in counting.CONVENTIONS))
+        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
     return lines
 
 
-def tables(claim: dict, counted: dict[str, list[counting.Row]], submission_operations: dict[str, int]) -> dict[str, str]:
-    """The tables by name, in Markdown. counted: the rows of every operation by convention.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the tables are made of: the shipped checkpoint's claim, and its operations.
 
-    What the submission reported is from its README.
+    counted: the rows of every operation by accumulator convention. theirs: the totals by the submission's convention.
     """
-    counts, accuracy = claim["counts"], claim["accuracy"]
-    exact, theirs, storage, score = counts["weights"]["all"], counts["weights"]["submission"], counts["storage"], counts["score"]
-    by_stage = {stage["stage"]: stage for stage in claim["made_by"]["training"]}
-    by_layer = [tensor["bits"] for tensor in claim["tensors"] if tensor["name"].endswith(".weight") and "kind" not in tensor]
-    six = sum(b == 6 for b in by_layer)
+    claim: dict
+    counted: dict[str, list[counting.Row]]
+    theirs: dict[str, int]
 
-    def percent(correct, images=accuracy["images"]):
-        return f"{100 * correct / images:.2f}%"
+    @property
+    def stages(self) -> dict[str, dict]:
+        return {stage["stage"]: stage for stage in self.claim["made_by"]["training"]}
 
-    def stage_accuracy(stage):
-        return f"{100 * by_stage[stage]['last_epoch']['test_accuracy']:.2f}%"
+    def percent(self, correct: int) -> str:
+        return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
-    check, test = "`python check_model_operations.py`", "`python testers.py`"
-    results = table(("", "this repository", "the submission", "command"), [
-        ("dense baseline, test accuracy", stage_accuracy("pretrain"), "81.92%", "`python training/main.py --pretrain`"),
-        ("masked, not quantized", percent(claim["accuracy_by_step"][0]["correct"]), "-", "the same, and `python quantize.py`"),
-        ("**shipped: masked and quantized**", f"**{percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})",
-         "80.12%", test),
-        ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", test),
-        ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", test),
-        ("weights, by the submission's convention", f"{theirs['total']:,}", "3,905,632", test),
-        ("zeros, by the submission's convention", f"{theirs['zeros']:,}", "3,005,523", test),
-        ("non-zeros, by the submission's convention", f"{theirs['nonzeros']:,}", "900,109", test),
-        ("sparsity, by the submission's convention", f"{theirs['sparsity']:.4f}", "0.7695", test),
-        ("compression rate, by the submission's convention", f"{theirs['compression']:.4f}", "4.3391", test),
-        ("bits of weights", f"6 in {six} layers, 8 in {len(by_layer) - six}", "6 in 9 layers, 8 in 49", test),
-        ("parameter storage (32-bit parameters)", f"{storage['total'] / 32e6:.4f}M", "left open", test),
-        ("operations, by the submission's convention", f"{submission_operations['bits'] / 32e6:.2f}M", "231.25M", check),
-        ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-", check),
-        ("score, 32-bit accumulators", f"{score['32-bit']['score']:.4f}", "left open", check),
-        ("score, fixed-length accumulators", f"{score['fixed']['score']:.4f}", "-", check),
-        ("score, binary tree", f"{score['tree']['score']:.4f}", "-", check),
-    ])
-    summary = table(("", "this repository", "the submission", "command"), [
-        ("**accuracy, shipped: masked and quantized**", f"**{percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})",
-         "80.12%", test),
-        ("dense baseline", stage_accuracy("pretrain"), "81.92%", "`python training/main.py --pretrain`"),
-        ("zeros, by the submission's convention (exact)", f"{100 * theirs['sparsity']:.2f}% ({100 * exact['sparsity']:.2f}%)", "76.95%", test),
-        ("bits of weights; of activations", f"6 in {six} layers, 8 in {len(by_layer) - six}; 8", "6 in 9 layers, 8 in 49; 8", test),
-        ("parameter storage, operations (32-bit units)", f"{storage['total'] / 32e6:.4f}M, "
-         f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open, 231.25M dense", check),
-        ("score: 32-bit, fixed-length, tree accumulators", ", ".join(f"{score[c]['score']:.4f}" for c in counting.CONVENTIONS), "left open", check),
-    ])
-    steps, before = [], None
-    for step in claim["accuracy_by_step"]:
-        change = "" if before is None else f"{100 * (step['correct'] - before) / accuracy['images']:+.2f}"
-        steps.append((step["step"], f"{step['correct']:,}", percent(step["correct"]), change))
-        before = step["correct"]
-    stages = []
-    for name, stage in by_stage.items():
+    def dense(self) -> str:
+        """The dense network's accuracy at the end of its stage."""
+        return f"{100 * self.stages['pretrain']['last_epoch']['test_accuracy']:.2f}%" if "pretrain" in self.stages else "-"
+
+    def shipped(self) -> str:
+        accuracy = self.claim["accuracy"]
+        return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
+
+    def bits(self) -> str:
+        weights = [each["bits"] for each in self.claim["tensors"] if each["name"].endswith(".weight") and "kind" not in each]
+        return f"6 in {weights.count(6)} layers, 8 in {weights.count(8)}"
+
+
+TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
+HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
+
+
+def summary(m: Measured) -> str:
+    counts = m.claim["counts"]
+    zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
+    return table(HEAD, [
+        ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
+        ("dense baseline", m.dense(), "81.92%", "`python training/main.py --pretrain`"),
+        ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
+        ("bits of weights; of activations", f"{m.bits()}; 8", "6 in 9 layers, 8 in 49; 8", TEST),
+        ("parameter storage, operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M, "
+         f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open, 231.25M dense", CHECK),
+        ("score: 32-bit, fixed-length, tree accumulators",
+         ", ".join(f"{counts['score'][c]['score']:.4f}" for c in CONVENTIONS), "left open", CHECK)])
+
+
+def results(m: Measured) -> str:
+    counts, by = m.claim["counts"], "by the submission's convention"
+    exact, theirs = counts["weights"]["all"], counts["weights"]["submission"]
+    return table(HEAD, [
+        ("dense baseline, test accuracy", m.dense(), "81.92%", "`python training/main.py --pretrain`"),
+        ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-", "the same, and `python quantize.py`"),
+        ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
+        ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
+        ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
+        (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
+        (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
+        (f"non-zeros, {by}", f"{theirs['nonzeros']:,}", "900,109", TEST),
+        (f"sparsity, {by}", f"{theirs['sparsity']:.4f}", "0.7695", TEST),
+        (f"compression rate, {by}", f"{theirs['compression']:.4f}", "4.3391", TEST),
+        ("bits of weights", m.bits(), "6 in 9 layers, 8 in 49", TEST),
+        ("parameter storage (32-bit parameters)", f"{counts['storage']['total'] / 32e6:.4f}M", "left open", TEST),
+        (f"operations, {by}", f"{m.theirs['bits'] / 32e6:.2f}M", "231.25M", CHECK),
+        ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-", CHECK),
+        *((f"score, {label}", f"{counts['score'][c]['score']:.4f}", "left open" if c == "32-bit" else "-", CHECK)
+          for c, label in zip(CONVENTIONS, ("32-bit accumulators", "fixed-length accumulators", "binary tree")))])
+
+
+def output(m: Measured) -> str:
+    return "```\n" + "\n".join(output_lines(m.claim["accuracy"], m.claim["counts"])) + "\n```"
+
+
+def steps(m: Measured) -> str:
+    rows, by_step = [], m.claim["accuracy_by_step"]
+    for step, before in zip(by_step, [None, *by_step]):
+        change = f"{100 * (step['correct'] - before['correct']) / m.claim['accuracy']['images']:+.2f}" if before else ""
+        rows.append((step["step"], f"{step['correct']:,}", m.percent(step["correct"]), change))
+    return table(("step of `quantize.py`", "correct", "accuracy", "change"), rows)
+
+
+def stages(m: Measured) -> str:
+    rows = []
+    for name, stage in m.stages.items():
         last, settings = stage["last_epoch"], stage["settings"]
-        stages.append((name, settings["epochs"], settings["batch_size"], settings["lr"], settings["seed"], f"{last['zeros']:,}",
-                       f"{100 * last['test_accuracy']:.2f}%", f"{last['seconds'] / 60:.0f} min", stage["machine"]))
-    conventions = [(c, f"{counts['operations'][c]['multiplication_bits'] / 32e6:.3f}M", f"{counts['operations'][c]['addition_bits'] / 32e6:.3f}M",
-                    f"{counts['operations'][c]['bits'] / 32e6:.3f}M", f"{score[c]['storage']:.5f}", f"{score[c]['operations']:.5f}",
-                    f"{score[c]['score']:.5f}") for c in counting.CONVENTIONS]
+        rows.append((name, *(settings[key] for key in ("epochs", "batch_size", "lr", "seed")), f"{last['zeros']:,}",
+                     f"{100 * last['test_accuracy']:.2f}%", f"{last['seconds'] / 60:.0f} min", stage["machine"]))
+    return table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), rows)
+
+
+def score(m: Measured) -> str:
+    rows = []
+    for c in CONVENTIONS:
+        cost, scored = m.claim["counts"]["operations"][c], m.claim["counts"]["score"][c]
+        rows.append((c, *(f"{cost[key] / 32e6:.3f}M" for key in ("multiplication_bits", "addition_bits", "bits")),
+                     *(f"{scored[key]:.5f}" for key in ("storage", "operations", "score"))))
+    return table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"), rows)
+
+
+def storage(m: Measured) -> str:
     labels = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
               "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
-    parts = [(labels[kind], f"{n:,}", f"{n / 32e6:.4f}M", f"{n / 8e3:,.0f} kB") for kind, n in storage.items()]
-    account = []
-    for kind in dict.fromkeys(row.kind for row in counted["32-bit"]):
-        same = {c: [row for row in rows if row.kind == kind] for c, rows in counted.items()}
-        times = sum(sum(row.multiplications.values()) for row in same["32-bit"])
-        plus = sum(sum(row.additions.values()) for row in same["32-bit"])
-        account.append((KINDS[kind], len(same["32-bit"]), f"{times:,}", f"{plus:,}",
-                        *(f"{sum(row.bits for row in rows) / 32e6:.3f}" for rows in same.values())))
-    account.append(("all", len(counted["32-bit"]), f"{counts['operations']['32-bit']['multiplications']:,}",
-                    f"{counts['operations']['32-bit']['additions']:,}",
-                    *(f"{counts['operations'][c]['bits'] / 32e6:.3f}" for c in counting.CONVENTIONS)))
-    contents = {
-        "results": results,
-        "summary": summary,
-        "output": "```\n" + "\n".join(output_lines(accuracy, counts)) + "\n```",
-        "steps": table(("step of `quantize.py`", "correct", "accuracy", "change"), steps),
-        "stages": table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), stages),
-        "score": table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"),
-                       conventions),
-        "storage": table(("storage", "bits", "32-bit parameters", ""), parts),
-        "account": table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), account),
-    }
-    removed = claim["dead_weight_removed"]
-    share = removed["weights"] / (removed["weights"] + exact["nonzeros"])
-    contents["dead"] = table(("dead", "values set to zero", "saved"), [
+    return table(("storage", "bits", "32-bit parameters", ""), [
+        (labels[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.0f} kB") for kind, bits in m.claim["counts"]["storage"].items()])
+
+
+def account(m: Measured) -> str:
+    def row(label, chosen: dict[str, list[counting.Row]]):
+        sums = {c: counting.totals(rows) for c, rows in chosen.items()}
+        one = sums["32-bit"]
+        return (label, len(chosen["32-bit"]), f"{one['multiplications']:,}", f"{one['additions']:,}",
+                *(f"{each['bits'] / 32e6:.3f}" for each in sums.values()))
+
+    kinds = dict.fromkeys(each.kind for each in m.counted["32-bit"])
+    rows = [row(KINDS[kind], {c: [each for each in rows if each.kind == kind] for c, rows in m.counted.items()}) for kind in kinds]
+    return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), [*rows, row("all", m.counted)])
+
+
+def dead(m: Measured) -> str:
+    removed = m.claim["dead_weight_removed"]
+    share = removed["weights"] / (removed["weights"] + m.claim["counts"]["weights"]["all"]["nonzeros"])
+    return table(("dead", "values set to zero", "saved"), [
         ("weights", f"{removed['weights']:,}", f"{100 * share:.2f}% of the non-zero weights, and the operations on them"),
         ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}", "nothing: these tensors are stored dense")])
-    speed = HERE / "benchmarks" / "training_speed.json"
-    if speed.is_file():
-        contents["speed"] = training_table(load_json(speed))
-    speed = HERE / "benchmarks" / "depthwise_shapes.json"
-    if speed.is_file():
-        contents["depthwise"] = depthwise_table(load_json(speed))
-    speed = HERE / "benchmarks" / "inference_speed.json"
-    if speed.is_file():
-        contents["inference"] = inference_table(load_json(speed))
-    if "integer" in claim:
-        contents["executed"] = table(("executed by", "images", "command"), [
-            (f"{where}: {what}", f"{claim[kind][key]:,} of {claim[kind]['images']:,}", f"`python {command}`")
-            for where, kind, command, same in (("integers", "integer", "integer.py --record", "identical"),
-                                               ("onnxruntime, 8-bit", "onnx", "export_onnx.py --record", "same_logits"))
-            if kind in claim
-            for what, key in (("accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
-                              ("images whose logits agree to the last bit", same))])
-        contents["accumulators"] = table(
-            ("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"),
-            [(row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
-              row["value_bits"]) for row in claim["integer"]["accumulators"]])
-    if "packed" in claim:
-        size = claim["packed"]["bytes"]
-        contents["packed"] = table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
-            (f"`{claim['packed']['file']}`", f"{size:,}", f"{size / 4e6:.4f}M", f"{100 * (8 * size / storage['total'] - 1):+.3f}%")])
-    return contents
+
+
+def packed(m: Measured) -> str:
+    file, counted = m.claim["packed"], m.claim["counts"]["storage"]["total"]
+    return table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
+        (f"`{file['file']}`", f"{file['bytes']:,}", f"{file['bytes'] / 4e6:.4f}M", f"{100 * (8 * file['bytes'] / counted - 1):+.3f}%")])
+
+
+def executed(m: Measured) -> str:
+    rows = []
+    for where, kind, command, same in (("integers", "integer", "integer.py --record", "identical"),
+                                       ("onnxruntime, 8-bit", "onnx", "export_onnx.py --record", "same_logits")):
+        for what, key in (("accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
+                          ("images whose logits agree to the last bit", same)):
+            found = m.claim[kind]
+            rows.append((f"{where}: {what}", f"{found[key]:,} of {found['images']:,}", f"`python {command}`"))
+    return table(("executed by", "images", "command"), rows)
+
+
+def accumulators(m: Measured) -> str:
+    """The ten layers whose bounds are the widest; the claim has all."""
+    widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:10]
+    return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"), [
+        (row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
+         row["value_bits"]) for row in widest])
+
+
+TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators)
 
 
 def training_table(measured: dict) -> str:
@@ -294,49 +336,66 @@ def fill(page: str, contents: dict[str, str]) -> str:
     return page
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, default=HERE / CHECKPOINT, metavar="F", help="(%(default)s)")
-    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where the pages are (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
-    args = parser.parse_args(argv)
-    model, claim = load(args.checkpoint)
-    formats, _ = claims.hold(claim, args.checkpoint, model, counting.found_formats(model))
-    operations = counting.trace(model)
-    counted = {c: counting.count(operations, formats, c) for c in counting.CONVENTIONS}
-    contents = tables(claim, counted, counting.submission_operations(operations))
-    pages = {page: page.read_text() for page in (args.pages / name for name in PAGES)}
+BENCHMARKS = {"speed": ("training_speed.json", training_table), "depthwise": ("depthwise_shapes.json", depthwise_table),
+              "inference": ("inference_speed.json", inference_table)}
+
+
+def tables(measured: Measured) -> dict[str, str]:
+    """{NAME: table} of all for which something is measured."""
+    contents = {}
+    for make in TABLES:
+        with contextlib.suppress(KeyError):  # packed.py and others add their parts to the claim later
+            contents[make.__name__] = make(measured)
+    for name, (file, make) in BENCHMARKS.items():
+        if (HERE / "benchmarks" / file).is_file():
+            contents[name] = make(load_json(HERE / "benchmarks" / file))
+    return contents
+
+
+def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str, str]]:
+    """{page: (its text, the text that it should have)}. Raises BadInput for a table without a place, and a place without one."""
+    pages = {page: page.read_text() for page in (folder / name for name in PAGES)}
     places = {name for text in pages.values() for name in re.findall(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", text, re.S)}
     for name in sorted(contents.keys() - places):
         raise BadInput(f"none of {', '.join(PAGES)} has a place <!-- {name} --> ... <!-- end {name} -->")
     for name in sorted(places - contents.keys()):
         raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the benchmark "
                        "beside it")
-    filled = {page: fill(text, contents) for page, text in pages.items()}
+    return {page: (text, fill(text, contents)) for page, text in pages.items()}
+
+
+def main(argv=None) -> int:
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
+    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR", help="(training/logs)")
+    parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(figures)")
+    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where the pages are (beside this script)")
+    parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
+    args = parser.parse_args(argv)
+    model, claim = checkpoints.load(args.checkpoint)
+    formats, operations, claim_file = stated_formats(model, claim), trace(model), claims.claim_path(args.checkpoint)
+    counted = {c: counting.count(operations, formats, c) for c in CONVENTIONS}
+    pages = filled_pages(args.pages, tables(Measured(claim, counted, counting.submission_operations(operations))))
     if args.check:
-        for page, text in pages.items():
-            if filled[page] != text:
-                raise BadInput(f"{page}: its tables are not those of {claims.claim_path(args.checkpoint)}; run python report.py")
-        print(f"the tables of {', '.join(PAGES)} are those of {claims.claim_path(args.checkpoint)}")
+        for page, (text, wanted) in pages.items():
+            if text != wanted:
+                raise BadInput(f"{page}: its tables are not those of {claim_file}; run python report.py")
+        print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
         return 0
+    scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
     figures = {
         "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),
         "cost": cost_figure(counting.storage(model, formats), counted),
-    }
-    correct, images = claim["accuracy"]["correct"], claim["accuracy"]["images"]
-    figures["board"] = board_figure(100 * correct / images, {c: claim["counts"]["score"][c]["score"] for c in counting.CONVENTIONS})
+        "board": board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores)}
     logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
-    stages = [load_lines(log) for log in logs if log.is_file()]
-    if stages:
-        figures["training"] = training_figure(stages)
+    if any(log.is_file() for log in logs):
+        figures["training"] = training_figure([load_lines(log) for log in logs if log.is_file()])
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=110, metadata={"Software": None})
         print(f"wrote {args.out / f'{name}.png'}")
-    for page, text in filled.items():
-        save_text(text, page)
+    for page, (_, wanted) in pages.items():
+        save_text(wanted, page)
         print(f"wrote the tables of {page}")
     return 0
 

@@ -8,11 +8,8 @@ Weights and activations are quantized as claimed, in arithmetic that is exact on
 claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
-import argparse
 import json
-import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,34 +21,24 @@ import counting
 import machine
 from evaluation import evaluate
 from exact import exact_network, probe_logits
-from files import number, run_script, some_path
-from mobilenet_v2 import CHECKPOINT, BadInput, weight_layers
+from formats import Formats, exponent, found_formats
+from graph import neighbours
+from mobilenet_v2 import BadInput
+from scripts import command_line, run_script
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F", help=f"a state dict (default: {CHECKPOINT} beside this script)")
-    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
-    parser.add_argument("--holdout", action="store_true", help="test on the 5,000 held-out train images")
-    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N", help="test on the test set of N made-up images (as training/main.py)")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
-    return parser.parse_args(argv)
-
-
-def exactness(model, formats: counting.Formats) -> int:
+def exactness(model, formats: Formats) -> int:
     """The largest magnitude that any convolution's sum of products of codes can have: exact in float32 up to 2^24.
 
-    sys.maxsize if a step is no power of two: then float32 rounds already the products.
+    sys.maxsize if a step is no power of two: then float32 rounds already the products. The linear layer sums in float64.
     """
-    largest = max(max(a.high, -a.low) for a in formats.activations.values())  # 255 at 8 bits
     worst = 0
-    for name, module in weight_layers(model):
-        if isinstance(module, nn.Linear):
-            continue  # summed in float64
+    for name, (_, source) in neighbours(model).items():
         grid = formats.tensors[f"{name}.weight"]
-        if not grid.steps or any(math.frexp(step)[0] != 0.5 for step in grid.steps):
+        if not grid.steps or None in map(exponent, grid.steps):
             return sys.maxsize
-        worst = max(worst, largest * int(grid.codes(module.weight).abs().flatten(1).sum(1).max()))
+        bounds = counting.reach(grid.codes(model.get_submodule(name).weight), formats.activations[source])
+        worst = max(worst, *(max(-low, high) for low, high in bounds))
     return worst
 
 
@@ -81,64 +68,74 @@ def total_lines(summary: dict) -> list[str]:
     return lines
 
 
+def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
+    """(the network as it is claimed to compute, what to say of it). Adds to read.problems what the claim gets wrong."""
+    claim, problems = read.claim, read.problems
+    if claim is None:
+        network = read.model.to(memory_format=torch.channels_last)
+        return network, ["no claim beside it: evaluated in float32, widths as found in the values"]
+    network = exact_network(read.model, claim.get("activations", []))
+    bound = exactness(read.model, read.formats)
+    if bound > 2**24:
+        problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
+    same = probe_logits(network) == claim.get("probe_logits")
+    if not same:
+        problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
+    lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest possible sum of "
+             f"products of codes is {bound:,}, and float32 is exact to {2**24:,}",
+             f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
+    unchecked = [f"{key} ({command})" for key, command in claims.RECORDED.items() if key in claim]
+    if unchecked:
+        lines.append("not checked here, but as they were written: " + ", ".join(unchecked))
+    return network, lines
+
+
+def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
+    """{"data", "loss", "correct", "images"}, or nothing without the data. Adds to problems what the claim gets wrong."""
+    try:
+        data, name = cifar100.chosen(args, "test")
+    except BadInput as error:
+        problems.append(f"the accuracy was not verified: {error}")
+        return {}
+    loss, correct = evaluate(network, data)
+    found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
+    claimed = found if claim is None else claim.get("accuracy")
+    if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
+        problems.append(f"the accuracy was not verified: tested were {len(data)} {name} images, claimed is {claimed}")
+    elif claimed.get("correct") != correct:
+        problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
+    return found
+
+
+def accuracy_lines(found: dict) -> list[str]:
+    if not found:
+        return ["Accuracy: NOT VERIFIED, the data is missing"]
+    correct, images = found["correct"], found["images"]
+    return [f"Loss: {found['loss']:.4f} ({found['data']} set)", f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
+
+
 def main(argv=None) -> int:
     machine.prepare()
-    args = parse(argv)
-    checkpoint = args.checkpoint or Path(__file__).with_name(CHECKPOINT)
-    read = checkpoints.read(checkpoint)
-    model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
-    network = model.to(memory_format=torch.channels_last)
-    report = {"checkpoint": str(checkpoint), "sha256": read.sha256}
-    lines = [f"{checkpoint}, SHA-256 {report['sha256']}"]
-
-    if claim is not None:
-        network = exact_network(model, claim.get("activations", []))
-        bound = exactness(model, formats)
-        lines.append(f"weights and activations quantized as claimed by {claims.claim_path(checkpoint).name}; the largest possible "
-                     f"sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}")
-        if bound > 2**24:
-            problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
-        same = probe_logits(network) == claim.get("probe_logits")
-        lines.append(f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}")
-        if not same:
-            problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
-        unchecked = [key for key, command in claims.RECORDED.items() if key in claim]
-        if unchecked:
-            lines.append("not checked here, but as they were written: " + ", ".join(
-                f"{key} ({claims.RECORDED[key]})" for key in unchecked))
-    else:
-        lines.append("no claim beside it: evaluated in float32, widths as found in the values")
-
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
+    cifar100.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    args = parser.parse_args(argv)
+    read = checkpoints.read(args.checkpoint)
+    claim, problems = read.claim, read.problems
+    network, lines = held_to_claim(read)
     if not args.json:  # at once: the images take a while
-        print("\n".join(lines), flush=True)
-    lines = []
-    split = "made up" if args.made_up else "hold-out" if args.holdout else "test"
-    try:
-        if args.made_up:
-            data = cifar100.made_up(max(100, args.made_up // 5), seed=1)
-        else:
-            data = cifar100.load(args.data, "holdout" if args.holdout else "test")
-    except BadInput as error:
-        lines.append("Accuracy: NOT VERIFIED, the data is missing")
-        problems.append(f"the accuracy was not verified: {error}")
-    else:
-        loss, correct = evaluate(network, data)
-        report |= {"data": split, "loss": loss, "correct": correct, "images": len(data)}
-        lines += [f"Loss: {loss:.4f} ({split} set)", f"Accuracy: {correct}/{len(data)} ({correct / len(data):.2%})"]
-        claimed = claim.get("accuracy") if claim is not None else report
-        if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (split, len(data)):
-            problems.append(f"the accuracy was not verified: tested were {len(data)} {split} images, claimed is {claimed}")
-        elif claimed.get("correct") != correct:
-            problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
-
-    summary = counting.summary(model, formats)
-    report |= {"tensors": counting.tensor_rows(model, counting.found_formats(model)), "counts": summary, "problems": problems}
+        print("\n".join([f"{read.path}, SHA-256 {read.sha256}", *lines]), flush=True)
+    found = measured(network, args, claim, problems)
+    tensors = counting.tensor_rows(read.model, found_formats(read.model))
+    summary = counting.summary(read.model, read.formats)
     if claim is not None and claim.get("counts") != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps({"checkpoint": str(read.path), "sha256": read.sha256} | found
+                         | {"tensors": tensors, "counts": summary, "problems": problems}, indent=1))
     else:
-        print("\n".join(lines + [""] + tensor_lines(report["tensors"]) + [""] + total_lines(summary)), flush=True)
+        print("\n".join([*accuracy_lines(found), "", *tensor_lines(tensors), "", *total_lines(summary)]), flush=True)
     for problem in problems:
         print(f"testers.py: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -7,7 +7,6 @@ PyTorch's own kernel; on CPUs oneDNN has no fast bfloat16 kernel for the input's
 (training/parallel.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input is read and
 the output written; backward the output's gradient is read twice, the input once, and its gradient written.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -19,8 +18,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.training_speed import copy_bandwidth, synchronize  # noqa: E402
-from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import save_json, try_to_write  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
+from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import loop, main as training_main  # noqa: E402
 
 VARIANTS = {f"{kind} {order}": (dtype, memory_format)
@@ -59,7 +59,7 @@ def measure(channels: int, side: int, stride: int, batch: int, dtype, memory_for
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=10, help="(%(default)s)")
     parser.add_argument("--no-cuda", action="store_true")

@@ -18,7 +18,6 @@ What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 thr
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels
   int8 activations                                               0.16 to 0.23   most layers are not fused: float kernels
 """
-import argparse
 import copy
 import json
 import re
@@ -35,12 +34,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoints  # noqa: E402
 import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
-from checkpoints import load  # noqa: E402
-from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import save_json, try_to_write  # noqa: E402
 from graph import neighbours  # noqa: E402
-from mobilenet_v2 import CHECKPOINT  # noqa: E402
+from scripts import command_line, number, run_script, some_path  # noqa: E402
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -128,9 +127,8 @@ def describe_processor() -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F",
-                        help=f"shipped, .pt or .mnet (default: {CHECKPOINT} in the repository)")
+    parser = command_line(__doc__)
+    checkpoints.add_option(parser)
     parser.add_argument("--batches", type=number(int, 1, 10**5), nargs="+", default=[1, 32, 128], metavar="N",
                         help="batch sizes (1 32 128)")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=2, help="of every engine (%(default)s)")
@@ -143,8 +141,7 @@ def main(argv=None) -> int:
         try_to_write(args.json)
     runtime = export_onnx.needed("onnxruntime")
     torch.set_num_threads(args.threads)
-    checkpoint = args.checkpoint or Path(__file__).resolve().parent.parent / CHECKPOINT
-    model, claim = load(checkpoint)
+    model, claim = checkpoints.load(args.checkpoint)
     runs, models = engines(model, claim, args.threads, args.compile)
     machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "
                f"onnxruntime {runtime.__version__}")
@@ -180,7 +177,7 @@ def main(argv=None) -> int:
             print(f"{batch:>5}  {part:<52}{floats[part]:>9,.1f} us in float, {codes[part]:>9,.1f} in 8 bits, {floats[part] / codes[part]:.2f} "
                   "times as fast", flush=True)
     if args.json:
-        save_json({"machine": machine, "checkpoint": str(checkpoint), "rounds": args.rounds, "speeds": figures,
+        save_json({"machine": machine, "checkpoint": args.checkpoint.name, "rounds": args.rounds, "speeds": figures,
                    "profiles": profiles, "parts": parts}, args.json)
     return 0
 

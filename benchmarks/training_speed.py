@@ -16,7 +16,6 @@ Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mix
 graphs). Last, on CUDA, how near that is to the memory's limit: the bandwidth of a large copy, measured here, over the bytes
 that a step has to move (see PASSES).
 """
-import argparse
 import contextlib
 import dataclasses
 import multiprocessing
@@ -37,10 +36,11 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
-import counting  # noqa: E402
 import machine  # noqa: E402
-from files import number, run_script, save_json, some_path, try_to_write  # noqa: E402
+from files import save_json, try_to_write  # noqa: E402
+from graph import trace  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
+from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import loop, main as training_main, teachers  # noqa: E402
 
 
@@ -202,7 +202,7 @@ def copy_bandwidth(device: torch.device, megabytes: int = 2048) -> float:
 
 def bytes_to_move(settings: loop.Settings) -> int:
     """Of a step, for one image: PASSES over every convolution's output."""
-    outputs = sum(row.outputs for row in counting.trace(MobileNetV2()) if row.kind == "batchnorm")
+    outputs = sum(row.outputs for row in trace(MobileNetV2()) if row.kind == "batchnorm")
     return PASSES * outputs * (2 if settings.precision == "bfloat16" else 4)
 
 
@@ -212,7 +212,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=number(int, 1, 10**6), help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")

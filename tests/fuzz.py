@@ -13,7 +13,6 @@ A digest can be computed anew by whoever alters a record on purpose. Such record
 nothing else contradicts them; so may a log, which is a text for readers and no run goes on from. A traceback is a bug
 there too. Exit status 1 if there was a hole or a bug.
 """
-import argparse
 import contextlib
 import functools
 import json
@@ -36,6 +35,7 @@ import mnet  # noqa: E402
 import quantize  # noqa: E402
 from files import digest, load_json, load_lines, save_record, save_tensors, sha256  # noqa: E402
 from mobilenet_v2 import BadInput, load_checkpoint  # noqa: E402
+from scripts import command_line, number, run_script  # noqa: E402
 from small import CLASSES, WIDTH, tiny_network  # noqa: E402
 from training import loop, teachers  # noqa: E402
 from training.state import State  # noqa: E402
@@ -204,8 +204,8 @@ def attack(path: Path, read, is_json: bool, count: int, rng: random.Random) -> d
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="damaged files of each kind (%(default)s)")
+    parser = command_line(__doc__)
+    parser.add_argument("--count", type=number(int, 1, 10**9), default=1000, metavar="N", help="damaged files of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--kinds", nargs="+", metavar="K", help="some kinds alone")
     args = parser.parse_args(argv)
@@ -226,4 +226,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

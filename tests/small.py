@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import cifar100
-import exact
 import quantize
+from formats import code_range
 from mobilenet_v2 import MobileNetV2, weight_layers
 
 CLASSES, WIDTH = 7, 0.25
@@ -17,7 +17,7 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
     model = MobileNetV2(classes, width).eval()
     layers = dict(weight_layers(model))
     for index, (name, layer) in enumerate(layers.items()):
-        low, high = exact.code_range(bits := (6, 8)[index % 2])
+        low, high = code_range(bits := (6, 8)[index % 2])
         codes = torch.randint(low, high + 1, layer.weight.shape, generator=generator)
         codes *= torch.rand(codes.shape, generator=generator) < 0.4
         layer.weight.copy_(codes * 2.0 ** (1 - bits))

@@ -15,7 +15,7 @@ import quantize
 import report
 import testers
 from benchmarks import depthwise_shapes, inference_speed, training_speed
-from files import run_script
+from scripts import run_script
 from training import main as training
 from training import teachers
 
@@ -25,7 +25,7 @@ REAL = ("", "x", "-1", "nan", "inf", "1e400")
 NOTHING = ("",)
 OPTIONS = {  # script: {option: what it cannot be}
     training: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--eval-every", "--updates", "--refresh", "--workers"), WHOLE),
-               **dict.fromkeys(("--lr", "--weight-decay", "--ema", "--smooth-eps", "--target-sparsity", "--lambda", "--eps", "--distill",
+               **dict.fromkeys(("--lr", "--weight-decay", "--average", "--smoothing", "--smooth-eps", "--target-sparsity", "--lambda", "--eps", "--distill",
                                 "--temperature", "--save-seconds", "--show-seconds", "--max-minutes", "--threshold", "--alpha",
                                 "--warmup-epochs", "--cooldown", "--start-epoch"), REAL),
                **dict.fromkeys(("--run", "--start", "--data", "--teacher"), NOTHING),

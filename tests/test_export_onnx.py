@@ -13,8 +13,9 @@ import claims
 import quantize
 import report
 from exact import Quantizer, exact_network, quantize_activations
-from files import load_json, run_script, save_record, save_tensors, sha256
+from files import load_json, save_record, save_tensors, sha256
 from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
+from scripts import run_script
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -35,8 +36,9 @@ def ship(sparse_checkpoint, path, scheme):
     if scheme == "channel":
         quantize.round_shifts(network, tensors, activations)
     save_tensors(network.state_dict(), path)
-    accuracy = {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}
-    save_record(quantize.make_claim(path, tensors, activations, accuracy, [], {}), claims.claim_path(path))
+    claim = {"tensors": tensors, "activations": activations,
+             "accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}}
+    save_record(quantize.made_claim(path, claim), claims.claim_path(path))
     return path
 
 
@@ -224,7 +226,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
     """On test images, to the last bit; and what the claim recorded of all 10,000."""
-    model, claim = checkpoints.load(export_onnx.Path(export_onnx.__file__).with_name(export_onnx.CHECKPOINT))
+    model, claim = checkpoints.load(checkpoints.SHIPPED)
     data = cifar100.load(cifar100_dir, "test")
     data = cifar100.Images(data.images[:300], data.labels[:300])
     engine = session(Codes(model, claim).finished({}).SerializeToString())

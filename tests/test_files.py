@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import files
+import scripts
 from mobilenet_v2 import BadInput
 
 
@@ -106,7 +107,7 @@ def raising(error):
 def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, line):
     monkeypatch.setattr(sys, "argv", ["/some/script.py"])
     with pytest.raises(SystemExit) as exit:
-        files.run_script(raising(error))
+        scripts.run_script(raising(error))
     out, err = capsys.readouterr()
     assert (exit.value.code, out, err) == (status, "", line)
 
@@ -114,18 +115,18 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, 
 @pytest.mark.parametrize("status", [0, 2, None])
 def test_the_status_is_what_main_returns(status, capsys):
     with pytest.raises(SystemExit) as exit:
-        files.run_script(lambda: status)
+        scripts.run_script(lambda: status)
     assert exit.value.code == status and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), AssertionError("x"), KeyError("x"), RuntimeError("x")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
-        files.run_script(raising(error))
+        scripts.run_script(raising(error))
 
 
 def test_the_status_reaches_the_shell():
-    code = "import files, mobilenet_v2\ndef main(): raise mobilenet_v2.BadInput('no such thing')\nfiles.run_script(main)"
+    code = "import mobilenet_v2, scripts\ndef main(): raise mobilenet_v2.BadInput('no such thing')\nscripts.run_script(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "-c: no such thing\n")
 

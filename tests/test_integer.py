@@ -12,8 +12,8 @@ import counting
 import exact
 import integer
 import packed
-from counting import signed_bits
 from files import load_json
+from formats import code_range, signed_bits
 from integer import Branch, IntegerNetwork, Point, compare, main, products
 from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
 from small import CLASSES, tiny_network
@@ -32,7 +32,7 @@ def reference(model: MobileNetV2, claim: dict, image: torch.Tensor) -> tuple[dic
     codes, step = {}, {name: Fraction(entry["step"]) for name, entry in formats.items()}
 
     def put(name, values):
-        low, high = exact.code_range(formats[name]["bits"], formats[name]["signed"])
+        low, high = code_range(formats[name]["bits"], formats[name]["signed"])
 
         def code(x):
             if isinstance(x, list):
@@ -242,7 +242,6 @@ def test_bounds_are_reached(tiny):
         weight = grid.codes(module.weight)
         bound = min(low for low, _ in branch.reach), max(high for _, high in branch.reach)
         terms = max(counting.terms_per_channel(module.weight, None))
-        assert bound == counting.reach(module.weight, grid, activation, terms)
         bits = counting.fixed_bits(module.weight, grid, activation, terms)
         assert bits == signed_bits(*bound) and not -2 ** (bits - 2) <= bound[0] <= bound[1] < 2 ** (bits - 2)
         for side in (0, 1):

@@ -23,10 +23,11 @@ import claims
 import exact as exact_module
 import files
 import quantize
-from exact import code_range, codes, fake_quantize, power_of_two_step
-from files import load_json, run_script, save_record, sha256
+from files import load_json, save_record, sha256
+from formats import code_range, codes, fake_quantize, power_of_two_step
 from graph import activation_points, neighbours
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from scripts import run_script
 from quantize import SCHEMES, bit_table, calibrate, free_step
 
 
@@ -870,8 +871,8 @@ def test_a_claim_that_contradicts_its_file_is_not_made(exact, tmp_path):
     network, tensors, activations, _ = exact["layer"]
     path = tmp_path / "a.pt"
     torch.save(network.state_dict(), path)
-    assert quantize.make_claim(path, tensors, activations, {}, [], {})["sha256"] == sha256(path)
+    assert quantize.made_claim(path, {"tensors": tensors, "activations": activations})["sha256"] == sha256(path)
     wrong = [dict(entry, bits=5) if entry["name"] == "conv2.weight" else entry for entry in tensors]
     with pytest.raises(AssertionError, match="conv2.weight: the values need 8 bits"):
-        quantize.make_claim(path, wrong, activations, {}, [], {})
+        quantize.made_claim(path, {"tensors": wrong, "activations": activations})
     assert claims.claim_path(path) == tmp_path / "a.json"

@@ -14,6 +14,7 @@ import cifar100
 import counting
 import report
 from files import load_json
+from graph import trace
 from mobilenet_v2 import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,8 +226,8 @@ def test_figures_quoted_in_the_readme():
     """The numbers of the text that no table holds, from the commands that the text names."""
     from mobilenet_v2 import MobileNetV2
 
-    dense = counting.submission_operations(counting.trace(MobileNetV2()))
-    half = counting.submission_operations(counting.trace(MobileNetV2()), 0.5)
+    dense = counting.submission_operations(trace(MobileNetV2()))
+    half = counting.submission_operations(trace(MobileNetV2()), 0.5)
     for part in (dense, half):
         text = f"{part['multiplication_bits'] / 32e6:.3f}M + {part['addition_bits'] / 32e6:.3f}M"
         assert text in ACCOUNT

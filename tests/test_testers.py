@@ -13,12 +13,14 @@ import torch
 
 import cifar100
 import check_model_operations
-import counting
 import quantize
 import report
 import testers
-from files import load_json, run_script, save_json, save_record, save_tensors, sha256
+from files import load_json, save_json, save_record, save_tensors, sha256
+from formats import Activation, Formats, Grid
+from graph import neighbours
 from mobilenet_v2 import CHECKPOINT, MobileNetV2, load_checkpoint, weight_layers
+from scripts import run_script
 
 SCRIPT = Path(testers.__file__)
 MADE_UP = ("--made-up", "100")
@@ -131,7 +133,7 @@ def test_without_a_claim_it_is_a_float_network(sparse_checkpoint, run):
 @pytest.mark.parametrize("images, correct", [(100, 7), (10_000, 8192)])
 def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
     """`Accuracy: N/10000 (xx.xx%)`, whatever the data."""
-    monkeypatch.setattr(cifar100, "load", lambda folder, split: cifar100.Images(torch.zeros(images, 1), torch.zeros(images)))
+    monkeypatch.setattr(cifar100, "load", lambda folder, split, device: cifar100.Images(torch.zeros(images, 1), torch.zeros(images)))
     monkeypatch.setattr(testers, "evaluate", lambda network, data: (1.5, correct))
     shipped.with_suffix(".json").unlink()
     status, out, _ = run("--checkpoint", shipped)
@@ -304,18 +306,25 @@ def test_statistics_that_are_not_folded(shipped, run):
 def test_the_largest_sum(original):
     model = load_checkpoint(original)
     claim = load_json(original.with_suffix(".json"))
-    grids = {e["name"]: counting.Grid(e["bits"], (e["step"],) if "step" in e else (), "claimed") for e in claim["tensors"]}
-    activations = {e["name"]: counting.Activation(e["bits"], e["signed"]) for e in claim["activations"]}
-    sums = []
-    for name, module in weight_layers(model)[:-1]:
-        codes = (module.weight / entry(claim, f"{name}.weight")["step"]).abs().flatten(1).tolist()
-        sums += [int(sum(row)) for row in codes]
-    formats = counting.Formats(grids, activations)
-    assert testers.exactness(model, formats) == 255 * max(sums) < 2**24
-    wide = counting.Formats(grids, activations | {"relu1": counting.Activation(9, False)})
-    assert testers.exactness(model, wide) == 511 * max(sums)
-    for grid in (counting.Grid(8, (0.3,), "even"), counting.Grid(16, kind="float16")):
-        assert testers.exactness(model, counting.Formats(grids | {"conv2.weight": grid}, activations)) == sys.maxsize
+    grids = {e["name"]: Grid(e["bits"], (e["step"],) if "step" in e else (), "claimed") for e in claim["tensors"]}
+    activations = {e["name"]: Activation(e["bits"], e["signed"]) for e in claim["activations"]}
+
+
+    def largest(formats):
+        found = []
+        for name, (_, source) in neighbours(model).items():
+            codes = (model.get_submodule(name).weight.double() / entry(claim, f"{name}.weight")["step"]).flatten(1)
+            extremes = [formats.activations[source].low * codes, formats.activations[source].high * codes]
+            found += [torch.maximum(*extremes).sum(1).max(), -torch.minimum(*extremes).sum(1).min()]
+        return int(max(found))
+
+    for width in (8, 9):
+        formats = Formats(grids, activations | {"relu2": Activation(width, False), "relu1": Activation(width, False)})
+        assert testers.exactness(model, formats) == largest(formats) < 2**24
+    formats = Formats(grids, dict.fromkeys(activations, Activation(16, False)))
+    assert testers.exactness(model, formats) == largest(formats) > 2**24
+    for grid in (Grid(8, (0.3,), "even"), Grid(16, kind="float16")):
+        assert testers.exactness(model, Formats(grids | {"conv2.weight": grid}, activations)) == sys.maxsize
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

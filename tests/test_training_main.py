@@ -26,7 +26,7 @@ REW = ("--arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsi
        "--lr 0.001 --lr-scheduler cosine --warmup --warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1")
 MASKED = REW.replace("--rew --sparsity-type irregular",
                      "--masked-retrain --sparsity-type threshold --config-file config_mobile_v2_0.7")
-QUICK = "--made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01 --ema 0.9 --workers 1"  # two steps a stage
+QUICK = "--made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01 --average 0.9 --workers 1"  # two steps a stage
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +248,7 @@ def test_a_cooldown_branches_off_a_running_stage(narrow):
     assert run(trunk, "whole") == 0
     assert run(trunk + " --max-minutes 0") == 0
     state = training.loop.State(Path("run/pretrain.state"), None)
-    branch = QUICK + " --pretrain --lr-scheduler constant --cooldown 1 --no-warmup --lr 1e-9 --weight-decay 0 --ema 0"
+    branch = QUICK + " --pretrain --lr-scheduler constant --cooldown 1 --no-warmup --lr 1e-9 --weight-decay 0 --average 0"
     assert run(branch + " --start run/pretrain.state", "branch") == 0
     assert run(branch + " --start run/pretrain.average.pt", "other") == 0
     for folder, wanted in (("branch", state.read("weights")), ("other", torch.load("run/pretrain.average.pt"))):
@@ -378,7 +378,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, said", (
     ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"), ("--lr nan", "--lr nan"), ("--lr -1", "--lr"),
-    ("--ema 2", "--ema"), ("--seed -1", "--seed"), ("--made-up 1", "--made-up"), ("--arch resnet", "resnet"), ("--depth 18", "18"),
+    ("--average 2", "--average"), ("--seed -1", "--seed"), ("--made-up 1", "--made-up"), ("--arch resnet", "resnet"), ("--depth 18", "18"),
     ("--rew --masked-retrain", "one stage"), ("--lambda 1 --target-sparsity 0.5", "exclude"), ("--mixup --mixing both", "exclude"),
     ("--rew --sparsity-type threshold", "threshold"), ("--sparsity-type rows", "rows"), ("--optmzr lion", "lion"),
     ("--lr-scheduler step", "step"), ("--target-sparsity 1", "--target-sparsity"), ("--target-sparsity 0", "--target-sparsity"),

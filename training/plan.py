@@ -4,35 +4,66 @@ import itertools
 import math
 
 from mobilenet_v2 import IMAGE_SIZE, BadInput
+from scripts import number
 from training.parallel import Processes, shares
+
+
+def setting(default, values, text: str):
+    """A field of Settings. values: the function that reads it from a command line, or a tuple of all that it may be."""
+    return dataclasses.field(default=default, metadata={"values": values, "help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What decides the result of a stage. A state is only resumed under equal settings (but see training/state.py)."""
-    epochs: int
-    batch_size: int = 512         # of all processes together
-    optimizer: str = "sgd"        # Nesterov momentum 0.9; or adam
-    lr: float = 0.4
-    schedule: str = "cosine"      # to zero; or default (x0.1 at 1/2 and 3/4); or constant
-    warmup_epochs: float = 5
-    cooldown: float = 0           # epochs at the end in which the learning rate falls linearly to zero (constant alone)
-    weight_decay: float = 5e-4    # none on BatchNorm and biases
-    smoothing: float = 0.1
-    augment: str = "trivial"      # TrivialAugment, crop and flip; or plain (crop and flip); or none
-    mixing: str = "both"          # CutMix or mixup, a draw for every image; or mixup, cutmix, none
-    alpha: float = 0.3            # of mixup
-    clean: float = 0.05           # share of the epochs, at the end, without mixing
-    sizes: str = "32"             # of the images, by share of the steps: see image_sizes
-    average: float | None = None  # decay of the weight average a step; None: a memory of 3% of the steps made; 0: no average
-    refresh: int = 10_000         # train images that renew the BatchNorm statistics before an evaluation; 0 is none
-    distill: float = 0.9          # weight of the teachers in the loss, where there are any
-    temperature: float = 4.0
-    teaching: str = "turns"       # several teachers: one at each step in turn; or mean, of their probabilities
-    precision: str = "float32"    # of the forward pass: float32 or bfloat16
+    epochs: int = setting(dataclasses.MISSING, number(int, 1, 10**6), "of a stage")
+    batch_size: int = setting(512, number(int, 1, 10**6), "images a step, of all processes together")
+    optimizer: str = setting("sgd", ("sgd", "adam"), "Nesterov SGD, momentum 0.9; or AdamW")
+    lr: float = setting(0.4, number(float, 0, 100), "peak learning rate")
+    schedule: str = setting("cosine", ("cosine", "default", "constant"),
+                            "cosine to zero; default: x0.1 at 1/2 and 3/4; constant, and --cooldown")
+    warmup_epochs: float = setting(5, number(float, 0, 10**6), "linear warm-up, a quarter of the stage at most")
+    cooldown: float = setting(0, number(float, 0, 10**6), "with constant: epochs at the end in which it falls linearly to zero")
+    weight_decay: float = setting(5e-4, number(float, 0, 1), "none on BatchNorm and biases")
+    smoothing: float = setting(0.1, number(float, 0, 1), "of the labels; by default none beside a teacher")
+    augment: str = setting("trivial", ("trivial", "plain", "none"), "TrivialAugment, crop and flip; crop and flip; nothing")
+    mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: a draw for every image")
+    alpha: float = setting(0.3, number(float, 0.01, 1000), "of mixup's Beta distribution")
+    clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
+    sizes: str = setting("32", str, "image sizes by share of the stage: 24:0.6,32 scales 60%% of its batches down to 24x24")
+    average: float | None = setting(None, number(float, 0, 1), "decay of the weight average a step; 0: no average; by default "
+                                    "a memory of 3%% of the steps made")
+    refresh: int = setting(10_000, number(int, 0, 10**6), "train images that renew the BatchNorm statistics of a result; 0: none")
+    distill: float = setting(0.9, number(float, 0, 1), "the teachers' weight in the loss")
+    temperature: float = setting(4.0, number(float, 0.01, 1000), "of the distillation")
+    teaching: str = setting("turns", ("turns", "mean"), "several teachers: one at each step in turn, or the mean of their probabilities")
+    seed: int = setting(0, number(int, 0, 2**62), "of everything that is drawn")
+    precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
-    workers: int = 1              # threads of a process, each with a share of its batch
-    seed: int = 0
+    workers: int = 1  # threads of a process, each with a share of its batch
+
+
+def add_options(parser, names, **defaults) -> None:
+    """An option for each of these settings, None where it is not given and `defaults` has no other default."""
+    for field in dataclasses.fields(Settings):
+        if field.name in names:
+            add_option(parser, "--" + field.name.replace("_", "-"), field.name, defaults.get(field.name))
+
+
+def add_option(parser, option: str, name: str, default=None, text: str | None = None) -> None:
+    """The option for the setting `name`. text: its help, in place of the setting's own and its default."""
+    field = next(field for field in dataclasses.fields(Settings) if field.name == name)
+    values = field.metadata["values"]
+    shown = field.default if default is None else default
+    known = "" if shown in (None, dataclasses.MISSING) else f" ({shown})"
+    kind = {"choices": values} if isinstance(values, tuple) else {"type": values, "metavar": name[0].upper()}
+    parser.add_argument(option, dest=name, default=default, help=text or field.metadata["help"] + known, **kind)
+
+
+def given(args) -> dict:
+    """{setting: value} of all whose options were given."""
+    names = (field.name for field in dataclasses.fields(Settings))
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def image_sizes(text: str) -> list[tuple[int, float]]:

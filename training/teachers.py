@@ -9,7 +9,6 @@ in ./data.teachers, and downloaded to the last.
 
 A teacher takes the images that the student sees, normalised as cifar100.normalise does and of 32x32 pixels.
 """
-import argparse
 import http.client
 import os
 import sys
@@ -24,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import run_script, sha256, some_path  # noqa: E402
+from files import sha256  # noqa: E402
 from mobilenet_v2 import BadInput, is_plain, load_checkpoint, load_state  # noqa: E402
+from scripts import command_line, run_script, some_path  # noqa: E402
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -184,9 +184,9 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--folder", type=some_path, metavar="DIR", help="folder with the four files (default: $TEACHERS_DIR, else a download)")
-    parser.add_argument("--data", type=some_path, metavar="DIR", help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download)")
+    cifar100.add_options(parser, made_up=False)
     args = parser.parse_args(argv)
     machine.prepare()
     folder = find(args.folder)

@@ -17,12 +17,12 @@ run=${RUN:-runs/two-cores}
 stage=${1:-}
 [ $# -gt 0 ] && shift
 
-options="--batch-size 128 --lr 0.1 --lr-scheduler constant --augment plain --refresh 5000 --eval-every 4 --save-seconds 300
+options="--batch-size 128 --lr 0.1 --schedule constant --augment plain --refresh 5000 --eval-every 4 --save-seconds 300
     --teacher micronet_v2_pr_15.t7 micronet_v2_pr_30.t7 micronet_v2_pr_45.t7 micronet_v2_pr_60.t7"
 case $stage in
     pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
-    dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --no-warmup --sizes 24:0.4,32 $options" ;;
-    rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 16 --no-warmup --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
+    dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --warmup-epochs 0 --sizes 24:0.4,32 $options" ;;
+    rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 16 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
     masked) options="--masked-retrain --run-folder $run --epochs 100 --cooldown 33 --warmup-epochs 1 --target-sparsity 0.795 --sizes 24:0.5,32 $options" ;;
     *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, masked" >&2; exit 2 ;;
 esac

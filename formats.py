@@ -1,0 +1,217 @@
+"""How numbers are stored: as integer codes times a step, and the formats that a network's values show."""
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mobilenet_v2 import BadInput, weight_layers
+
+WORD = 32  # bits of a number without a format of its own
+
+
+# ---- Codes and steps -----------------------------------------------------------------------------
+
+def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
+    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
+    if largest == 0:
+        return 1.0
+    return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
+
+
+def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
+
+
+def codes(x: Tensor, step, low: int, high: int) -> Tensor:
+    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
+
+    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
+    """
+    return (x / step).round_().clamp_(low, high)
+
+
+def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
+    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return codes(x, step, low, high).mul_(step)
+    scaled = (x / step).clamp(low - 0.5, high + 0.5)
+    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
+
+
+def exponent(step) -> int | None:
+    """e of a step 2^e; None for anything else, whatever it is."""
+    fraction, e = math.frexp(step) if type(step) in (int, float) else (0, 0)
+    return e - 1 if fraction == 0.5 else None
+
+
+def signed_bits(low: int, high: int) -> int:
+    """Length of the shortest two's-complement number that holds every integer from `low` to `high`; at least 1."""
+    return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: the lowest code is spare
+
+
+# ---- Formats, found by looking at values ----------------------------------------------------------
+
+INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
+EVEN_TOLERANCE = 2.0**-22  # of a value: the roundings of two float32 numbers, 2^-24 each, and some slack
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the values of a tensor are stored: `bits` a value, as integer codes times a step.
+
+    steps: one for the tensor, one for each output channel (row), or none: floating point, or a what-if.
+    kind: "power of two", "even", "per channel", "zero", "float16", "bfloat16", "float32", "claimed", "what if".
+    """
+    bits: int
+    steps: tuple[float, ...] = ()
+    kind: str = "float32"
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The integers (int64, shape of `values`) that stand for the values. Needs steps."""
+        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, *[1] * (values.dim() - 1))
+        return (values.detach().double() / steps).round().long()
+
+
+def _power_of_two(values: Tensor) -> Grid | None:
+    """The coarsest grid with a power-of-two step on which the values (float64, none zero) stand exactly."""
+    fraction, exponent = torch.frexp(values)
+    significand = (fraction * 2.0**53).long()  # exact: a float64 has 53 bits
+    lowest = torch.frexp((significand & -significand).double())[1] - 1  # position of the lowest bit that is set
+    finest = int((exponent - 53 + lowest).min())
+    if int(exponent.max()) - finest > INTEGER_BITS:
+        return None
+    codes = values * 2.0**-finest
+    bits = signed_bits(int(codes.min()), int(codes.max()))
+    return Grid(bits, (2.0**finest,), "power of two") if bits <= INTEGER_BITS else None
+
+
+def _even(values: Tensor) -> Grid | None:
+    """The coarsest grid with any step, of at most 8 bits, on which the values (float64, none zero) stand.
+
+    The largest magnitude may have any code (a tensor need not use its extreme codes), so each is tried.
+    """
+    def fits(scaled):
+        return ((scaled - scaled.round()).abs() <= scaled.abs() * EVEN_TOLERANCE).all(-1)
+
+    top, tops = values.abs().max(), torch.arange(1, 2**(EVEN_BITS - 1) + 1)
+    few = values[::len(values) // 64 + 1]  # most wrong steps show within a few values
+    for code in tops[fits(few * (tops / top)[:, None])].tolist():
+        scaled = values * (code / top)
+        if fits(scaled):
+            bits = signed_bits(round(scaled.min().item()), round(scaled.max().item()))
+            return Grid(bits, ((top / code).item(),), "even") if bits <= EVEN_BITS else None
+    return None
+
+
+def _one_step(values: Tensor) -> Grid | None:
+    """The grid of values with one step for all, or None."""
+    values = values[values != 0].double()
+    return (_power_of_two(values) or _even(values)) if len(values) else Grid(1, (1.0,), "zero")
+
+
+def _per_channel(rows: Tensor) -> Grid | None:
+    """A grid for each row; its bits are those of the worst row. Stops at the first row that stands on none."""
+    grids = []
+    for row in rows:
+        grids.append(_one_step(row))
+        if grids[-1] is None:
+            return None
+    return Grid(max(grid.bits for grid in grids), tuple(grid.steps[0] for grid in grids), "per channel")
+
+
+def found_grid(tensor: Tensor) -> Grid:
+    """The narrowest format in which the tensor's values can be stored, found in the values alone.
+
+    Tried in this order: signed integer codes (-2^(b-1) to 2^(b-1) - 1) times one power-of-two step for the tensor,
+    exactly, up to 16 bits; times any one step, up to float32 rounding, up to 8 bits; times a step for each row (tensors
+    of two or more dimensions); float16; bfloat16; float32. A tensor of zeros alone counts 1 bit. A channel's step is
+    stored, so `storage` counts it. Raises BadInput if a value is not finite.
+    """
+    values = tensor.detach()
+    if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
+        raise BadInput("a tensor holds values that are not finite")
+    grid = _one_step(values.flatten())
+    if grid is None and tensor.dim() > 1:
+        grid = _per_channel(values.flatten(1))
+    if grid is not None:
+        return grid
+    return next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
+
+
+def is_half(values: Tensor, kind: str) -> bool:
+    """Whether every value is exactly one of the 16-bit floating-point numbers "float16" or "bfloat16"."""
+    return bool((values.to(HALVES[kind]).to(values.dtype) == values).all())
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Integers of `bits` that flow between two layers; 32 stands for float32 as well."""
+    bits: int = WORD
+    signed: bool = True
+
+    @property
+    def low(self) -> int:
+        return code_range(self.bits, self.signed)[0]
+
+    @property
+    def high(self) -> int:
+        return code_range(self.bits, self.signed)[1]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The format of every number of a network: a Grid a parameter, an Activation an activation point.
+
+    A point that `activations` does not name has `activation_bits` bits, unsigned after a ReLU, otherwise signed.
+    """
+    tensors: dict[str, Grid]
+    activations: dict[str, Activation] = field(default_factory=dict)
+    activation_bits: int = WORD
+
+    def activation(self, name: str, signed: bool) -> Activation:
+        return self.activations.get(name, Activation(self.activation_bits, signed))
+
+
+def is_folded(norm: nn.BatchNorm2d) -> bool:
+    """Whether the normalisation is the identity (up to a float32 rounding), so that weight and bias say it all."""
+    off = (norm.running_var.double() + norm.eps - 1).abs().max().item()
+    return not norm.running_mean.any() and off <= 2.0**-23
+
+
+def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
+    """Formats found in the values of every parameter.
+
+    Folding a BatchNorm whose statistics are not folded yet leaves two values a channel as well, but float32 ones,
+    whatever grid its weight and bias stand on. Raises BadInput, naming the tensor, if a value is not finite.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        loose = isinstance(module, nn.BatchNorm2d) and not is_folded(module)
+        try:
+            tensors[name] = Grid(WORD) if loose else found_grid(parameter)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from error
+    return Formats(tensors, activation_bits=activation_bits)
+
+
+def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:
+    """`formats` with other widths for all weights of convolutions and linear layers, or for all activations.
+
+    BatchNorm and biases stay as they are. Without codes, "fixed" accumulators assume that every code is extreme.
+    """
+    tensors = dict(formats.tensors)
+    if weight_bits is not None:
+        tensors |= {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
+    if activation_bits is not None:
+        return Formats(tensors, {}, activation_bits)
+    return Formats(tensors, formats.activations, formats.activation_bits)
+
+
+def float_formats(model: nn.Module) -> Formats:
+    """Every number a float32: the baseline, and the start of a what-if without a checkpoint."""
+    return Formats({name: Grid(WORD) for name, _ in model.named_parameters()})
