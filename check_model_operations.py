@@ -184,7 +184,8 @@ def parse(argv) -> argparse.Namespace:
     checkpoints.add_option(alone)
     alone.add_argument("--sparsity", type=share, help="what if: this share of every layer's weights is zero")
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
-    parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N", help="what if: every layer's weights have N bits")
+    parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N",
+                        help="what if: every layer's weights have N bits")
     parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",
                         help="every activation has N bits (default: the claim's, or 32)")
     return parser.parse_args(argv)
@@ -209,7 +210,8 @@ def main(argv=None) -> int:
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
             if not problems and counts is not None and counts != counting.summary(model, formats):
                 problems.append(f"the counts that {claim_file} claims are not those of {checkpoint}")
-            source["widths"] = f"claimed by {claim_file if claim_file.exists() else checkpoint}, held against the stored values"
+            stated = claim_file if claim_file.exists() else checkpoint
+            source["widths"] = f"claimed by {stated}, held against the stored values"
         else:
             source["widths"] = "found in the stored values; there is no claim beside them"
         weights = counting.weight_summary(model)

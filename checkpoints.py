@@ -16,13 +16,13 @@ SHIPPED = Path(__file__).with_name(CHECKPOINT)
 
 def add_option(parser) -> None:
     parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
-                        help=f"a state dict with its claim beside it, F.json, or a packed .mnet (default: {CHECKPOINT})")
+                        help=f"a state dict with its claim beside it, or a packed .mnet (default: {CHECKPOINT})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`model` in eval mode; `claim` beside it, or None; `formats` as claimed, or as found in the values without a claim;
-    `problems`, a line for everything in which file and claim contradict each other."""
+    """`model` in eval mode; `claim` beside it, or None; `formats` as claimed, or as found in the values without a
+    claim; `problems`, a line for everything in which file and claim contradict each other."""
     path: Path
     sha256: str
     model: nn.Module
@@ -71,7 +71,8 @@ def load(path) -> tuple[nn.Module, dict]:
     """
     checkpoint = read(path)
     if checkpoint.claim is None:
-        raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; quantize.py writes one")
+        raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; "
+                       "quantize.py writes one")
     if checkpoint.problems:
         more = f" (and {len(checkpoint.problems) - 1} more; testers.py lists them)" if checkpoint.problems[1:] else ""
         raise BadInput(f"{checkpoint.problems[0]}{more}")

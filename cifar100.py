@@ -217,13 +217,13 @@ def add_options(parser, made_up: bool = True) -> None:
                         help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download to ./data.cifar100)")
     if made_up:
         parser.add_argument("--holdout", action="store_true",
-                            help="45,000 of the train images in place of the train set, the other 5,000 of the test set")
+                            help="45,000 of the train images in place of the train set, 5,000 in place of the test set")
         parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
-                            help="N made-up images in place of the train set, a fifth of that (100 at least) of the test set")
+                            help="N made-up images in place of the train set, a fifth of that for the test set")
 
 
 def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
-    """(images, their name) of "train" or "test", as the options say; the first `args.images` alone if there is such an option."""
+    """(images, their name) of "train" or "test", as the options say; the first `args.images`, if there is that."""
     if args.made_up:
         count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
         data, name = made_up(count, seed, device=device), "made up"

@@ -11,7 +11,7 @@
     integer              accuracy and accumulators of the integer network (integer.py --record adds it)
     onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)
     made_by              command, commit, machine, and the training stages behind it
-    digest               SHA-256 of all of the above (files.digest): what nobody can see in the values is at least what was written
+    digest               SHA-256 of all of the above (files.digest): the rest is at least what was written
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
 """
@@ -29,7 +29,8 @@ from mobilenet_v2 import BadInput
 
 
 # parts that testers.py does not check, and the command that measured them
-RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py", "made_by": "its word alone",
+RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py",
+            "made_by": "its word alone",
             "packed": "python packed.py", "integer": "python integer.py", "onnx": "python export_onnx.py --verify"}
 
 

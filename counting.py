@@ -80,7 +80,7 @@ def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
 def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -> int:
     """Length of a layer's accumulator under "fixed", its worst channel's; 32 if anything is floating point, at most 32.
 
-    Without steps (a what-if), `terms` weights a channel with the most negative code stand for the codes that nobody knows.
+    Without steps (a what-if), `terms` weights a channel with the most negative code stand for the unknown codes.
     """
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD

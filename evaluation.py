@@ -23,7 +23,8 @@ def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None =
         found = []
         for images, labels in part:
             logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-            found.append((float(F.cross_entropy(logits, labels, reduction="sum")), int((logits.argmax(1) == labels).sum())))
+            found.append((float(F.cross_entropy(logits, labels, reduction="sum")),
+                          int((logits.argmax(1) == labels).sum())))
         return found
 
     found = [each for part in machine.in_threads(some, divided(batches, cpu)) for each in part]
@@ -31,7 +32,8 @@ def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None =
     return sum(loss for loss, _ in found) / len(data), sum(correct for _, correct in found)
 
 
-def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str, generator: torch.Generator) -> None:
+def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str,
+                     generator: torch.Generator) -> None:
     """New BatchNorm statistics from `count` train images, in place; leaves the model in eval mode.
 
     augment: none, plain or trivial: take what the network was trained with (mixing is left out). Statistics of clean

@@ -1,9 +1,10 @@
 """A network that computes on its grids: every value a whole number times a step, so that its logits are exact.
 
-Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a power
-of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of summation, on
-any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds those exactly. So a
-claim is verified to the image, the recorded logits to the last bit, and integer.py computes the same logits without a float.
+Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
+power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
+summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
+those exactly. So a claim is verified to the image, the recorded logits to the last bit, and integer.py computes the
+same logits without a float.
 """
 import copy
 
@@ -38,7 +39,7 @@ class Quantizer(nn.Module):
 
 
 class ScaleShift(nn.Module):
-    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, and the shift added, exactly."""
+    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, plus the shift, exactly."""
 
     def __init__(self, bn: nn.BatchNorm2d):
         super().__init__()
@@ -72,7 +73,8 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
     named = [a.get("name") for a in activations]
     if sorted(map(str, named)) != sorted(points):
         raise BadInput(f"the activations listed are not the network's {len(points)}: "
-                       f"missing {sorted(set(points) - set(named))}, unknown {sorted(map(str, set(named) - set(points)))}")
+                       f"missing {sorted(set(points) - set(named))}, unknown "
+                       f"{sorted(map(str, set(named) - set(points)))}")
     for a in activations:
         step, bits = a.get("step"), a.get("bits")
         if exponent(step) is None or bits not in range(1, 17):
@@ -83,7 +85,7 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
 
 
 def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
-    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see the head of this file)."""
+    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see this file's head)."""
     network = copy.deepcopy(model).eval()
     quantize_activations(network, activations)
     for name, module in list(network.named_modules()):

@@ -19,13 +19,14 @@ float; one that fuses them runs integers. What is what:
   linear layer          a matrix product on the pooled 1x1 map, its bias float32
 
 The engine computes in float32 between an accumulator and the next codes, and adds biases to accumulators, as whole
-numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, halves go to even,
-and scales have 5 significant bits, so that a product fits a float32's 24 as long as the accumulator has 19 and a sign, as all
-have on the test images (ACCOUNT.md). It is no proof, since a residual sum may need more bits, and is then rounded twice, which
-shows where it lies that close to a half. It is measured: --verify finds the shipped checkpoint's logits the same to the last bit,
-on all test images. The schemes "layer" and "power-of-two" have no freedom to make their scales short: some shifts are
-rounded by up to half a unit, which moves few codes, by one; but each code that moved moves others behind it, and some ten
-layers on a third of all codes differ, as much as rounding itself stirs them. --verify says what arrives at the predictions.
+numbers. What quantize.py's scheme "channel" ships is made for that: shifts are whole accumulator units, halves go to
+even, and scales have 5 significant bits, so that a product fits a float32's 24 as long as the accumulator has 19 and a
+sign, as all have on the test images (ACCOUNT.md). It is no proof, since a residual sum may need more bits, and is then
+rounded twice, which shows where it lies that close to a half. It is measured: --verify finds the shipped checkpoint's
+logits the same to the last bit, on all test images. The schemes "layer" and "power-of-two" have no freedom to make
+their scales short: some shifts are rounded by up to half a unit, which moves few codes, by one; but each code that
+moved moves others behind it, and some ten layers on a third of all codes differ, as much as rounding itself stirs them.
+--verify says what arrives at the predictions.
 
 No engine here has 6-bit kernels: 6-bit codes are stored in int8 and run at the speed of 8 bits. Zeros cost as much as
 any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` looks
@@ -108,7 +109,7 @@ class Graph:
 
 
 def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
-    """Build the model point by point. Layers come with their BatchNorm; a summand is a layer whose result goes into a sum."""
+    """Build the model point by point. Layers come with their BatchNorm; a summand is a layer that goes into a sum."""
     values = {}
     for point in points(model):
         first, *others = point.branches
@@ -123,7 +124,8 @@ def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
                      else graph.unchanged(each.name, values[each.source]) for each in point.branches]
             values[point.name] = graph.sum(point.name, *terms)
         else:
-            values[point.name] = graph.point(point.name, graph.convolution(first.name, first.norm, values[first.source]))
+            values[point.name] = graph.point(point.name,
+                                             graph.convolution(first.name, first.norm, values[first.source]))
 
 
 class Floats(Graph):
@@ -241,7 +243,7 @@ class Codes(Graph):
         bias = shift / units
         reach = 255 * np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1) + np.abs(bias)
         if reach.max() >= 2**31:
-            raise BadInput(f"{name}: a shift of {np.abs(bias[reach.argmax()]):.3g} accumulator units does not fit 32 bits")
+            raise BadInput(f"{name}: a shift of {np.abs(bias[reach.argmax()]):.3g} units does not fit 32 bits")
         self.rounded += int((bias != np.rint(bias)).sum())
         return self.node("Conv", f"{name}.sums", self.dequantized(name, x),
                          self.weight(f"{name}.weight", codes, steps, 0),
@@ -368,7 +370,8 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)
-    parser.add_argument("--out", type=some_path, metavar="F.onnx", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--out", type=some_path, metavar="F.onnx",
+                        help="what is written (default: the checkpoint's name)")
     parser.add_argument("--verify", action="store_true",
                         help="run it in onnxruntime on the test set, beside exact_network")
     parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")

@@ -17,8 +17,8 @@ from mobilenet_v2 import BadInput
 def replacing(path):
     """A temporary file beside `path`, open for writing bytes; renamed to `path` once the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. An OSError
-    names `path`, whichever call raised it.
+    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. An
+    OSError names `path`, whichever call raised it.
     """
     path, temporary = Path(path), None
     try:
@@ -41,7 +41,7 @@ def replacing(path):
 
 
 def try_to_write(*paths) -> None:
-    """Before long work: raises BadInput if a file could not be written there afterwards. Leaves no trace but the folder."""
+    """Before long work: raises BadInput if a file could not be written there. Leaves no trace but the folder."""
     for path in map(Path, paths):
         try:
             if path.is_dir():
@@ -54,7 +54,8 @@ def try_to_write(*paths) -> None:
 
 
 def save_tensors(value, path) -> str:
-    """`torch.save` that leaves the old file or the new one; its SHA-256. `value`: a state dict or nested plain containers."""
+    """`torch.save` that leaves the old file or the new one; its SHA-256. `value`: a state dict or nested plain
+    containers."""
     buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
     torch.save(value, buffer)
     with replacing(path) as file:
@@ -85,7 +86,7 @@ def load_json(path) -> dict:
 
 
 def load_lines(path) -> list[dict]:
-    """The lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, if one is something else."""
+    """The lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, for anything else."""
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -114,8 +115,8 @@ def load_record(path, remedy: str) -> dict:
     """What `save_record` wrote. Raises BadInput, which ends in `remedy`, if it was altered since."""
     record = load_json(path)
     if record.get("digest") != digest(record):
-        raise BadInput(f"{path}: altered since it was written (its digest is {record.get('digest')}, that of its content "
-                       f"{digest(record)}); {remedy}")
+        raise BadInput(f"{path}: altered since it was written (its digest is {record.get('digest')}, that of its "
+                       f"content {digest(record)}); {remedy}")
     return record
 
 

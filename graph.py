@@ -1,4 +1,5 @@
-"""The network's graph, found in its own forward pass: the one place that everybody reads who needs to know what follows what.
+"""The network's graph, found in its own forward pass: the one place that everybody reads who needs to know what follows
+what.
 
 `trace` lists the operations, for whoever counts them. `points` lists the values that are stored, each with the branches
 that are added up to it: quantizer, dead weight, integer network and ONNX model are built along it. Change the table in
@@ -44,7 +45,8 @@ class Tracer(torch.fx.Tracer):
     """Follows the forward pass down to the modules that hold no others, whichever class they are of."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not any(True for _ in module.children()) and not isinstance(module, nn.Sequential)  # an empty one passes on
+        # an empty one passes on
+        return not any(True for _ in module.children()) and not isinstance(module, nn.Sequential)
 
 
 def _kind(node, model: nn.Module) -> str:
@@ -104,8 +106,8 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
 class Branch:
     """One term of a value.
 
-    kind: "layer", a convolution with its BatchNorm `norm`, or the linear layer (norm None); "unchanged", a point added as
-    it is; "mean", the mean of a point's map of `terms` values; "pixels", the normalised image.
+    kind: "layer", a convolution with its BatchNorm `norm`, or the linear layer (norm None); "unchanged", a point added
+    as it is; "mean", the mean of a point's map of `terms` values; "pixels", the normalised image.
     name: the layer's, or one made after the module that adds. source: the activation point that is read.
     """
     kind: str
@@ -128,12 +130,14 @@ class Point:
 
 
 def points(model: nn.Module) -> list[Point]:
-    """All points in the order in which they are computed. Raises BadInput, naming it, for a value that is read unrounded."""
+    """All points in the order in which they are computed. Raises BadInput, naming it, for a value that is read
+    unrounded."""
     found, values = {}, {}  # by name; what each operation gives: a Point, or the branches of one to come
     for op in trace(model):
         read = [values[key] for key in op.inputs]
         if op.kind in ("conv", "linear", "mean") and not isinstance(read[0], Point):
-            raise BadInput(f"{op.name} reads a value that is not rounded: an nn.Identity before it makes it an activation point")
+            raise BadInput(f"{op.name} reads a value that is not rounded: an nn.Identity before it makes it an "
+                           "activation point")
         if op.kind == "input":
             value = (Branch("pixels", "pixels", "pixels"),)
         elif op.kind in ("conv", "linear"):
@@ -147,10 +151,12 @@ def points(model: nn.Module) -> list[Point]:
             value = (Branch("layer", layer.name, layer.source, op.name),)
         elif op.kind == "add":
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut"])
-            value = sum(((Branch("unchanged", shortcut, each.name),) if isinstance(each, Point) else each for each in read), ())
+            value = sum(((Branch("unchanged", shortcut, each.name),) if isinstance(each, Point) else each
+                         for each in read), ())
         else:  # a ReLU, or another activation point
             branches = read[0] if isinstance(read[0], tuple) else (Branch("unchanged", op.name, read[0].name),)
-            unsigned = all(branch.kind in ("unchanged", "mean") and not found[branch.source].signed for branch in branches)
+            unsigned = all(branch.kind in ("unchanged", "mean") and not found[branch.source].signed
+                           for branch in branches)
             signed = getattr(op.module, "signed", op.kind != "relu" and not unsigned)
             value = found[op.name] = Point(op.name, branches, op.kind == "relu", signed)
         values[op.key] = value
@@ -166,4 +172,5 @@ def activation_points(model: nn.Module) -> dict[str, bool]:
 
 def neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
     """{convolution: (its BatchNorm, the activation point that it reads)}."""
-    return {branch.name: (branch.norm, branch.source) for point in points(model) for branch in point.branches if branch.norm}
+    return {branch.name: (branch.norm, branch.source) for point in points(model) for branch in point.branches
+            if branch.norm}

@@ -177,7 +177,8 @@ class Point:
         wide = torch.int32 if self.bits <= 32 else torch.int64
         for branch in branches:
             branch.multiplier, branch.addend = branch.multiplier.to(wide), branch.addend.to(wide)
-        self.half, self.shift = torch.tensor(halves, dtype=wide), torch.tensor([half.bit_length() for half in halves], dtype=wide)
+        self.half = torch.tensor(halves, dtype=wide)
+        self.shift = torch.tensor([half.bit_length() for half in halves], dtype=wide)
 
     def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
         """int32 or int64, times 2^exponent of the channel."""
@@ -192,7 +193,8 @@ class Point:
         An odd quotient gets a half, an even one a half less the lowest bit: halves alone tell the difference.
         """
         odd = (value >> self.shift).bitwise_and_(1)
-        return value.add_(odd).add_(self.half - 1).bitwise_right_shift_(self.shift).clamp_(self.low, self.high).to(self.dtype)
+        value = value.add_(odd).add_(self.half - 1).bitwise_right_shift_(self.shift)
+        return value.clamp_(self.low, self.high).to(self.dtype)
 
 
 class IntegerNetwork:
@@ -234,15 +236,16 @@ class IntegerNetwork:
                     raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
                 scale, shift = [unit * Fraction(a) for a in bn.weight.tolist()], bn.bias
             weight = grid.codes(module.weight)
-            return Branch(name, source, layer_sums(module, weight), counting.reach(weight, formats.activations[source]), scale,
-                          list(map(Fraction, shift.tolist())))
+            reach = counting.reach(weight, formats.activations[source])
+            return Branch(name, source, layer_sums(module, weight), reach, scale, list(map(Fraction, shift.tolist())))
 
         def branch(each: graph.Branch, channels: int | None) -> Branch:
             if each.kind == "layer":
                 return layer(each.name, each.norm, each.source)
             if each.kind == "pixels":
                 unit = Fraction(1, cifar100.STD)
-                return Branch(each.name, each.source, lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
+                return Branch(each.name, each.source, lambda codes: codes, [(0, 255)] * 3, [unit] * 3,
+                              [-cifar100.MEAN * unit] * 3)
             activation, n = formats.activations[each.source], each.terms or 1
             return Branch(each.name, each.source, sum_of_map if each.kind == "mean" else lambda codes: codes,
                           [(n * activation.low, n * activation.high)] * channels, [step[each.source] / n] * channels,
@@ -334,8 +337,9 @@ def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) 
 def text(report: dict) -> str:
     n = report["images"]
     lines = [f"Accuracy: {report['correct']}/{n} ({report['correct'] / n:.2%})",
-             f"The float network of testers.py: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); predictions "
-             f"agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on {report['identical']}/{n}"]
+             f"The float network of testers.py: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); "
+             f"predictions agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on "
+             f"{report['identical']}/{n}"]
     lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
               f"floats ({machine.cores()} threads, batches of {BATCH})", "",
               "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",

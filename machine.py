@@ -1,9 +1,10 @@
 """A CPU as the scripts use it: memory that is kept instead of returned, and one thread for each core that never spins.
 
-torch splits every operation over its OpenMP threads, and a thread that is done spins until the slowest is. Beside another
-job the slowest has no core, and everybody waits for it: two such jobs on two cores run at a fifteenth of their speed. Here
-every worker is a Python thread with operations of one thread each, and works on images of its own: it shares a core as
-any process does. torch leaves the interpreter's lock while it computes, so the workers run at the same time.
+torch splits every operation over its OpenMP threads, and a thread that is done spins until the slowest is. Beside
+another job the slowest has no core, and everybody waits for it: two such jobs on two cores run at a fifteenth of their
+speed. Here every worker is a Python thread with operations of one thread each, and works on images of its own: it
+shares a core as any process does. torch leaves the interpreter's lock while it computes, so the workers run at the same
+time.
 """
 import contextlib
 import ctypes
@@ -35,9 +36,9 @@ def prepare() -> None:
 def keep_memory() -> None:
     """Tell glibc's allocator to keep what is freed; nothing where there is another C library.
 
-    By default large tensors are mapped anew each time and unmapped when they are freed. The kernel then clears every page
-    of every activation of every step: a third of a training step was page faults. The cost is that the process holds its
-    largest memory until it ends.
+    By default large tensors are mapped anew each time and unmapped when they are freed. The kernel then clears every
+    page of every activation of every step: a third of a training step was page faults. The cost is that the process
+    holds its largest memory until it ends.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -147,7 +147,8 @@ def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str,
         activation = formats.activations[name]
         if activation.bits > 16:
             raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
-        parts.append(("steps", FORMAT.pack(activation.bits | SIGNED * activation.signed, stored_exponent(steps[name], name))))
+        parts.append(("steps", FORMAT.pack(activation.bits | SIGNED * activation.signed,
+                                           stored_exponent(steps[name], name))))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         kind = "weights" if name in weights else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"

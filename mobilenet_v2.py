@@ -126,7 +126,8 @@ def load_state(path) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch does not look at its own checksums
+        # torch does not look at its own checksums
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except BadInput:
@@ -136,7 +137,8 @@ def load_state(path) -> dict[str, torch.Tensor]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it asks for {asked[1]}, which tensors do not need" if asked else "damaged, or another kind of file"
         raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
     plain = {key.removeprefix("module."): value for key, value in state.items()}
     if len(plain) < len(state):
@@ -145,7 +147,7 @@ def load_state(path) -> dict[str, torch.Tensor]:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is a dense tensor of numbers that become float32 as they are: nothing nested, quantized, packed, complex."""
+    """Whether it is a dense tensor of real numbers that become float32 as they are: nothing nested or quantized."""
     return not tensor.is_nested and not tensor.is_meta and tensor.layout is torch.strided and tensor.dtype in PLAIN
 
 
@@ -170,7 +172,8 @@ def load_checkpoint(path, num_classes: int = 100, width: float = 1.3) -> MobileN
         elif not torch.isfinite(state[key].float()).all():
             problems.append(f"{key} holds values that are not finite")
     if problems:
-        raise BadInput(f"{path} does not fit MobileNetV2 (width {width}, {num_classes} classes): " + "; ".join(problems))
+        raise BadInput(f"{path} does not fit MobileNetV2 (width {width}, {num_classes} classes): "
+                       + "; ".join(problems))
     model.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
     return model.eval()
 
@@ -215,8 +218,8 @@ def main():
     layers = [module for _, module in weight_layers(model)]
     conv = sum(module.weight.numel() for module in layers if isinstance(module, nn.Conv2d))
     norm = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
-    print(f"\n{len(layers)} weight tensors: {conv:,} convolution weights, {model.linear.weight.numel():,} linear weights"
-          f" (+ {model.linear.bias.numel()} biases), {norm:,} BatchNorm scales and shifts,"
+    print(f"\n{len(layers)} weight tensors: {conv:,} convolution weights, {model.linear.weight.numel():,} linear "
+          f"weights (+ {model.linear.bias.numel()} biases), {norm:,} BatchNorm scales and shifts,"
           f" {sum(p.numel() for p in model.parameters()):,} parameters in all")
     thop = thop_counts(model)
     if thop is None:

@@ -16,7 +16,8 @@ from scripts import command_line, run_script, some_path
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    parser.add_argument("--out", type=some_path, metavar="F.mnet", help="what is written (default: the checkpoint's name)")
+    parser.add_argument("--out", type=some_path, metavar="F.mnet",
+                        help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".mnet")

@@ -105,7 +105,8 @@ class QuantizedConv2d(nn.Conv2d):
     step, bits = None, None
 
     def forward(self, x):
-        return self._conv_forward(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), None)
+        weight = fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits))
+        return self._conv_forward(x, weight, None)
 
 
 class QuantizedLinear(nn.Linear):
@@ -128,7 +129,8 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
     errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
 
     def watch(see):
-        hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: see(name, out)) for name in points]
+        hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: see(name, out))
+                 for name in points]
         for batch in images.split(50):
             model(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
         for hook in hooks:
@@ -168,7 +170,8 @@ def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
             step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits))
         else:
             step = free_step(weight, bits, channel=scheme == "channel")
-        module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d  # same keys, same tensors
+        # same keys, same tensors
+        module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d
         module.step, module.bits = step, bits
 
 
@@ -212,10 +215,10 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
 
 @torch.no_grad()
 def shorten_scales(model: MobileNetV2) -> None:
-    """Move every channel's free step, by 3% at most, to where its product with the BatchNorm's scale has 5 significant bits.
+    """Move every channel's free step, by 3% at most, to where its product with the BatchNorm's scale is short.
 
-    Codes times such scales need few bits, so that float32 holds them exactly. The weights are rounded to the step that
-    is used, so nothing is lost but the freedom of the step.
+    Codes times scales of 5 significant bits need few bits, so that float32 holds them exactly. The weights are rounded
+    to the step that is used, so nothing is lost but the freedom of the step.
     """
     for name, (norm, _) in neighbours(model).items():
         conv, (scale, _) = model.get_submodule(name), folded(model.get_submodule(norm))
@@ -227,7 +230,7 @@ def shorten_scales(model: MobileNetV2) -> None:
 
 @torch.no_grad()
 def round_shifts(network: MobileNetV2, tensors: list[dict], activations: list[dict]) -> None:
-    """Round the BatchNorm shifts of a shipped network, in place, to whole units of the accumulators that they are added to.
+    """Round the BatchNorm shifts of a shipped network, in place, to whole units of their accumulators.
 
     A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
     the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
@@ -265,7 +268,7 @@ def training_record(checkpoint) -> list[dict]:
             lines = load_lines(log)
             known = {key: record.get(key) for key in ("machine", "train_images", "settings")}
             if not lines or not isinstance(known["settings"], dict) or None in known.values():
-                raise BadInput(f"{options} and {log} are not what a stage writes; remove them, or give a checkpoint elsewhere")
+                raise BadInput(f"{options} and {log} are not what a stage writes; remove them")
             stages.append({"stage": stage} | known | {"last_epoch": lines[-1]})
     return stages
 
@@ -277,7 +280,8 @@ def made_claim(checkpoint: Path, claim: dict) -> dict:
     if problems:
         raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
     return {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)} | claim | {
-        "counts": counting.summary(model, formats), "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
+        "counts": counting.summary(model, formats),
+        "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -286,16 +290,18 @@ def parse(argv=None) -> argparse.Namespace:
                         help="sparse float checkpoint (%(default)s)")
     parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
                         help="what is written, with a .json beside it (%(default)s)")
-    parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the "
-                        "submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
-    parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's power of two "
-                        "a layer, a free scale a layer, or a free scale per channel (%(default)s)")
+    parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
+                        "the submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
+    parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's "
+                        "power of two a layer, a free scale a layer, or a free scale per channel (%(default)s)")
     parser.add_argument("--activation-bits", type=number(int, 2, 8), default=8, metavar="B", help="(%(default)s)")
-    parser.add_argument("--ranges", choices=("mse", "max"), default="mse", help="activation steps: of the least squared error, or "
+    parser.add_argument("--ranges", choices=("mse", "max"), default="mse",
+                        help="activation steps: of the least squared error, or "
                         "of the largest value as in the submission (%(default)s)")
     parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
                         help="train images that set the ranges (%(default)s)")
-    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the "
+    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N",
+                        help="train images that renew the "
                         "BatchNorm statistics once the weights are quantized; 0: keep them (%(default)s)")
     cifar100.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
@@ -321,11 +327,13 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     tests = cifar100.Images(test_data.images.to(device), test_data.labels.to(device))
     model = model.to(device, memory_format=torch.channels_last)
     settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
-                             warmup_epochs=min(1, args.epochs / 4), augment=args.augment, mixing=args.mixing, seed=args.seed)
+                             warmup_epochs=min(1, args.epochs / 4), augment=args.augment, mixing=args.mixing,
+                             seed=args.seed)
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
     teacher = teachers.load(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
     folder = Path(args.checkpoint).parent
-    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks, teachers=[teacher] if teacher else [],
+    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks,
+                       teachers=[teacher] if teacher else [],
                        prepare=freeze_statistics, resume=args.resume,
                        context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
                                 "activation_bits": args.activation_bits, "calibration": args.calibration,
@@ -350,7 +358,8 @@ class Accuracies:
         self.steps.append({"step": step, "correct": correct, "loss": loss})
 
 
-def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args, accuracies: Accuracies) -> MobileNetV2:
+def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args,
+             accuracies: Accuracies) -> MobileNetV2:
     """The model with weights and activations on their grids; its BatchNorms are still its own."""
     accuracies.after("float", model)
     quantize_weights(model, table, args.scheme)
@@ -362,7 +371,8 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
         shorten_scales(model)
         accuracies.after(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
     # in canonical order the classes are mixed at random: the first images are a fair sample
-    quantize_activations(model, calibrate(model, train_data.images[:args.calibration], args.activation_bits, args.ranges))
+    quantize_activations(model, calibrate(model, train_data.images[:args.calibration], args.activation_bits,
+                                          args.ranges))
     accuracies.after(f"activations at {args.activation_bits} bits, {args.ranges}", model)
     if args.epochs:
         model = fine_tune(model, train_data, accuracies.data, args)
@@ -374,7 +384,7 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
 
 
 def ship(model: MobileNetV2, scheme: str, accuracies: Accuracies) -> tuple[MobileNetV2, dict]:
-    """(the network whose values all stand on their grids, {"tensors", "activations", "dead_weight_removed"} of its claim)."""
+    """(the network, all of whose values stand on their grids; "tensors", "activations" and more of its claim)."""
     network, tensors = shipped(model)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, Quantizer)]
@@ -403,7 +413,8 @@ def main(argv=None) -> int:
     claim = formats | {
         "accuracy": {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]},
         "accuracy_by_step": accuracies.steps,
-        "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv), "commit": commit,
+        "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
+                    "commit": commit,
                     "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
                     "source_sha256": sha256(args.checkpoint), "training": trained}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))

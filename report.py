@@ -35,18 +35,22 @@ BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a
 COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 HERE = Path(__file__).resolve().parent
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "training/logs/README.md")
-# the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its accumulators
+# the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its
+# accumulators
 BOARD = (("RIAIR", None, 0.0044, "tree"), ("KAIST AI", 80.07, 0.0054, "32-bit"), ("OSI AI", 80.04, 0.0058, "32-bit"),
          ("MSUNet-v3", 80.13, 0.0108, "32-bit"), ("Woody", 80.06, 0.0155, "tree"))
-PLACES = {"RIAIR": (-8, 8, "right"), "KAIST AI": (-2, -16, "center"), "OSI AI": (8, 8, "left")}  # of labels that would overlap
+# of labels that would overlap
+PLACES = {"RIAIR": (-8, 8, "right"), "KAIST AI": (-2, -16, "center"), "OSI AI": (8, 8, "left")}
 
 
 def layers_figure(rows: list[dict], bits: dict[str, int]):
     """Sparsity of every weight tensor by its index in the bit table, and the bits that are claimed for it."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1), layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1),
+                                         layout="constrained")
     for kind, colour in COLOURS.items():
         same = [row for row in rows if row["kind"] == kind]
-        top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour, label=kind)
+        top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour,
+                label=kind)
     top.set(ylabel="zeros (%)", ylim=(0, 100), title="Sparsity and bits of the 58 weight tensors")
     top.legend(loc="upper left", ncols=3, frameon=False)
     bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
@@ -72,7 +76,8 @@ def cost_figure(storage: dict[str, int], operations: dict[str, list[counting.Row
     base = dict.fromkeys(operations, 0.0)
     for kind in kinds:
         heights = {c: sum(row.bits for row in rows if row.kind == kind) / 32e6 for c, rows in operations.items()}
-        right.bar(list(heights), list(heights.values()), bottom=[base[c] for c in heights], color=colours[kind], label=kind)
+        right.bar(list(heights), list(heights.values()), bottom=[base[c] for c in heights], color=colours[kind],
+                  label=kind)
         base = {c: base[c] + heights[c] for c in base}
     for i, total in enumerate(base.values()):
         right.text(i, total, f"{total:.2f}M", ha="center", va="bottom")
@@ -89,9 +94,11 @@ def training_figure(stages: list[list[dict]]):
     for records, colour in zip(stages, (BLUE, ORANGE, GREEN, RED)):
         epochs = [start + record["epoch"] for record in records]
         left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=records[0]["stage"])
-        tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records) if "test_accuracy" in record]
+        tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records)
+                  if "test_accuracy" in record]
         right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{records[0]['stage']}, test")
-        right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour, label=f"{records[0]['stage']}, train")
+        right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour,
+                   label=f"{records[0]['stage']}, train")
         start = epochs[-1]
     left.set(title="Training loss", xlabel="epoch, all stages", ylim=(0, None))
     right.set(title="Accuracy (the train images are augmented)", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
@@ -102,7 +109,7 @@ def training_figure(stages: list[list[dict]]):
 
 
 def board_figure(accuracy: float, scores: dict[str, float]):
-    """Accuracy (%) over score: the entries, each under the accumulators of its published score, and ours under all three."""
+    """Accuracy (%) over score: the entries under the accumulators of their published scores, ours under all three."""
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
     for name, correct, score, convention in BOARD:
@@ -113,7 +120,8 @@ def board_figure(accuracy: float, scores: dict[str, float]):
     for convention, score in scores.items():
         axes.plot(score, accuracy, markers[convention], color=BLUE, ms=9, label=f"ours, {convention} accumulators")
     axes.axhline(80, color=RED, lw=0.8, ls="--", label="what an entry must reach")
-    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)", ylabel="accuracy on the test set (%)",
+    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
+             ylabel="accuracy on the test set (%)",
              xlim=(0, 1.15 * max(*scores.values(), 0.0155)), ylim=(min(accuracy, 79) - 1, 82))
     axes.legend(frameon=False, loc="lower left", fontsize=8)
     axes.grid(color="#dddddd")
@@ -125,11 +133,13 @@ def output_lines(accuracy: dict, counts: dict) -> list[str]:
     """Some lines of what `bash run.sh` prints; tests/test_testers.py holds them against testers.py and the counter."""
     storage, scores = counts["storage"]["total"], counts["score"]
     theirs = counts["weights"]["submission"]
-    lines = [f"Loss: {accuracy['loss']:.4f} (test set)", f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
-             f"  {'the submission' + chr(39) + 's convention (see README)':<42}{theirs['total']:>12,}{theirs['zeros']:>12,}{theirs['nonzeros']:>12,}"
-             f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
-             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters = "
-             f"{storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
+    lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
+             f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
+             f"  {'the submission' + chr(39) + 's convention (see README)':<42}" + "".join(
+                 f"{theirs[key]:>12,}" for key in ("total", "zeros", "nonzeros"))
+             + f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
+             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters "
+             f"= {storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
              f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
     for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
         lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
@@ -155,14 +165,16 @@ class Measured:
 
     def dense(self) -> str:
         """The dense network's accuracy at the end of its stage."""
-        return f"{100 * self.stages['pretrain']['last_epoch']['test_accuracy']:.2f}%" if "pretrain" in self.stages else "-"
+        stage = self.stages.get("pretrain")
+        return f"{100 * stage['last_epoch']['test_accuracy']:.2f}%" if stage else "-"
 
     def shipped(self) -> str:
         accuracy = self.claim["accuracy"]
         return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
 
     def bits(self) -> str:
-        weights = [each["bits"] for each in self.claim["tensors"] if each["name"].endswith(".weight") and "kind" not in each]
+        weights = [each["bits"] for each in self.claim["tensors"] if each["name"].endswith(".weight")
+                   and "kind" not in each]
         return f"6 in {weights.count(6)} layers, 8 in {weights.count(8)}"
 
 
@@ -189,7 +201,8 @@ def results(m: Measured) -> str:
     exact, theirs = counts["weights"]["all"], counts["weights"]["submission"]
     return table(HEAD, [
         ("dense baseline, test accuracy", m.dense(), "81.92%", "`python training/main.py --pretrain`"),
-        ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-", "the same, and `python quantize.py`"),
+        ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
+         "the same, and `python quantize.py`"),
         ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
@@ -201,7 +214,8 @@ def results(m: Measured) -> str:
         ("bits of weights", m.bits(), "6 in 9 layers, 8 in 49", TEST),
         ("parameter storage (32-bit parameters)", f"{counts['storage']['total'] / 32e6:.4f}M", "left open", TEST),
         (f"operations, {by}", f"{m.theirs['bits'] / 32e6:.2f}M", "231.25M", CHECK),
-        ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-", CHECK),
+        ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-",
+         CHECK),
         *((f"score, {label}", f"{counts['score'][c]['score']:.4f}", "left open" if c == "32-bit" else "-", CHECK)
           for c, label in zip(CONVENTIONS, ("32-bit accumulators", "fixed-length accumulators", "binary tree")))])
 
@@ -233,14 +247,17 @@ def score(m: Measured) -> str:
         cost, scored = m.claim["counts"]["operations"][c], m.claim["counts"]["score"][c]
         rows.append((c, *(f"{cost[key] / 32e6:.3f}M" for key in ("multiplication_bits", "addition_bits", "bits")),
                      *(f"{scored[key]:.5f}" for key in ("storage", "operations", "score"))))
-    return table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M", "operations / 10.49B", "score"), rows)
+    return table(("accumulators", "multiplications", "additions", "operations", "storage / 36.5M",
+                  "operations / 10.49B", "score"), rows)
 
 
 def storage(m: Measured) -> str:
-    labels = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
+    labels = {"weights": "non-zero weights", "masks": "one mask bit a position",
+              "batchnorm": "BatchNorm scales and shifts",
               "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
     return table(("storage", "bits", "32-bit parameters", ""), [
-        (labels[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.0f} kB") for kind, bits in m.claim["counts"]["storage"].items()])
+        (labels[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.0f} kB")
+        for kind, bits in m.claim["counts"]["storage"].items()])
 
 
 def account(m: Measured) -> str:
@@ -251,22 +268,26 @@ def account(m: Measured) -> str:
                 *(f"{each['bits'] / 32e6:.3f}" for each in sums.values()))
 
     kinds = dict.fromkeys(each.kind for each in m.counted["32-bit"])
-    rows = [row(KINDS[kind], {c: [each for each in rows if each.kind == kind] for c, rows in m.counted.items()}) for kind in kinds]
-    return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), [*rows, row("all", m.counted)])
+    rows = [row(KINDS[kind], {c: [each for each in rows if each.kind == kind] for c, rows in m.counted.items()})
+            for kind in kinds]
+    return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"),
+                 [*rows, row("all", m.counted)])
 
 
 def dead(m: Measured) -> str:
     removed = m.claim["dead_weight_removed"]
     share = removed["weights"] / (removed["weights"] + m.claim["counts"]["weights"]["all"]["nonzeros"])
     return table(("dead", "values set to zero", "saved"), [
-        ("weights", f"{removed['weights']:,}", f"{100 * share:.2f}% of the non-zero weights, and the operations on them"),
-        ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}", "nothing: these tensors are stored dense")])
+        ("weights", f"{removed['weights']:,}", f"{share:.2%} of the non-zero weights, and the operations on them"),
+        ("BatchNorm scales and shifts", f"{removed['scales and shifts']:,}",
+         "nothing: these tensors are stored dense")])
 
 
 def packed(m: Measured) -> str:
     file, counted = m.claim["packed"], m.claim["counts"]["storage"]["total"]
     return table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
-        (f"`{file['file']}`", f"{file['bytes']:,}", f"{file['bytes'] / 4e6:.4f}M", f"{100 * (8 * file['bytes'] / counted - 1):+.3f}%")])
+        (f"`{file['file']}`", f"{file['bytes']:,}", f"{file['bytes'] / 4e6:.4f}M",
+         f"{100 * (8 * file['bytes'] / counted - 1):+.3f}%")])
 
 
 def executed(m: Measured) -> str:
@@ -284,8 +305,8 @@ def accumulators(m: Measured) -> str:
     """The ten layers whose bounds are the widest; the claim has all."""
     widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:10]
     return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"), [
-        (row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]), row["seen_bits"],
-         row["value_bits"]) for row in widest])
+        (row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]),
+         row["seen_bits"], row["value_bits"]) for row in widest])
 
 
 TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators)
@@ -293,12 +314,15 @@ TABLES = (summary, results, output, steps, stages, score, storage, account, dead
 
 def training_table(measured: dict) -> str:
     """Median images a second of every loop, the ratios, and where a step's time goes in the first mode measured."""
-    rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f}") for name, speeds in measured["images_per_second"].items()]
+    rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f}")
+            for name, speeds in measured["images_per_second"].items()]
     rows += [(name, f"**{ratio:.2f}**") for name, ratio in measured["ratios"].items()]
     mode, parts = next(iter(measured["steps"].items()))
     shares = {part: seconds for part, seconds in parts.items() if part != "whole"}
-    rows += [(f"share of a step ({mode}): {part}", f"{100 * seconds / sum(shares.values()):.2f}%") for part, seconds in shares.items()]
-    return table((f"batch {measured['batch_size']}, {measured['precision']}", f"median of {len(next(iter(measured['images_per_second'].values())))} rounds"), rows)
+    rows += [(f"share of a step ({mode}): {part}", f"{100 * seconds / sum(shares.values()):.2f}%")
+             for part, seconds in shares.items()]
+    return table((f"batch {measured['batch_size']}, {measured['precision']}",
+                  f"median of {len(next(iter(measured['images_per_second'].values())))} rounds"), rows)
 
 
 def depthwise_table(measured: dict) -> str:
@@ -312,15 +336,16 @@ def depthwise_table(measured: dict) -> str:
 
 
 def inference_table(measured: dict) -> str:
-    """Images a second and ratios by batch; then the kinds of layers, by onnxruntime's own clock, as if each were all."""
+    """Images a second and ratios by batch; then the kinds of layers by onnxruntime's own clock, as if each were all."""
     rows = []
     for name, figures in measured["speeds"].items():
         engine, batch = name.rsplit(", ", 1)
-        rows.append((batch, engine, f"{statistics.median(figures['images_per_second']):,.0f}", f"{figures['ratio_to_torch']:.2f}",
-                     f"{figures['ratio_to_onnx_float']:.2f}"))
+        rows.append((batch, engine, f"{statistics.median(figures['images_per_second']):,.0f}",
+                     f"{figures['ratio_to_torch']:.2f}", f"{figures['ratio_to_onnx_float']:.2f}"))
     batch = max(int(name.rsplit(", ", 1)[1]) for name in measured["parts"])
     floats, codes = (measured["parts"][f"{engine}, {batch}"] for engine in ("onnx float", "onnx 8-bit"))
-    rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}") for part in floats]
+    rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}")
+             for part in floats]
     return table(("batch", "engine", "images/s", "beside torch", "beside onnx float"), rows)
 
 
@@ -332,7 +357,8 @@ def table(head, rows) -> str:
 def fill(page: str, contents: dict[str, str]) -> str:
     """The page with what stands between <!-- NAME --> and <!-- end NAME --> replaced, for every NAME that it has."""
     for name, text in contents.items():
-        page = re.sub(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m: m[1] + text + "\n" + m[2], page, flags=re.S)
+        between = f"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        page = re.sub(between, lambda m: m[1] + text + "\n" + m[2], page, flags=re.S)
     return page
 
 
@@ -353,23 +379,26 @@ def tables(measured: Measured) -> dict[str, str]:
 
 
 def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str, str]]:
-    """{page: (its text, the text that it should have)}. Raises BadInput for a table without a place, and a place without one."""
+    """{page: (its text, what it should be)}. Raises BadInput for a table without a place, and a place without one."""
     pages = {page: page.read_text() for page in (folder / name for name in PAGES)}
-    places = {name for text in pages.values() for name in re.findall(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", text, re.S)}
+    place = re.compile(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", re.S)
+    places = {name for text in pages.values() for name in place.findall(text)}
     for name in sorted(contents.keys() - places):
         raise BadInput(f"none of {', '.join(PAGES)} has a place <!-- {name} --> ... <!-- end {name} -->")
     for name in sorted(places - contents.keys()):
-        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the benchmark "
-                       "beside it")
+        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the "
+                       "benchmark beside it")
     return {page: (text, fill(text, contents)) for page, text in pages.items()}
 
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR", help="(training/logs)")
+    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR",
+                        help="(training/logs)")
     parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(figures)")
-    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR", help="where the pages are (beside this script)")
+    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
+                        help="where the pages are (beside this script)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = checkpoints.load(args.checkpoint)
@@ -384,7 +413,8 @@ def main(argv=None) -> int:
         return 0
     scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
     figures = {
-        "layers": layers_figure(counting.weight_summary(model)["tensors"], {name: grid.bits for name, grid in formats.tensors.items()}),
+        "layers": layers_figure(counting.weight_summary(model)["tensors"],
+                                {name: grid.bits for name, grid in formats.tensors.items()}),
         "cost": cost_figure(counting.storage(model, formats), counted),
         "board": board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores)}
     logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]

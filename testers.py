@@ -1,8 +1,8 @@
 """Verify a checkpoint: accuracy on the test set as claimed, then what every tensor holds, and what it costs to store.
 
     python testers.py                   the shipped checkpoint; its claim is the .json beside it
-    python testers.py --checkpoint F    another one, a state dict or a packed .mnet; its claim is F with the suffix .json,
-                                        and without one a state dict is taken as a float network
+    python testers.py --checkpoint F    another one, a state dict or a packed .mnet; its claim is F with the suffix
+                                        .json, and without one a state dict is taken as a float network
 
 Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see quantize.py), so the
 claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
@@ -30,7 +30,8 @@ from scripts import command_line, run_script
 def exactness(model, formats: Formats) -> int:
     """The largest magnitude that any convolution's sum of products of codes can have: exact in float32 up to 2^24.
 
-    sys.maxsize if a step is no power of two: then float32 rounds already the products. The linear layer sums in float64.
+    sys.maxsize if a step is no power of two: then float32 rounds already the products. The linear layer sums in
+    float64.
     """
     worst = 0
     for name, (_, source) in neighbours(model).items():
@@ -43,27 +44,30 @@ def exactness(model, formats: Formats) -> int:
 
 
 def tensor_lines(rows: list[dict]) -> list[str]:
-    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<18}{'values':>9}{'zeros':>10}{'non-zeros':>10}{'sparsity':>9}  {'bits found':<22}"]
+    counts = {"total": "values", "zeros": "zeros", "nonzeros": "non-zeros"}
+    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<17}" + "".join(f"{label:>10}" for label in counts.values())
+             + f"{'sparsity':>9}  bits found"]
     for row in sorted(rows, key=lambda row: row["index"] is None):  # the 58 weight tensors first
         index = "" if row["index"] is None else row["index"]
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{index:>5}  {row['name']:<29}{shape:<18}{row['total']:>9,}{row['zeros']:>10,}{row['nonzeros']:>10,}"
-                     f"{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
+        lines.append(f"{index:>5}  {row['name']:<29}{'x'.join(map(str, row['shape'])):<17}"
+                     + "".join(f"{row[key]:>10,}" for key in counts)
+                     + f"{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
     return lines
 
 
 def total_lines(summary: dict) -> list[str]:
     weights, storage = summary["weights"], summary["storage"]
     lines = [f"{'Weights':<44}{'all':>12}{'zeros':>12}{'non-zeros':>12}{'sparsity':>10}{'compression':>13}"]
-    labels = {"all": "convolutions and linear, exact", "conv": "convolutions alone, exact", "linear": "linear alone, exact",
+    labels = {"all": "convolutions and linear, exact", "conv": "convolutions alone, exact",
+              "linear": "linear alone, exact",
               "submission": "the submission's convention (see README)"}
     for key, label in labels.items():
         part = weights[key]
-        lines.append(f"  {label:<42}{part['total']:>12,}{part['zeros']:>12,}{part['nonzeros']:>12,}{part['sparsity']:>10.4f}"
-                     f"{part['compression']:>13.4f}")
+        lines.append(f"  {label:<42}" + "".join(f"{part[count]:>12,}" for count in ("total", "zeros", "nonzeros"))
+                     + f"{part['sparsity']:>10.4f}{part['compression']:>13.4f}")
     words = storage["total"] / 32
-    lines += ["", f"Parameter storage by the challenge's rules: {storage['total']:,} bits = {words / 1e6:.4f}M 32-bit parameters = "
-              f"{storage['total'] / 8e6:.3f} MB (score term {words / counting.STORAGE_BASE:.5f})",
+    lines += ["", f"Parameter storage by the challenge's rules: {storage['total']:,} bits = {words / 1e6:.4f}M 32-bit "
+              f"parameters = {storage['total'] / 8e6:.3f} MB (score term {words / counting.STORAGE_BASE:.5f})",
               "  " + ", ".join(f"{kind} {bits:,}" for kind, bits in storage.items() if kind != "total") + " bits"]
     return lines
 
@@ -81,8 +85,8 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
     same = probe_logits(network) == claim.get("probe_logits")
     if not same:
         problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
-    lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest possible sum of "
-             f"products of codes is {bound:,}, and float32 is exact to {2**24:,}",
+    lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest "
+             f"possible sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
     unchecked = [f"{key} ({command})" for key, command in claims.RECORDED.items() if key in claim]
     if unchecked:
@@ -91,7 +95,8 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
 
 
 def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
-    """{"data", "loss", "correct", "images"}, or nothing without the data. Adds to problems what the claim gets wrong."""
+    """{"data", "loss", "correct", "images"}, or nothing without the data. Adds to problems what the claim gets
+    wrong."""
     try:
         data, name = cifar100.chosen(args, "test")
     except BadInput as error:
@@ -111,7 +116,8 @@ def accuracy_lines(found: dict) -> list[str]:
     if not found:
         return ["Accuracy: NOT VERIFIED, the data is missing"]
     correct, images = found["correct"], found["images"]
-    return [f"Loss: {found['loss']:.4f} ({found['data']} set)", f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
+    return [f"Loss: {found['loss']:.4f} ({found['data']} set)",
+            f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
 
 
 def main(argv=None) -> int:

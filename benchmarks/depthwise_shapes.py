@@ -4,8 +4,8 @@
 
 Which kernel is fast depends on all of these. On CUDA channels-last goes to cuDNN, and contiguous (NCHW) bfloat16 to
 PyTorch's own kernel; on CPUs oneDNN has no fast bfloat16 kernel for the input's gradient where there is a stride
-(training/parallel.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input is read and
-the output written; backward the output's gradient is read twice, the input once, and its gradient written.
+(training/parallel.py goes round that). "of the bandwidth" compares with a large copy, measured here: forward the input
+is read and the output written; backward the output's gradient is read twice, the input once, and its gradient written.
 """
 import statistics
 import sys
@@ -25,7 +25,8 @@ from training import loop, main as training_main  # noqa: E402
 
 VARIANTS = {f"{kind} {order}": (dtype, memory_format)
             for kind, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
-            for order, memory_format in (("channels-last", torch.channels_last), ("contiguous", torch.contiguous_format))}
+            for order, memory_format in (("channels-last", torch.channels_last),
+                                         ("contiguous", torch.contiguous_format))}
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -38,9 +39,11 @@ def shapes() -> list[tuple[int, int, int]]:
     return found
 
 
-def measure(channels: int, side: int, stride: int, batch: int, dtype, memory_format, device, rounds: int) -> tuple[float, float]:
+def measure(channels: int, side: int, stride: int, batch: int, dtype, memory_format, device,
+            rounds: int) -> tuple[float, float]:
     """Median seconds (forward, backward) after two calls that are not counted."""
-    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+    x = x.to(memory_format=memory_format).requires_grad_()
     weight = torch.randn(channels, 1, 3, 3, device=device, dtype=dtype).requires_grad_()
     times, gradient = ([], []), None
     for _ in range(rounds + 2):
@@ -71,7 +74,7 @@ def main(argv=None) -> int:
     batch = args.batch_size or (512 if device.type == "cuda" else 64)
     bandwidth = copy_bandwidth(device, 2048 if device.type == "cuda" else 256)
     machine = training_main.describe_machine(device, loop.Processes())
-    print(f"{machine}; batch {batch}; a copy moves {bandwidth / 1e9:,.0f} GB/s; forward + backward in ms, and of the bandwidth")
+    print(f"{machine}; batch {batch}; a copy moves {bandwidth / 1e9:,.0f} GB/s; forward + backward in ms, of bandwidth")
     print(f"{'channels':>8}{'side':>6}{'stride':>8}" + "".join(f"{name:>28}" for name in VARIANTS))
     rows = []
     for channels, side, stride in shapes():
@@ -83,13 +86,16 @@ def main(argv=None) -> int:
             row[name] = {"forward": forward, "backward": backward, "of_bandwidth": share}
         rows.append(row)
         print(f"{channels:>8}{side:>6}{stride:>8}" + "".join(
-            f"{1000 * row[name]['forward']:>11.2f} +{1000 * row[name]['backward']:>7.2f}{row[name]['of_bandwidth']:>8.1%}" for name in VARIANTS),
+            f"{1000 * row[name]['forward']:>11.2f} "
+            f"+{1000 * row[name]['backward']:>7.2f}{row[name]['of_bandwidth']:>8.1%}" for name in VARIANTS),
             flush=True)
     for what, chosen in (("all", rows), ("with a stride", [row for row in rows if row["stride"] > 1])):
         print(f"{what:<22}" + "".join(f"{1000 * sum(row[name]['forward'] for row in chosen):>11.2f} +"
-                                      f"{1000 * sum(row[name]['backward'] for row in chosen):>7.2f}{'':>8}" for name in VARIANTS))
+                                      f"{1000 * sum(row[name]['backward'] for row in chosen):>7.2f}{'':>8}"
+                                      for name in VARIANTS))
     if args.json:
-        save_json({"machine": machine, "batch_size": batch, "copy_bytes_per_second": bandwidth, "shapes": rows}, args.json)
+        figures = {"machine": machine, "batch_size": batch, "copy_bytes_per_second": bandwidth, "shapes": rows}
+        save_json(figures, args.json)
     return 0
 
 

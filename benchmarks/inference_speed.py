@@ -5,14 +5,16 @@
 Every engine goes from uint8 pixels to logits, with the same number of threads. Rounds alternate between the engines and
 the median of a round's ratio counts: whatever else runs on the machine slows all of them. For a batch of one image the
 latency is printed as well. Then onnxruntime's own profile: the kernels that ran and what each costs, so that one sees
-that 8-bit kernels really run; and what each kind of layer costs in float and in 8 bits, all that belongs to it included.
+that 8-bit kernels really run; and what each kind of layer costs in float and in 8 bits, all that belongs to it
+included.
 
   torch        MobileNetV2 in eval mode, eager, channels-last
   torch fused  BatchNorm folded into the convolutions; with --compile also torch.compile (needs a C++ compiler)
   onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
   onnx 8-bit   export_onnx.Codes
 
-What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 threads), in images/s beside the one we had then:
+What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 threads), in images/s beside the one we had
+then:
   projections as convolutions, rounded before the residual sum   1.07 to 1.25   not our definition
   expansions as matrix products, too                             0.63 to 0.79   float32 between, exact shifts
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels
@@ -84,7 +86,8 @@ def speed(run, images: torch.Tensor, seconds: float) -> float:
 
 PARTS = {  # what a node computes, by the beginning of its name: the layer's, or that of the ReLU which is fused into it
     r"layers\.\d+\.(conv1|relu1)": "expansions, 1x1", r"layers\.\d+\.(conv2|relu2)": "depthwise convolutions, 3x3",
-    r"layers\.\d+\.": "projections, shortcuts and residual sums, 1x1", r"(conv1|relu1)": "stem, 3x3", r"(conv2|relu2)": "head, 1x1"}
+    r"layers\.\d+\.": "projections, shortcuts and residual sums, 1x1", r"(conv1|relu1)": "stem, 3x3",
+         r"(conv2|relu2)": "head, 1x1"}
 
 
 def part_of(node: str) -> str:
@@ -133,7 +136,8 @@ def main(argv=None) -> int:
                         help="batch sizes (1 32 128)")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=2, help="of every engine (%(default)s)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=7, help="(%(default)s)")
-    parser.add_argument("--seconds", type=number(float, 0, 3600), default=1.0, help="of each engine in a round (%(default)s)")
+    parser.add_argument("--seconds", type=number(float, 0, 3600), default=1.0,
+                        help="of each engine in a round (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too (minutes of compilation)")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
@@ -174,8 +178,8 @@ def main(argv=None) -> int:
             print(f"{name}, batch of {batch}, microseconds an image by kernel (nodes): {each}", flush=True)
         floats, codes = parts[f"onnx float, {batch}"], parts[f"onnx 8-bit, {batch}"]
         for part in floats:
-            print(f"{batch:>5}  {part:<52}{floats[part]:>9,.1f} us in float, {codes[part]:>9,.1f} in 8 bits, {floats[part] / codes[part]:.2f} "
-                  "times as fast", flush=True)
+            print(f"{batch:>5}  {part:<52}{floats[part]:>9,.1f} us in float, {codes[part]:>9,.1f} in 8 bits, "
+                  f"{floats[part] / codes[part]:.2f} times as fast", flush=True)
     if args.json:
         save_json({"machine": machine, "checkpoint": args.checkpoint.name, "rounds": args.rounds, "speeds": figures,
                    "profiles": profiles, "parts": parts}, args.json)

@@ -4,17 +4,17 @@
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
-whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a thread
-with a share of the batch for each core. Both train the same network with the same augmentation and batch on the same
-images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, both loops beside another
-process that keeps two threads busy. Every measurement has a process of its own: the allocator is told something else in
-each. Rounds alternate and the median ratio counts, so that whatever else runs on the machine slows all; only the ratios
-mean anything.
+whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a
+thread with a share of the batch for each core. Both train the same network with the same augmentation and batch on the
+same images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, both loops
+beside another process that keeps two threads busy. Every measurement has a process of its own: the allocator is told
+something else in each. Rounds alternate and the median ratio counts, so that whatever else runs on the machine slows
+all; only the ratios mean anything.
 
-Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network eager
-(on a CPU: in one of its threads), or under torch.compile's mode of that name ("default"; "reduce-overhead" records CUDA
-graphs). Last, on CUDA, how near that is to the memory's limit: the bandwidth of a large copy, measured here, over the bytes
-that a step has to move (see PASSES).
+Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network
+eager (on a CPU: in one of its threads), or under torch.compile's mode of that name ("default"; "reduce-overhead"
+records CUDA graphs). Last, on CUDA, how near that is to the memory's limit: the bandwidth of a large copy, measured
+here, over the bytes that a step has to move (see PASSES).
 """
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ from training import loop, main as training_main, teachers  # noqa: E402
 #             written, and read by the next convolution                                                                5
 #   backward  the next convolution reads the activation for its weights' gradient, and writes the activation's gradient;
 #             BatchNorm reads this gradient and the output for its sums, and again for the gradient that it writes;
-#             the convolution reads that twice, for its input's gradient and for its weights'                           9
+#             the convolution reads that twice, for its input's gradient and for its weights'                          9
 PASSES = 14
 RATIOS = {  # name: (speed, beside which)
     "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
@@ -82,7 +82,8 @@ def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) ->
     torch.manual_seed(0)
     model = MobileNetV2().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=2, drop_last=True, pin_memory=device.type == "cuda")
+    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=2, drop_last=True,
+                        pin_memory=device.type == "cuda")
     batches, steps = iter(loader), len(loader)
     batch, started = next(batches), None
     for step in range(steps):
@@ -104,7 +105,7 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
     machine.prepare()
     torch.manual_seed(0)
     model = MobileNetV2().to(device, memory_format=torch.channels_last)
-    taught_by = [teachers.fold_batchnorm(teachers.Micronet().eval()).to(device, memory_format=torch.channels_last)] * taught
+    teacher = teachers.fold_batchnorm(teachers.Micronet().eval()).to(device, memory_format=torch.channels_last)
     marks = []
 
     def mark(_):
@@ -112,20 +113,23 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
         marks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        loop.train("speed", model, data, None, settings, folder, teachers=taught_by, prepare=mark, save_seconds=1e9)
+        loop.train("speed", model, data, None, settings, folder, teachers=[teacher] * taught, prepare=mark,
+                   save_seconds=1e9)
     synchronize(device)
     return time.perf_counter() - marks[-1]  # the last epoch: the first one warms up
 
 
 def in_a_process(function, images: int, *args) -> float:
     """function(made-up images, *args), in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # may start a DataLoader's workers
+    # may start a DataLoader's workers
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measured, function, images, args).result()
 
 
 def _measured(function, images: int, args: tuple) -> float:
     device = next(arg for arg in args if isinstance(arg, torch.device))
-    return function(cifar100.made_up(images, seed=0, device=device), *args)  # the speed does not depend on what they show
+    # the speed does not depend on what they show
+    return function(cifar100.made_up(images, seed=0, device=device), *args)
 
 
 @contextlib.contextmanager
@@ -141,8 +145,9 @@ def busy_neighbour():
         process.wait()
 
 
-def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, mode: str, steps: int = 8) -> dict[str, float]:
-    """Median seconds of the parts of a step, with the full augmentation, and of a whole step that waits for nothing in between."""
+def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, mode: str,
+               steps: int = 8) -> dict[str, float]:
+    """Median seconds of a step's parts, with the full augmentation, and of a whole step without waiting in between."""
     model = MobileNetV2().to(device, memory_format=torch.channels_last).train()
     stepped = model if mode == "eager" else torch.compile(model, mode=mode)
     optimizer = loop.make_optimizer(settings, model)
@@ -184,7 +189,8 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         for step in range(steps):
             one_step(step, wait=False)
         synchronize(device)
-    return {part: statistics.median(values) for part, values in times.items()} | {"whole": (time.perf_counter() - start) / steps}
+    whole = (time.perf_counter() - start) / steps
+    return {part: statistics.median(values) for part, values in times.items()} | {"whole": whole}
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 2048) -> float:
@@ -213,10 +219,12 @@ def synchronize(device: torch.device) -> None:
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--images", type=number(int, 1, 10**6), help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
+    parser.add_argument("--images", type=number(int, 1, 10**6),
+                        help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="of the steps by part (default: the first three on CUDA, else eager)")
+    parser.add_argument("--modes", nargs="+", choices=MODES,
+                        help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
@@ -238,7 +246,8 @@ def main(argv=None) -> int:
     kinds = {"plain": (plain_epoch, args.batch_size, device), "ours": (our_epoch, settings, device),
              "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
              "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
-    beside = {} if cuda else {"plain, beside a busy process": kinds["plain"], "ours, beside a busy process": kinds["ours"]}
+    beside = {} if cuda else {"plain, beside a busy process": kinds["plain"],
+                              "ours, beside a busy process": kinds["ours"]}
     speeds = {name: [] for name in (*kinds, *beside)}
     for turn in range(args.rounds):
         for name, kind in kinds.items():
@@ -246,7 +255,8 @@ def main(argv=None) -> int:
         for name, kind in beside.items():
             with busy_neighbour():
                 speeds[name].append(args.images / in_a_process(kind[0], args.images, *kind[1:]))
-        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()), flush=True)
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()),
+              flush=True)
     ratios = {}
     for name, (above, below) in RATIOS.items():
         if above in speeds:
@@ -259,17 +269,21 @@ def main(argv=None) -> int:
     for mode in args.modes:
         steps[mode] = parts = step_parts(data, settings, device, mode)
         whole = sum(seconds for part, seconds in parts.items() if part != "whole")
-        print(f"step, {mode}: {1000 * parts['whole']:.2f} ms, {args.batch_size / parts['whole']:,.0f} images/s; by part "
-              + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / whole:.2%})" for part, seconds in parts.items() if part != "whole"),
+        print(f"step, {mode}: {1000 * parts['whole']:.2f} ms, {args.batch_size / parts['whole']:,.0f} images/s; by "
+              "part "
+              + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / whole:.2%})" for part, seconds in parts.items()
+                          if part != "whole"),
               flush=True)
     limit = None
     if cuda:
         bandwidth, moved = copy_bandwidth(device), bytes_to_move(settings)
         limit = {"copy_bytes_per_second": bandwidth, "bytes_per_image": moved, "images_per_second": bandwidth / moved}
-        print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are {bandwidth / moved:,.0f} images/s; "
-              f"reached: {statistics.median(speeds['ours']) * moved / bandwidth:.1%}")
+        print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are "
+              f"{bandwidth / moved:,.0f} images/s; reached: "
+              f"{statistics.median(speeds['ours']) * moved / bandwidth:.1%}")
     if args.json:
-        save_json({"machine": where, "images": args.images, "batch_size": args.batch_size, "precision": settings.precision,
+        save_json({"machine": where, "images": args.images, "batch_size": args.batch_size,
+                   "precision": settings.precision,
                    "images_per_second": speeds, "ratios": ratios, "steps": steps, "limit": limit}, args.json)
     return 0
 

@@ -2,16 +2,16 @@
 
     python tests/fuzz.py [--count 1000] [--seed 0] [--kinds claim state.json ...]
 
-Each file is damaged `count` times, by bits, bytes and blocks, and those of JSON by their values too, and then read as the
-scripts read it. What may come of it:
+Each file is damaged `count` times, by bits, bytes and blocks, and those of JSON by their values too, and then read as
+the scripts read it. What may come of it:
 
     refused    one line (BadInput, or an OSError that run_script prints): the only right answer to a change
     same       the file was accepted, and what was read from it is what was written: the change touched nothing
     accepted   silently, with other contents                                                    a hole
     traceback  any other exception                                                              a bug
-A digest can be computed anew by whoever alters a record on purpose. Such records ("... signed again") may be accepted where
-nothing else contradicts them; so may a log, which is a text for readers and no run goes on from. A traceback is a bug
-there too. Exit status 1 if there was a hole or a bug.
+A digest can be computed anew by whoever alters a record on purpose. Such records ("... signed again") may be accepted
+where nothing else contradicts them; so may a log, which is a text for readers and no run goes on from. A traceback is a
+bug there too. Exit status 1 if there was a hole or a bug.
 """
 import contextlib
 import functools
@@ -40,7 +40,8 @@ from small import CLASSES, WIDTH, tiny_network  # noqa: E402
 from training import loop, teachers  # noqa: E402
 from training.state import State  # noqa: E402
 
-WEIRD = (None, True, "", "x", "nan", -1, 0, 1, 10**9, 10**30, 1e308, 0.5, -0.0, float("nan"), float("inf"), [], {}, [1], {"a": 1}, "../x")
+WEIRD = (None, True, "", "x", "nan", -1, 0, 1, 10**9, 10**30, 1e308, 0.5, -0.0, float("nan"), float("inf"), [], {}, [1],
+         {"a": 1}, "../x")
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -114,7 +115,8 @@ class Kinds:
         checkpoints.load_checkpoint = quantize.load_checkpoint = small_checkpoint
         model, claim = tiny_network()
         save_tensors(model.state_dict(), folder / "network.pt")
-        save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1}, "made_by": {"seed": 0}},
+        save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1},
+                             "made_by": {"seed": 0}},
                     folder / "network.json")
         mnet.pack(model, claim, folder / "alone.mnet", WIDTH)
         save_tensors(model.state_dict(), folder / "float.pt")
@@ -133,12 +135,15 @@ class Kinds:
                  for part, name in load_json(state / "state.json")["files"].items()}
         self.all = {
             ".pt": (folder / "network.pt", lambda: network_and_claim(folder / "network.pt"), False),
-            ".pt without a claim": (folder / "float.pt", lambda: small_checkpoint(folder / "float.pt").state_dict(), False),
+            ".pt without a claim": (folder / "float.pt", lambda: small_checkpoint(folder / "float.pt").state_dict(),
+                                    False),
             "claim": (folder / "network.json", lambda: network_and_claim(folder / "network.pt"), True),
-            ".mnet": (folder / "alone.mnet", lambda: dict(mnet.unpack(folder / "alone.mnet")[0].named_parameters()), False),
+            ".mnet": (folder / "alone.mnet", lambda: dict(mnet.unpack(folder / "alone.mnet")[0].named_parameters()),
+                      False),
             **parts,
             "state.json": (state / "state.json", self.load_state, True),
-            "log": (folder / "run" / "fuzz.jsonl", lambda: [line["step"] for line in load_lines(folder / "run" / "fuzz.jsonl")], False),
+            "log": (folder / "run" / "fuzz.jsonl",
+                    lambda: [line["step"] for line in load_lines(folder / "run" / "fuzz.jsonl")], False),
             "options": (options, lambda: quantize.training_record(folder / "run" / "masked.pt"), True),
             "CIFAR-100": (folder / "set" / "train", lambda: vars(cifar100.load(folder / "set", "train")), False),
             "teacher": (folder / "teacher.t7", lambda: teachers.load(folder / "teacher.t7").state_dict(), False)}
@@ -165,7 +170,8 @@ class Kinds:
     def images(self, folder: Path) -> None:
         folder.mkdir()
         for split, n in (("train", 200), ("test", 100)):
-            content = {"data": np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8), "fine_labels": [i % 100 for i in range(n)]}
+            content = {"data": np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8),
+                       "fine_labels": [i % 100 for i in range(n)]}
             (folder / split).write_bytes(pickle.dumps(content, 4))
             cifar100.FINGERPRINT[split] = cifar100.fingerprint(cifar100.digests(*cifar100.read(folder / split)))
             cifar100.COUNT[split] = n
@@ -205,7 +211,8 @@ def attack(path: Path, read, is_json: bool, count: int, rng: random.Random) -> d
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--count", type=number(int, 1, 10**9), default=1000, metavar="N", help="damaged files of each kind (%(default)s)")
+    parser.add_argument("--count", type=number(int, 1, 10**9), default=1000, metavar="N",
+                        help="damaged files of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--kinds", nargs="+", metavar="K", help="some kinds alone")
     args = parser.parse_args(argv)
@@ -220,7 +227,8 @@ def main(argv=None) -> int:
                 holes = outcomes["accepted"] if "signed" not in how and kind != "log" else 0
                 bugs = sum(number for name, number in outcomes.items() if name.startswith("traceback"))
                 bad += holes + bugs
-                print(f"{kind + ', ' + how:<40}" + ", ".join(f"{number} {name}" for name, number in sorted(outcomes.items())), flush=True)
+                print(f"{kind + ', ' + how:<40}" + ", ".join(f"{number} {name}"
+                                                             for name, number in sorted(outcomes.items())), flush=True)
     print(f"{bad} silently accepted or with a traceback")
     return int(bad > 0)
 

@@ -13,8 +13,10 @@ from mobilenet_v2 import MobileNetV2
 
 def test_training_speed(tmp_path, capsys, monkeypatch):
     file = tmp_path / "speed.json"
-    monkeypatch.setattr(training_speed, "in_a_process", lambda function, images, *args: training_speed._measured(function, images, args))
-    assert training_speed.main(["--images", "40", "--batch-size", "20", "--rounds", "1", "--no-cuda", "--json", str(file)]) == 0
+    monkeypatch.setattr(training_speed, "in_a_process", lambda function, images,
+                        *args: training_speed._measured(function, images, args))
+    assert training_speed.main(["--images", "40", "--batch-size", "20", "--rounds", "1", "--no-cuda", "--json",
+                                str(file)]) == 0
     figures = load_json(file)
     assert figures["images"] == 40 and figures["limit"] is None and list(figures["steps"]) == ["eager"]
     parts = figures["steps"]["eager"]
@@ -24,7 +26,8 @@ def test_training_speed(tmp_path, capsys, monkeypatch):
     assert figures["ratios"]["training beside the plain loop"] == pytest.approx(speeds["ours"] / speeds["plain"])
     assert "step, eager: " in capsys.readouterr().out
     rows = report.training_table(figures).splitlines()[2:]
-    assert rows[7] == f"| training beside the plain loop | **{speeds['ours'] / speeds['plain']:.2f}** |" and len(rows) == 7 + 6 + 4
+    assert rows[7] == f"| training beside the plain loop | **{speeds['ours'] / speeds['plain']:.2f}** |"
+    assert len(rows) == 7 + 6 + 4
     shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[13:]]
     assert sum(shares) == pytest.approx(100, abs=0.03) and rows[13].startswith("| share of a step (eager): augment |")
 
@@ -55,7 +58,8 @@ def test_bytes_that_a_step_moves():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda module, inputs, out: outputs.append(out.numel()))
     model(torch.zeros(1, 3, 32, 32))
-    settings = training_speed.training_main.settings_for("pretrain", training_speed.training_main.parse(["--precision", "float32"]),
+    settings = training_speed.training_main.settings_for("pretrain",
+                                                         training_speed.training_main.parse(["--precision", "float32"]),
                                                          torch.device("cpu"))
     assert training_speed.bytes_to_move(settings) == 14 * 4 * sum(outputs) == 14 * 4 * 2_284_288
 
@@ -64,7 +68,8 @@ def test_depthwise_shapes(tmp_path, capsys):
     file = tmp_path / "shapes.json"
     assert depthwise_shapes.main(["--batch-size", "1", "--rounds", "1", "--no-cuda", "--json", str(file)]) == 0
     rows = load_json(file)["shapes"]
-    assert [(row["channels"], row["side"], row["stride"]) for row in rows] == depthwise_shapes.shapes() and len(rows) == 17
+    assert [(row["channels"], row["side"], row["stride"]) for row in rows] == depthwise_shapes.shapes()
+    assert len(rows) == 17
     assert rows[0]["channels"] == 40 and rows[-1] | {"channels": 1248, "side": 4, "stride": 1} == rows[-1]
     assert sum(row["stride"] == 2 for row in rows) == 3
     assert len(depthwise_shapes.VARIANTS) == 4

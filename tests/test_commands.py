@@ -24,34 +24,46 @@ WHOLE = ("", "x", "-1", "1.5", "nan", "9" * 25)
 REAL = ("", "x", "-1", "nan", "inf", "1e400")
 NOTHING = ("",)
 OPTIONS = {  # script: {option: what it cannot be}
-    training: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--eval-every", "--updates", "--refresh", "--workers"), WHOLE),
-               **dict.fromkeys(("--lr", "--weight-decay", "--average", "--smoothing", "--smooth-eps", "--target-sparsity", "--lambda", "--eps", "--distill",
-                                "--temperature", "--save-seconds", "--show-seconds", "--max-minutes", "--threshold", "--alpha",
+    training: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--eval-every", "--updates",
+                                "--refresh", "--workers"), WHOLE),
+               **dict.fromkeys(("--lr", "--weight-decay", "--average", "--smoothing", "--smooth-eps",
+                                "--target-sparsity", "--lambda", "--eps", "--distill",
+                                "--temperature", "--save-seconds", "--show-seconds", "--max-minutes", "--threshold",
+                                "--alpha",
                                 "--warmup-epochs", "--cooldown", "--start-epoch"), REAL),
                **dict.fromkeys(("--run", "--start", "--data", "--teacher"), NOTHING),
-               "--sizes": ("", "x", "24", "20:0.5,32", "24:2,32"), "--teaching": ("", "all"), "--precision": ("float8",)},
-    quantize: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--calibration", "--renew", "--activation-bits"), WHOLE),
-               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher"), NOTHING), "--scheme": ("x",)},
+               "--sizes": ("", "x", "24", "20:0.5,32", "24:2,32"), "--teaching": ("", "all"),
+               "--precision": ("float8",)},
+    quantize: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--calibration", "--renew",
+                                "--activation-bits"), WHOLE),
+               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher"), NOTHING),
+               "--scheme": ("x",)},
     testers: {"--made-up": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
     integer: {"--made-up": WHOLE, "--images": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
-    export_onnx: {"--made-up": WHOLE, "--images": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING, "--out": ("", "x.pt")},
+    export_onnx: {"--made-up": WHOLE, "--images": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING,
+                  "--out": ("", "x.pt")},
     packed: {"--checkpoint": NOTHING, "--out": ("", "x.pt", "/dev/null/x.mnet")},
-    check_model_operations: {"--checkpoint": NOTHING, "--sparsity": (*REAL, "1.5", "1/0"), "--weight-bits": WHOLE, "--activation-bits": WHOLE},
+    check_model_operations: {"--checkpoint": NOTHING, "--sparsity": (*REAL, "1.5", "1/0"), "--weight-bits": WHOLE,
+                             "--activation-bits": WHOLE},
     report: dict.fromkeys(("--checkpoint", "--logs", "--out", "--pages"), NOTHING),
     cifar100: {"--data": NOTHING}, teachers: {"--data": NOTHING, "--folder": ("", "nowhere")},
-    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x"), "--modes": ("x",)},
+    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x"),
+                     "--modes": ("x",)},
     depthwise_shapes: {**dict.fromkeys(("--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
-    inference_speed: {**dict.fromkeys(("--threads", "--rounds", "--batches"), WHOLE), "--seconds": REAL, "--checkpoint": NOTHING,
+    inference_speed: {**dict.fromkeys(("--threads", "--rounds", "--batches"), WHOLE), "--seconds": REAL,
+                      "--checkpoint": NOTHING,
                       "--json": ("", "/dev/null/x")},
 }
-LINES = [(script, [option, value]) for script, options in OPTIONS.items() for option, values in options.items() for value in values]
+LINES = [(script, [option, value]) for script, options in OPTIONS.items() for option, values in options.items()
+         for value in values]
 
 
 def test_how_many():
     assert len(LINES) >= 150
 
 
-@pytest.mark.parametrize("script, words", LINES, ids=lambda part: " ".join(part) if isinstance(part, list) else part.__name__)
+@pytest.mark.parametrize("script, words", LINES, ids=lambda part: " ".join(part) if isinstance(part, list)
+                         else part.__name__)
 def test_impossible_command_lines(script, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -64,6 +76,8 @@ def test_impossible_command_lines(script, words, tmp_path, monkeypatch, capsys):
 
 def test_the_fuzzer_finds_nothing():
     """A short run of it; `python tests/fuzz.py` is the long one."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "fuzz.py"), "--count", "9", "--seed", "1"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("0 silently accepted or with a traceback\n"), done.stdout + done.stderr
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "fuzz.py"), "--count", "9", "--seed", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("\n0 silently accepted or with a traceback\n")
     assert done.stdout.count("refused") >= 15

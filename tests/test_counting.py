@@ -158,7 +158,8 @@ def test_fixed_accumulator_by_brute_force(codes, signed):
     grid = Grid(3, (step,), "power of two")
     bounds = reach(grid.codes(weight), activation)
     assert len(bounds) == len(codes)
-    assert (min(low for low, _ in bounds), max(high for _, high in bounds)) == (min(seen), max(seen))  # reached, never left
+    # reached, never left
+    assert (min(low for low, _ in bounds), max(high for _, high in bounds)) == (min(seen), max(seen))
     bits = fixed_bits(weight, grid, activation, 3)
     assert all(-2 ** (bits - 1) <= value < 2 ** (bits - 1) for value in seen)
     assert bits == 1 or not all(-2 ** (bits - 2) <= value < 2 ** (bits - 2) for value in seen)  # a bit less overflows

@@ -203,7 +203,8 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     out = tmp_path / "small.onnx"
     assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100"]) == 0
     said = capsys.readouterr().out
-    for part in ("9 of 58 layers have fewer than 8 bits", "39 QLinearConv", "Predictions agree on 100/100 (100.00%); all logits are the same, to the last bit, on 100"):
+    for part in ("9 of 58 layers have fewer than 8 bits", "39 QLinearConv",
+                 "Predictions agree on 100/100 (100.00%); all logits are the same, to the last bit, on 100"):
         assert part in said
     properties = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert properties["source_sha256"] == sha256(checkpoint)
@@ -212,11 +213,13 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     assert len(bits) == 58 and list(bits.values()).count(6) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
     before = load_json(claims.claim_path(checkpoint))
-    assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--record", "--made-up", "100", "--images", "30"]) == 0
+    assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--record", "--made-up", "100", "--images",
+                 "30"]) == 0
     after = load_json(claims.claim_path(checkpoint))
     record = after.pop("onnx")
     assert after.pop("digest") != before.pop("digest")
-    assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30 and record["data"] == "made up"
+    assert after == before and record["images"] == record["agree"] == record["same_logits"] == 30
+    assert record["data"] == "made up"
     assert record["kernels"]["QLinearConv"] == 39 and record["engine"].startswith("onnxruntime 1.")
     monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
     argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100", "--images", "8"]
@@ -315,11 +318,13 @@ def test_benchmark(checkpoint, tmp_path, capsys):
     rows = report.inference_table(figures).splitlines()[2:]
     assert len(rows) == 8 + 6
     median = figures["speeds"]["onnx 8-bit, 2"]
-    assert rows[7] == f"| 2 | onnx 8-bit | {median['images_per_second'][0]:,.0f} | {median['ratio_to_torch']:.2f} | {median['ratio_to_onnx_float']:.2f} |"
+    ratios = f"{median['ratio_to_torch']:.2f} | {median['ratio_to_onnx_float']:.2f}"
+    assert rows[7] == f"| 2 | onnx 8-bit | {median['images_per_second'][0]:,.0f} | {ratios} |"
     floats, codes = (figures["parts"][f"onnx {kind}, 2"]["stem, 3x3"] for kind in ("float", "8-bit"))
     assert f"| 2 | onnx 8-bit: stem, 3x3 alone | {1e6 / codes:,.0f} |  | {floats / codes:.2f} |" in rows
     names = {"conv1.sums_token_24_kernel_time": "stem, 3x3", "layers.16.relu1_nchwc_kernel_time": "expansions, 1x1",
-             "layers.3.conv2.sums": "depthwise convolutions, 3x3", "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
+             "layers.3.conv2.sums": "depthwise convolutions, 3x3",
+             "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
              "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
     assert {name: inference_speed.part_of(name) for name in names} == names
 

@@ -33,7 +33,8 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert path.read_bytes() == b"two" and names(path.parent) == ["a.bin"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
+                                   ValueError("bug")])
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
@@ -52,7 +53,8 @@ def test_an_error_at_the_end_leaves_the_old_file_and_nothing_else(tmp_path, monk
     path = tmp_path / "a.json"
     files.save_json({"old": 1}, path)
     monkeypatch.setattr(os, call, full)
-    for save, value in ((files.save_json, {"new": 2}), (files.save_tensors, {"x": torch.ones(3)}), (files.save_text, "new")):
+    for save, value in ((files.save_json, {"new": 2}), (files.save_tensors, {"x": torch.ones(3)}),
+                        (files.save_text, "new")):
         with pytest.raises(OSError, match="No space"):
             save(value, path)
     assert files.load_json(path) == {"old": 1} and names(tmp_path) == ["a.json"]
@@ -101,7 +103,8 @@ def raising(error):
 
 @pytest.mark.parametrize("error, status, line", [
     (BadInput("the file is damaged"), 2, "script.py: the file is damaged\n"),
-    (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 2, "script.py: [Errno 28] No space left on device: 'a.pt'\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 2,
+     "script.py: [Errno 28] No space left on device: 'a.pt'\n"),
     (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
 ])
 def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, line):
@@ -126,7 +129,8 @@ def test_a_bug_keeps_its_traceback(error):
 
 
 def test_the_status_reaches_the_shell():
-    code = "import mobilenet_v2, scripts\ndef main(): raise mobilenet_v2.BadInput('no such thing')\nscripts.run_script(main)"
+    code = ("import mobilenet_v2, scripts\n"
+            "def main(): raise mobilenet_v2.BadInput('no such thing')\nscripts.run_script(main)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "-c: no such thing\n")
 

@@ -22,7 +22,8 @@ from training import main as training
 
 def test_the_points_of_a_block_of_each_kind():
     found = {point.name: point for point in points(MobileNetV2(width=0.5))}
-    assert list(found)[:4] == ["image", "relu1", "layers.0.relu1", "layers.0.relu2"] and list(found)[-3:] == ["relu2", "features", "logits"]
+    assert list(found)[:4] == ["image", "relu1", "layers.0.relu1", "layers.0.relu2"]
+    assert list(found)[-3:] == ["relu2", "features", "logits"]
     assert found["image"] == Point("image", (Branch("pixels", "pixels", "pixels"),), False, True)
     assert found["relu1"] == Point("relu1", (Branch("layer", "conv1", "image", "bn1"),), True, False)
     last = Branch("layer", "layers.1.conv3", "layers.1.relu2", "layers.1.bn3")
@@ -48,7 +49,8 @@ class Odd(nn.Module):
 
     def __init__(self, between):
         super().__init__()
-        self.image, self.conv1, self.bn1, self.conv2 = nn.Identity(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.image, self.conv1 = nn.Identity(), nn.Conv2d(3, 4, 1)
+        self.bn1, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
         self.between = between
 
     def forward(self, x):
@@ -56,7 +58,8 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("between, said", (
-    (lambda self, x: x, "conv2 reads a value that is not rounded"), (lambda self, x: self.bn1(self.bn1(x)), "bn1: expected right after"),
+    (lambda self, x: x, "conv2 reads a value that is not rounded"),
+    (lambda self, x: self.bn1(self.bn1(x)), "bn1: expected right after"),
     (lambda self, x: x * 2, "no counting rule for operation mul"), (lambda self, x: torch.sigmoid(x), "sigmoid")))
 def test_what_has_no_rule_is_named(between, said):
     with pytest.raises(BadInput, match=said):
@@ -75,13 +78,16 @@ def test_another_table_goes_through_the_whole_chain(table, tmp_path, monkeypatch
     monkeypatch.setattr(mobilenet_v2, "STAGES", TABLES[table])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
-    assert training.main("--made-up 40 --batch-size 20 --epochs 1 --no-cuda --lr 0.01 --refresh 40 --eval-every 9 --run run".split()) == 0
+    assert training.main("--made-up 40 --batch-size 20 --epochs 1 --no-cuda --lr 0.01 --refresh 40 --eval-every 9 "
+                         "--run run".split()) == 0
     options = ["--made-up", "100"]
-    assert quantize.main(["--checkpoint", "run/masked.pt", "--out", "small.pt", "--calibration", "20", "--renew", "40", *options]) == 0
+    assert quantize.main(["--checkpoint", "run/masked.pt", "--out", "small.pt", "--calibration", "20", "--renew", "40",
+                          *options]) == 0
     claim = json.loads(Path("small.json").read_text())
     assert len(claim["activations"]) == len(graph.activation_points(MobileNetV2())) < 55
     at = ["--checkpoint", "small.pt"]
-    assert packed.main(at) == 0 and testers.main([*at, *options]) == 0 and check_model_operations.main([*at, "--summary"]) == 0
+    assert packed.main(at) == 0 and testers.main([*at, *options]) == 0
+    assert check_model_operations.main([*at, "--summary"]) == 0
     capsys.readouterr()
     assert integer.main([*at, *options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -120,7 +120,8 @@ def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
     network = IntegerNetwork.from_checkpoint(model, claim)
     wide = {point.name: point.bits for point in network.points if point.half.dtype == torch.int64}
     assert list(wide) == ["layers.1.out"] and 32 < wide["layers.1.out"] <= 64
-    assert compare(network, exact.exact_network(model, claim["activations"]), cifar100.made_up(50, 5, CLASSES))["identical"] == 50
+    assert compare(network, exact.exact_network(model, claim["activations"]),
+                   cifar100.made_up(50, 5, CLASSES))["identical"] == 50
 
 
 @pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])

@@ -51,7 +51,8 @@ TRAIN, TEST = cifar100.made_up(52, 0, classes=10), cifar100.made_up(30, 1, class
 SETTINGS = Settings(epochs=3, batch_size=16, lr=0.05, warmup_epochs=1, clean=0.34, average=0.9, refresh=40)
 VARIANTS = {  # optimizer, form of the penalty, masks, weight average; "taught" by two teachers too
     "taught": ("sgd", "proximal", False, None),
-    "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9), "proximal": ("sgd", "proximal", False, 0.9),
+    "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9),
+            "proximal": ("sgd", "proximal", False, 0.9),
     "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
 
 
@@ -175,8 +176,10 @@ def test_mixed_cross_entropy_by_hand():
     for smoothing in (0.0, 0.3):
         target = [[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]]
         target = [[(1 - smoothing) * t + smoothing / 3 for t in row] for row in target]
-        expected = -sum(t * math.log(q) for row, probabilities in zip(target, p) for t, q in zip(row, probabilities)) / 2
-        assert loop.mixed_cross_entropy(logits, labels, others, lam, smoothing).item() == pytest.approx(expected, rel=1e-6)
+        expected = -sum(t * math.log(q) for row, probabilities in zip(target, p)
+                        for t, q in zip(row, probabilities)) / 2
+        found = loop.mixed_cross_entropy(logits, labels, others, lam, smoothing).item()
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ one step by hand
@@ -186,7 +189,8 @@ def test_mixed_cross_entropy_by_hand():
 def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     """All the images in one batch, nothing augmented: objective, gradient, Nesterov step and soft threshold by hand."""
     settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.01,
-                        smoothing=0.1, augment="none", mixing="none", average=0, refresh=0, distill=0.7, temperature=3.0)
+                        smoothing=0.1, augment="none", mixing="none", average=0, refresh=0, distill=0.7,
+                        temperature=3.0)
     model, teacher = Tiny(), Tiny(seed=1).eval()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     lam = 0.05
@@ -204,7 +208,8 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
         objective = 0.3 * shown + 0.7 * 9 * (q * (q.log() - student)).sum(1).mean()
     if form == "loss":
         for name in ("conv1.weight", "linear.weight"):
-            objective = objective + lam * (dict(reference.named_parameters())[name].abs() / (start[name].abs() + 0.1)).sum()
+            weight = dict(reference.named_parameters())[name]
+            objective = objective + lam * (weight.abs() / (start[name].abs() + 0.1)).sum()
     objective.backward()
 
     result, _ = stage(tmp_path, test=None, model=model, settings=settings, penalty=penalty or None, penalty_updates=1,
@@ -242,7 +247,8 @@ def test_the_average_remembers_three_percent_of_the_steps_made_by_default(tmp_pa
     decays = []
     monkeypatch.setattr(loop, "update_average", lambda average, model, decay: decays.append(decay))
     stage(tmp_path, settings=dataclasses.replace(SETTINGS, average=None, epochs=40, refresh=0), test=None)  # 120 steps
-    assert decays[-1] == pytest.approx(1 - 1 / 3.6) and decays[59] == pytest.approx(1 - 1 / 1.8) and decays[:33] == [0] * 33
+    assert decays[-1] == pytest.approx(1 - 1 / 3.6) and decays[59] == pytest.approx(1 - 1 / 1.8)
+    assert decays[:33] == [0] * 33
     assert decays == sorted(decays)
 
 
@@ -258,7 +264,8 @@ def test_evaluate_by_hand():
 
 
 def test_the_end_renews_batchnorm(tmp_path):
-    result, _ = stage(tmp_path, settings=dataclasses.replace(SETTINGS, augment="none", refresh=10_000))  # all 52, in one batch
+    # all 52, in one batch
+    result, _ = stage(tmp_path, settings=dataclasses.replace(SETTINGS, augment="none", refresh=10_000))
     with torch.no_grad():
         maps = result.conv1((TRAIN.images.float() - 128) / 64)
     assert not result.training
@@ -338,7 +345,8 @@ def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
     def checked():
         nonlocal applied
         applied += 1
-        assert any((module.weight[~keep[name]] != 0).any() for name, module in weight_layers(model))  # the step moved them
+        # the step moved them
+        assert any((module.weight[~keep[name]] != 0).any() for name, module in weight_layers(model))
         apply()
         assert all((module.weight[~keep[name]] == 0).all() for name, module in weight_layers(model))
     masks.apply = checked
@@ -367,7 +375,8 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(tmp_path, save_second
 
 
 @pytest.mark.parametrize("wrong, processes", ((dict(epochs=0), Processes()), (dict(batch_size=0), Processes()),
-                                              (dict(batch_size=15), Processes(0, 2)), (dict(batch_size=18), Processes(0, 2))))
+                                              (dict(batch_size=15), Processes(0, 2)),
+                                              (dict(batch_size=18), Processes(0, 2))))
 def test_impossible_batches_are_refused(tmp_path, wrong, processes):
     with pytest.raises(BadInput, match="batch"):
         stage(tmp_path, settings=dataclasses.replace(SETTINGS, **wrong), processes=processes)
@@ -379,7 +388,8 @@ def test_image_sizes(text, sizes):
     assert plan.image_sizes(text) == sizes
 
 
-@pytest.mark.parametrize("text", ("", "24", "24:0.6", "20:0.6,32", "24:0.6,40", "24:1,32", "24:0,32", "24:-1,32", "24:x,32", "24,32",
+@pytest.mark.parametrize("text", ("", "24", "24:0.6", "20:0.6,32", "24:0.6,40", "24:1,32", "24:0,32", "24:-1,32",
+                                  "24:x,32", "24,32",
                                   "24:0.5,16:0.5,32", "32:0.5:1,32", "24:nan,32"))
 def test_impossible_image_sizes(text):
     with pytest.raises(BadInput, match="sizes"):
@@ -429,7 +439,8 @@ def test_progress_where_there_is_no_terminal(tmp_path, capsys):
     stage(tmp_path, show_seconds=0)
     lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert len(lines) == 9
-    assert re.fullmatch(r"stage epoch 0\.67/3: [\d,]+ images/s at 32x32, lr 0\.0\d+, loss \d+\.\d+, train [\d.]+%, 22\.2% done, 0 min left",
+    assert re.fullmatch(r"stage epoch 0\.67/3: [\d,]+ images/s at 32x32, lr 0\.0\d+, loss \d+\.\d+, train [\d.]+%, "
+                        r"22\.2% done, 0 min left",
                         lines[1])
     stage(tmp_path / "quiet")
     assert "images/s" not in capsys.readouterr().out
@@ -476,7 +487,8 @@ def wait(process) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, variant):
     """Killed anywhere: while a part of the state is written, between the parts and their list, around the log."""
-    moments = {f"{number}{'b' if after else 'a'}": (number, after) for number in (1, 4, 5, 9, 14, 23, 24, 30) for after in (0, 1)}
+    moments = {f"{number}{'b' if after else 'a'}": (number, after) for number in (1, 4, 5, 9, 14, 23, 24, 30)
+               for after in (0, 1)}
     if variant != "proximal":  # every moment once, a few for each of the others
         moments = dict(list(moments.items())[len(variant) % 5::5])
     processes = [start(run_killed, tmp_path / name, variant, *moment) for name, moment in moments.items()]
@@ -575,7 +587,8 @@ def test_without_resume_it_starts_again(tmp_path, whole):
     assert log(tmp_path) == whole("sgd")[2]
 
 
-@pytest.mark.parametrize("change", (dict(lr=0.06), dict(epochs=4), dict(seed=1), dict(average=0.8), dict(mixing="none")))
+@pytest.mark.parametrize("change", (dict(lr=0.06), dict(epochs=4), dict(seed=1), dict(average=0.8),
+                                    dict(mixing="none")))
 def test_other_settings_do_not_resume(tmp_path, change):
     stage(tmp_path, max_seconds=0)
     (name, value), = change.items()
@@ -583,7 +596,8 @@ def test_other_settings_do_not_resume(tmp_path, change):
         stage(tmp_path, settings=dataclasses.replace(SETTINGS, **change))
 
 
-@pytest.mark.parametrize("first, then", ((dict(precision="bfloat16", workers=2), {}), ({}, dict(precision="bfloat16", workers=2))))
+@pytest.mark.parametrize("first, then", ((dict(precision="bfloat16", workers=2), {}),
+                                         ({}, dict(precision="bfloat16", workers=2))))
 def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
     """Precision and threads are no settings that a state must match; each epoch's line says how it was trained."""
     settings = dataclasses.replace(SETTINGS, epochs=4)
@@ -644,7 +658,8 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     assert all(value.dtype == torch.float16 for value in left.values() if value.is_floating_point())
     for name in LAYERS:
         assert torch.equal(left[f"{name}.weight"], average[f"{name}.weight"].half())
-    zeros, count = (sum(f(left[f"{name}.weight"]) for name in LAYERS) for f in (lambda w: int((w == 0).sum()), torch.numel))
+    zeros, count = (sum(f(left[f"{name}.weight"]) for name in LAYERS)
+                    for f in (lambda w: int((w == 0).sum()), torch.numel))
     assert zeros >= 0.4 * count
     assert not torch.equal(left["bn1.running_mean"], average["bn1.running_mean"].half())  # renewed
 
@@ -733,10 +748,13 @@ def part_that_runs_code(folder):
     torch.save(os.system, next(folder.glob("average-*.pt")))
 
 
-@pytest.mark.parametrize("damage", (damaged_list, list_without_files, part_cut_short, part_missing, part_of_another_network,
+@pytest.mark.parametrize("damage", (damaged_list, list_without_files, part_cut_short, part_missing,
+                                    part_of_another_network,
                                     part_that_runs_code, flipped_bit, changed(step=2), changed_and_signed(step=10**9),
-                                    changed_and_signed(step=-1), changed_and_signed(step=2.0), changed_and_signed(step="x"),
-                                    changed_and_signed(step=None), changed_and_signed(loss=float("nan")), changed_and_signed(log=7)))
+                                    changed_and_signed(step=-1), changed_and_signed(step=2.0),
+                                    changed_and_signed(step="x"),
+                                    changed_and_signed(step=None), changed_and_signed(loss=float("nan")),
+                                    changed_and_signed(log=7)))
 def test_a_damaged_state_is_named(tmp_path, damage):
     stage(tmp_path, max_seconds=0)
     damage(tmp_path / "stage.state")
@@ -793,8 +811,10 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_an_os_error(tmp_path):
 
 
 def test_two_workers_by_hand(tmp_path):
-    """One step: the mean of the gradients of two halves, each normalised by itself; running statistics are their mean."""
-    settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0, smoothing=0.0,
+    """One step: the mean of the gradients of two halves, each normalised by itself; running statistics are their
+    mean."""
+    settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0,
+                        smoothing=0.0,
                         augment="none", mixing="none", average=0, refresh=0, workers=2)
     order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
     reference = Tiny().train()
@@ -827,7 +847,8 @@ def in_two(rank, folder, variant, changes, kwargs):
 def two(folder, variant, changes={}, **kwargs):
     folder.mkdir(exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)
-    assert [wait(process) for process in [start(in_two, rank, folder, variant, changes, kwargs) for rank in (0, 1)]] == [0, 0]
+    assert [wait(process) for process in [start(in_two, rank, folder, variant, changes, kwargs)
+                                          for rank in (0, 1)]] == [0, 0]
 
 
 def loaded(path) -> nn.Module:
@@ -839,7 +860,8 @@ def loaded(path) -> nn.Module:
 def in_shares(folder, variant):
     """One process of two workers: (result, trained model)."""
     optimizer, _, _, average = VARIANTS[variant]
-    return stage(folder, variant, settings=dataclasses.replace(SETTINGS, optimizer=optimizer, average=average, workers=2))
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, average=average, workers=2)
+    return stage(folder, variant, settings=settings)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -57,7 +57,8 @@ def test_counts_of_facts():
 
 def test_layers_stand_where_the_bit_table_looks_for_them():
     names = [name for name, _ in weight_layers(MobileNetV2())]
-    assert names[:9] == ["conv1"] + [f"layers.{i}.{conv}" for i in (0, 1) for conv in ("conv1", "conv2", "conv3", "shortcut.0")]
+    assert names[:9] == ["conv1"] + [f"layers.{i}.{conv}" for i in (0, 1)
+                                     for conv in ("conv1", "conv2", "conv3", "shortcut.0")]
     assert names[55:] == ["layers.16.shortcut.0", "conv2", "linear"]
     assert [name for name in names if "shortcut" in name] == [f"layers.{i}.shortcut.0" for i in (0, 1, 10, 16)]
     keys = [key.removesuffix(".weight") for key, value in MobileNetV2().state_dict().items() if value.dim() > 1]
@@ -118,7 +119,8 @@ class TheirBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_planes)
         self.shortcut = nn.Sequential()
         if stride == 1 and in_planes != out_planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, out_planes, kernel_size=1, bias=False), nn.BatchNorm2d(out_planes))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, out_planes, kernel_size=1, bias=False),
+                                          nn.BatchNorm2d(out_planes))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -177,7 +179,8 @@ def test_a_checkpoint_comes_back(small):
 
 
 def test_float16_becomes_float32(small):
-    path = small(lambda state: {key: value.half() if value.is_floating_point() else value for key, value in state.items()})
+    path = small(lambda state: {key: value.half() if value.is_floating_point() else value
+                                for key, value in state.items()})
     for key, value in small.load(path).state_dict().items():
         assert value.dtype == small.state[key].dtype
         assert torch.equal(value, small.state[key].half().float() if value.is_floating_point() else small.state[key])
@@ -205,9 +208,11 @@ def test_every_bad_key_is_named_at_once(small):
         small.load(small(change))
     message = str(raised.value)
     shape = list(small.state["conv2.weight"].shape)
-    for part in ("missing bn1.running_var", "missing layers.3.conv2.weight", "unknown extra.weight", "unknown conv1.bias",
+    for part in ("missing bn1.running_var", "missing layers.3.conv2.weight", "unknown extra.weight",
+                 "unknown conv1.bias",
                  f"conv2.weight is [2, 3], expected {shape}", "linear.bias holds values that are not finite",
-                 "layers.0.bn1.weight holds values that are not finite", "a.pt does not fit MobileNetV2 (width 0.25, 7 classes)",
+                 "layers.0.bn1.weight holds values that are not finite",
+                 "a.pt does not fit MobileNetV2 (width 0.25, 7 classes)",
                  *(f"layers.{i}.conv1.weight is no dense tensor of real numbers" for i in (1, 2, 4))):
         assert part in message
     assert message.count(";") == 9 and "\n" not in message
@@ -224,7 +229,8 @@ def test_a_key_with_and_without_its_prefix(small):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda state: {"state_dict": state, "epoch": 3}, lambda state: list(state.values()), lambda state: state["linear.bias"],
+    lambda state: {"state_dict": state, "epoch": 3}, lambda state: list(state.values()),
+    lambda state: state["linear.bias"],
     lambda state: {3: state["linear.bias"]}, lambda state: state | {"epoch": 3},
 ])
 def test_what_is_no_plain_state_dict(small, wrap):

@@ -243,12 +243,14 @@ def test_another_width(tiny, tmp_path):
 
 def test_load(full, tmp_path):
     path, model, claim = full
-    assert same(read(path).model, model) and read(path).claim == claim | {"digest": digest(claim)} and read(path).problems == []
+    assert same(read(path).model, model) and read(path).claim == claim | {"digest": digest(claim)}
+    assert read(path).problems == []
     file = tmp_path / "network.mnet"
     pack(model, claim, file)
     alone = read(file)
     formats = {key: claim[key] for key in ("tensors", "activations")}
-    assert same(model, alone.model) and alone.claim == formats and alone.problems == []  # without a claim: what the file states
+    # without a claim: what the file states
+    assert same(model, alone.model) and alone.claim == formats and alone.problems == []
     assert alone.sha256 == sha256(file)
 
     save_record(claim | {"sha256": "of the .pt", "accuracy": 1}, claim_path(file))
@@ -289,5 +291,6 @@ def test_script(full, tmp_path, capsys):
     assert load(file)[1]["packed"]["sha256"] == sha256(file)
     again = tmp_path / "again.mnet"  # a packed file can be packed; other names leave the claim alone
     assert main(["--checkpoint", str(file), "--out", str(again)]) == 0
-    assert again.read_bytes() == file.read_bytes() and json.loads(claim_path(path).read_text()) == recorded | {"digest": digest(recorded)}
+    assert again.read_bytes() == file.read_bytes()
+    assert json.loads(claim_path(path).read_text()) == recorded | {"digest": digest(recorded)}
     assert same(load_checkpoint(path), load(again)[0]) and isinstance(load(again)[0], MobileNetV2)

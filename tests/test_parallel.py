@@ -59,7 +59,8 @@ def test_replicas_share_weights_and_nothing_else():
 
 
 def test_what_is_avoided_on_a_cpu():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=6),
+                          nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.ReLU())
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = model(x)
     with fast_on_a_cpu(model):
@@ -67,7 +68,8 @@ def test_what_is_avoided_on_a_cpu():
         with torch.autocast("cpu", torch.bfloat16):
             first = model[0](x)
             strided, other = model[1](first), model[2](first)
-            assert model[3](copied := first.detach().clone()) is copied and torch.equal(copied, first.relu())  # in place
+            # in place
+            assert model[3](copied := first.detach().clone()) is copied and torch.equal(copied, first.relu())
             model[1](first.detach()).float().square().sum().backward()  # the way of a training step
     assert first.dtype == strided.dtype == other.dtype == torch.bfloat16
     wanted = model[1](first.float())

@@ -48,11 +48,13 @@ def random(*shape, seed=0):
 
 def test_the_submissions_step_by_hand():
     # step = 2^-(b - 1 - ceil(log2 max|w|))
-    assert power_of_two_step(0.9, 8) == 2**-7 and power_of_two_step(0.5, 8) == 2**-8 and power_of_two_step(0.51, 8) == 2**-7
+    assert power_of_two_step(0.9, 8) == 2**-7 and power_of_two_step(0.5, 8) == 2**-8
+    assert power_of_two_step(0.51, 8) == 2**-7
     assert power_of_two_step(1.0, 8) == 2**-7  # a power of two itself: 1.0 has the code 128 and is clipped to 127
     assert codes(torch.tensor([1.0, -1.0]), 2**-7, *code_range(8)).tolist() == [127, -128]
     assert power_of_two_step(1 + 2**-23, 8) == 2**-6 and power_of_two_step(1 - 2**-24, 8) == 2**-7
-    assert power_of_two_step(3.0, 6) == 2**-3 and power_of_two_step(4.0, 6) == 2**-3 and power_of_two_step(4.1, 6) == 2**-2
+    assert power_of_two_step(3.0, 6) == 2**-3 and power_of_two_step(4.0, 6) == 2**-3
+    assert power_of_two_step(4.1, 6) == 2**-2
     assert power_of_two_step(0.9, 8, signed=False) == 2**-8 and power_of_two_step(6.0, 4, signed=False) == 2**-1
     assert power_of_two_step(0.0, 8) == power_of_two_step(0.0, 8, signed=False) == 1
     for exponent in range(-60, 60):  # log2 must not be off by a hair
@@ -93,7 +95,8 @@ def test_codes_are_those_of_a_slow_reference(bits, signed, step):
 def test_the_gradient_is_one_inside_and_zero_outside():
     for low, high in (code_range(4), code_range(4, signed=False)):
         # in range is what is rounded to a code; what is clipped to one is outside
-        x = torch.tensor([low - 0.75, low - 0.25, low + 0.3, 0.1, 3.4, high + 0.25, high + 0.75]).mul_(0.25).requires_grad_()
+        x = torch.tensor([low - 0.75, low - 0.25, low + 0.3, 0.1, 3.4, high + 0.25,
+                          high + 0.75]).mul_(0.25).requires_grad_()
         fake_quantize(x, 0.25, low, high).backward(torch.arange(1.0, 8.0))
         assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
 
@@ -142,7 +145,8 @@ def test_other_bit_tables(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("[bits]\nconv9 = 6", "has no layer 'conv9'"), ("[bits]\n58 = 6", "has no layer '58'"),
-    ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6", "no layer 'layers' .names with dots need quotes"),
+    ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6",
+                                              "no layer 'layers' .names with dots need quotes"),
     ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
     ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
@@ -251,11 +255,15 @@ def claimed_activations(**changes):
 
 
 @pytest.mark.parametrize("entry, message", [
-    ({"step": 0.3}, "expected 1 to 16 and a power of two"), ({"step": 0}, "with step 0"), ({"step": -0.5}, "with step -0.5"),
+    ({"step": 0.3}, "expected 1 to 16 and a power of two"), ({"step": 0}, "with step 0"),
+    ({"step": -0.5}, "with step -0.5"),
     ({"step": None}, "with step None"), ({"step": "0.5"}, "with step 0.5"), ({"step": math.inf}, "with step inf"),
-    ({"step": math.nan}, "with step nan"), ({"bits": 0}, "0 bits"), ({"bits": 17}, "17 bits"), ({"bits": None}, "None bits"),
-    ({"signed": True}, "signed is True, expected False"), ({"signed": None}, "signed is None"), ({"signed": 0}, "signed is 0"),
-    ({"name": "relu3"}, r"missing \['relu1'\], unknown \['relu3'\]"), ({"name": None}, r"missing \['relu1'\], unknown \['None'\]"),
+    ({"step": math.nan}, "with step nan"), ({"bits": 0}, "0 bits"), ({"bits": 17}, "17 bits"),
+    ({"bits": None}, "None bits"),
+    ({"signed": True}, "signed is True, expected False"), ({"signed": None}, "signed is None"),
+    ({"signed": 0}, "signed is 0"),
+    ({"name": "relu3"}, r"missing \['relu1'\], unknown \['relu3'\]"),
+    ({"name": None}, r"missing \['relu1'\], unknown \['None'\]"),
     ({"name": "relu2"}, r"not the network's 55: missing \['relu1'\]"),
 ])
 def test_activations_that_are_refused(entry, message):
@@ -323,7 +331,8 @@ def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint
     masked = load_checkpoint(sparse_checkpoint)
     network, tensors = quantize.shipped(fake[scheme])
     MobileNetV2().load_state_dict(network.state_dict(), strict=True)
-    assert type(network) is MobileNetV2 and all(type(module) in (nn.Conv2d, nn.Linear) for _, module in weight_layers(network))
+    assert type(network) is MobileNetV2
+    assert all(type(module) in (nn.Conv2d, nn.Linear) for _, module in weight_layers(network))
     parameters = dict(network.named_parameters())
     assert [entry["name"] for entry in tensors] == [key for key in network.state_dict() if key in parameters]
     bits = dict(zip((f"{name}.weight" for name, _ in weight_layers(network)), bit_table(None)))
@@ -345,7 +354,8 @@ def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint
     assert not any((value.signbit() & (value == 0)).any() for value in network.state_dict().values())  # no -0.0
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            assert not module.running_mean.any() and torch.equal(module.running_var, torch.full_like(module.running_var, 1 - 1e-5))
+            assert not module.running_mean.any()
+            assert torch.equal(module.running_var, torch.full_like(module.running_var, 1 - 1e-5))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -489,7 +499,8 @@ def test_a_scale_that_16_bits_do_not_hold_is_named(fake):
 
 def test_folded_by_hand():
     bn = nn.BatchNorm2d(2, eps=0.25)
-    for tensor, values in ((bn.weight, [3.0, -1.0]), (bn.bias, [1.0, 0.5]), (bn.running_mean, [4.0, 2.0]), (bn.running_var, [2.0, 0.0])):
+    for tensor, values in ((bn.weight, [3.0, -1.0]), (bn.bias, [1.0, 0.5]), (bn.running_mean, [4.0, 2.0]),
+                           (bn.running_var, [2.0, 0.0])):
         tensor.data.copy_(torch.tensor(values))
     scale, shift = exact_module.folded(bn)
     assert scale.tolist() == [2.0, -2.0] and shift.tolist() == [-7.0, 4.5] and scale.dtype == torch.float64
@@ -562,8 +573,10 @@ def exact(fake):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return torch.cat([cifar100.made_up(6, 7).images, torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32),
-                      torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)])
+    return torch.cat([cifar100.made_up(6, 7).images,
+                      torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32),
+                      torch.randint(0, 256, (3, 3, 32, 32),
+                                    generator=torch.Generator().manual_seed(0)).to(torch.uint8)])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -615,9 +628,11 @@ def test_the_linear_layers_sums_are_exact_beyond_float32():
 
 def test_the_exact_network_is_a_copy(exact):
     network, _, activations, fast = exact["layer"]
-    assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU) and network.conv1.weight.requires_grad
+    assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU)
+    assert network.conv1.weight.requires_grad
     assert isinstance(fast.bn1, exact_module.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
-    assert torch.equal(fast.bn1.scale.flatten(), network.bn1.weight) and torch.equal(fast.bn1.shift.flatten(), network.bn1.bias)
+    assert torch.equal(fast.bn1.scale.flatten(), network.bn1.weight)
+    assert torch.equal(fast.bn1.shift.flatten(), network.bn1.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -650,7 +665,8 @@ def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == []
     (tmp_path / "rew.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
     assert quantize.training_record(tmp_path / "masked.pt") == [
-        {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1}, "last_epoch": {"step": 2, "loss": 0.5}}]
+        {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1},
+         "last_epoch": {"step": 2, "loss": 0.5}}]
     for wrong in ("", "{}\n", "garbage\n"):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):
@@ -659,7 +675,8 @@ def test_the_training_record(tmp_path):
 
 def test_the_commit(monkeypatch):
     def head(command, **options):
-        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(quantize.__file__).parent and options["check"]
+        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(quantize.__file__).parent
+        assert options["check"]
         return subprocess.CompletedProcess(command, 0, stdout="0123456789ab-dirty\n")
 
     monkeypatch.setattr(subprocess, "run", head)
@@ -675,7 +692,8 @@ def test_the_commit(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- the script
 
 def options(checkpoint, out, scheme, *more):
-    return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--renew", "0", "--scheme", scheme, *more]
+    return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--renew",
+            "0", "--scheme", scheme, *more]
 
 
 def short_and_whole(path) -> bool:
@@ -709,7 +727,8 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     out, argv, printed = runs[scheme]
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.pt"]
     claim = load_json(out.with_suffix(".json"))
-    assert claim["sha256"] == sha256(out) == hashlib.sha256(out.read_bytes()).hexdigest() and claim["checkpoint"] == "out.pt"
+    assert claim["sha256"] == sha256(out) == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert claim["checkpoint"] == "out.pt"
     assert printed[-1] == f"wrote {out} and {out.with_suffix('.json')}"
 
     steps = claim["accuracy_by_step"]
@@ -733,7 +752,8 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
     network = exact_module.exact_network(model, claim["activations"])
     loss, correct = quantize.evaluate(network, data)
     assert claim["accuracy"] == {"data": "made up", "correct": correct, "images": 100, "loss": pytest.approx(loss)}
-    assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"] and len({step["loss"] for step in steps}) == len(steps) - 1
+    assert correct == steps[-1]["correct"] and 3 < correct < steps[0]["correct"]
+    assert len({step["loss"] for step in steps}) == len(steps) - 1
     assert claim["probe_logits"] == exact_module.probe_logits(network) and np.shape(claim["probe_logits"]) == (4, 100)
     bits = {entry["name"]: entry["bits"] for entry in claim["tensors"]}
     assert [bits[f"{name}.weight"] for name, _ in weight_layers(model)] == bit_table(None)
@@ -747,10 +767,13 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(sparse_checkpoint, runs, sche
 
 def test_other_options(sparse_checkpoint, tmp_path):
     out = tmp_path / "out.pt"
-    assert quantize.main(options(sparse_checkpoint, out, "power-of-two", "--table", "5", "--activation-bits", "6", "--ranges", "max")) == 0
+    assert quantize.main(options(sparse_checkpoint, out, "power-of-two", "--table", "5", "--activation-bits", "6",
+                                 "--ranges", "max")) == 0
     claim = load_json(out.with_suffix(".json"))
-    assert [step["step"] for step in claim["accuracy_by_step"]][1:3] == ["weights at 5 bits, power-of-two", "activations at 6 bits, max"]
-    assert {entry["bits"] for entry in claim["tensors"]} == {5, 16} and {entry["bits"] for entry in claim["activations"]} == {6}
+    steps = [step["step"] for step in claim["accuracy_by_step"]]
+    assert steps[1:3] == ["weights at 5 bits, power-of-two", "activations at 6 bits, max"]
+    assert {entry["bits"] for entry in claim["tensors"]} == {5, 16}
+    assert {entry["bits"] for entry in claim["activations"]} == {6}
     assert all(entry["step"] == 2.0 ** round(math.log2(entry["step"])) for entry in claim["activations"])
 
 
@@ -826,7 +849,8 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
     claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
     assert [step["step"] for step in claim["accuracy_by_step"]] == [
-        *ladder("channel")[:4], "fine-tuned for 1 epochs", "steps moved again: the scales were trained", *ladder("channel")[4:],
+        *ladder("channel")[:4], "fine-tuned for 1 epochs", "steps moved again: the scales were trained",
+        *ladder("channel")[4:],
         claim["accuracy_by_step"][-1]["step"]]
     assert short_and_whole(tuned)
     assert claim["activations"] == untouched["activations"]  # the steps stay
@@ -849,7 +873,8 @@ def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
     before = copy.deepcopy(model.state_dict())
     steps = [module.step.clone() for _, module in weight_layers(model)]
     data = cifar100.made_up(20, 0)
-    args = quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), "--lr", "0.001", "--teacher", str(sparse_checkpoint), *TUNE])
+    args = quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), "--lr", "0.001", "--teacher",
+                           str(sparse_checkpoint), *TUNE])
     tuned = quantize.fine_tune(model, data, data, args)
     for name, value in tuned.state_dict().items():
         if "running" in name or "batches" in name:
@@ -863,7 +888,8 @@ def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
 
 
 def test_verifying_needs_no_training_code():
-    code = "import sys, testers, check_model_operations, integer, export_onnx; sys.exit(any(name.split('.')[0] == 'training' for name in sys.modules))"
+    code = ("import sys, testers, check_model_operations, integer, export_onnx\n"
+            "sys.exit(any(name.split('.')[0] == 'training' for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(quantize.__file__).parent).returncode == 0
 
 

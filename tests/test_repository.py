@@ -13,7 +13,7 @@ import pytest
 import cifar100
 import counting
 import report
-from files import load_json
+from files import load_json, load_lines
 from graph import trace
 from mobilenet_v2 import BadInput
 
@@ -23,7 +23,8 @@ README, ACCOUNT = PAGES["README.md"], PAGES["ACCOUNT.md"]
 shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), reason="no checkpoint is shipped yet")
 
 
-SCRIPTS = {"quantize", "packed", "testers", "check_model_operations", "integer", "export_onnx", "report", "training.main"}
+SCRIPTS = {"quantize", "packed", "testers", "check_model_operations", "integer", "export_onnx", "report",
+           "training.main"}
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
                for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("*.py")))
 
@@ -75,7 +76,8 @@ def test_shell_scripts_parse(script):
 
 def test_run_sh_refuses_an_unknown_command():
     result = subprocess.run(["bash", ROOT / "run.sh", "nonsense"], capture_output=True, text=True)
-    assert result.returncode == 2 and "unknown command nonsense" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2 and "unknown command nonsense" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_run_sh_refuses_an_old_python(tmp_path):
@@ -107,16 +109,20 @@ def run_sh(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("words, run", (((), "runs/default"), (("--run", "runs/x"), "runs/x"), (("--epochs", "2", "--run-folder=runs/y"), "runs/y")))
+@pytest.mark.parametrize("words, run", (((), "runs/default"), (("--run", "runs/x"), "runs/x"),
+                                        (("--epochs", "2", "--run-folder=runs/y"), "runs/y")))
 def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
     result, calls = run_sh("train", *words)
-    assert result.returncode == 2 and calls == [" ".join(("training/main.py", *words))] and f"neither {run}/masked.pt" in result.stderr
+    assert result.returncode == 2 and calls == [" ".join(("training/main.py", *words))]
+    assert f"neither {run}/masked.pt" in result.stderr
     (tmp_path / run).mkdir(parents=True)
     (tmp_path / run / "masked.average.pt").touch()
     (tmp_path / run / "masked.jsonl").touch()
     result, calls = run_sh("ship", run)
-    assert result.returncode == 0 and calls[1:] == [f"quantize.py --checkpoint {run}/masked.average.pt", "packed.py", "integer.py --record",
-                                                    "export_onnx.py --record", "report.py", "testers.py", "check_model_operations.py"]
+    assert result.returncode == 0 and calls[1:] == [f"quantize.py --checkpoint {run}/masked.average.pt", "packed.py",
+                                                    "integer.py --record",
+                                                    "export_onnx.py --record", "report.py", "testers.py",
+                                                    "check_model_operations.py"]
     assert (tmp_path / "training" / "logs" / "masked.jsonl").exists()
     (tmp_path / run / "masked.pt").touch()  # finished: that one
     assert f"quantize.py --checkpoint {run}/masked.pt" in run_sh("train", *words)[1]
@@ -129,11 +135,12 @@ def test_run_sh_test_gives_its_words_to_pytest(run_sh):
 def test_the_submissions_commands_stand_in_training_run_sh():
     text = (ROOT / "training" / "run.sh").read_text()
     for command in (
-            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsity-type irregular --epoch 300 "
-            "--optmzr adam --lr 0.001 --lr-scheduler cosine --warmup --warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1",
-            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --masked-retrain --sparsity-type threshold "
-            "--config-file config_mobile_v2_0.7 --epoch 300 --optmzr adam --lr 0.001 --lr-scheduler cosine --warmup "
-            "--warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1"):
+            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsity-type irregular --epoch "
+            "300 --optmzr adam --lr 0.001 --lr-scheduler cosine --warmup --warmup-epochs 5 --mixup --alpha 0.3 "
+            "--smooth --smooth-eps 0.1",
+            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --masked-retrain --sparsity-type "
+            "threshold --config-file config_mobile_v2_0.7 --epoch 300 --optmzr adam --lr 0.001 --lr-scheduler cosine "
+            "--warmup --warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1"):
         assert command in text
 
 
@@ -161,11 +168,12 @@ def test_the_probes_are_those_of_their_logs():
 
 def test_the_trunk_is_that_of_its_log():
     text = (ROOT / "training" / "logs" / "README.md").read_text()
-    lines = [json.loads(line) for line in (ROOT / "training" / "logs" / "two-cores" / "pretrain.jsonl").read_text().splitlines()]
+    lines = load_lines(ROOT / "training" / "logs" / "two-cores" / "pretrain.jsonl")
     told = re.search(r"accuracy was (.*?); no cooldown", text, re.S)[1]
     assert [float(value) for value in re.findall(r"([\d.]+)%", told)] == [
         round(100 * line["test_accuracy"], 2) for line in lines if "test_accuracy" in line]
-    assert f"{len(lines)} epochs of the dense trunk, {50_000 * len(lines):,} images in {lines[-1]['seconds'] / 60:.0f} minutes" in text
+    trained = f"{50_000 * len(lines):,} images in {lines[-1]['seconds'] / 60:.0f} minutes"
+    assert f"{len(lines)} epochs of the dense trunk, {trained}" in text
 
 
 @shipped
@@ -197,7 +205,8 @@ def test_the_shipped_model_is_what_the_issue_asks_for():
     claim = load_json(ROOT / "cifar100_mobilenetv2.json")
     assert claim["counts"]["weights"]["submission"]["sparsity"] >= 0.7695
     assert re.fullmatch("[0-9a-f]{12}", claim["made_by"]["commit"])  # and no "-dirty"
-    bits = [tensor["bits"] for tensor in claim["tensors"] if tensor["name"].split(".")[-2] in ("conv1", "conv2", "conv3", "0", "linear")
+    bits = [tensor["bits"] for tensor in claim["tensors"]
+            if tensor["name"].split(".")[-2] in ("conv1", "conv2", "conv3", "0", "linear")
             and tensor["name"].endswith("weight")]
     assert [i for i, b in enumerate(bits) if b == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55] and len(bits) == 58
     assert set(bits) == {6, 8} and all(a["bits"] == 8 for a in claim["activations"]) and len(claim["activations"]) == 55

@@ -72,7 +72,8 @@ def test_alpha_is_of_the_magnitude():
     model = one(0.5, -0.5, -eps, 0.0, 1.0)  # at w = -eps the submission divided by zero
     penalty = ReweightedL1(model, ["conv"], lam=1e-6, eps=eps)
     penalty.update(1.0)
-    assert penalty.alphas[0].flatten().tolist() == pytest.approx([1 / 0.501, 1 / 0.501, 500, 1000, 1 / 1.001], rel=1e-12)
+    wanted = [1 / 0.501, 1 / 0.501, 500, 1000, 1 / 1.001]
+    assert penalty.alphas[0].flatten().tolist() == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +158,8 @@ def test_shrink_is_the_proximal_step(kind):
     best = objective([weight.detach() for weight in penalty.weights])
     for scale in (1e-1, 1e-2, 1e-3, 1e-4):
         for _ in range(10):
-            near = [w.detach() + scale * torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in penalty.weights]
+            near = [w.detach() + scale * torch.randn(w.shape, generator=generator, dtype=w.dtype)
+                    for w in penalty.weights]
             assert objective(near) > best
 
 
@@ -216,7 +218,8 @@ def test_unopposed_weights_go_as_the_formula_says(kind):
     assert zeros >= 0.4 * total and zeros < total  # the factor 2 goes beyond the target when nothing opposes
 
 
-@pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(form="l0", lam=1.0), dict(), dict(lam=1.0, target=0.5),
+@pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(form="l0", lam=1.0), dict(),
+                                   dict(lam=1.0, target=0.5),
                                    dict(lam=1.0, eps=0.0), dict(lam=-1.0), dict(target=0.0), dict(target=1.0)))
 def test_impossible_penalties_are_refused(wrong):
     with pytest.raises(BadInput):
@@ -276,7 +279,8 @@ def test_target_masks_prune_exactly_the_target(target, seed):
     total = sum(mask.numel() for mask in masks.values())
     assert sum((~mask).sum().item() for mask in masks.values()) == math.ceil(target * total)
     weights = {name: module.weight.abs() for name, module in weight_layers(model)}  # one threshold for all layers
-    assert max(weights[n][~m].max() for n, m in masks.items() if not m.all()) < min(weights[n][m].min() for n, m in masks.items())
+    pruned = max(weights[n][~m].max() for n, m in masks.items() if not m.all())
+    assert pruned < min(weights[n][m].min() for n, m in masks.items())
 
 
 @pytest.mark.parametrize("kind", ("column", "kernel", "filter"))
@@ -380,7 +384,8 @@ def test_ratio_files(tmp_path):
 
 @pytest.mark.parametrize("content, named", (
     ("[prune_ratios]\nconv9 = 0.5", "conv9"), ("[prune_ratios]\nconv = 1", "conv is 1"),
-    ("[prune_ratios]\nconv = -0.1", "-0.1"), ("[prune_ratios]\nconv = '0.5'", "'0.5'"), ("[prune_ratios]\nconv = nan", "nan"),
+    ("[prune_ratios]\nconv = -0.1", "-0.1"), ("[prune_ratios]\nconv = '0.5'", "'0.5'"),
+    ("[prune_ratios]\nconv = nan", "nan"),
     ("[ratios]\nconv = 0.5", "prune_ratios"), ("[prune_ratios\nconv = 0.5", "ratios.toml"),
     ("prune_ratios = 0.5", "prune_ratios"), (b"\xff\xfe", "ratios.toml")))
 def test_bad_ratio_files_are_refused(tmp_path, content, named):

@@ -36,9 +36,11 @@ def random_state(pruned=("layers.3.conv1", "linear")) -> dict:
     return state
 
 
-@pytest.mark.skipif(not THERE or not os.environ.get("CIFAR100_DIR"), reason="TEACHERS_DIR and CIFAR100_DIR do not name real files")
+@pytest.mark.skipif(not THERE or not os.environ.get("CIFAR100_DIR"),
+                    reason="TEACHERS_DIR and CIFAR100_DIR do not name real files")
 def test_the_published_networks_have_the_measured_accuracy(capsys):
-    """All four and their mean, to the image but for rounding: the network, its normalisation and its masks are right."""
+    """All four and their mean, to the image but for rounding: the network, its normalisation and its masks are
+    right."""
     assert teachers.main(["--folder", THERE, "--data", os.environ["CIFAR100_DIR"]]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = [int(line.split(": ")[1].split(" of ")[0].replace(",", "")) for line in lines]
@@ -83,11 +85,13 @@ def test_ours_is_a_teacher_too(sparse_checkpoint):
     from mobilenet_v2 import load_checkpoint
     x = cifar100.normalise(cifar100.made_up(2, 0).images)
     with torch.no_grad():
-        assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3, atol=1e-3)
+        assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3,
+                              atol=1e-3)
 
 
 @pytest.mark.parametrize("change, said", (
-    (lambda state: state.pop("linear.bias"), "none of KAIST's"), (lambda state: state.update({"x.mask": torch.ones(2)}), "x.mask"),
+    (lambda state: state.pop("linear.bias"), "none of KAIST's"),
+    (lambda state: state.update({"x.mask": torch.ones(2)}), "x.mask"),
     (lambda state: state.update({"linear.mask": torch.ones(2)}), "linear.mask"),
     (lambda state: state.update({"linear.bias": torch.ones(7)}), "none of KAIST's")))
 def test_another_network_is_named(change, said):

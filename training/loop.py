@@ -47,13 +47,14 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
               FOLDER/NAME.average.pt, what the stage would give as it is (float16), wherever it was stopped.
     penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked whenever something is written.
-    teachers: models in eval mode whose logits are distilled on the same mixed images, at 32x32 whatever the student sees.
+    teachers: models in eval mode whose logits are distilled on the same mixed images, always at 32x32.
     prepare:  called with the model before every epoch's first step, to set modes.
     context:  what else decides the result (plain values): a state is only resumed under the same.
     start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
     began:    called once nothing stands against the stage any more, before its first step.
     """
-    stage = Stage(name, model, train_data, settings, Path(folder), penalty, penalty_updates, masks, teachers, context, processes)
+    stage = Stage(name, model, train_data, settings, Path(folder), penalty, penalty_updates, masks, teachers, context,
+                  processes)
     stage.resume(resume, start_epoch)
     began()
     plan, saved = stage.plan, time.monotonic()
@@ -66,16 +67,17 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
             epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
             prepare(model)
             stage.begin(epoch)
-            shown = Progress(name, epoch, settings.epochs, first, plan.epoch_steps, plan.batch_size, show_seconds, processes.first)
+            shown = Progress(stage, epoch, show_seconds)
             at_end.callback(shown.close)
             for i in range(first, plan.epoch_steps):
                 stage.step(epoch, i)
-                shown.step(i + 1, stage, plan)
+                shown.step(i + 1)
                 pause = processes.agree(bool(asked) or stage.seconds_here() > max_seconds, stage.device)
                 if i + 1 == plan.epoch_steps:
                     shown.close()
                     stage.end(epoch, test_data, eval_every)
-                if stage.result is None and (pause or processes.agree(time.monotonic() - saved >= save_seconds, stage.device)):
+                due = pause or processes.agree(time.monotonic() - saved >= save_seconds, stage.device)
+                if due and stage.result is None:
                     stage.save()
                     saved = time.monotonic()
                     if pause:
@@ -86,9 +88,11 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
 class Stage:
     """A stage under way: a model with everything that goes with it, and how far it is."""
 
-    def __init__(self, name, model, data, settings, folder, penalty, penalty_updates, masks, teachers, context, processes):
+    def __init__(self, name, model, data, settings, folder, penalty, penalty_updates, masks, teachers, context,
+                 processes):
         self.name, self.model, self.data, self.settings, self.folder = name, model, data, settings, folder
-        self.penalty, self.masks, self.teachers, self.processes = penalty or NoPenalty(), masks, list(teachers), processes
+        self.penalty, self.masks, self.teachers = penalty or NoPenalty(), masks, list(teachers)
+        self.processes = processes
         self.device = data.labels.device
         self.plan = Plan(settings, len(data), processes, penalty_updates)
         self.average = copy.deepcopy(model) if settings.average != 0 else None
@@ -100,14 +104,14 @@ class Stage:
             folder / f"{name}.state", settings, images=len(data), context=context,
             penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
             masks=None if masks is None else fingerprint(masks.factors),
-            teacher=fingerprint(v for teacher in self.teachers for v in teacher.state_dict().values()) if teachers else None)
+            teacher=teachers and fingerprint(v for each in self.teachers for v in each.state_dict().values()) or None)
         self.stepped = [torch.compile(model) if settings.compile else model, *self.replicas.models[1:]]
         self.result = None  # the finished model
 
     # -- from one state to the next
 
     def resume(self, wanted: bool, start_epoch: float) -> None:
-        """Go on from the state in the folder, or begin, at `start_epoch`. Raises BadInput for a state that does not fit."""
+        """Go on from the state in the folder, or begin, at `start_epoch`. Raises BadInput if the state does not fit."""
         steps, log_path = self.plan.epoch_steps, self.folder / f"{self.name}.jsonl"
         self.progress = {"step": round(start_epoch * steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
         if not wanted and self.processes.first:
@@ -119,7 +123,8 @@ class Stage:
                 for key, part in self.parts.items():
                     part.load_state_dict(contents[key])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise BadInput(f"{self.state.folder} is of another network ({brief(error)}); --no-resume starts the stage again") from error
+                raise BadInput(f"{self.state.folder} is of another network ({brief(error)}); --no-resume starts the "
+                               "stage again") from error
         elif self.progress["step"] and log_path.is_file():
             self.progress["log"] = [line for line in load_lines(log_path) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
@@ -129,7 +134,8 @@ class Stage:
             print(f"{self.name}: goes on at epoch {step // steps + 1} of {epochs}", flush=True)
         # sums over the epoch's steps of loss and accuracy, kept on the device: reading them would wait for it
         share = 1 if self.processes.first else 0  # the first process goes on with the sum of all
-        self.totals = share * torch.tensor([self.progress["loss"], self.progress["correct"]], dtype=torch.float64, device=self.device)
+        sums = [self.progress["loss"], self.progress["correct"]]
+        self.totals = share * torch.tensor(sums, dtype=torch.float64, device=self.device)
         self.before, self.started = self.progress["seconds"], time.monotonic()
         self.model.train()
 
@@ -143,7 +149,7 @@ class Stage:
         loss, correct = totals.tolist()
         if not math.isfinite(loss):
             epoch = self.progress["step"] // self.plan.epoch_steps + 1
-            raise BadInput(f"{self.name}: the loss is not finite in epoch {epoch}; lower --lr (the last good state is kept)")
+            raise BadInput(f"{self.name}: the loss is not finite in epoch {epoch}; lower --lr (the last state is kept)")
         return [loss, correct]
 
     def save(self) -> None:
@@ -164,8 +170,8 @@ class Stage:
             result = {key: value.cpu().contiguous() for key, value in self.result_so_far().state_dict().items()}
             save_tensors({key: value.half() if value.is_floating_point() else value for key, value in result.items()},
                          self.folder / f"{self.name}.average.pt")
-            print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of {self.settings.epochs}, "
-                  f"state written to {self.state.folder}; the same command goes on", flush=True)
+            print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of "
+                  f"{self.settings.epochs}, state written to {self.state.folder}; the same command goes on", flush=True)
 
     # -- the method
 
@@ -188,7 +194,8 @@ class Stage:
                               mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
         for replica in self.replicas.models:
             replica.zero_grad(set_to_none=True)
-        found = machine.in_threads(lambda k: self.gradients(k, index[plan.shares[k]], draws[plan.shares[k]], step), range(len(self.stepped)))
+        found = machine.in_threads(lambda k: self.gradients(k, index[plan.shares[k]], draws[plan.shares[k]], step),
+                                   range(len(self.stepped)))
         self.totals += sum(found)
         self.replicas.gather(self.processes)
         if self.penalty.form == "loss":
@@ -213,7 +220,8 @@ class Stage:
             logits = self.stepped[k](resized(x, self.plan.sizes[step])).float()
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
         if taught:
-            objective = (1 - settings.distill) * loss + settings.distill * distillation(logits, taught, settings.temperature)
+            apart = distillation(logits, taught, settings.temperature)
+            objective = (1 - settings.distill) * loss + settings.distill * apart
         (weight * objective).backward()
         with torch.no_grad():
             target = torch.where(lam >= 0.5, labels, others)
@@ -229,7 +237,8 @@ class Stage:
         """An epoch's line, with the accuracy where it is wanted; after the last epoch, the result."""
         plan, step = self.plan, self.progress["step"]
         loss, correct = self.read_totals()
-        record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1], "size": plan.sizes[step - 1],
+        record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1],
+                  "size": plan.sizes[step - 1],
                   "loss": round(loss / plan.epoch_steps, 6), "accuracy": round(correct / plan.epoch_steps, 6),
                   "zeros": count_zeros(self.model)}
         self.totals.zero_()
@@ -242,11 +251,12 @@ class Stage:
             record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
         if self.penalty.lam is not None:
             record["lambda"] = self.penalty.lam
-        record |= {"where": f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}",
-                   "seconds": round(self.before + self.seconds_here(), 1)}
+        where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
+        record |= {"where": where, "seconds": round(self.before + self.seconds_here(), 1)}
         self.progress["log"].append(record)
         if self.processes.first:
-            save_text("".join(json.dumps(line) + "\n" for line in self.progress["log"]), self.folder / f"{self.name}.jsonl")
+            save_text("".join(json.dumps(line) + "\n" for line in self.progress["log"]),
+                      self.folder / f"{self.name}.jsonl")
             print(describe(record, self.settings), flush=True)
 
     def result_so_far(self) -> nn.Module:
@@ -255,7 +265,7 @@ class Stage:
 
     @torch.no_grad()
     def finish(self, result: nn.Module) -> nn.Module:
-        """Make the average (or the model itself) a stage's result: with the model's zeros, and statistics of its own."""
+        """Make the average (or the model itself) a stage's result, with the model's zeros and statistics of its own."""
         if result is not self.model:  # a weight that became zero is only nearly zero in the average
             for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(self.model)):
                 ours.weight.mul_(theirs.weight != 0)
@@ -286,12 +296,13 @@ def generator_for(seed: int, *names) -> torch.Generator:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included, in place."""
-    pairs = [(a, m) for a, m in zip(average.state_dict().values(), model.state_dict().values()) if a.is_floating_point()]
+    pairs = [(a, m) for a, m in zip(average.state_dict().values(), model.state_dict().values())
+             if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
 
 
 def average_decay(settings: Settings, step: int) -> float:
-    """Of the weight average at a step: its memory is 3% of the steps made so far, or what the settings say, but short at first."""
+    """Of the weight average at a step: a memory of 3% of the steps made, or what the settings say, short at first."""
     if settings.average is None:
         return 1 - 1 / max(1, 0.03 * (step + 1))
     return min(settings.average, (1 + step) / (10 + step))
@@ -313,7 +324,7 @@ def mixed_cross_entropy(logits, labels, others, lam, smoothing):
 
 
 def distillation(logits, taught: list, temperature: float):
-    """Hinton, Vinyals and Dean 2015: T^2 KL(teachers || student), both softened by T; several teachers: of the mean of theirs."""
+    """Hinton, Vinyals and Dean 2015: T^2 KL(the teachers' mean || student), all softened by T."""
     target = sum((each / temperature).softmax(1) for each in taught) / len(taught)
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 

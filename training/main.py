@@ -1,4 +1,5 @@
-"""Train MobileNetV2 (x1.3) on CIFAR-100 to a sparse network, in three stages; with no option, every stage that is missing.
+"""Train MobileNetV2 (x1.3) on CIFAR-100 to a sparse network, in three stages; with no option, every stage that is
+missing.
 
     python training/main.py                    dense pretraining, reweighted L1, mask and masked retraining
     python training/main.py --rew              one stage (--pretrain, --rew, --masked-retrain)
@@ -51,34 +52,41 @@ def stage_options(group) -> None:
     group.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
                        help="(%(default)s)")
     group.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
-                       help="checkpoint that the first stage starts from, by default the stage before; a folder STAGE.state: the "
-                            "weights of that running stage as they are")
+                       help="checkpoint that the first stage starts from, by default the stage before; a folder "
+                            "STAGE.state: the weights of that running stage as they are")
     group.add_argument("--start-epoch", type=number(float, 0, 10**6), default=0, metavar="E",
-                       help="take the stage up there, from the weights of --start, momentum fresh: where its state is lost")
+                       help="take the stage up there, from the weights of --start: if its state is lost")
     group.add_argument("--resume", action=FLAG, default=True, help="go on from the state in the run folder (default)")
     group.add_argument("--max-minutes", type=number(float, 0, 10**9), metavar="M",
                        help="stop cleanly after that time, state written; the same command goes on")
     group.add_argument("--show-seconds", type=number(float, 0, 10**9), default=60, metavar="S",
                        help="print a line this often where there is no terminal (%(default)s)")
-    group.add_argument("--save-seconds", type=number(float, 0, 10**9), default=60, metavar="S", help="write the state this often (%(default)s)")
-    group.add_argument("--eval-every", type=number(int, 1, 10**6), default=1, metavar="E", help="epochs between accuracies (%(default)s)")
+    group.add_argument("--save-seconds", type=number(float, 0, 10**9), default=60, metavar="S",
+                       help="write the state this often (%(default)s)")
+    group.add_argument("--eval-every", type=number(int, 1, 10**6), default=1, metavar="E",
+                       help="epochs between accuracies (%(default)s)")
 
 
 def sparsity_options(group) -> None:
     group.add_argument("--target-sparsity", type=number(float, 0.001, 0.999), metavar="S",
                        help="wanted share of zeros in the pruned layers, in place of a lambda (0.8)")
-    group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L", help="strength of the penalty, in place of a target")
-    group.add_argument("--eps", type=number(float, 1e-9, 1), default=1e-3, help="of alpha = 1 / (|w| + eps) (%(default)s)")
+    group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
+                       help="strength of the penalty, in place of a target")
+    group.add_argument("--eps", type=number(float, 1e-9, 1), default=1e-3,
+                       help="of alpha = 1 / (|w| + eps) (%(default)s)")
     group.add_argument("--penalty", choices=("loss", "proximal", "magnitude"),
                        help="loss: added to it; proximal: a soft threshold after every step (default, see METHOD.md); "
                             "magnitude: none, but gradual magnitude pruning to --target-sparsity, to compare with")
     group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5; 100 for magnitude)")
+                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5; magnitude: 100)")
     group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
-                       help="what penalty and mask act on (irregular). Given, it selects the submission's method: the penalty in the "
-                            "loss, lambda 1e-6; masks from --threshold, or for the others from the ratios of --config-file")
-    group.add_argument("--config-file", metavar="NAME", help="prune ratios of the layers: a TOML file, or its name in training/profile/")
-    group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4, help="of --sparsity-type threshold (%(default)s)")
+                       help="what penalty and mask act on (irregular). Given, it selects the submission's method: the "
+                            "penalty in the loss, lambda 1e-6; masks from --threshold, or for the others from the "
+                            "ratios of --config-file")
+    group.add_argument("--config-file", metavar="NAME",
+                       help="prune ratios of the layers: a TOML file, or its name in training/profile/")
+    group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
+                       help="of --sparsity-type threshold (%(default)s)")
 
 
 def machine_options(group) -> None:
@@ -87,7 +95,7 @@ def machine_options(group) -> None:
                        help="of the forward pass; auto: bfloat16 on CUDA and on CPUs that multiply it")
     group.add_argument("--compile", action=FLAG, help="torch.compile the network (default: on CUDA)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
-                       help="threads of a process on a CPU, each with a share of its batch (default: the cores there are)")
+                       help="threads of a process on a CPU, each with a share of its batch (default: the cores)")
 
 
 def submission_options(group) -> None:
@@ -96,7 +104,8 @@ def submission_options(group) -> None:
     group.add_argument("--warmup", action=FLAG, default=True, help="or none")
     group.add_argument("--mixup", action=FLAG, help="--mixing mixup, or none")
     group.add_argument("--smooth", action=FLAG, default=True, help="label smoothing, or none")
-    group.add_argument("--no-tricks", action="store_true", help="no mixing, smoothing, warm-up or schedule, whatever else is given")
+    group.add_argument("--no-tricks", action="store_true",
+                       help="no mixing, smoothing, warm-up or schedule, whatever else is given")
     group.add_argument("--arch", choices=("mobilenetv2",), help="there is one")
     group.add_argument("--depth", type=int, choices=(17,), help="blocks")
 
@@ -104,15 +113,15 @@ def submission_options(group) -> None:
 def parse(argv=None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.usage = "python training/main.py [--pretrain | --rew | --masked-retrain] [options]"
-    parser.epilog = ("Two defects of the original are mended: its weights were 1 / (w + eps) with signed w, singular near -eps (here |w|), "
-                     "and its reweighted stage never stepped the cosine schedule (here every stage does).")
+    parser.epilog = ("Two defects of the original are mended: its weights were 1 / (w + eps) with signed w, singular\n"
+                     "near -eps (here |w|), and its reweighted stage never stepped the cosine schedule (here all do).")
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
     cifar100.add_options(parser.add_argument_group("data"))
     sparsity_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
-                       help="checkpoints whose logits are distilled on the same images: ours, or KAIST AI's (see teachers.py), "
-                            "such as " + next(iter(teachers.KAIST)))
+                       help="checkpoints whose logits are distilled on the same images: ours, or KAIST AI's (see "
+                            "teachers.py), such as " + next(iter(teachers.KAIST)))
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
         f"{stage} {EPOCHS[stage]}, {PEAK_LR['sgd'][stage]}" for stage in STAGES) + "; lr of adam 0.001")
@@ -131,7 +140,8 @@ def parse(argv=None) -> argparse.Namespace:
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
     if args.penalty == "magnitude" and (args.lam is not None or args.sparsity_type is not None):
-        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no --sparsity-type")
+        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no "
+                     "--sparsity-type")
     if args.cooldown and args.schedule != "constant":
         parser.error("--cooldown belongs to --schedule constant")
     if args.sizes is not None:
@@ -145,7 +155,8 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     chosen = plan.given(args)
     epochs = chosen.setdefault("epochs", EPOCHS[stage])
     chosen.setdefault("lr", PEAK_LR[args.optimizer or "sgd"][stage])
-    chosen["warmup_epochs"] = min(chosen.get("warmup_epochs", loop.Settings.warmup_epochs), epochs / 4) if args.warmup else 0
+    chosen["warmup_epochs"] = min(chosen.get("warmup_epochs", loop.Settings.warmup_epochs),
+                                  epochs / 4) if args.warmup else 0
     if args.mixup is not None:
         chosen["mixing"] = "mixup" if args.mixup else "none"
     if args.teacher:
@@ -197,13 +208,13 @@ def make_masks(args, model) -> reweighted_l1.Masks:
         ratios = reweighted_l1.prune_ratios(args.config_file, model)
         masks = reweighted_l1.ratio_masks(model, ratios, args.sparsity_type)
     else:
-        raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a --config-file, "
-                       "or a --target-sparsity")
+        raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
+                       "--config-file, or a --target-sparsity")
     return reweighted_l1.Masks(model, masks)
 
 
 def starting_point(stage: str, args) -> MobileNetV2:
-    """The model that a stage starts from: --start, else the stage before, else (for --rew, with a warning) random weights."""
+    """The model that a stage starts from: --start, the stage before, or (for --rew, with a warning) random weights."""
     if args.start and args.start.is_dir():
         model = MobileNetV2()
         try:
@@ -242,8 +253,10 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     def began():
         if processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            save_record({"stage": stage, "machine": describe_machine(device, processes), "train_images": len(data.labels),
-                         "settings": dataclasses.asdict(settings), "options": options}, args.run / f"{stage}.options.json")
+            save_record({"stage": stage, "machine": describe_machine(device, processes),
+                         "train_images": len(data.labels),
+                         "settings": dataclasses.asdict(settings), "options": options},
+                        args.run / f"{stage}.options.json")
 
     with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
         finished = loop.train(

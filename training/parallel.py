@@ -1,7 +1,9 @@
-"""A batch in shares: one for every worker thread of every process, each with gradients and BatchNorm statistics of its own.
+"""A batch in shares: one for every worker thread of every process, each with gradients and BatchNorm statistics of its
+own.
 
-Every share is normalised by its own statistics (Hoffer et al. 2017, "ghost batch normalization"); the running statistics
-are the mean of all. So P processes of W workers compute what one process of P W workers does, but for rounding.
+Every share is normalised by its own statistics (Hoffer et al. 2017, "ghost batch normalization"); the running
+statistics are the mean of all. So P processes of W workers compute what one process of P W workers does, but for
+rounding.
 """
 import contextlib
 import copy
@@ -103,9 +105,9 @@ def fast_on_a_cpu(model: nn.Module):
     """Within it, a step avoids what is slow on a CPU. The results are the same, or better.
 
     In bfloat16, depthwise convolutions with a stride compute in float32: oneDNN has no fast kernel for their input's
-    gradient (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step. They
-    read and write few elements, so float32 costs little. ReLU overwrites its input, the output of a BatchNorm, which nobody
-    else needs: 3% of a step.
+    gradient (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step.
+    They read and write few elements, so float32 costs little. ReLU overwrites its input, the
+    output of a BatchNorm, which nobody else needs: 3% of a step.
     """
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU) and not m.inplace]

@@ -23,20 +23,24 @@ class Settings:
     schedule: str = setting("cosine", ("cosine", "default", "constant"),
                             "cosine to zero; default: x0.1 at 1/2 and 3/4; constant, and --cooldown")
     warmup_epochs: float = setting(5, number(float, 0, 10**6), "linear warm-up, a quarter of the stage at most")
-    cooldown: float = setting(0, number(float, 0, 10**6), "with constant: epochs at the end in which it falls linearly to zero")
+    cooldown: float = setting(0, number(float, 0, 10**6),
+                              "with constant: epochs at the end in which it falls linearly to zero")
     weight_decay: float = setting(5e-4, number(float, 0, 1), "none on BatchNorm and biases")
     smoothing: float = setting(0.1, number(float, 0, 1), "of the labels; by default none beside a teacher")
-    augment: str = setting("trivial", ("trivial", "plain", "none"), "TrivialAugment, crop and flip; crop and flip; nothing")
+    augment: str = setting("trivial", ("trivial", "plain", "none"),
+                           "TrivialAugment, crop and flip; crop and flip; nothing")
     mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: a draw for every image")
     alpha: float = setting(0.3, number(float, 0.01, 1000), "of mixup's Beta distribution")
     clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
-    sizes: str = setting("32", str, "image sizes by share of the stage: 24:0.6,32 scales 60%% of its batches down to 24x24")
-    average: float | None = setting(None, number(float, 0, 1), "decay of the weight average a step; 0: no average; by default "
-                                    "a memory of 3%% of the steps made")
-    refresh: int = setting(10_000, number(int, 0, 10**6), "train images that renew the BatchNorm statistics of a result; 0: none")
+    sizes: str = setting("32", str, "image sizes by share of a stage: 24:0.6,32 scales 60%% of the batches to 24x24")
+    average: float | None = setting(None, number(float, 0, 1),
+                                    "decay of the weight average a step (a memory of 3%% of the steps); 0: none")
+    refresh: int = setting(10_000, number(int, 0, 10**6),
+                           "train images that renew the BatchNorm statistics of a result; 0: none")
     distill: float = setting(0.9, number(float, 0, 1), "the teachers' weight in the loss")
     temperature: float = setting(4.0, number(float, 0.01, 1000), "of the distillation")
-    teaching: str = setting("turns", ("turns", "mean"), "several teachers: one at each step in turn, or the mean of their probabilities")
+    teaching: str = setting("turns", ("turns", "mean"),
+                            "several teachers: one a step in turn, or the mean of their probabilities")
     seed: int = setting(0, number(int, 0, 2**62), "of everything that is drawn")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
@@ -67,10 +71,10 @@ def given(args) -> dict:
 
 
 def image_sizes(text: str) -> list[tuple[int, float]]:
-    """[(size, until what share of the stage)] of a schedule such as "24:0.6,32": 60% of the steps at 24x24, the others at 32x32.
+    """[(size, until what share of the stage)] of a schedule such as "24:0.6,32": 60% of the steps at 24x24, then 32x32.
 
-    Sizes are multiples of the network's stride, 8; each but the last has a share, and the last is the images' own size, 32.
-    Raises BadInput for anything else.
+    Sizes are multiples of the network's stride, 8; each but the last has a share, and the last is the images' own size,
+    32. Raises BadInput for anything else.
     """
     try:
         *parts, last = text.split(",")
@@ -82,8 +86,8 @@ def image_sizes(text: str) -> list[tuple[int, float]]:
     except ValueError:
         good = False
     if not good:
-        raise BadInput(f"image sizes {text!r}: expected multiples of 8 up to {IMAGE_SIZE} with their shares of the stage, and "
-                       f"{IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
+        raise BadInput(f"image sizes {text!r}: expected multiples of 8 up to {IMAGE_SIZE} with their shares of the "
+                       f"stage, and {IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
     return sizes
 
 
@@ -104,7 +108,7 @@ def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -
 
 
 def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
-    """Whether the rate has been constant, but for the warm-up, before this step, under the settings that a state holds."""
+    """Whether the rate has been constant, but for the warm-up, before this step, under a state's settings."""
     epochs, cooldown = settings.get("epochs"), settings.get("cooldown", 0)
     if settings.get("schedule") != "constant" or type(epochs) is not int or type(cooldown) not in (int, float):
         return False
@@ -114,20 +118,20 @@ def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
 class Plan:
     """Batches, learning rates and image sizes of a stage, step by step.
 
-    mine: this process's slice of a batch; shares: slices of that, one for each worker. epoch_steps, steps: of an epoch, of
-    the stage (what does not fill a batch waits for another epoch's order). lrs, sizes: of every step. updates: the steps at
-    which the penalty is updated. Raises BadInput for batches that cannot be.
+    mine: this process's slice of a batch; shares: slices of that, one for each worker. epoch_steps, steps: of an epoch,
+    of the stage (what does not fill a batch waits for another epoch's order). lrs, sizes: of every step. updates: the
+    steps at which the penalty is updated. Raises BadInput for batches that cannot be.
     """
 
     def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
         self.settings = settings
         self.batch_size = min(settings.batch_size, images)
         if self.batch_size % processes.count or settings.epochs < 1 or self.batch_size < 1:
-            raise BadInput(f"batch size {self.batch_size} and {settings.epochs} epochs: expected at least one epoch and a batch "
-                           f"that {processes.count} process(es) can share equally")
+            raise BadInput(f"batch size {self.batch_size} and {settings.epochs} epochs: expected at least one epoch "
+                           f"and a batch that {processes.count} process(es) can share equally")
         share = self.batch_size // processes.count
         if processes.count > 1 and settings.mixing != "none" and share % 2:
-            raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so this must be even")
+            raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so it must be even")
         self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
         self.shares = shares(share, settings.workers)
         self.epoch_steps = images // self.batch_size

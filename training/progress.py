@@ -10,30 +10,32 @@ from training.plan import Settings
 class Progress:
     """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`."""
 
-    def __init__(self, stage: str, epoch: int, epochs: int, first: int, total: int, batch_size: int, seconds: float, wanted: bool):
-        self.name, self.epochs, self.epoch, self.total, self.batch_size = stage, epochs, epoch, total, batch_size
-        self.seconds, self.bar = seconds if wanted else math.inf, None
-        if wanted and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    def __init__(self, stage, epoch: int, seconds: float):
+        self.stage, self.epoch = stage, epoch
+        self.last, self.at = stage.progress["step"] % stage.plan.epoch_steps, time.monotonic()
+        self.seconds, self.bar = seconds if stage.processes.first else math.inf, None
+        if stage.processes.first and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
-            self.bar = tqdm(total=total, initial=first, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
+            self.bar = tqdm(total=stage.plan.epoch_steps, initial=self.last, leave=False,
+                            desc=f"{stage.name} {epoch + 1}/{stage.settings.epochs}")
             self.seconds = 0.5
-        self.last, self.at = first, time.monotonic()
 
-    def step(self, done: int, stage, plan) -> None:
+    def step(self, done: int) -> None:
         """`done` of the epoch's steps are made."""
         now = time.monotonic()
         if now - self.at < self.seconds:  # reading the totals waits for the device: seldom
             return
+        stage, plan, epochs = self.stage, self.stage.plan, self.stage.settings.epochs
         rate = (done - self.last) / (now - self.at)
         loss, correct = (stage.totals * stage.processes.count / done).tolist()
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", refresh=False)
             self.bar.update(done - self.last)
         else:
-            step, at = stage.progress["step"], self.epoch + done / self.total
+            step, at = stage.progress["step"], self.epoch + done / plan.epoch_steps
             size, minutes = plan.sizes[step - 1], plan.to_come(step) / rate / 60
-            print(f"{self.name} epoch {at:.2f}/{self.epochs}: {rate * self.batch_size:,.0f} images/s at {size}x{size}, "
-                  f"lr {plan.lrs[step - 1]:.4g}, loss {loss:.4f}, train {correct:.2%}, {at / self.epochs:.1%} done, "
+            print(f"{stage.name} epoch {at:.2f}/{epochs}: {rate * plan.batch_size:,.0f} images/s at {size}x{size}, "
+                  f"lr {plan.lrs[step - 1]:.4g}, loss {loss:.4f}, train {correct:.2%}, {at / epochs:.1%} done, "
                   f"{minutes:,.0f} min left", flush=True)
         self.last, self.at = done, now
 

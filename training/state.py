@@ -23,8 +23,8 @@ AGAIN = "--no-resume starts the stage again"
 class State:
     """One file a part (weights, average, optimizer, penalty), and state.json.
 
-    state.json names the files of one moment with their SHA-256, carries a digest of itself, and is renamed into place after
-    they are written; whatever it does not name is left over from a kill and removed at the next save.
+    state.json names the files of one moment with their SHA-256, carries a digest of itself, and is renamed into place
+    after they are written; whatever it does not name is left over from a kill and removed at the next save.
     """
 
     def __init__(self, folder: Path, settings, **others):
@@ -48,9 +48,10 @@ class State:
         free = constant and set(changed) <= set(LENGTH) and constant(theirs, step) and constant(self.settings, step)
         if changed and not free:
             told = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
-            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to go on, or "
-                           "--no-resume to start it again, or another --run folder"
-                           + "; its length may change only while the learning rate is constant" * (set(changed) <= set(LENGTH)))
+            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to go on, "
+                           "or --no-resume to start it again, or another --run folder"
+                           + "; its length may change only while the learning rate is constant"
+                           * (set(changed) <= set(LENGTH)))
         return record["progress"], {part: self.read(part, device) for part in record["files"]}
 
     def read(self, part: str, device="cpu") -> dict:
@@ -71,14 +72,15 @@ class State:
             raise BadInput(f"{path}: not what a stage writes ({type(error).__name__}); {AGAIN}") from error
 
     def record(self) -> dict:
-        """state.json, checked: {"progress": {...}, "files": {part: name}, "sums": {part: SHA-256}, "settings": {...}}."""
+        """state.json, checked: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
         path = self.folder / "state.json"
         record = load_record(path, AGAIN)
         progress, files, sums, settings = (record.get(key) for key in ("progress", "files", "sums", "settings"))
         good = all(isinstance(each, dict) for each in (progress, files, sums, settings)) and files.keys() == sums.keys()
         good = good and all(isinstance(name, str) and name == Path(name).name for name in files.values())
         good = good and type(progress.get("step")) is int and progress["step"] >= 0
-        good = good and isinstance(progress.get("log"), list) and all(isinstance(line, dict) for line in progress["log"])
+        good = good and isinstance(progress.get("log"),
+                                   list) and all(isinstance(line, dict) for line in progress["log"])
         good = good and all(type(progress.get(key)) in (int, float) and math.isfinite(progress[key])
                             for key in ("loss", "correct", "seconds"))
         if not good:
@@ -88,7 +90,8 @@ class State:
     def save(self, progress: dict, parts: dict) -> None:
         files = {part: f"{part}-{progress['step']}.pt" for part in parts}
         sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
-        save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings}, self.folder / "state.json")
+        save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings},
+                    self.folder / "state.json")
         for path in self.folder.iterdir():
             if path.name not in (*files.values(), "state.json"):
                 path.unlink(missing_ok=True)

@@ -2,10 +2,10 @@
 
     python training/teachers.py [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
 
-Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon). They were trained on CIFAR-100's
-train set alone, so what is distilled from them still is. Their authors chose the epoch by test accuracy; a result that is
-distilled from them has to say so. The files are looked for in --folder, then in the environment variable TEACHERS_DIR, then
-in ./data.teachers, and downloaded to the last.
+Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon). They were trained on
+CIFAR-100's train set alone, so what is distilled from them still is. Their authors chose the epoch by test accuracy; a
+result that is distilled from them has to say so. The files are looked for in --folder, then in the environment variable
+TEACHERS_DIR, then in ./data.teachers, and downloaded to the last.
 
 A teacher takes the images that the student sees, normalised as cifar100.normalise does and of 32x32 pixels.
 """
@@ -61,12 +61,14 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)  # stored with stride 2 too, but used with stride 1 alone
+        # stored with stride 2 too, but used with stride 1 alone
+        self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
         self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
         self.residual = stride == 1
         self.shortcut = nn.Sequential()
         if self.residual and in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                                          nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
         out = swish(self.bn1(self.conv1(x)))
@@ -111,7 +113,8 @@ def load_micronet(path) -> Micronet:
     state = load_state(path)
     for key in [key for key in state if key.endswith(".mask")]:
         mask, weight = state.pop(key), key.removesuffix("mask") + "weight"
-        if weight not in state or not is_plain(mask) or not is_plain(state[weight]) or state[weight].shape != mask.shape:
+        fits = weight in state and is_plain(mask) and is_plain(state[weight]) and state[weight].shape == mask.shape
+        if not fits:
             raise BadInput(f"{path}: {key} belongs to no weight of its shape")
         state[weight] = state[weight] * mask
     model = Micronet()
@@ -138,7 +141,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def load(path) -> nn.Module:
-    """The teacher in a checkpoint file: one of KAIST's by its name or its keys, else one of ours. In eval mode, folded."""
+    """The teacher in a checkpoint file: one of KAIST's by its name or its keys, or ours. In eval mode, folded."""
     path = Path(path)
     if path.name in KAIST and not path.is_file():
         path = find() / path.name
@@ -151,7 +154,7 @@ def load(path) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- find and download
 
 def find(folder=None) -> Path:
-    """The folder that holds KAIST's four files: `folder`, else TEACHERS_DIR, else ./data.teachers, downloaded if missing.
+    """The folder of KAIST's four files: `folder`, else TEACHERS_DIR, else ./data.teachers, downloaded if missing.
 
     Raises BadInput if a folder that was given lacks one, or if the download fails or brings something else.
     """
@@ -166,7 +169,8 @@ def find(folder=None) -> Path:
             try:
                 cifar100.fetch(URL + name, part, name)
             except (OSError, http.client.HTTPException) as error:
-                raise BadInput(f"cannot download {URL + name} ({error}); point at a local folder with TEACHERS_DIR") from error
+                raise BadInput(f"cannot download {URL + name} ({error}); point at a local folder with "
+                               "TEACHERS_DIR") from error
             os.replace(part, start / name)
         if sha256(start / name) != digest:
             raise BadInput(f"{start / name}: its SHA-256 is not the published file's: damaged, or another network")
@@ -185,7 +189,8 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--folder", type=some_path, metavar="DIR", help="folder with the four files (default: $TEACHERS_DIR, else a download)")
+    parser.add_argument("--folder", type=some_path, metavar="DIR",
+                        help="folder with the four files (default: $TEACHERS_DIR, else a download)")
     cifar100.add_options(parser, made_up=False)
     args = parser.parse_args(argv)
     machine.prepare()
