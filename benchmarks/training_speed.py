@@ -135,10 +135,11 @@ def _measured(function, images: int, args: tuple) -> float:
 @contextlib.contextmanager
 def busy_neighbour():
     """Another process that multiplies matrices with two OpenMP threads, as most programs that use torch do."""
-    program = "import torch; torch.set_num_threads(2); x = torch.randn(512, 512)\nwhile True: torch.relu(x @ x)"
-    process = subprocess.Popen([sys.executable, "-c", program])
+    program = ("import torch; torch.set_num_threads(2); x = torch.randn(512, 512); print('busy', flush=True)\n"
+               "while True: torch.relu(x @ x)")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
-        time.sleep(5)  # until it has torch loaded
+        process.stdout.readline()  # it has torch loaded
         yield
     finally:
         process.kill()

@@ -294,7 +294,7 @@ def test_formats_that_8_bit_kernels_do_not_have(shipped):
     with torch.no_grad():
         tiny.layers[5].bn2.weight[tiny.layers[5].bn2.weight.abs().argmax()] = 2.0**-24  # the smallest float16
     graph = Codes(tiny, claim)
-    with pytest.raises(BadInput, match="layers.5.conv2: a shift of .* accumulator units does not fit 32 bits"):
+    with pytest.raises(BadInput, match="layers.5.conv2: a shift of .* units does not fit 32 bits"):
         graph.finished({})
 
 

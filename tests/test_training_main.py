@@ -390,7 +390,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------ bad options
 
 @pytest.mark.parametrize("options, said", (
-    ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"), ("--lr nan", "--lr nan"), ("--lr -1", "--lr"),
+    ("--epochs 0", "--epochs"), ("--batch-size 0", "--batch-size"), ("--lr nan", "--lr"), ("--lr -1", "--lr"),
     ("--average 2", "--average"), ("--seed -1", "--seed"), ("--made-up 1", "--made-up"), ("--arch resnet", "resnet"),
     ("--depth 18", "18"),
     ("--rew --masked-retrain", "one stage"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
@@ -484,7 +484,7 @@ def torchrun(options, folder):
 
 
 def test_torchrun_trains_what_one_process_of_two_workers_trains():
-    """All three stages, the real network, the same global batch; then one of them again.
+    """All three stages, the real network, the same global batch.
 
     test_loop.py compares to the fourth digit, on a network that allows it. The gradient of this one, at random weights,
     is known to 2% in float32 (one process and two, measured against float64) and large steps make that much more, so
@@ -506,7 +506,3 @@ def test_torchrun_trains_what_one_process_of_two_workers_trains():
         apart = sum((two[key] - one[key]).square().sum().item() for key in weights) ** 0.5
         went = sum((one[key] - init[key]).square().sum().item() for key in weights) ** 0.5
         assert apart < (0.2 if stage == "pretrain" else 0.01) * went, (stage, apart, went)
-    first = torch.load("two/pretrain.pt")
-    out = torchrun(options + " --pretrain --no-resume", "two")
-    assert "is there" not in out and out.count("pretrain: wrote") == 1
-    assert all(torch.equal(first[key], value) for key, value in torch.load("two/pretrain.pt").items())
