@@ -80,7 +80,7 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     if found.bits > bits:
         raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
     if "kind" in entry:
-        if entry["kind"] not in HALVES or bits != 16 or not is_half(parameter, entry["kind"]):
+        if str(entry["kind"]) not in HALVES or bits != 16 or not is_half(parameter, entry["kind"]):
             raise BadInput(f"the values are no {bits}-bit {entry['kind']}")
         return Grid(16, kind=entry["kind"])
     if step is None:

@@ -145,6 +145,7 @@ def test_wrong_claims(shipped):
         (changed(claim, "tensors", 2, step=[0.1, 0.2]), "layers.0.conv2.weight: claimed step"),
         (changed(claim, "tensors", 58, bits=15), "bn1.weight: the values need 16 bits"),
         (changed(claim, "tensors", 58, kind="bfloat16"), "bn1.weight: the values are no 16-bit bfloat16"),
+        (changed(claim, "tensors", 58, kind={"a": 1}), "bn1.weight: the values are no 16-bit {'a': 1}"),
         (changed(claim, "tensors", 58, kind="float8"), "bn1.weight: the values are no 16-bit float8"),
         (changed(claim, "tensors", 58, bits=17), "bn1.weight: the values are no 17-bit float16"),
         (changed(claim, "tensors", 59, bits=15), "bn1.bias: the values need 16 bits"),
