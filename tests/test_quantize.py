@@ -20,16 +20,17 @@ from torch import nn
 
 import cifar100
 import claims
+import evaluation
 import exact as exact_module
 import files
+import machine
 import quantize
 from files import load_json, save_record, sha256
 from formats import code_range, codes, fake_quantize, power_of_two_step
 from graph import activation_points, neighbours
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
-from scripts import run_script
 from quantize import SCHEMES, bit_table, calibrate, free_step
-
+from scripts import run_script
 
 
 def ladder(scheme):
@@ -657,6 +658,22 @@ def test_evaluate_by_hand():
     loss, correct = quantize.evaluate(Brightest(), cifar100.Images(images, labels))
     right = math.log(1 + 2 * math.exp(-3))
     assert correct == 65 and loss == pytest.approx(right + 3 * 5 / 70, rel=1e-6)
+
+
+def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
+    """Three batches for two threads: their means count as many images as they are of."""
+    data, found = cifar100.made_up(750, 0), []
+    for cores in (1, 2):
+        monkeypatch.setattr(machine, "cores", lambda: cores)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linspace(-1, 1, 12).view(4, 3, 1, 1))
+            model[0].bias.zero_()
+        evaluation.renew_statistics(model, data, 750, "plain", torch.Generator().manual_seed(0))
+        found.append(model[1])
+    assert not found[0].training and found[0].running_mean.abs().max() > 1e-3
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
 
 
 def test_the_training_record(tmp_path):
