@@ -96,13 +96,18 @@ def test_sections_are_what_is_counted(tiny):
     model, claim, path, sections = tiny
     counted = counting.storage(model, mnet.stated_formats(model, claim))
     assert sections["total"] == path.stat().st_size == sum(size for kind, size in sections.items() if kind != "total")
-    filled = len(weight_layers(model))
-    for kind in ("weights", "masks"):
-        assert 0 <= sections[kind] - counted[kind] / 8 < filled
+    bits, parts = {entry["name"]: entry["bits"] for entry in claim["tensors"]}, []
+    for name, layer in weight_layers(model):
+        n, stored, width = layer.weight.numel(), int(layer.weight.count_nonzero()), bits[f"{name}.weight"]
+        masked = stored * width + n < n * width
+        parts.append((stored * width if masked else n * width, n if masked else 0))
+    assert (counted["weights"], counted["masks"]) == tuple(map(sum, zip(*parts)))
+    whole = [(-(-values // 8), -(-mask // 8)) for values, mask in parts]  # each filled up to a byte
+    assert (sections["weights"], sections["masks"]) == tuple(map(sum, zip(*whole)))
     for kind in ("batchnorm", "biases"):
         assert sections[kind] == counted[kind] / 8
     assert (sections["header"], sections["checksum"]) == (16, 32)
-    convolutions = filled - 1  # each with a scale, which has no step, and a shift
+    convolutions = len(parts) - 1  # each with a scale, which has no step, and a shift
     assert sections["steps"] == 2 * (55 + 3 * convolutions + 2)
     assert counted["steps"] == 32 * (55 + 2 * convolutions + 2)
 
