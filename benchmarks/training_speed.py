@@ -218,47 +218,56 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main(argv=None) -> int:
+def parse(argv=None):
     parser = command_line(__doc__)
     parser.add_argument("--images", type=number(int, 1, 10**6),
                         help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
-    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 64)")
+    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 128)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
     parser.add_argument("--modes", nargs="+", choices=MODES,
                         help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
-    if args.json:
-        try_to_write(args.json)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    cuda = device.type == "cuda"
-    args.images, args.batch_size = args.images or (50_000 if cuda else 1280), args.batch_size or (512 if cuda else 64)
+    args.cuda = torch.cuda.is_available() and not args.no_cuda
+    args.images = args.images or (50_000 if args.cuda else 1280)
+    args.batch_size = args.batch_size or (512 if args.cuda else 128)
     if args.images < 2 * args.batch_size:
         parser.error(f"--images {args.images}: expected at least two batches of {args.batch_size}")
     args.images -= args.images % args.batch_size  # what does not fill a batch is not trained on
-    args.modes = args.modes or (MODES[:3] if cuda else MODES[:1])
+    args.modes = args.modes or (MODES[:3] if args.cuda else MODES[:1])
+    return args
+
+
+def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int) -> dict[str, list[float]]:
+    """{loop: images a second in each round}; on a CPU both loops beside a busy process, too."""
+    small = dataclasses.replace(settings, sizes="24:0.999999,32")
+    kinds = {"plain": (plain_epoch, settings.batch_size, device), "ours": (our_epoch, settings, device),
+             "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
+             "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
+    if device.type == "cpu":
+        kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours")}
+    speeds = {name: [] for name in kinds}
+    for turn in range(rounds):
+        for name, kind in kinds.items():
+            with busy_neighbour() if "busy" in name else contextlib.nullcontext():
+                speeds[name].append(images / in_a_process(kind[0], images, *kind[1:]))
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()),
+              flush=True)
+    return speeds
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    if args.json:
+        try_to_write(args.json)
+    device = torch.device("cuda" if args.cuda else "cpu")
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
                                    "--mixing", "none", "--refresh", "0"])
     settings = training_main.settings_for("pretrain", options, device)
-    small = dataclasses.replace(settings, sizes="24:0.999999,32")
     where = training_main.describe_machine(device, loop.Processes())
     print(f"{where}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    kinds = {"plain": (plain_epoch, args.batch_size, device), "ours": (our_epoch, settings, device),
-             "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
-             "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
-    beside = {} if cuda else {"plain, beside a busy process": kinds["plain"],
-                              "ours, beside a busy process": kinds["ours"]}
-    speeds = {name: [] for name in (*kinds, *beside)}
-    for turn in range(args.rounds):
-        for name, kind in kinds.items():
-            speeds[name].append(args.images / in_a_process(kind[0], args.images, *kind[1:]))
-        for name, kind in beside.items():
-            with busy_neighbour():
-                speeds[name].append(args.images / in_a_process(kind[0], args.images, *kind[1:]))
-        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()),
-              flush=True)
-    ratios = {}
+    speeds, ratios, steps, limit = compare(settings, device, args.images, args.rounds), {}, {}, None
     for name, (above, below) in RATIOS.items():
         if above in speeds:
             ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
@@ -266,17 +275,13 @@ def main(argv=None) -> int:
 
     machine.prepare()
     data = cifar100.made_up(args.images, seed=0, device=device)
-    steps = {}
     for mode in args.modes:
         steps[mode] = parts = step_parts(data, settings, device, mode)
-        whole = sum(seconds for part, seconds in parts.items() if part != "whole")
+        shown = {part: seconds for part, seconds in parts.items() if part != "whole"}
         print(f"step, {mode}: {1000 * parts['whole']:.2f} ms, {args.batch_size / parts['whole']:,.0f} images/s; by "
-              "part "
-              + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / whole:.2%})" for part, seconds in parts.items()
-                          if part != "whole"),
-              flush=True)
-    limit = None
-    if cuda:
+              "part " + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / sum(shown.values()):.2%})"
+                          for part, seconds in shown.items()), flush=True)
+    if args.cuda:
         bandwidth, moved = copy_bandwidth(device), bytes_to_move(settings)
         limit = {"copy_bytes_per_second": bandwidth, "bytes_per_image": moved, "images_per_second": bandwidth / moved}
         print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are "
@@ -284,8 +289,8 @@ def main(argv=None) -> int:
               f"{statistics.median(speeds['ours']) * moved / bandwidth:.1%}")
     if args.json:
         save_json({"machine": where, "images": args.images, "batch_size": args.batch_size,
-                   "precision": settings.precision,
-                   "images_per_second": speeds, "ratios": ratios, "steps": steps, "limit": limit}, args.json)
+                   "precision": settings.precision, "images_per_second": speeds, "ratios": ratios, "steps": steps,
+                   "limit": limit}, args.json)
     return 0
 
 
