@@ -327,8 +327,8 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     tests = cifar100.Images(test_data.images.to(device), test_data.labels.to(device))
     model = model.to(device, memory_format=torch.channels_last)
     settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
-                             warmup_epochs=min(1, args.epochs / 4), augment=args.augment, mixing=args.mixing,
-                             seed=args.seed)
+                             warmup_epochs=min(1, args.epochs / 4), smoothing=0.0 if args.teacher else 0.1,
+                             augment=args.augment, mixing=args.mixing, seed=args.seed)
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
     teacher = teachers.load(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
     folder = Path(args.checkpoint).parent
