@@ -68,8 +68,7 @@ def test_what_is_avoided_on_a_cpu():
         with torch.autocast("cpu", torch.bfloat16):
             first = model[0](x)
             strided, other = model[1](first), model[2](first)
-            # in place
-            assert model[3](copied := first.detach().clone()) is copied and torch.equal(copied, first.relu())
+            assert torch.equal(model[3](first), first.relu())  # without a BatchNorm before it: as it was
             model[1](first.detach()).float().square().sum().backward()  # the way of a training step
     assert first.dtype == strided.dtype == other.dtype == torch.bfloat16
     wanted = model[1](first.float())

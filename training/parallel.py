@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from graph import points
+from training.batchnorm import BatchNorm
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -102,23 +105,27 @@ class InFloat32:
 
 @contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
-    """Within it, a step avoids what is slow on a CPU. The results are the same, or better.
+    """Within it, a step avoids what is slow on a CPU. The results are the same, but for rounding, or better.
 
     In bfloat16, depthwise convolutions with a stride compute in float32: oneDNN has no fast kernel for their input's
     gradient (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step.
-    They read and write few elements, so float32 costs little. ReLU overwrites its input, the
-    output of a BatchNorm, which nobody else needs: 3% of a step.
+    They read and write few elements, so float32 costs little. A BatchNorm and the ReLU behind it are one function
+    (batchnorm.py), where there is a compiler and the graph says which belong together.
     """
-    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
-    relus = [m for m in model.modules() if isinstance(m, nn.ReLU) and not m.inplace]
-    for conv in strided:
-        conv.__class__ = type("InFloat32", (InFloat32, type(conv)), {})
-    for relu in relus:
-        relu.inplace = True
+    changed = [(m, type("InFloat32", (InFloat32, type(m)), {})) for m in model.modules()
+               if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
+    norms = {module: False for module in model.modules() if type(module) is nn.BatchNorm2d}
+    with contextlib.suppress(Exception):  # a network that cannot be followed keeps its ReLUs
+        for point in points(model):
+            if point.rectified and len(point.branches) == 1 and point.branches[0].norm:
+                norms[model.get_submodule(point.branches[0].norm)] = True
+                changed.append((model.get_submodule(point.name), nn.Identity))
+    changed += [(norm, type("BatchNorm", (BatchNorm,), {"relu": relu})) for norm, relu in norms.items()]
+    before = [(module, type(module)) for module, _ in changed]
+    for module, other in changed:
+        module.__class__ = other
     try:
         yield
     finally:
-        for conv in strided:
-            conv.__class__ = type(conv).__bases__[1]
-        for relu in relus:
-            relu.inplace = False
+        for module, own in before:
+            module.__class__ = own

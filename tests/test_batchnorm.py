@@ -1,0 +1,103 @@
+"""The compiled BatchNorm beside PyTorch's in float64, and what happens where there is no compiler."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mobilenet_v2 import MobileNetV2
+from training import batchnorm
+from training.parallel import fast_on_a_cpu
+
+compiled = pytest.mark.skipif(batchnorm.library(torch.float32) is None, reason="there is no C compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+
+
+def pair(channels: int, relu: bool) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
+    """(PyTorch's in float64, ours)."""
+    torch.manual_seed(channels)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.running_mean)
+    ours = copy.deepcopy(norm)
+    ours.__class__, ours.relu = batchnorm.BatchNorm, relu
+    return norm.double(), ours
+
+
+def maps(*shape, dtype=torch.float32):
+    x = torch.randn(shape) * (0.2 + torch.rand(shape[1]))[:, None, None] + torch.randn(shape[1])[:, None, None]
+    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (3, 40, 12, 12), (2, 1248, 3, 3), (1, 1, 1, 130)))
+def test_it_is_batchnorm_with_relu(shape, relu, dtype):
+    norm, ours = pair(shape[1], relu)
+    x = maps(*shape, dtype=dtype)
+    double = x.detach().double().requires_grad_()
+    wanted = norm(double)
+    clear = wanted.detach().abs() > 0.05  # elsewhere rounding decides what the ReLU lets through
+    wanted = wanted.relu() if relu else wanted
+    found = ours(x)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    error, tolerance = (found - wanted).detach().abs(), TOLERANCE[dtype]
+    assert error.max() <= tolerance * wanted.abs().max()
+    gradient = torch.randn(shape).to(dtype) * clear
+    wanted.backward(gradient.double())
+    found.backward(gradient)
+    for mine, theirs in ((x.grad, double.grad), (ours.weight.grad, norm.weight.grad), (ours.bias.grad, norm.bias.grad),
+                         (ours.running_mean, norm.running_mean), (ours.running_var, norm.running_var)):
+        assert (mine - theirs).abs().max() <= 2 * tolerance * theirs.abs().max() + 1e-6
+    assert ours.num_batches_tracked == norm.num_batches_tracked == 1
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_not_finite_stays_so(dtype):
+    x = maps(2, 8, 4, 4, dtype=dtype)
+    with torch.no_grad():
+        x[0, 3, 0, 0] = torch.nan
+    ours = pair(8, relu=True)[1]
+    y = ours(x)
+    assert y[:, 3].isnan().all() and y[:, :3].isfinite().all()
+    y.sum().backward()
+    assert x.grad[:, 3].isnan().all() and x.grad[:, :3].isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("precision", (torch.float32, torch.bfloat16))
+def test_a_step_of_the_network_is_the_same_without_a_compiler(precision, monkeypatch):
+    """Logits, statistics, the last layer's gradient: rounding stirs those of layers further in (see test_loop.py)."""
+    x, found = maps(4, 3, 16, 16).detach(), []
+    for there in (True, False):
+        with monkeypatch.context() as patch:
+            if not there:
+                patch.setattr(batchnorm, "library", lambda dtype: None)
+            torch.manual_seed(0)
+            model = MobileNetV2(width=0.5).to(memory_format=torch.channels_last).train()
+            kinds = [type(module) for module in model.modules()]
+            with fast_on_a_cpu(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                fused = [module.relu for module in model.modules() if isinstance(module, batchnorm.BatchNorm)]
+                out = model(x)
+                out.float().logsumexp(1).mean().backward()
+            assert [type(module) for module in model.modules()] == kinds
+            assert len(fused) == 57 and sum(fused) == 36 and sum(kind is nn.ReLU for kind in kinds) == 36
+            found.append((out.float(), model.linear.weight.grad, model.bn2.running_var, model.bn1.running_mean))
+    for one, other in zip(*found):
+        assert (one - other).abs().max() <= (1e-3 if precision == torch.float32 else 0.2) * other.abs().max()
+
+
+@compiled
+def test_in_eval_mode_it_is_pytorchs():
+    norm, ours = pair(8, relu=True)
+    x = maps(2, 8, 4, 4)
+    assert torch.allclose(ours.eval()(x).double(), norm.eval()(x.double()).relu(), atol=1e-5)
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert batchnorm.library.__wrapped__(torch.float32) is None
+    assert batchnorm.library.__wrapped__(torch.float16) is None
