@@ -312,6 +312,17 @@ def accumulators(m: Measured) -> str:
 TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators)
 
 
+def stage_table(lines: list[dict]) -> str:
+    """How a stage went, from its log: the epochs whose accuracy was measured, and the last one."""
+    rows = []
+    for line in lines:
+        if "test_accuracy" in line or line is lines[-1]:
+            accuracy = f"{line['test_accuracy']:.2%}" if "test_accuracy" in line else "-"
+            rows.append((line["epoch"], f"{line['seconds'] / 60:.0f}", line["lr"], line["size"], f"{line['loss']:.4f}",
+                         f"{line['accuracy']:.2%}", accuracy))
+    return table(("epoch", "minutes", "learning rate", "images' size", "loss", "train", "average, test"), rows)
+
+
 def training_table(measured: dict) -> str:
     """Median images a second of every loop, the ratios, and where a step's time goes in the first mode measured."""
     rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f}")
@@ -372,6 +383,9 @@ def tables(measured: Measured) -> dict[str, str]:
     for make in TABLES:
         with contextlib.suppress(KeyError):  # packed.py and others add their parts to the claim later
             contents[make.__name__] = make(measured)
+    trunk = HERE / "training" / "logs" / "two-cores" / "pretrain.jsonl"
+    if trunk.is_file():
+        contents["trunk"] = stage_table(load_lines(trunk))
     for name, (file, make) in BENCHMARKS.items():
         if (HERE / "benchmarks" / file).is_file():
             contents[name] = make(load_json(HERE / "benchmarks" / file))

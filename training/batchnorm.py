@@ -1,7 +1,7 @@
 """Training BatchNorm with the ReLU behind it in one function on a CPU, forward and backward, compiled from batchnorm.c.
 
-PyTorch's takes 13 passes over memory where 8 are enough, and half of a bfloat16 step is such passes. The C compiler is
-called once a process (CC, or cc; a second or two); where there is none, everything stays PyTorch's.
+PyTorch's pair takes 13 passes over memory where 8 are enough, and a third of a bfloat16 step is such passes. The C
+compiler is called once a process (CC, or cc; a second or two); where there is none, everything stays PyTorch's.
 """
 import ctypes
 import functools
