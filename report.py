@@ -341,9 +341,11 @@ def depthwise_table(measured: dict) -> str:
     rows = []
     for what, stride in (("14 without a stride", 1), ("3 with a stride", 2)):
         chosen = [row for row in measured["shapes"] if row["stride"] == stride]
-        rows.append((what, *(f"{1000 * sum(row[f'{precision} channels-last'][part] for row in chosen):.1f}"
-                             for precision in ("bfloat16", "float32") for part in ("forward", "backward"))))
-    return table(("depthwise convolutions", "bfloat16, forward", "backward", "float32, forward", "backward"), rows)
+        rows.append((what, *(f"{1000 * sum(row[name][part] for row in chosen):.1f}"
+                             for name in ("bfloat16 channels-last", "float32 channels-last", "bfloat16 compiled")
+                             for part in ("forward", "backward"))))
+    return table(("depthwise convolutions", "bfloat16, forward", "backward", "float32, forward", "backward",
+                  "compiled, bfloat16, forward", "backward"), rows)
 
 
 def inference_table(measured: dict) -> str:

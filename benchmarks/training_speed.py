@@ -7,9 +7,9 @@ normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py`
 whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a
 thread with a share of the batch for each core. Both train the same network with the same augmentation and batch on the
 same images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, without the
-compiled BatchNorm, and both loops beside another process that keeps two threads busy. Every measurement has a process
-of its own: the allocator is told something else in each. Rounds alternate and the median ratio counts, so that whatever
-else runs on the machine slows all; only the ratios mean anything.
+compiled functions (training/kernels.c), and both loops beside another process that keeps two threads busy. Every
+measurement has a process of its own: the allocator is told something else in each. Rounds alternate and the median
+ratio counts, so that whatever else runs on the machine slows all; only the ratios mean anything.
 
 Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network
 eager (on a CPU: in one of its threads), or under torch.compile's mode of that name ("default"; "reduce-overhead"
@@ -41,7 +41,7 @@ from files import save_json, try_to_write  # noqa: E402
 from graph import trace  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import batchnorm, loop, main as training_main, teachers  # noqa: E402
+from training import kernels, loop, main as training_main, teachers  # noqa: E402
 
 
 # How often a training step has to read or write every convolution's output, with all that can be fused fused:
@@ -51,12 +51,12 @@ from training import batchnorm, loop, main as training_main, teachers  # noqa: E
 #             BatchNorm reads this gradient and the output for its sums, and again for the gradient that it writes;
 #             the convolution reads that twice, for its input's gradient and for its weights'                          9
 PASSES = 14
-OWN_NORM = "ours, 24x24, PyTorch's BatchNorm"
+PYTORCHS = "ours, 24x24, PyTorch's functions"
 RATIOS = {  # name: (speed, beside which)
     "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
     "training without a teacher beside one with": ("ours", "ours, with a teacher"),
     "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
-    "the compiled BatchNorm beside PyTorch's, at 24x24": ("ours, 24x24", OWN_NORM),
+    "the compiled functions beside PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
     "the plain loop alone, and beside a busy process": ("plain", "plain, beside a busy process"),
     "training alone, and beside a busy process": ("ours", "ours, beside a busy process")}
 MODES = ("eager", "default", "reduce-overhead", "max-autotune")
@@ -107,7 +107,7 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
     """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not."""
     machine.prepare()
     if not compiled:
-        batchnorm.library = lambda dtype: None
+        kernels.library = lambda dtype: None
     torch.manual_seed(0)
     model = MobileNetV2().to(device, memory_format=torch.channels_last)
     teacher = teachers.fold_batchnorm(teachers.Micronet().eval()).to(device, memory_format=torch.channels_last)
@@ -251,7 +251,7 @@ def compare(settings: loop.Settings, device: torch.device, images: int, rounds: 
              "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
              "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
     if device.type == "cpu":
-        kinds[OWN_NORM] = our_epoch, small, device, False, False
+        kinds[PYTORCHS] = our_epoch, small, device, False, False
         kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours")}
     speeds = {name: [] for name in kinds}
     for turn in range(rounds):

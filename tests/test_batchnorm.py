@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from mobilenet_v2 import MobileNetV2
-from training import batchnorm
+from training import batchnorm, kernels
 from training.parallel import fast_on_a_cpu
 
-compiled = pytest.mark.skipif(batchnorm.library(torch.float32) is None, reason="there is no C compiler")
+compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
 
@@ -70,12 +70,13 @@ def test_what_is_not_finite_stays_so(dtype):
 @compiled
 @pytest.mark.parametrize("precision", (torch.float32, torch.bfloat16))
 def test_a_step_of_the_network_is_the_same_without_a_compiler(precision, monkeypatch):
-    """Logits, statistics, the last layer's gradient: rounding stirs those of layers further in (see test_loop.py)."""
+    """Logits, statistics, the last layer's gradient: rounding stirs those of layers further in (see test_loop.py). In
+    bfloat16 they are as near to float32's as without it."""
     x, found = maps(4, 3, 16, 16).detach(), []
-    for there in (True, False):
+    for there, precision in ((True, precision), (False, precision), (False, torch.float32)):
         with monkeypatch.context() as patch:
             if not there:
-                patch.setattr(batchnorm, "library", lambda dtype: None)
+                patch.setattr(kernels, "library", lambda dtype: None)
             torch.manual_seed(0)
             model = MobileNetV2(width=0.5).to(memory_format=torch.channels_last).train()
             kinds = [type(module) for module in model.modules()]
@@ -86,8 +87,8 @@ def test_a_step_of_the_network_is_the_same_without_a_compiler(precision, monkeyp
             assert [type(module) for module in model.modules()] == kinds
             assert len(fused) == 57 and sum(fused) == 36 and sum(kind is nn.ReLU for kind in kinds) == 36
             found.append((out.float(), model.linear.weight.grad, model.bn2.running_var, model.bn1.running_mean))
-    for one, other in zip(*found):
-        assert (one - other).abs().max() <= (1e-3 if precision == torch.float32 else 0.2) * other.abs().max()
+    for ours, theirs, exact in zip(*found):
+        assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3 * exact.norm()
 
 
 @compiled
@@ -99,5 +100,5 @@ def test_in_eval_mode_it_is_pytorchs():
 
 def test_without_a_compiler_there_is_no_library(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert batchnorm.library.__wrapped__(torch.float32) is None
-    assert batchnorm.library.__wrapped__(torch.float16) is None
+    assert kernels.library.__wrapped__(torch.float32) is None
+    assert kernels.library.__wrapped__(torch.float16) is None

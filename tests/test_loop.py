@@ -53,6 +53,7 @@ VARIANTS = {  # optimizer, form of the penalty, masks, weight average; "taught" 
     "taught": ("sgd", "proximal", False, None),
     "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9),
             "proximal": ("sgd", "proximal", False, 0.9),
+    "muon+masks": ("muon", None, True, 0.9),
     "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
 
 
@@ -333,7 +334,7 @@ def test_bfloat16_and_odd_batches_train(tmp_path):
     assert log(tmp_path)[-1]["step"] == 12
 
 
-@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+@pytest.mark.parametrize("optimizer", ("sgd", "adam", "muon"))
 @pytest.mark.parametrize("average", (0.0, 0.9))
 def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
     """After every step, in the weights and in their average, whatever momentum and weight decay do."""

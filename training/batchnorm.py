@@ -1,51 +1,19 @@
-"""Training BatchNorm with the ReLU behind it in one function on a CPU, forward and backward, compiled from batchnorm.c.
+"""Training BatchNorm with the ReLU behind it in one function on a CPU, forward and backward, compiled from kernels.c.
 
-PyTorch's pair takes 13 passes over memory where 8 are enough, and a third of a bfloat16 step is such passes. The C
-compiler is called once a process (CC, or cc; a second or two); where there is none, everything stays PyTorch's.
+PyTorch's pair takes 13 passes over memory where 8 are enough, and a third of a bfloat16 step is such passes.
 """
-import ctypes
-import functools
-import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SOURCE = Path(__file__).with_name("batchnorm.c")
+from training import kernels
+
 MOST = 4096  # channels
-FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled functions for values of this type; None without a compiler."""
-    if dtype not in FLAGS:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, "batchnorm.so"))
-        # narrower vectors than the widest leave fewer channels over: the stem has 40
-        narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
-        command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow,
-                   *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            return ctypes.CDLL(file)  # which leaves Python's lock while it computes
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-
-def call(name: str, x: torch.Tensor, *args) -> None:
-    """A function of batchnorm.c, for x's type."""
-    converted = [ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor) else arg for arg in (x, *args)]
-    getattr(library(x.dtype), name)(*converted)
-
-
-def size(x: torch.Tensor) -> tuple[ctypes.c_long, ctypes.c_long]:
-    return ctypes.c_long(x.numel() // x.shape[1]), ctypes.c_long(x.shape[1])
+def size(x: torch.Tensor) -> tuple[int, int]:
+    """(rows, channels)"""
+    return x.numel() // x.shape[1], x.shape[1]
 
 
 class Normalise(torch.autograd.Function):
@@ -55,11 +23,11 @@ class Normalise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, origin, eps, relu):
         x = x.contiguous(memory_format=torch.channels_last)
         y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        call("statistics", x, *size(x), origin, mean, var)
+        kernels.call("statistics", x, *size(x), origin, mean, var)
         inverse = (var + eps).rsqrt()
         a = weight * inverse
         b = bias - mean * a
-        call("forward", x, y, *size(x), a, b, int(relu))
+        kernels.call("forward", x, y, *size(x), a, b, int(relu))
         ctx.save_for_backward(x, a, b, mean, inverse)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, var)
@@ -70,11 +38,11 @@ class Normalise(torch.autograd.Function):
         x, a, b, mean, inverse = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dbias, product = torch.empty_like(x), torch.empty_like(a), torch.empty_like(a)
-        call("gradient_sums", x, dy, *size(x), a, b, mean, int(ctx.relu), dbias, product)
+        kernels.call("gradient_sums", x, dy, *size(x), a, b, mean, int(ctx.relu), dbias, product)
         rows = x.numel() // x.shape[1]
         # dx = a (dz - mean dz - (x - mean) inverse^2 mean(dz (x - mean))), of what arrives, dz
         k = -a * inverse * inverse * product / rows
-        call("gradient", x, dy, dx, *size(x), a, b, k, -a * dbias / rows - k * mean, int(ctx.relu))
+        kernels.call("gradient", x, dy, dx, *size(x), a, b, k, -a * dbias / rows - k * mean, int(ctx.relu))
         return dx, product * inverse, dbias, None, None, None
 
 
@@ -84,7 +52,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-        if not self.training or self.num_features > MOST or library(x.dtype) is None:
+        if not self.training or self.num_features > MOST or kernels.library(x.dtype) is None:
             y = super().forward(x)
             return F.relu(y, inplace=True) if self.relu else y
         y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps, self.relu)

@@ -22,6 +22,7 @@ import machine
 from evaluation import evaluate, renew_statistics
 from files import load_lines, save_tensors, save_text
 from mobilenet_v2 import BadInput, weight_layers
+from training.muon import Muon
 from training.parallel import Processes, Replicas, fast_on_a_cpu
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
@@ -97,7 +98,7 @@ class Stage:
         self.plan = Plan(settings, len(data), processes, penalty_updates)
         self.average = copy.deepcopy(model) if settings.average != 0 else None
         self.replicas = Replicas(model, len(self.plan.shares))
-        self.optimizer = make_optimizer(settings, model)
+        self.optimizer = make_optimizer(settings, model, masks)
         parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty}
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
@@ -275,8 +276,11 @@ class Stage:
         return result.eval()
 
 
-def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: Settings, model: nn.Module, masks=None) -> torch.optim.Optimizer:
     """Weight decay on the weights of convolutions and the linear layer; none on BatchNorm and biases."""
+    if settings.optimizer == "muon":
+        kept = dict(zip(masks.weights, masks.factors)) if masks else {}
+        return Muon(model, settings.lr, settings.turn, settings.weight_decay, kept, getattr(torch, settings.precision))
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -284,7 +288,7 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
     if settings.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=settings.lr)
-    raise BadInput(f"unknown optimizer {settings.optimizer!r}; known: sgd, adam")
+    raise BadInput(f"unknown optimizer {settings.optimizer!r}; known: sgd, adam, muon")
 
 
 def generator_for(seed: int, *names) -> torch.Generator:

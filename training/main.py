@@ -36,6 +36,7 @@ STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"sgd": {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}, "adam": dict.fromkeys(STAGES, 1e-3)}
+PEAK_LR["muon"] = PEAK_LR["sgd"]  # of what it leaves to SGD
 # the submission's names of settings
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")

@@ -15,6 +15,7 @@ from torch import nn
 
 from graph import points
 from training.batchnorm import BatchNorm
+from training.depthwise import Depthwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,27 +94,14 @@ class Replicas:
             self.spread()
 
 
-class InFloat32:
-    """A convolution that computes in float32 under a CPU's autocast, and returns bfloat16."""
-
-    def forward(self, x):
-        if not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).bfloat16()
-
-
 @contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
     """Within it, a step avoids what is slow on a CPU. The results are the same, but for rounding, or better.
 
-    In bfloat16, depthwise convolutions with a stride compute in float32: oneDNN has no fast kernel for their input's
-    gradient (benchmarks/depthwise_shapes.py), and three of the network's 57 convolutions took two fifths of a step.
-    They read and write few elements, so float32 costs little. A BatchNorm and the ReLU behind it are one function
-    (batchnorm.py), where there is a compiler and the graph says which belong together.
+    Depthwise convolutions, and BatchNorm with the ReLU behind it where the graph says which belong together, are
+    compiled functions where there is a compiler (depthwise.py, batchnorm.py).
     """
-    changed = [(m, type("InFloat32", (InFloat32, type(m)), {})) for m in model.modules()
-               if isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.stride) > 1]
+    changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
     norms = {module: False for module in model.modules() if type(module) is nn.BatchNorm2d}
     with contextlib.suppress(Exception):  # a network that cannot be followed keeps its ReLUs
         for point in points(model):

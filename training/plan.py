@@ -18,7 +18,10 @@ class Settings:
     """What decides the result of a stage. A state is only resumed under equal settings (but see training/state.py)."""
     epochs: int = setting(dataclasses.MISSING, number(int, 1, 10**6), "of a stage")
     batch_size: int = setting(512, number(int, 1, 10**6), "images a step, of all processes together")
-    optimizer: str = setting("sgd", ("sgd", "adam"), "Nesterov SGD, momentum 0.9; or AdamW")
+    optimizer: str = setting("sgd", ("sgd", "adam", "muon"),
+                             "Nesterov SGD, momentum 0.9; AdamW; or Muon for convolutions and SGD for the rest")
+    turn: float = setting(0.01, number(float, 0, 1),
+                          "with muon: radians that a step turns a convolution's weights by, at the peak learning rate")
     lr: float = setting(0.4, number(float, 0, 100), "peak learning rate")
     schedule: str = setting("cosine", ("cosine", "default", "constant"),
                             "cosine to zero; default: x0.1 at 1/2 and 3/4; constant, and --cooldown")

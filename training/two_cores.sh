@@ -4,7 +4,8 @@
 #   bash training/two_cores.sh pretrain --max-minutes 150   the dense trunk: constant rate, 24x24, four teachers, no end of its own
 #   bash training/two_cores.sh dense                        the dense baseline: a cooldown of 5 epochs that branches off the trunk
 #   bash training/two_cores.sh rew                          reweighted L1, from the trunk
-#   bash training/two_cores.sh masked                       masked retraining; bash run.sh ship $RUN at every pause
+#   bash training/two_cores.sh sparse                       a sparse network to ship meanwhile: a cooldown of 5 epochs as well
+#   bash training/two_cores.sh masked                       masked retraining; bash run.sh ship $RUN once it cools down
 #
 # RUN is the run folder (runs/two-cores). Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
 #   bash training/two_cores.sh pretrain --start training/dense.pt --start-epoch E
@@ -22,9 +23,10 @@ options="--batch-size 128 --lr 0.1 --schedule constant --augment plain --refresh
 case $stage in
     pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
     dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --warmup-epochs 0 --sizes 24:0.4,32 $options" ;;
-    rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 16 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
-    masked) options="--masked-retrain --run-folder $run --epochs 100 --cooldown 33 --warmup-epochs 1 --target-sparsity 0.795 --sizes 24:0.5,32 $options" ;;
-    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, masked" >&2; exit 2 ;;
+    rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 13 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
+    sparse) options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.4,32 --optimizer muon $options" ;;
+    masked) options="--masked-retrain --run-folder $run --epochs 140 --cooldown 45 --warmup-epochs 1 --target-sparsity 0.795 --sizes 24:0.5,32 --optimizer muon $options" ;;
+    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked" >&2; exit 2 ;;
 esac
 # shellcheck disable=SC2086
 exec "$python" training/main.py $options "$@"

@@ -1,0 +1,112 @@
+"""Muon's steps: orthogonal, of the length that is asked for, within the masks; and SGD for all that it leaves."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mobilenet_v2 import MobileNetV2, weight_layers
+from training.muon import Muon, mixes_channels, orthogonal
+from training.reweighted_l1 import Masks, target_masks
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8, bias=False),
+                         nn.BatchNorm2d(8), nn.Conv2d(8, 20, 1, bias=False), nn.BatchNorm2d(20), nn.Flatten(),
+                         nn.Linear(20 * 4 * 4, 5))
+
+
+def with_gradients(model: nn.Module, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("shape", ((30, 30), (12, 50), (50, 12), (1, 7)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scale", (1e-6, 1.0, 1e6))
+def test_singular_values_come_near_one(shape, dtype, scale):
+    torch.manual_seed(0)
+    matrix = scale * torch.randn(shape)
+    found = orthogonal(matrix, dtype)
+    assert found.shape == matrix.shape and found.dtype == torch.float32
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    inside = left.t() @ found @ right.t()  # diagonal: the singular vectors stay
+    known = values > 0.02 * values.norm()
+    assert (0.6 < inside.diag()[known]).all() and (inside.diag() < 1.3).all()
+    assert (inside - inside.diag().diag()).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_step_has_its_length_and_keeps_the_norm():
+    model = with_gradients(network())
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if mixes_channels(p)]
+    optimizer = Muon(model, lr=0.2, turn=0.05, weight_decay=0.1, kept={})
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1  # half the peak
+    optimizer.step()
+    after = [p.detach() for p in model.parameters() if mixes_channels(p)]
+    assert len(after) == 2
+    for (old, gradient), new in zip(before, after):
+        assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
+        assert ((new - old).norm() / old.norm()).item() == pytest.approx(0.025, rel=0.01)
+        # the first momentum is along the gradient
+        direction = orthogonal(gradient.flatten(1)).flatten()
+        direction -= old.flatten() * (direction @ old.flatten()) / old.norm() ** 2
+        assert torch.cosine_similarity((old - new).flatten(), direction, 0) > 0.99
+
+
+def test_the_rest_is_nesterov_sgd():
+    model = network()
+    other = copy.deepcopy(model)
+    ours = Muon(model, lr=0.1, turn=0.05, weight_decay=0.01, kept={})
+    rest = [p for p in other.parameters() if not mixes_channels(p)]
+    theirs = torch.optim.SGD([{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.01},
+                              {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}],
+                             lr=0.1, momentum=0.9, nesterov=True)
+    for seed in range(3):
+        with_gradients(model, seed)
+        with_gradients(other, seed)
+        ours.step()
+        theirs.step()
+    turned = [name for (name, p), q in zip(model.named_parameters(), other.parameters()) if not torch.equal(p, q)]
+    assert turned == ["0.weight", "4.weight"]
+
+
+def test_pruned_weights_stay_and_do_not_matter():
+    """Neither their gradients nor their momentum change a step, and its length is that of what is kept."""
+    found = []
+    for disturbance in (0, 100):
+        model = network()
+        masks = Masks(model, target_masks(model, [name for name, _ in weight_layers(model)], 0.6))
+        optimizer = Muon(model, 0.1, 0.03, 0, dict(zip(masks.weights, masks.factors)))
+        for seed in range(3):
+            before = copy.deepcopy(model)
+            with_gradients(model, seed)
+            for weight, factor in zip(masks.weights, masks.factors):
+                weight.grad += disturbance * (1 - factor)
+            optimizer.step()
+            for k in (0, 4):
+                assert torch.equal(model[k].weight == 0, before[k].weight == 0)
+                length = (model[k].weight - before[k].weight).norm() / before[k].weight.norm()
+                assert length.item() == pytest.approx(0.03, rel=0.01)
+        found.append(torch.cat([model[k].weight.flatten() for k in (0, 4)]))
+    assert torch.equal(*found)
+
+
+def test_a_gradient_of_zeros_and_none_at_all():
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = Muon(model, 0.1, 0.03, 0, {})
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    optimizer.step()
+    assert all(torch.allclose(p, q, rtol=1e-6) and p.isfinite().all()
+               for p, q in zip(model.parameters(), before.parameters()))
+
+
+def test_what_it_turns_in_the_network():
+    """Every convolution but the 17 depthwise ones; the linear layer has no BatchNorm behind it."""
+    weights = [module.weight for _, module in weight_layers(MobileNetV2())]
+    assert len(weights) == 58 and sum(map(mixes_channels, weights)) == 40
+    assert not mixes_channels(weights[-1])

@@ -1,0 +1,190 @@
+/* What a training step on a CPU spends most time in beside multiplications, for maps [rows, channels] (channels last).
+ * Compiled by kernels.py, for floats or, with -DBFLOAT16, for bfloat16. */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t number;
+static inline float load(number x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+static inline number store(float value) { /* to the nearest, halves to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+#else
+typedef float number;
+static inline float load(number x) { return x; }
+static inline number store(float value) { return value; }
+#endif
+
+/* BatchNorm with the ReLU behind it: each value is read twice and written once, forward and backward.
+ *
+ *   y = relu(a x + b),  a = gamma / sqrt(var + eps),  b = beta - a mean;  without a ReLU: y = a x + b
+ */
+
+enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums; channels */
+
+/* For a block of rows at a time: both sums of a row's values are added up in floats, and then in doubles. */
+#define SUMS(first, second)                                               \
+    float s[MOST], q[MOST];                                               \
+    double S[MOST], Q[MOST];                                              \
+    for (long c = 0; c < channels; c++) S[c] = Q[c] = 0;                  \
+    for (long start = 0; start < rows; start += ROWS) {                   \
+        long end = start + ROWS < rows ? start + ROWS : rows;             \
+        for (long c = 0; c < channels; c++) s[c] = q[c] = 0;              \
+        for (long i = start * channels; i < end * channels; i += channels) \
+            for (long c = 0; c < channels; c++) {                         \
+                float one = (first);                                      \
+                s[c] += one;                                              \
+                q[c] += one * (second);                                   \
+            }                                                             \
+        for (long c = 0; c < channels; c++) S[c] += s[c], Q[c] += q[c];   \
+    }
+
+/* mean and variance (of all rows, biased) of each channel; near `origin` no digits are lost. */
+void statistics(const number *restrict x, long rows, long channels, const float *restrict origin,
+                float *restrict mean, float *restrict var) {
+    SUMS(load(x[i + c]) - origin[c], one)
+    for (long c = 0; c < channels; c++) {
+        double off = S[c] / rows, square = Q[c] / rows - off * off;
+        mean[c] = origin[c] + off;
+        var[c] = square < 0 ? 0 : square; /* a NaN stays one */
+    }
+}
+
+void forward(const number *restrict x, number *restrict y, long rows, long channels, const float *restrict a,
+             const float *restrict b, long relu) {
+    float lowest = relu ? 0 : -__builtin_inff();
+    for (long i = 0; i < rows * channels; i += channels)
+        for (long c = 0; c < channels; c++) {
+            float value = a[c] * load(x[i + c]) + b[c];
+            y[i + c] = store(value < lowest ? lowest : value);
+        }
+}
+
+/* What arrives at the normalised value: dy, but nothing where the ReLU cut it off. */
+#define ARRIVES(i) (a[c] * load(x[i]) + b[c] <= lowest ? 0 : load(dy[i]))
+
+/* sums over the rows of what arrives, and of its products with x - mean */
+void gradient_sums(const number *restrict x, const number *restrict dy, long rows, long channels,
+                   const float *restrict a, const float *restrict b, const float *restrict mean, long relu,
+                   float *restrict sum, float *restrict product) {
+    float lowest = relu ? 0 : -__builtin_inff();
+    SUMS(ARRIVES(i + c), load(x[i + c]) - mean[c])
+    for (long c = 0; c < channels; c++) sum[c] = S[c], product[c] = Q[c];
+}
+
+/* dx = a (what arrives) + k x + l */
+void gradient(const number *restrict x, const number *restrict dy, number *restrict dx, long rows, long channels,
+              const float *restrict a, const float *restrict b, const float *restrict k, const float *restrict l,
+              long relu) {
+    float lowest = relu ? 0 : -__builtin_inff();
+    for (long i = 0; i < rows * channels; i += channels)
+        for (long c = 0; c < channels; c++)
+            dx[i + c] = store(a[c] * ARRIVES(i + c) + k[c] * load(x[i + c]) + l[c]);
+}
+
+/* 3x3 depthwise convolution with a border of one zero. LANES channels of an image are unpacked into floats with their
+ * border around them, which fit into the first-level cache; everything is then nine products at each position.
+ */
+#if defined BFLOAT16 && defined __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef number numbers __attribute__((vector_size(sizeof(number) * LANES)));
+
+static inline vector unpack(const number *x) {
+    numbers value;
+    memcpy(&value, x, sizeof value);
+#ifdef BFLOAT16
+    return (vector)(__builtin_convertvector(value, bits) << 16);
+#else
+    return value;
+#endif
+}
+static inline void pack(number *y, vector value) { /* as store does */
+#ifdef BFLOAT16
+    bits all = (bits)value;
+    numbers packed = __builtin_convertvector((all + 0x7fff + ((all >> 16) & 1)) >> 16, numbers);
+#else
+    numbers packed = value;
+#endif
+    memcpy(y, &packed, sizeof packed);
+}
+
+/* into the inside of a plane `across` wide, `step` positions apart */
+static void unpack_plane(const number *restrict x, long height, long width, long channels, long step,
+                         vector *restrict plane, long across) {
+    for (long i = 0; i < height; i++)
+        for (long j = 0; j < width; j++)
+            plane[(1 + i * step) * across + 1 + j * step] = unpack(x + (i * width + j) * channels);
+}
+
+/* y [height, width] = sum of w [3, 3] times what lies around every stride-th position of the plane */
+static void correlate(const vector *restrict plane, long across, const vector *restrict w, long stride,
+                      number *restrict y, long height, long width, long channels) {
+    for (long i = 0; i < height; i++)
+        for (long j = 0; j < width; j++) {
+            const vector *p = plane + i * stride * across + j * stride, *q = p + across, *r = q + across;
+            pack(y + (i * width + j) * channels, (p[0] * w[0] + p[1] * w[1] + p[2] * w[2])
+                                               + (q[0] * w[3] + q[1] * w[4] + q[2] * w[5])
+                                               + (r[0] * w[6] + r[1] * w[7] + r[2] * w[8]));
+        }
+}
+
+/* The channels LANES at a time. The last ones begin where LANES are left, and may overlap those before them. */
+#define BLOCKS(c) \
+    for (long done = 0, c = 0; done < channels; done = c + LANES, c = done + LANES < channels ? done : channels - LANES)
+
+/* x [images, height, width, channels], weight [3, 3, channels], y [images, ceil(height / stride), ...]; LANES channels
+ * or more */
+void depthwise(const number *restrict x, long images, long height, long width, long channels,
+               const float *restrict weight, long stride, number *restrict y) {
+    long h = (height - 1) / stride + 1, v = (width - 1) / stride + 1, across = width + 2;
+    vector plane[(height + 2) * across], w[9];
+    memset(plane, 0, sizeof plane);
+    for (long n = 0; n < images; n++, x += height * width * channels, y += h * v * channels)
+        BLOCKS(c) {
+            for (int k = 0; k < 9; k++) memcpy(w + k, weight + k * channels + c, sizeof *w);
+            unpack_plane(x + c, height, width, channels, 1, plane, across);
+            correlate(plane, across, w, stride, y + c, h, v, channels);
+        }
+}
+
+/* dx, and what is added to dweight. dy is spread as far apart as it was taken, and correlated with the turned weights. */
+void depthwise_gradients(const number *restrict x, long images, long height, long width, long channels,
+                         const float *restrict weight, long stride, const number *restrict dy, number *restrict dx,
+                         float *restrict dweight) {
+    long h = (height - 1) / stride + 1, v = (width - 1) / stride + 1, across = width + 2;
+    vector plane[(height + 2) * across], arrives[(height + 2) * across], w[9];
+    memset(plane, 0, sizeof plane);
+    memset(arrives, 0, sizeof arrives);
+    for (long n = 0; n < images; n++, x += height * width * channels, dx += height * width * channels,
+              dy += h * v * channels)
+        BLOCKS(c) {
+            for (int k = 0; k < 9; k++) memcpy(w + k, weight + (8 - k) * channels + c, sizeof *w);
+            unpack_plane(x + c, height, width, channels, 1, plane, across);
+            unpack_plane(dy + c, h, v, channels, stride, arrives, across);
+            correlate(arrives, across, w, 1, dx + c, height, width, channels);
+            vector s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0}, s8 = {0};
+            for (long i = 0; i < height; i += stride)
+                for (long j = 0; j < width; j += stride) {
+                    const vector *p = plane + i * across + j, *q = p + across, *r = q + across;
+                    vector d = arrives[(1 + i) * across + 1 + j];
+                    s0 += d * p[0], s1 += d * p[1], s2 += d * p[2];
+                    s3 += d * q[0], s4 += d * q[1], s5 += d * q[2];
+                    s6 += d * r[0], s7 += d * r[1], s8 += d * r[2];
+                }
+            vector s[9] = {s0, s1, s2, s3, s4, s5, s6, s7, s8};
+            for (int k = 0; k < 9; k++)
+                for (long lane = done - c; lane < LANES; lane++) dweight[k * channels + c + lane] += s[k][lane];
+        }
+}
