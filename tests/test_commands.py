@@ -30,7 +30,7 @@ OPTIONS = {  # script: {option: what it cannot be}
                                 "--target-sparsity", "--lambda", "--eps", "--distill",
                                 "--temperature", "--save-seconds", "--show-seconds", "--max-minutes", "--threshold",
                                 "--alpha",
-                                "--warmup-epochs", "--cooldown", "--start-epoch"), REAL),
+                                "--warmup-epochs", "--cooldown", "--start-epoch", "--turn"), REAL),
                **dict.fromkeys(("--run", "--start", "--data", "--teacher"), NOTHING),
                "--sizes": ("", "x", "24", "20:0.5,32", "24:2,32"), "--teaching": ("", "all"),
                "--precision": ("float8",)},

@@ -1,4 +1,5 @@
 """The command line of training, run in the process on a narrow network, and for a few cases as it stands."""
+import dataclasses
 import functools
 import json
 import os
@@ -130,6 +131,8 @@ def test_defaults_of_the_stages():
         settings = training.settings_for(stage, args, CPU)
         assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR["sgd"][stage]
         assert settings.mixing == "both" and settings.average is None and not settings.compile
+        muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
+        assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
     penalty = training.make_penalty(args, MobileNetV2(width=0.5))
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 

@@ -24,7 +24,10 @@ case $stage in
     pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
     dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --warmup-epochs 0 --sizes 24:0.4,32 $options" ;;
     rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 13 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
-    sparse) options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.4,32 --optimizer muon $options" ;;
+    sparse)  # its folder tells of all stages behind it, as quantize.py records them
+        mkdir -p "$run-sparse"
+        cp "$run"/{pretrain,rew}.{jsonl,options.json} "$run-sparse/"
+        options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.4,32 --optimizer muon $options" ;;
     masked) options="--masked-retrain --run-folder $run --epochs 140 --cooldown 45 --warmup-epochs 1 --target-sparsity 0.795 --sizes 24:0.5,32 --optimizer muon $options" ;;
     *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked" >&2; exit 2 ;;
 esac
