@@ -239,7 +239,9 @@ def stages(m: Measured) -> str:
     rows = []
     for name, stage in m.stages.items():
         last, settings = stage["last_epoch"], stage["settings"]
-        rows.append((name, *(settings[key] for key in ("epochs", "batch_size", "lr", "seed")), f"{last['zeros']:,}",
+        planned = settings["epochs"]
+        epochs = planned if last["epoch"] == planned else f"{last['epoch']} of {planned}"
+        rows.append((name, epochs, *(settings[key] for key in ("batch_size", "lr", "seed")), f"{last['zeros']:,}",
                      m.tested(name), f"{last['seconds'] / 60:.0f} min", stage["machine"]))
     return table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), rows)
 
@@ -321,8 +323,8 @@ def stage_table(lines: list[dict]) -> str:
     for line in lines:
         if "test_accuracy" in line or line is lines[-1]:
             accuracy = f"{line['test_accuracy']:.2%}" if "test_accuracy" in line else "-"
-            rows.append((line["epoch"], f"{line['seconds'] / 60:.0f}", line["lr"], line["size"], f"{line['loss']:.4f}",
-                         f"{line['accuracy']:.2%}", accuracy))
+            rows.append((line["epoch"], f"{line['seconds'] / 60:.0f}", f"{line['lr']:.2g}", line["size"],
+                         f"{line['loss']:.4f}", f"{line['accuracy']:.2%}", accuracy))
     return table(("epoch", "minutes", "learning rate", "images' size", "loss", "train", "average, test"), rows)
 
 
