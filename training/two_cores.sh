@@ -27,7 +27,7 @@ case $stage in
     sparse)  # its folder tells of all stages behind it, as quantize.py records them
         mkdir -p "$run-sparse"
         cp "$run"/{pretrain,rew}.{jsonl,options.json} "$run-sparse/"
-        options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.4,32 --optimizer muon $options" ;;
+        options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.803 --sizes 24:0.4,32 --optimizer muon $options" ;;
     masked) options="--masked-retrain --run-folder $run --start $run-sparse/masked.pt --epochs 140 --cooldown 45 --warmup-epochs 1 --target-sparsity 0.803 --sizes 24:0.5,32 --optimizer muon $options" ;;
     *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked" >&2; exit 2 ;;
 esac
