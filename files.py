@@ -100,6 +100,13 @@ def load_lines(path) -> list[dict]:
     return lines
 
 
+def stage_logs(folder) -> list[Path]:
+    """The logs of a run folder in the order of training; masked-1, masked-2 ... are masked stages before the last."""
+    numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
+    stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked")
+    return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
+
+
 def digest(record: dict) -> str:
     """SHA-256 of a record without its own "digest": of its JSON, with sorted keys and no spaces."""
     content = {key: value for key, value in record.items() if key != "digest"}

@@ -34,7 +34,7 @@ import dead_weight
 import machine
 from evaluation import evaluate, renew_statistics
 from exact import Quantizer, exact_network, folded, probe_logits, quantize_activations
-from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, try_to_write
+from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, stage_logs, try_to_write
 from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
 from graph import activation_points, neighbours
 from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
@@ -261,15 +261,15 @@ def store_fixed(tensor: Tensor, name: str) -> dict:
 def training_record(checkpoint) -> list[dict]:
     """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log."""
     folder, stages = Path(checkpoint).parent, []
-    for stage in ("pretrain", "rew", "masked"):
-        options, log = folder / f"{stage}.options.json", folder / f"{stage}.jsonl"
-        if options.is_file() and log.is_file():
+    for log in stage_logs(folder):
+        options = log.with_suffix(".options.json")
+        if options.is_file():
             record = load_record(options, "remove it, or give a checkpoint elsewhere")
             lines = load_lines(log)
             known = {key: record.get(key) for key in ("machine", "train_images", "settings")}
             if not lines or not isinstance(known["settings"], dict) or None in known.values():
                 raise BadInput(f"{options} and {log} are not what a stage writes; remove them")
-            stages.append({"stage": stage} | known | {"last_epoch": lines[-1]})
+            stages.append({"stage": log.stem} | known | {"last_epoch": lines[-1]})
     return stages
 
 

@@ -182,7 +182,7 @@ def test_the_whole_job_with_the_real_network(capsys):
     command = QUICK + " --target-sparsity 0.77"
     assert run(command) == 0
     assert {path.name for path in Path("run").iterdir()} == {
-        f"{stage}.{kind}" for stage in training.STAGES for kind in ("pt", "jsonl", "options.json")}
+        f"{stage}.{kind}" for stage in training.STAGES for kind in ("pt", "average.pt", "jsonl", "options.json")}
     model = load("run/masked.pt", width=1.3)
     count, sizes = zeros(model), {name: module.weight.numel() for name, module in weight_layers(model)}
     assert count["conv1"] == 0
@@ -269,7 +269,8 @@ def test_a_cooldown_branches_off_a_running_stage(narrow):
                               atol=1e-5)
     assert run(trunk) == 0
     assert_same(Path("whole/pretrain.pt"), Path("run/pretrain.pt"))
-    assert not Path("run/pretrain.average.pt").exists()
+    whole, half = (torch.load(f"run/pretrain{kind}.pt") for kind in ("", ".average"))
+    assert all(torch.equal(half[name], value.half()) for name, value in whole.items() if value.is_floating_point())
 
 
 def test_a_stage_is_taken_up_from_its_average_alone(narrow, capsys):

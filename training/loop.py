@@ -37,6 +37,12 @@ class NoPenalty:
     def shrink(self, lr: float) -> None: pass
 
 
+def save_half(model: nn.Module, path) -> None:
+    """The model's state dict in float16: enough for a further stage to start from."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_tensors({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path)
+
+
 def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
           prepare=lambda model: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
@@ -168,9 +174,7 @@ class Stage:
     def leave(self) -> None:
         """After a stop, when the state is written: leave the average, too, and say so."""
         if self.processes.first:
-            result = {key: value.cpu().contiguous() for key, value in self.result_so_far().state_dict().items()}
-            save_tensors({key: value.half() if value.is_floating_point() else value for key, value in result.items()},
-                         self.folder / f"{self.name}.average.pt")
+            save_half(self.result_so_far(), self.folder / f"{self.name}.average.pt")
             print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of "
                   f"{self.settings.epochs}, state written to {self.state.folder}; the same command goes on", flush=True)
 

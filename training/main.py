@@ -269,7 +269,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
         save_tensors(weights, args.run / f"{stage}.pt")
         loop.State(args.run / f"{stage}.state", settings).remove()
-        (args.run / f"{stage}.average.pt").unlink(missing_ok=True)
+        loop.save_half(finished, args.run / f"{stage}.average.pt")
         print(f"{stage}: wrote {args.run / f'{stage}.pt'}", flush=True)
     if processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote

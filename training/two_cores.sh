@@ -4,10 +4,12 @@
 #   bash training/two_cores.sh pretrain --max-minutes 150   the dense trunk: constant rate, 24x24, four teachers, no end of its own
 #   bash training/two_cores.sh dense                        the dense baseline: a cooldown of 5 epochs that branches off the trunk
 #   bash training/two_cores.sh rew                          reweighted L1, from the trunk
-#   bash training/two_cores.sh sparse                       a sparse network to ship meanwhile: a cooldown of 5 epochs as well
-#   bash training/two_cores.sh masked                       masked retraining; bash run.sh ship $RUN once it cools down
+#   bash training/two_cores.sh sparse                       the mask, and a cooldown of 5 epochs as well: the first network to ship
+#   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
 #
-# RUN is the run folder (runs/two-cores). Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
+# RUN is the run folder (runs/two-cores); sparse and masked say which of their own `bash run.sh ship` is to take. As often as it was
+# shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
+# Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
 #   bash training/two_cores.sh pretrain --start training/dense.pt --start-epoch E
 # What was measured before it, and how far it is: training/logs/README.md.
 set -euo pipefail
@@ -24,11 +26,23 @@ case $stage in
     pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
     dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --warmup-epochs 0 --sizes 24:0.4,32 $options" ;;
     rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 13 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
-    sparse)  # its folder tells of all stages behind it, as quantize.py records them
-        mkdir -p "$run-sparse"
-        cp "$run"/{pretrain,rew}.{jsonl,options.json} "$run-sparse/"
-        options="--masked-retrain --run-folder $run-sparse --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.803 --sizes 24:0.4,32 --optimizer muon $options" ;;
-    masked) options="--masked-retrain --run-folder $run --start $run-sparse/masked.pt --epochs 140 --cooldown 45 --warmup-epochs 1 --target-sparsity 0.803 --sizes 24:0.5,32 --optimizer muon $options" ;;
+    sparse)
+        folder=$run-sparse
+        mkdir -p "$folder"
+        cp "$run"/{pretrain,rew}.{jsonl,options.json} "$folder"  # a folder tells of all stages behind it: quantize.py records them
+        options="--masked-retrain --run-folder $folder --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.803 --sizes 24:0.4,32 --optimizer muon $options"
+        echo "two_cores.sh: once it is done, bash run.sh ship $folder" ;;
+    masked)
+        logs=(training/logs/masked*.jsonl) count=${#logs[@]}
+        folder=$run-masked-$((count + 1))
+        if [ ! -d "$folder" ]; then
+            mkdir -p "$folder.new"
+            cp training/logs/{pretrain,rew,masked}*.{jsonl,options.json} "$folder.new"
+            for kind in jsonl options.json; do mv "$folder.new/masked.$kind" "$folder.new/masked-$count.$kind"; done
+            mv "$folder.new" "$folder"
+        fi
+        options="--masked-retrain --run-folder $folder --start training/masked.pt --epochs 25 --cooldown 21 --warmup-epochs 0.5 --target-sparsity 0.803 --sizes 24:0.7,32 --optimizer muon --turn 0.004 $options --lr 0.05"
+        echo "two_cores.sh: once it is done, bash run.sh ship $folder" ;;
     *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked" >&2; exit 2 ;;
 esac
 # shellcheck disable=SC2086
