@@ -1,15 +1,18 @@
 """The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
 
     python report.py            figures/*.png, and the tables of PAGES between <!-- NAME --> and <!-- end NAME -->
+    python report.py --record   and first a line for the checkpoint in LOGS/shipped.jsonl: accuracy and images trained
     python report.py --check    writes nothing; exit status 2 if a table there is not what it would write
 
 layers.png     sparsity and bits of every weight tensor
 cost.png       where storage and operations go
 training.png   loss and accuracy by epoch, stage after stage
+shipped.png    accuracy of all that was shipped, by the images that it had been trained on
 board.png      accuracy beside score, ours and the challenge's entries
 """
 import contextlib
 import dataclasses
+import json
 import re
 import statistics
 from pathlib import Path
@@ -23,7 +26,7 @@ import checkpoints  # noqa: E402
 import claims  # noqa: E402
 import counting  # noqa: E402
 from counting import CONVENTIONS  # noqa: E402
-from files import load_json, load_lines, save_text  # noqa: E402
+from files import load_json, load_lines, save_text, stage_logs  # noqa: E402
 from graph import trace  # noqa: E402
 from mnet import stated_formats  # noqa: E402
 from mobilenet_v2 import BadInput  # noqa: E402
@@ -34,6 +37,8 @@ KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "rel
 BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
 COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 HERE = Path(__file__).resolve().parent
+LOGS = HERE / "training" / "logs"
+STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "training/logs/README.md")
 # the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its
 # accumulators
@@ -90,21 +95,37 @@ def cost_figure(storage: dict[str, int], operations: dict[str, list[counting.Row
 def training_figure(stages: list[list[dict]]):
     """Training loss (left) and accuracy (right) by epoch, the stages one after the other."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    start = 0
-    for records, colour in zip(stages, (BLUE, ORANGE, GREEN, RED)):
-        epochs = [start + record["epoch"] for record in records]
-        left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=records[0]["stage"])
+    start, labelled = 0, set()
+    for records in stages:
+        stage, epochs = records[0]["stage"], [start + record["epoch"] for record in records]
+        colour, hidden = STAGES[stage], "_" if stage in labelled else ""  # matplotlib leaves such labels out
+        labelled.add(stage)
+        left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=hidden + stage)
         tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records)
                   if "test_accuracy" in record]
-        right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{records[0]['stage']}, test")
+        right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{hidden}{stage}, test")
         right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour,
-                   label=f"{records[0]['stage']}, train")
+                   label=f"{hidden}{stage}, train")
         start = epochs[-1]
     left.set(title="Training loss", xlabel="epoch, all stages", ylim=(0, None))
     right.set(title="Accuracy (the train images are augmented)", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.grid(color="#dddddd")
+    return figure
+
+
+def shipped_figure(lines: list[dict]):
+    """Accuracy (%) of every checkpoint that was shipped, before and after quantization, by millions of images."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    images = [line["images"] / 1e6 for line in lines]
+    for key, colour, label in (("float", GREY, "masked, not quantized"), ("correct", BLUE, "shipped: quantized")):
+        axes.plot(images, [100 * line[key] / line["tested"] for line in lines], "o-", color=colour, label=label)
+    axes.axhline(80.12, color=RED, lw=0.8, ls="--", label="the submission")
+    axes.set(xlabel="images trained, of all stages (millions)", ylabel="accuracy on the test set (%)",
+             xlim=(0, 1.1 * images[-1]))
+    axes.legend(frameon=False, loc="lower left")
+    axes.grid(color="#dddddd")
     return figure
 
 
@@ -152,11 +173,13 @@ class Measured:
 
     counted: the rows of every operation by accumulator convention. theirs: the totals by the submission's convention.
     dense: what testers.py --json found of training/dense.pt, the dense network that the shipped one is compared with.
+    history: the lines of training/logs/shipped.jsonl.
     """
     claim: dict
     counted: dict[str, list[counting.Row]]
     theirs: dict[str, int]
     dense: dict
+    history: list[dict]
 
     @property
     def stages(self) -> dict[str, dict]:
@@ -191,6 +214,7 @@ def summary(m: Measured) -> str:
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        ("images trained", f"{m.history[-1]['images'] / 1e6:.2f}M", "-", "[training/logs](training/logs/README.md)"),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("bits of weights; of activations", f"{m.bits()}; 8", "6 in 9 layers, 8 in 49; 8", TEST),
         ("parameter storage, operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M, "
@@ -314,7 +338,27 @@ def accumulators(m: Measured) -> str:
          row["seen_bits"], row["value_bits"]) for row in widest])
 
 
-TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators)
+def shipped(m: Measured) -> str:
+    return table(("images trained", "zeros", "masked, not quantized", "shipped", "checkpoint's SHA-256"), [
+        (f"{line['images'] / 1e6:.2f}M", f"{line['sparsity']:.2%}", m.percent(line["float"]),
+         m.percent(line["correct"]), f"`{line['sha256'][:12]}`") for line in m.history])
+
+
+TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators,
+          shipped)
+
+
+def record(claim: dict, history: list[dict]) -> list[dict]:
+    """The history, and a line for this claim if its checkpoint is not the last. Images are those of whole epochs."""
+    if history and history[-1]["sha256"] == claim["sha256"]:
+        return history
+    trained = [(load_lines(log)[-1]["step"], load_json(log.with_suffix(".options.json"))["settings"]["batch_size"])
+               for log in stage_logs(LOGS)]
+    return [*history, {
+        "step": sum(steps for steps, _ in trained), "images": sum(steps * batch for steps, batch in trained),
+        "sparsity": claim["counts"]["weights"]["submission"]["sparsity"],
+        "float": claim["accuracy_by_step"][0]["correct"], "correct": claim["accuracy"]["correct"],
+        "tested": claim["accuracy"]["images"], "sha256": claim["sha256"]}]
 
 
 def stage_table(lines: list[dict]) -> str:
@@ -388,11 +432,11 @@ def tables(measured: Measured) -> dict[str, str]:
     """{NAME: table} of all for which something is measured."""
     contents = {}
     for make in TABLES:
-        with contextlib.suppress(KeyError):  # packed.py and others add their parts to the claim later
+        with contextlib.suppress(LookupError):  # packed.py and others add their parts to the claim later
             contents[make.__name__] = make(measured)
     for name, log in (("trunk", "pretrain.jsonl"), ("dense", "dense.jsonl")):
-        if (HERE / "training" / "logs" / log).is_file():
-            contents[name] = stage_table(load_lines(HERE / "training" / "logs" / log))
+        if (LOGS / log).is_file():
+            contents[name] = stage_table(load_lines(LOGS / log))
     for name, (file, make) in BENCHMARKS.items():
         if (HERE / "benchmarks" / file).is_file():
             contents[name] = make(load_json(HERE / "benchmarks" / file))
@@ -415,18 +459,23 @@ def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    parser.add_argument("--logs", type=some_path, default=HERE / "training" / "logs", metavar="DIR",
-                        help="(training/logs)")
+    parser.add_argument("--logs", type=some_path, default=LOGS, metavar="DIR",
+                        help="of the stages, for training.png (training/logs)")
     parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(figures)")
     parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
                         help="where the pages are (beside this script)")
+    parser.add_argument("--record", action="store_true", help="first add the checkpoint to training/logs/shipped.jsonl")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = checkpoints.load(args.checkpoint)
     formats, operations, claim_file = stated_formats(model, claim), trace(model), claims.claim_path(args.checkpoint)
     counted = {c: counting.count(operations, formats, c) for c in CONVENTIONS}
+    history = load_lines(LOGS / "shipped.jsonl") if (LOGS / "shipped.jsonl").is_file() else []
+    if args.record:
+        history = record(claim, history)
+        save_text("".join(json.dumps(line) + "\n" for line in history), LOGS / "shipped.jsonl")
     measured = Measured(claim, counted, counting.submission_operations(operations),
-                        load_json(HERE / "training" / "dense.json"))
+                        load_json(HERE / "training" / "dense.json"), history)
     pages = filled_pages(args.pages, tables(measured))
     if args.check:
         for page, (text, wanted) in pages.items():
@@ -440,7 +489,9 @@ def main(argv=None) -> int:
                                 {name: grid.bits for name, grid in formats.tensors.items()}),
         "cost": cost_figure(counting.storage(model, formats), counted),
         "board": board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores)}
-    logs = [args.logs / f"{stage}.jsonl" for stage in ("pretrain", "rew", "masked", "quantized")]
+    if history:
+        figures["shipped"] = shipped_figure(history)
+    logs = [*stage_logs(args.logs), args.logs / "quantized.jsonl"]
     if any(log.is_file() for log in logs):
         figures["training"] = training_figure([load_lines(log) for log in logs if log.is_file()])
     args.out.mkdir(parents=True, exist_ok=True)

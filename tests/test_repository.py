@@ -13,7 +13,7 @@ import pytest
 import cifar100
 import counting
 import report
-from files import load_json
+from files import load_json, load_lines
 from graph import trace
 from mobilenet_v2 import BadInput
 
@@ -116,14 +116,15 @@ def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
     assert result.returncode == 2 and calls == [" ".join(("training/main.py", *words))]
     assert f"neither {run}/masked.pt" in result.stderr
     (tmp_path / run).mkdir(parents=True)
-    (tmp_path / run / "masked.average.pt").touch()
     (tmp_path / run / "masked.jsonl").touch()
+    (tmp_path / run / "masked.average.pt").write_text("float16")
     result, calls = run_sh("ship", run)
     assert result.returncode == 0 and calls[1:] == [f"quantize.py --checkpoint {run}/masked.average.pt", "packed.py",
                                                     "integer.py --record",
-                                                    "export_onnx.py --record", "report.py", "testers.py",
+                                                    "export_onnx.py --record", "report.py --record", "testers.py",
                                                     "check_model_operations.py"]
     assert (tmp_path / "training" / "logs" / "masked.jsonl").exists()
+    assert (tmp_path / "training" / "masked.pt").read_text() == "float16"
     (tmp_path / run / "masked.pt").touch()  # finished: that one
     assert f"quantize.py --checkpoint {run}/masked.pt" in run_sh("train", *words)[1]
 
@@ -185,9 +186,24 @@ def test_a_changed_number_in_the_readme_is_noticed(tmp_path):
 def test_report_makes_the_figures(tmp_path):
     pages(tmp_path)
     assert report.main(["--out", str(tmp_path), "--pages", str(tmp_path)]) == 0
-    for name in ("layers", "cost", "training", "board"):
+    for name in ("layers", "cost", "training", "shipped", "board"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert all((tmp_path / name).read_text() == PAGES[name] for name in report.PAGES)
+
+
+@shipped
+def test_what_was_shipped_is_recorded_once(tmp_path, monkeypatch):
+    """A line with the images of every stage's log; the same checkpoint again adds none."""
+    claim = load_json(ROOT / "cifar100_mobilenetv2.json")
+    history = load_lines(ROOT / "training" / "logs" / "shipped.jsonl")
+    assert history[-1] == report.record(claim, history[:-1])[-1] and report.record(claim, history) == history
+    assert (history[-1]["sha256"], history[-1]["correct"]) == (claim["sha256"], claim["accuracy"]["correct"])
+    monkeypatch.setattr(report, "LOGS", tmp_path)
+    for stage, steps, batch in (("rew", 10, 4), ("masked-1", 3, 5), ("masked", 1, 2)):
+        (tmp_path / f"{stage}.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
+        (tmp_path / f"{stage}.options.json").write_text(f'{{"settings": {{"batch_size": {batch}}}}}')
+    assert [line["images"] for line in report.record(claim, history[:1])[1:]] == [57]
+    assert report.record(claim, []) == report.record(claim, report.record(claim, []))
 
 
 @shipped
