@@ -198,6 +198,8 @@ def test_what_was_shipped_is_recorded_once(tmp_path, monkeypatch):
     history = load_lines(ROOT / "training" / "logs" / "shipped.jsonl")
     assert history[-1] == report.record(claim, history[:-1])[-1] and report.record(claim, history) == history
     assert (history[-1]["sha256"], history[-1]["correct"]) == (claim["sha256"], claim["accuracy"]["correct"])
+    assert history[-1]["images"] == sum(50_000 // 128 * 128 * stage["last_epoch"]["epoch"]
+                                        for stage in claim["made_by"]["training"])
     monkeypatch.setattr(report, "LOGS", tmp_path)
     for stage, steps, batch in (("rew", 10, 4), ("masked-1", 3, 5), ("masked", 1, 2)):
         (tmp_path / f"{stage}.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
