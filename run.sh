@@ -7,6 +7,7 @@
 #   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
 #   bash run.sh ship [RUN]  quantize, pack, execute, export, record and verify the masked network of a run (runs/default),
 #                           finished or as its last stop left it: some eight minutes on two cores
+#   bash run.sh baseline RUN  the dense network of a run becomes training/dense.pt, which the shipped one is compared with
 #   bash run.sh setup       set up alone
 #
 # CIFAR-100 is downloaded to ./data.cifar100, or taken from the folder named by CIFAR100_DIR.
@@ -16,8 +17,8 @@ venv=${VENV:-.venv}
 word=${1:-verify}
 [ $# -gt 0 ] && shift
 
-case $word in verify|test|quick|train|ship|setup) ;; *)
-    echo "run.sh: unknown command $word; known: verify (the default), test, quick, train, ship, setup" >&2; exit 2 ;;
+case $word in verify|test|quick|train|ship|baseline|setup) ;; *)
+    echo "run.sh: unknown command $word; known: verify (the default), test, quick, train, ship, baseline, setup" >&2; exit 2 ;;
 esac
 
 setup() {
@@ -60,6 +61,17 @@ ship() {  # a run folder
     verify
 }
 
+baseline() {  # a run folder
+    if [ ! -f "$1/pretrain.average.pt" ]; then
+        echo "run.sh: $1/pretrain.average.pt is not there: no dense network to compare with yet" >&2; exit 2
+    fi
+    cp "$1/pretrain.average.pt" training/dense.pt
+    for kind in jsonl options.json; do cp "$1/pretrain.$kind" "training/logs/dense.$kind"; done
+    python testers.py --checkpoint training/dense.pt --json > training/dense.json.tmp
+    mv training/dense.json.tmp training/dense.json
+    python report.py
+}
+
 setup
 python() { echo "run.sh: python $*" >&2; "$venv/bin/python" "$@"; }
 
@@ -78,6 +90,7 @@ case $word in
         python training/main.py "$@"
         ship "$run" ;;
     ship) ship "${1:-runs/default}" ;;
+    baseline) baseline "${1:-runs/default}" ;;
     quick)
         rm -rf runs/quick
         common="--run runs/quick --made-up 1000 --batch-size 50 --augment plain --mixing none --sizes 16:0.7,32 --eval-every 9 --refresh 200"

@@ -17,10 +17,10 @@ def test_training_speed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "library", kernels.library)  # the benchmark takes it away, in its own process
     monkeypatch.setattr(training_speed, "in_a_process", lambda function, images,
                         *args: training_speed._measured(function, images, args))
-    assert training_speed.main(["--images", "40", "--batch-size", "20", "--rounds", "1", "--no-cuda", "--json",
+    assert training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", "--no-cuda", "--json",
                                 str(file)]) == 0
     figures = load_json(file)
-    assert figures["images"] == 40 and figures["limit"] is None and list(figures["steps"]) == ["eager"]
+    assert figures["images"] == 8 and figures["limit"] is None and list(figures["steps"]) == ["eager"]
     parts = figures["steps"]["eager"]
     assert list(parts) == ["augment", "forward", "backward", "optimizer", "whole"] and min(parts.values()) > 0
     speeds = {name: found[0] for name, found in figures["images_per_second"].items()}

@@ -129,6 +129,19 @@ def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
     assert f"quantize.py --checkpoint {run}/masked.pt" in run_sh("train", *words)[1]
 
 
+def test_run_sh_baseline_takes_a_runs_dense_network(run_sh, tmp_path):
+    result, calls = run_sh("baseline", "runs/x")
+    assert result.returncode == 2 and not calls and len(result.stderr.splitlines()) == 1
+    (tmp_path / "runs/x").mkdir(parents=True)
+    for name in ("pretrain.average.pt", "pretrain.jsonl", "pretrain.options.json"):
+        (tmp_path / "runs/x" / name).write_text(name)
+    result, calls = run_sh("baseline", "runs/x")
+    assert result.returncode == 0 and calls == ["testers.py --checkpoint training/dense.pt --json", "report.py"]
+    assert (tmp_path / "training/dense.pt").read_text() == "pretrain.average.pt"
+    assert (tmp_path / "training/logs/dense.options.json").read_text() == "pretrain.options.json"
+    assert (tmp_path / "training/dense.json").read_text() == ""  # what testers.py said
+
+
 def test_run_sh_test_gives_its_words_to_pytest(run_sh):
     assert run_sh("test", "-q", "tests/test_files.py")[1] == ["-m pytest -q tests/test_files.py"]
 

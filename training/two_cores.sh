@@ -6,8 +6,9 @@
 #   bash training/two_cores.sh rew                          reweighted L1, from the trunk
 #   bash training/two_cores.sh sparse                       the mask, and a cooldown of 5 epochs as well: the first network to ship
 #   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
+#   bash training/two_cores.sh freed                        that network with its zeros set free: a dense one that learnt as long
 #
-# RUN is the run folder (runs/two-cores); sparse and masked say which of their own `bash run.sh ship` is to take. As often as it was
+# RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
 # shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
 # Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
 #   bash training/two_cores.sh pretrain --start training/dense.pt --start-epoch E
@@ -43,7 +44,11 @@ case $stage in
         fi
         options="--masked-retrain --run-folder $folder --start training/masked.pt --epochs 25 --cooldown 21 --warmup-epochs 0.5 --target-sparsity 0.803 --sizes 24:0.7,32 --optimizer muon --turn 0.004 $options --lr 0.05"
         echo "two_cores.sh: once it is done, bash run.sh ship $folder" ;;
-    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked" >&2; exit 2 ;;
+    freed)
+        folder=$run-freed
+        options="--pretrain --run-folder $folder --start training/masked.pt --epochs 12 --cooldown 10 --warmup-epochs 0.5 --sizes 24:0.6,32 --optimizer muon --turn 0.003 $options --lr 0.04"
+        echo "two_cores.sh: once it is done, bash run.sh baseline $folder" ;;
+    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked, freed" >&2; exit 2 ;;
 esac
 # shellcheck disable=SC2086
 exec "$python" training/main.py $options "$@"
