@@ -11,39 +11,28 @@ from training import kernels
 MOST = 4096  # channels
 
 
-def size(x: torch.Tensor) -> tuple[int, int]:
-    """(rows, channels)"""
-    return x.numel() // x.shape[1], x.shape[1]
-
-
 class Normalise(torch.autograd.Function):
     """(x, weight, bias, mean near which x lies, eps, whether there is a ReLU) -> (y, mean, biased variance)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, origin, eps, relu):
         x = x.contiguous(memory_format=torch.channels_last)
-        y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        kernels.call("statistics", x, *size(x), origin, mean, var)
-        inverse = (var + eps).rsqrt()
-        a = weight * inverse
-        b = bias - mean * a
-        kernels.call("forward", x, y, *size(x), a, b, int(relu))
-        ctx.save_for_backward(x, a, b, mean, inverse)
-        ctx.relu = relu
+        y, (mean, var, a, b) = torch.empty_like(x), (torch.empty_like(weight) for _ in range(4))
+        kernels.call("batchnorm", x, x.numel() // x.shape[1], x.shape[1], weight, bias, origin, eps, relu, y, mean, var,
+                     a, b)
+        ctx.save_for_backward(x, mean, var, a, b)
+        ctx.options = eps, relu
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, a, b, mean, inverse = ctx.saved_tensors
+        x, *constants = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        dx, dbias, product = torch.empty_like(x), torch.empty_like(a), torch.empty_like(a)
-        kernels.call("gradient_sums", x, dy, *size(x), a, b, mean, int(ctx.relu), dbias, product)
-        rows = x.numel() // x.shape[1]
-        # dx = a (dz - mean dz - (x - mean) inverse^2 mean(dz (x - mean))), of what arrives, dz
-        k = -a * inverse * inverse * product / rows
-        kernels.call("gradient", x, dy, dx, *size(x), a, b, k, -a * dbias / rows - k * mean, int(ctx.relu))
-        return dx, product * inverse, dbias, None, None, None
+        dx, dweight, dbias = torch.empty_like(x), *(torch.empty_like(constants[0]) for _ in range(2))
+        kernels.call("batchnorm_gradients", x, x.numel() // x.shape[1], x.shape[1], *constants, *ctx.options, dy, dx,
+                     dweight, dbias)
+        return dx, dweight, dbias, None, None, None
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -55,7 +44,7 @@ class BatchNorm(nn.BatchNorm2d):
         if not self.training or self.num_features > MOST or kernels.library(x.dtype) is None:
             y = super().forward(x)
             return F.relu(y, inplace=True) if self.relu else y
-        y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps, self.relu)
+        y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps, self.relu)
         rows = x.numel() // x.shape[1]
         with torch.no_grad():
             self.num_batches_tracked += 1

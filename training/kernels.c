@@ -1,5 +1,6 @@
 /* What a training step on a CPU spends most time in beside multiplications, for maps [rows, channels] (channels last).
  * Compiled by kernels.py, for floats or, with -DBFLOAT16, for bfloat16. */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,7 +25,7 @@ static inline number store(float value) { return value; }
 
 /* BatchNorm with the ReLU behind it: each value is read twice and written once, forward and backward.
  *
- *   y = relu(a x + b),  a = gamma / sqrt(var + eps),  b = beta - a mean;  without a ReLU: y = a x + b
+ *   y = relu(a x + b),  a = weight / sqrt(var + eps),  b = bias - a mean;  without a ReLU: y = a x + b
  */
 
 enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums; channels */
@@ -46,20 +47,19 @@ enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums;
         for (long c = 0; c < channels; c++) S[c] += s[c], Q[c] += q[c];   \
     }
 
-/* mean and variance (of all rows, biased) of each channel; near `origin` no digits are lost. */
-void statistics(const number *restrict x, long rows, long channels, const float *restrict origin,
-                float *restrict mean, float *restrict var) {
+/* y, and of each channel a, b, and the mean and variance (of all rows, biased); near `origin` no digits are lost. */
+void batchnorm(const number *restrict x, long rows, long channels, const float *restrict weight,
+               const float *restrict bias, const float *restrict origin, float eps, long relu, number *restrict y,
+               float *restrict mean, float *restrict var, float *restrict a, float *restrict b) {
     SUMS(load(x[i + c]) - origin[c], one)
     for (long c = 0; c < channels; c++) {
         double off = S[c] / rows, square = Q[c] / rows - off * off;
         mean[c] = origin[c] + off;
         var[c] = square < 0 ? 0 : square; /* a NaN stays one */
+        a[c] = weight[c] / sqrtf(var[c] + eps);
+        b[c] = bias[c] - a[c] * mean[c];
     }
-}
-
-void forward(const number *restrict x, number *restrict y, long rows, long channels, const float *restrict a,
-             const float *restrict b, long relu) {
-    float lowest = relu ? 0 : -__builtin_inff();
+    float lowest = relu ? 0 : -INFINITY;
     for (long i = 0; i < rows * channels; i += channels)
         for (long c = 0; c < channels; c++) {
             float value = a[c] * load(x[i + c]) + b[c];
@@ -70,20 +70,20 @@ void forward(const number *restrict x, number *restrict y, long rows, long chann
 /* What arrives at the normalised value: dy, but nothing where the ReLU cut it off. */
 #define ARRIVES(i) (a[c] * load(x[i]) + b[c] <= lowest ? 0 : load(dy[i]))
 
-/* sums over the rows of what arrives, and of its products with x - mean */
-void gradient_sums(const number *restrict x, const number *restrict dy, long rows, long channels,
-                   const float *restrict a, const float *restrict b, const float *restrict mean, long relu,
-                   float *restrict sum, float *restrict product) {
-    float lowest = relu ? 0 : -__builtin_inff();
+/* dx, dweight, dbias. With n rows and the sums over them of what arrives (dbias), and of its products with x - mean (p):
+ * dx = a (arrives - dbias / n - (x - mean) p / (n (var + eps))) = a arrives + k x + l */
+void batchnorm_gradients(const number *restrict x, long rows, long channels, const float *restrict mean,
+                         const float *restrict var, const float *restrict a, const float *restrict b, float eps,
+                         long relu, const number *restrict dy, number *restrict dx, float *restrict dweight,
+                         float *restrict dbias) {
+    float lowest = relu ? 0 : -INFINITY, k[MOST], l[MOST];
     SUMS(ARRIVES(i + c), load(x[i + c]) - mean[c])
-    for (long c = 0; c < channels; c++) sum[c] = S[c], product[c] = Q[c];
-}
-
-/* dx = a (what arrives) + k x + l */
-void gradient(const number *restrict x, const number *restrict dy, number *restrict dx, long rows, long channels,
-              const float *restrict a, const float *restrict b, const float *restrict k, const float *restrict l,
-              long relu) {
-    float lowest = relu ? 0 : -__builtin_inff();
+    for (long c = 0; c < channels; c++) {
+        dweight[c] = Q[c] / sqrtf(var[c] + eps);
+        dbias[c] = S[c];
+        k[c] = -a[c] * Q[c] / (rows * (var[c] + eps));
+        l[c] = -a[c] * S[c] / rows - k[c] * mean[c];
+    }
     for (long i = 0; i < rows * channels; i += channels)
         for (long c = 0; c < channels; c++)
             dx[i + c] = store(a[c] * ARRIVES(i + c) + k[c] * load(x[i + c]) + l[c]);

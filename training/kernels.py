@@ -34,7 +34,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
             return None
 
 
-def call(name: str, x: torch.Tensor, *args: torch.Tensor | int) -> None:
-    """A function of kernels.c, for x's type. Integers are longs."""
+C_TYPES = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_float}
+
+
+def call(name: str, x: torch.Tensor, *args: torch.Tensor | int | float) -> None:
+    """A function of kernels.c, for x's type. Integers are longs, and floats of 32 bits."""
     getattr(library(x.dtype), name)(*(ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor)
-                                      else ctypes.c_long(arg) for arg in (x, *args)))
+                                      else C_TYPES[type(arg)](arg) for arg in (x, *args)))
