@@ -247,6 +247,16 @@ def test_a_table_that_nothing_fills_raises(tmp_path):
         report.main(["--check", "--pages", str(tmp_path)])
 
 
+def test_the_curve_is_continued():
+    def line(images, correct):
+        return {"images": images, "correct": correct, "tested": 1000}
+    history = [line(1, 100), line(1e6, 700), line(2e6, 750)]  # 5 points for twice as many
+    assert report.images_to_reach(80, history) == pytest.approx(4e6)
+    assert report.images_to_reach(90, history) == pytest.approx(16e6)
+    for none in (history[:1], [*history, line(3e6, 750)], [*history, line(3e6, 800)], []):
+        assert report.images_to_reach(80, none) is None
+
+
 def test_fill():
     assert report.fill("nothing here", {"a": "new"}) == "nothing here"
     assert report.fill("<!-- a -->\nold\n<!-- end a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- end a -->"
