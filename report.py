@@ -215,7 +215,7 @@ def summary(m: Measured) -> str:
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
-        ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        ("dense baseline, of fewer images", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained", f"{m.history[-1]['images'] / 1e6:.2f}M", "-", "[training/logs](training/logs/README.md)"),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("bits of weights; of activations", f"{m.bits()}; 8", "6 in 9 layers, 8 in 49; 8", TEST),
