@@ -491,7 +491,7 @@ def main(argv=None) -> int:
         history = record(claim, history)
         save_text("".join(json.dumps(line) + "\n" for line in history), LOGS / "shipped.jsonl")
     measured = Measured(claim, counted, counting.submission_operations(operations),
-                        load_json(HERE / "training" / "dense.json"), history)
+                        load_json(LOGS / "dense.tested.json"), history)
     pages = filled_pages(args.pages, tables(measured))
     if args.check:
         for page, (text, wanted) in pages.items():

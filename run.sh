@@ -67,8 +67,8 @@ baseline() {  # a run folder
     fi
     cp "$1/pretrain.average.pt" training/dense.pt
     for kind in jsonl options.json; do cp "$1/pretrain.$kind" "training/logs/dense.$kind"; done
-    python testers.py --checkpoint training/dense.pt --json > training/dense.json.tmp
-    mv training/dense.json.tmp training/dense.json
+    python testers.py --checkpoint training/dense.pt --json > training/logs/dense.tested.json.tmp
+    mv training/logs/dense.tested.json.tmp training/logs/dense.tested.json
     python report.py
 }
 

@@ -13,7 +13,8 @@ import pytest
 import cifar100
 import counting
 import report
-from files import load_json, load_lines
+import testers
+from files import load_json, load_lines, sha256
 from graph import trace
 from mobilenet_v2 import BadInput
 
@@ -139,7 +140,7 @@ def test_run_sh_baseline_takes_a_runs_dense_network(run_sh, tmp_path):
     assert result.returncode == 0 and calls == ["testers.py --checkpoint training/dense.pt --json", "report.py"]
     assert (tmp_path / "training/dense.pt").read_text() == "pretrain.average.pt"
     assert (tmp_path / "training/logs/dense.options.json").read_text() == "pretrain.options.json"
-    assert (tmp_path / "training/dense.json").read_text() == ""  # what testers.py said
+    assert (tmp_path / "training/logs/dense.tested.json").read_text() == ""  # what testers.py said
 
 
 def test_run_sh_test_gives_its_words_to_pytest(run_sh):
@@ -245,6 +246,15 @@ def test_a_table_that_nothing_fills_raises(tmp_path):
     pages(tmp_path, "README.md", README + "\n<!-- missing -->\nold\n<!-- end missing -->\n")
     with pytest.raises(BadInput, match="nothing is measured for the table 'missing'"):
         report.main(["--check", "--pages", str(tmp_path)])
+
+
+def test_the_dense_baseline_is_the_file_that_was_tested(capsys):
+    """Its accuracy is what testers.py said of this file; and testers.py takes it, without a claim beside it."""
+    tested = load_json(ROOT / "training" / "logs" / "dense.tested.json")
+    dense = ROOT / tested["checkpoint"]
+    assert tested["sha256"] == sha256(dense) and (tested["data"], tested["images"]) == ("test", 10_000)
+    assert testers.main(["--checkpoint", str(dense), "--made-up", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == tested["counts"]
 
 
 def test_the_curve_is_continued():
