@@ -52,10 +52,6 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
-    def chunks(self, count: int) -> list["Images"]:
-        """In order, in `count` parts of nearly the same size, or as many as there are images."""
-        return [Images(*part) for part in zip(self.images.chunk(count), self.labels.chunk(count))]
-
 
 # ---------------------------------------------------------------------------------------------- find and download
 

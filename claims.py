@@ -15,7 +15,6 @@
 
 The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
 """
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from files import load_record, save_record
-from formats import HALVES, WORD, Activation, Formats, Grid, is_half, signed_bits
+from formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
 from graph import activation_points
 from mobilenet_v2 import BadInput
 
@@ -86,12 +85,12 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     if step is None:
         return replace(found, bits=bits)
     steps = tuple(step) if isinstance(step, list) else (step,)
-    positive = all(type(s) in (int, float) and 0 < s < math.inf for s in steps)
+    positive = all(type(s) in (int, float) and 0 < s < LARGEST for s in steps)
     if len(steps) not in (1, len(parameter)) or not positive:
         raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
-    grid = Grid(bits, steps, "claimed")
+    grid = Grid(bits, tuple(map(float, steps)), "claimed")
     codes = grid.codes(parameter)
-    on_steps = codes * torch.tensor(steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
+    on_steps = codes * torch.tensor(grid.steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
     off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
     if off.any() or signed_bits(int(codes.min()), int(codes.max())) > bits:
         raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")

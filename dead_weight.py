@@ -64,7 +64,8 @@ def forward(model: MobileNetV2, order: list[Point], steps: dict[str, float]) -> 
         zero[point.name] = torch.stack(nothing).all(0) & (code <= 0 if point.rectified else code == 0)
         if point.rectified:
             for branch in point.branches:  # a shift below zero is no different from none
-                drop_outputs(model.get_submodule(branch.name), model.get_submodule(branch.norm), zero[point.name])
+                if branch.norm:
+                    drop_outputs(model.get_submodule(branch.name), model.get_submodule(branch.norm), zero[point.name])
 
 
 @torch.no_grad()

@@ -3,33 +3,40 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import cifar100
 import machine
 
 
-def evaluate(network: nn.Module, data: cifar100.Images, batch_size: int | None = None) -> tuple[float, int]:
-    """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
+def answers(engine, images: Tensor, size: int) -> Tensor:
+    """engine(batch) for `images` (uint8 [N, 3, 32, 32]) in batches of `size`, on every core of a CPU: [N, ...]."""
+    def some(batches):
+        with torch.inference_mode():
+            return torch.cat([engine(batch) for batch in batches])
+    return torch.cat(machine.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
 
-    By default batches of 8 on a CPU, whose maps stay in its cache, and of 1,000 elsewhere.
-    """
-    cpu = data.images.device.type == "cpu"
-    batches = list(zip(*(tensor.split(batch_size or (8 if cpu else 1000)) for tensor in (data.images, data.labels))))
 
-    @torch.inference_mode()
-    def some(part):
-        found = []
-        for images, labels in part:
-            logits = network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-            found.append((float(F.cross_entropy(logits, labels, reduction="sum")),
-                          int((logits.argmax(1) == labels).sum())))
-        return found
+def batch_size(images: Tensor) -> int:
+    """8 on a CPU, whose cache holds their maps; 1,000 elsewhere."""
+    return 8 if images.device.type == "cpu" else 1000
 
-    found = [each for part in machine.in_threads(some, divided(batches, cpu)) for each in part]
-    # summed in the order of the images: the same whatever the number of threads
-    return sum(loss for loss, _ in found) / len(data), sum(correct for _, correct in found)
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Of a network in eval mode for uint8 images [N, 3, 32, 32]: [N, classes]."""
+    def engine(batch):
+        return network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
+    return answers(engine, images, batch_size(images))
+
+
+def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
+    """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32."""
+    found, size = logits(network, data.images), batch_size(data.images)
+    # summed batch by batch in the order of the images: the same whatever the number of threads
+    loss = sum(float(F.cross_entropy(some, labels, reduction="sum"))
+               for some, labels in zip(found.split(size), data.labels.split(size)))
+    return loss / len(data), int((found.argmax(1) == data.labels).sum())
 
 
 def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str,
@@ -62,7 +69,7 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
     model.eval()
 
 
-def divided(batches: list, cpu: bool) -> list[list]:
+def divided(batches, cpu: bool) -> list:
     """The batches in order, in as many parts as there are threads to work on them: the cores of a CPU, else one."""
     size = -(-len(batches) // (machine.cores() if cpu else 1))
     return [batches[start:start + size] for start in range(0, len(batches), size)]

@@ -34,7 +34,6 @@ for that and asks for exact kernels.
 """
 import functools
 import importlib
-import itertools
 import json
 import sys
 import tempfile
@@ -49,6 +48,7 @@ import checkpoints
 import cifar100
 import claims
 import machine
+from evaluation import answers, logits
 from exact import exact_network, folded
 from files import git_commit, replacing, sha256, try_to_write
 from formats import Formats
@@ -325,29 +325,15 @@ def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
 
     margin: by how much the exact logits prefer their own prediction to the engine's.
     """
-    parts = data.chunks(machine.cores())
-    starts = [0, *itertools.accumulate(map(len, parts))]
-    reports = machine.in_threads(lambda k: compare_some(engine, exact, parts[k], starts[k]), range(len(parts)))
-    return {key: sum((report[key] for report in reports), start=type(reports[0][key])()) for key in reports[0]}
-
-
-@torch.inference_mode()
-def compare_some(engine, exact: nn.Module, data: cifar100.Images, first: int) -> dict:
-    """`compare` on one core, of images that are numbered from `first`."""
-    report = {"images": len(data), "correct": 0, "exact_correct": 0, "same_logits": 0, "differing": []}
-    for start in range(0, len(data), BATCH):
-        images, labels = data.images[start:start + BATCH], data.labels[start:start + BATCH]
-        theirs = torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
-        ours = exact(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-        found, wanted = theirs.argmax(1), ours.argmax(1)
-        report["correct"] += int((found == labels).sum())
-        report["exact_correct"] += int((wanted == labels).sum())
-        report["same_logits"] += int((theirs == ours).all(1).sum())
-        for i in (found != wanted).nonzero().flatten().tolist():
-            margin = float(ours[i, wanted[i]] - ours[i, found[i]])
-            report["differing"].append({"image": first + start + i, "label": int(labels[i]), "engine": int(found[i]),
-                                        "exact": int(wanted[i]), "margin": margin})
-    return report
+    theirs = answers(lambda batch: torch.from_numpy(engine.run(None, {"image": batch.numpy()})[0]), data.images, BATCH)
+    ours = logits(exact, data.images)
+    found, wanted = theirs.argmax(1), ours.argmax(1)
+    differing = [{"image": i, "label": int(data.labels[i]), "engine": int(found[i]), "exact": int(wanted[i]),
+                  "margin": float(ours[i, wanted[i]] - ours[i, found[i]])}
+                 for i in (found != wanted).nonzero().flatten().tolist()]
+    return {"images": len(data), "correct": int((found == data.labels).sum()),
+            "exact_correct": int((wanted == data.labels).sum()),
+            "same_logits": int((theirs == ours).all(1).sum()), "differing": differing}
 
 
 # ----------------------------------------------------------------------------------------------------------- the script

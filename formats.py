@@ -40,9 +40,12 @@ def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
     return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
 
 
+LARGEST = 2**1000  # a step: an integer of a JSON file may be no float
+
+
 def exponent(step) -> int | None:
     """e of a step 2^e; None for anything else, whatever it is."""
-    fraction, e = math.frexp(step) if type(step) in (int, float) else (0, 0)
+    fraction, e = math.frexp(step) if type(step) in (int, float) and abs(step) < LARGEST else (0, 0)
     return e - 1 if fraction == 0.5 else None
 
 

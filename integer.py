@@ -25,6 +25,7 @@ enough to hold them: both networks must have the same logits to the last bit, an
 import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -39,6 +40,7 @@ import claims
 import counting
 import graph
 import machine
+from evaluation import answers, logits
 from exact import exact_network
 from formats import is_folded, signed_bits
 from mnet import stated_formats, stored_exponent
@@ -46,7 +48,6 @@ from mobilenet_v2 import BadInput, MobileNetV2
 from scripts import command_line, number, run_script
 
 BATCH = 8  # images: their maps stay in the cache
-COUNTED = ("correct", "float_correct", "agree", "identical")
 
 
 # ------------------------------------------------------------------------------------------------- sums of products
@@ -285,40 +286,27 @@ def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -
     """Runs both networks on all images, on every core.
 
     {"images", "correct", "float_correct", "agree": images with the same prediction, "identical": images whose logits
-     are the same to the last bit, "seen": {layer: (lowest, highest) accumulator}, "seconds", "float_seconds"}
+     are the same to the last bit, "seconds", "float_seconds", "seen": {layer: (lowest, highest) accumulator}}
     """
-    parts = machine.in_threads(lambda part: compare_some(network, floats, part), data.chunks(machine.cores()))
-    seconds = {key: sum(part.pop(key) for part in parts) / len(parts) for key in ("seconds", "float_seconds")}
-    seen = {name: (min(part["seen"][name][0] for part in parts), max(part["seen"][name][1] for part in parts))
-            for name in parts[0]["seen"]}
-    return {"images": len(data)} | {key: sum(part[key] for part in parts) for key in COUNTED} | seconds | {"seen": seen}
-
-
-def compare_some(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -> dict:
-    """`compare` on one core."""
-    seen, report = {}, dict.fromkeys(COUNTED, 0) | {"seconds": 0.0, "float_seconds": 0.0}
+    seen, lock = {}, threading.Lock()
 
     def watch(name, acc):
         low, high = (int(x) for x in acc.aminmax())
-        before = seen.get(name, (low, high))
-        seen[name] = min(low, before[0]), max(high, before[1])
+        with lock:
+            before = seen.get(name, (low, high))
+            seen[name] = min(low, before[0]), max(high, before[1])
 
-    for start in range(0, len(data), BATCH):
-        images, labels = data.images[start:start + BATCH], data.labels[start:start + BATCH]
-        begin = time.perf_counter()
-        ours = network(images, watch)
-        middle = time.perf_counter()
-        with torch.inference_mode():
-            theirs = floats(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-        report["float_seconds"] += time.perf_counter() - middle
-        report["seconds"] += middle - begin
-        report["correct"] += int((ours.argmax(1) == labels).sum())
-        report["float_correct"] += int((theirs.argmax(1) == labels).sum())
-        report["agree"] += int((ours.argmax(1) == theirs.argmax(1)).sum())
-        # the float network's logits are float32: exact values, rounded once at the very end
-        same = (ours.double() * 2.0**network.logit_exponent).float() == theirs
-        report["identical"] += int(same.all(1).sum())
-    return report | {"seen": seen}
+    begin = time.perf_counter()
+    ours = answers(lambda images: network(images, watch), data.images, BATCH)
+    middle = time.perf_counter()
+    theirs = logits(floats, data.images)
+    end = time.perf_counter()
+    found, wanted = ours.argmax(1), theirs.argmax(1)
+    # the float network's logits are float32: exact values, rounded once at the very end
+    same = ((ours.double() * 2.0**network.logit_exponent).float() == theirs).all(1)
+    return {"images": len(data), "correct": int((found == data.labels).sum()),
+            "float_correct": int((wanted == data.labels).sum()), "agree": int((found == wanted).sum()),
+            "identical": int(same.sum()), "seconds": middle - begin, "float_seconds": end - middle, "seen": seen}
 
 
 def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) -> list[dict]:

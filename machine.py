@@ -9,13 +9,11 @@ time.
 import contextlib
 import ctypes
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-_pool = None
-_lock = threading.Lock()
+_pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # begins a thread when one is needed
 
 
 def cores() -> int:
@@ -55,16 +53,9 @@ def in_threads(function, parts) -> list:
     Autocast, inference mode and the like belong to a thread: `function` enters what it needs. The first error is raised
     once all are done.
     """
-    global _pool
     first, *others = parts
-    if not others:
-        return [function(first)]
-    with _lock:
-        if _pool is None or _pool._max_workers < len(others):
-            _pool = ThreadPoolExecutor(max(cores(), len(others)), initializer=torch.set_num_threads, initargs=(1,))
     waiting = [_pool.submit(function, part) for part in others]
     try:
         return [function(first)] + [each.result() for each in waiting]
     finally:
-        for each in waiting:  # after an error, too, nobody is still at work on what the caller goes on with
-            each.exception()
+        wait(waiting)  # after an error, too, nobody is still at work on what the caller goes on with

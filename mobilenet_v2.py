@@ -183,10 +183,8 @@ def layer_table(model: MobileNetV2) -> str:
     outputs = {}
     hooks = [module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m, tuple(out.shape[1:])))
              for _, module in weight_layers(model)]
-    was_training = model.training
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    model.train(was_training)
     for hook in hooks:
         hook.remove()
     lines = [f"{'':>2}  {'layer':<22} {'kind':<10} {'weight':<18} {'stride':>6} {'output':<12} {'weights':>9}"]

@@ -29,7 +29,7 @@ def main(argv=None) -> int:
     found = differences(model, claim, *unpack(out))
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
-    if claims.claim_path(out) == claims.claim_path(checkpoint) and checkpoint.suffix != ".mnet":
+    if claims.claim_path(out).resolve() == claims.claim_path(checkpoint).resolve() and checkpoint.suffix != ".mnet":
         claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
 
     counted = counting.storage(model, stated_formats(model, claim))

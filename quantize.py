@@ -328,7 +328,8 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
     model = model.to(device, memory_format=torch.channels_last)
     settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
                              warmup_epochs=min(1, args.epochs / 4), smoothing=0.0 if args.teacher else 0.1,
-                             augment=args.augment, mixing=args.mixing, seed=args.seed)
+                             augment=args.augment, mixing=args.mixing, seed=args.seed,
+                             workers=machine.cores() if device.type == "cpu" else 1)
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
     teacher = teachers.load(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
     folder = Path(args.checkpoint).parent
@@ -415,7 +416,7 @@ def main(argv=None) -> int:
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
-                    "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+                    "machine": f"{platform.machine()}, {machine.cores()} cores, torch {torch.__version__}",
                     "source_sha256": sha256(args.checkpoint), "training": trained}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")

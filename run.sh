@@ -36,27 +36,28 @@ setup() {
 }
 
 verify() {  # arguments go to testers.py
-    local status=0
+    local status=0 counted=0
     python testers.py "$@" || status=$?
     [ $status -le 2 ] || exit $status
     echo
-    python check_model_operations.py || { [ $status -ne 0 ] || status=$?; }
+    python check_model_operations.py || counted=$?
+    [ $status -ne 0 ] || status=$counted
     if [ $status -eq 0 ]; then echo "run.sh: verified"; else echo "run.sh: NOT verified in full, see above" >&2; fi
     return $status
 }
 
 ship() {  # a run folder
-    local masked="$1/masked.pt"
-    [ -f "$masked" ] || masked="$1/masked.average.pt"
+    local masked="$1/masked.average.pt"  # in float16: the file that is committed is the one that is quantized
     if [ ! -f "$masked" ]; then
-        echo "run.sh: neither $1/masked.pt nor masked.average.pt is there: nothing to ship yet; run.sh train goes on" >&2; exit 2
+        echo "run.sh: $masked is not there: nothing to ship yet; run.sh train goes on" >&2; exit 2
     fi
     python quantize.py --checkpoint "$masked"
     python packed.py
     python integer.py --record
     python export_onnx.py --record
+    rm -f training/logs/{pretrain,rew,masked,quantized}{,-*}.{jsonl,options.json}  # a run folder tells of all stages behind it
     cp "$1"/*.json* training/logs/
-    if [ -f "$1/masked.average.pt" ]; then cp "$1/masked.average.pt" training/masked.pt; fi  # what further training starts from
+    cp "$masked" training/masked.pt  # what further training starts from
     python report.py --record
     verify
 }

@@ -60,7 +60,7 @@ def total_lines(summary: dict) -> list[str]:
     lines = [f"{'Weights':<44}{'all':>12}{'zeros':>12}{'non-zeros':>12}{'sparsity':>10}{'compression':>13}"]
     labels = {"all": "convolutions and linear, exact", "conv": "convolutions alone, exact",
               "linear": "linear alone, exact",
-              "submission": "the submission's convention (see README)"}
+              "submission": "the submission's convention (ACCOUNT.md)"}
     for key, label in labels.items():
         part = weights[key]
         lines.append(f"  {label:<42}" + "".join(f"{part[count]:>12,}" for count in ("total", "zeros", "nonzeros"))

@@ -1,12 +1,10 @@
-"""The 17 depthwise convolutions of the network, forward and backward, in both precisions and both memory formats; and
-as training/kernels.c computes them on a CPU.
+"""The 17 depthwise convolutions of the network, channels-last, forward and backward, in both precisions; and as
+training/kernels.c computes them on a CPU.
 
     python benchmarks/depthwise_shapes.py [--batch-size B] [--rounds 10] [--json F]
 
-Which kernel is fast depends on all of these. On CUDA channels-last goes to cuDNN, and contiguous (NCHW) bfloat16 to
-PyTorch's own kernel; on CPUs oneDNN has no fast bfloat16 kernel for the input's gradient where there is a stride. "of
-the bandwidth" compares with a large copy, measured here: forward the input is read and the output written; backward the
-output's gradient is read twice, the input once, and its gradient written.
+Which kernel is fast depends on all of these: oneDNN has no fast bfloat16 kernel for the input's gradient where there is
+a stride.
 """
 import statistics
 import sys
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.training_speed import copy_bandwidth, synchronize  # noqa: E402
+from benchmarks.training_speed import synchronize  # noqa: E402
 from files import save_json, try_to_write  # noqa: E402
 from machine import prepare  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
@@ -26,12 +24,8 @@ from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import kernels, loop, main as training_main  # noqa: E402
 from training.depthwise import Convolve  # noqa: E402
 
-VARIANTS = {f"{kind} {order}": (dtype, memory_format)
-            for kind, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
-            for order, memory_format in (("channels-last", torch.channels_last),
-                                         ("contiguous", torch.contiguous_format))}
 COMPILED = "bfloat16 compiled"
-VARIANTS[COMPILED] = VARIANTS["bfloat16 channels-last"]
+VARIANTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, COMPILED: torch.bfloat16}
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -46,9 +40,9 @@ def shapes() -> list[tuple[int, int, int]]:
 
 def measure(name: str, channels: int, side: int, stride: int, batch: int, device, rounds: int) -> tuple[float, float]:
     """Median seconds (forward, backward) of a variant after two calls that are not counted."""
-    dtype, memory_format = VARIANTS[name]
+    dtype = VARIANTS[name]
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
-    x = x.to(memory_format=memory_format).requires_grad_()
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(channels, 1, 3, 3, device=device, dtype=None if name == COMPILED else dtype).requires_grad_()
     times, gradient = ([], []), None
     for _ in range(rounds + 2):
@@ -79,32 +73,26 @@ def main(argv=None) -> int:
     prepare()  # on a CPU one thread, as a worker of training has
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     batch = args.batch_size or (512 if device.type == "cuda" else 64)
-    bandwidth = copy_bandwidth(device, 2048 if device.type == "cuda" else 256)
     machine = training_main.describe_machine(device, loop.Processes())
-    print(f"{machine}; batch {batch}; a copy moves {bandwidth / 1e9:,.0f} GB/s; forward + backward in ms, of bandwidth")
+    print(f"{machine}; batch {batch}; forward + backward in ms")
     here = [name for name in VARIANTS
             if name != COMPILED or device.type == "cpu" and kernels.library(torch.bfloat16) is not None]
-    print(f"{'channels':>8}{'side':>6}{'stride':>8}" + "".join(f"{name:>28}" for name in here))
+    print(f"{'channels':>8}{'side':>6}{'stride':>8}" + "".join(f"{name:>20}" for name in here))
     rows = []
     for channels, side, stride in shapes():
         row = {"channels": channels, "side": side, "stride": stride}
-        values = channels * (side**2 + (side // stride) ** 2)
         for name in here:
             forward, backward = measure(name, channels, side, stride, batch, device, args.rounds)
-            share = 3 * batch * values * VARIANTS[name][0].itemsize / bandwidth / (forward + backward)
-            row[name] = {"forward": forward, "backward": backward, "of_bandwidth": share}
+            row[name] = {"forward": forward, "backward": backward}
         rows.append(row)
         print(f"{channels:>8}{side:>6}{stride:>8}" + "".join(
-            f"{1000 * row[name]['forward']:>11.2f} "
-            f"+{1000 * row[name]['backward']:>7.2f}{row[name]['of_bandwidth']:>8.1%}" for name in here),
-            flush=True)
+            f"{1000 * row[name]['forward']:>11.2f} +{1000 * row[name]['backward']:>7.2f}" for name in here), flush=True)
     for what, chosen in (("all", rows), ("with a stride", [row for row in rows if row["stride"] > 1])):
         print(f"{what:<22}" + "".join(f"{1000 * sum(row[name]['forward'] for row in chosen):>11.2f} +"
-                                      f"{1000 * sum(row[name]['backward'] for row in chosen):>7.2f}{'':>8}"
+                                      f"{1000 * sum(row[name]['backward'] for row in chosen):>7.2f}"
                                       for name in here))
     if args.json:
-        figures = {"machine": machine, "batch_size": batch, "copy_bytes_per_second": bandwidth, "shapes": rows}
-        save_json(figures, args.json)
+        save_json({"machine": machine, "batch_size": batch, "shapes": rows}, args.json)
     return 0
 
 

@@ -9,7 +9,7 @@ that 8-bit kernels really run; and what each kind of layer costs in float and in
 included.
 
   torch        MobileNetV2 in eval mode, eager, channels-last
-  torch fused  BatchNorm folded into the convolutions; with --compile also torch.compile (needs a C++ compiler)
+  torch fused  BatchNorm folded into the convolutions
   onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
   onnx 8-bit   export_onnx.Codes
 
@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,20 +39,11 @@ import checkpoints  # noqa: E402
 import cifar100  # noqa: E402
 import export_onnx  # noqa: E402
 from files import save_json, try_to_write  # noqa: E402
-from graph import neighbours  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
+from training.teachers import fold_batchnorm  # noqa: E402
 
 
-def fused(model: nn.Module) -> nn.Module:
-    """A copy with every BatchNorm folded into the convolution before it."""
-    model = copy.deepcopy(model).eval()
-    for conv, (norm, _) in neighbours(model).items():
-        model.set_submodule(conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm)))
-        model.set_submodule(norm, nn.Identity())
-    return model.to(memory_format=torch.channels_last)
-
-
-def engines(model: nn.Module, claim: dict, threads: int, compiled: bool) -> dict:
+def engines(model: nn.Module, claim: dict, threads: int) -> dict:
     """{name: function from uint8 images [N, 3, 32, 32] to logits}, and the bytes of the two ONNX models."""
     def torch_engine(network):
         @torch.inference_mode()
@@ -66,9 +56,7 @@ def engines(model: nn.Module, claim: dict, threads: int, compiled: bool) -> dict
         return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
     model = model.to(memory_format=torch.channels_last)
-    found = {"torch": torch_engine(model), "torch fused": torch_engine(fused(model))}
-    if compiled:
-        found["torch compiled"] = torch_engine(torch.compile(fused(model), dynamic=False))
+    found = {"torch": torch_engine(model), "torch fused": torch_engine(fold_batchnorm(copy.deepcopy(model)))}
     models = {"onnx float": export_onnx.Floats(model).finished({}).SerializeToString(),
               "onnx 8-bit": export_onnx.Codes(model, claim).finished({}).SerializeToString()}
     return found | {name: onnx_engine(content) for name, content in models.items()}, models
@@ -138,7 +126,6 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=7, help="(%(default)s)")
     parser.add_argument("--seconds", type=number(float, 0, 3600), default=1.0,
                         help="of each engine in a round (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile, too (minutes of compilation)")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     if args.json:
@@ -146,7 +133,7 @@ def main(argv=None) -> int:
     runtime = export_onnx.needed("onnxruntime")
     torch.set_num_threads(args.threads)
     model, claim = checkpoints.load(args.checkpoint)
-    runs, models = engines(model, claim, args.threads, args.compile)
+    runs, models = engines(model, claim, args.threads)
     machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "
                f"onnxruntime {runtime.__version__}")
     print(machine, flush=True)

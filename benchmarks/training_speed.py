@@ -1,6 +1,6 @@
 """Training throughput beside the plain loop, on this machine, in this run.
 
-    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--modes eager ...] [--json F]
+    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--json F]
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
@@ -11,10 +11,8 @@ compiled functions (training/kernels.c), and both loops beside another process t
 measurement has a process of its own: the allocator is told something else in each. Rounds alternate and the median
 ratio counts, so that whatever else runs on the machine slows all; only the ratios mean anything.
 
-Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), in each of --modes: the network
-eager (on a CPU: in one of its threads), or under torch.compile's mode of that name ("default"; "reduce-overhead"
-records CUDA graphs). Last, on CUDA, how near that is to the memory's limit: the bandwidth of a large copy, measured
-here, over the bytes that a step has to move (see PASSES).
+Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), the network eager, on a CPU in one
+thread.
 """
 import contextlib
 import dataclasses
@@ -38,19 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifar100  # noqa: E402
 import machine  # noqa: E402
 from files import save_json, try_to_write  # noqa: E402
-from graph import trace  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import kernels, loop, main as training_main, teachers  # noqa: E402
 
 
-# How often a training step has to read or write every convolution's output, with all that can be fused fused:
-#   forward   convolution writes it; BatchNorm reads it for the statistics, and again to normalise; the activation is
-#             written, and read by the next convolution                                                                5
-#   backward  the next convolution reads the activation for its weights' gradient, and writes the activation's gradient;
-#             BatchNorm reads this gradient and the output for its sums, and again for the gradient that it writes;
-#             the convolution reads that twice, for its input's gradient and for its weights'                          9
-PASSES = 14
 PYTORCHS = "ours, 24x24, PyTorch's functions"
 RATIOS = {  # name: (speed, beside which)
     "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
@@ -59,7 +49,6 @@ RATIOS = {  # name: (speed, beside which)
     "the compiled functions beside PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
     "the plain loop alone, and beside a busy process": ("plain", "plain, beside a busy process"),
     "training alone, and beside a busy process": ("ours", "ours, beside a busy process")}
-MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 
 
 class PilImages(Dataset):
@@ -151,15 +140,13 @@ def busy_neighbour():
         process.wait()
 
 
-def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device, mode: str,
+def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device,
                steps: int = 8) -> dict[str, float]:
     """Median seconds of a step's parts, with the full augmentation, and of a whole step without waiting in between."""
     model = MobileNetV2().to(device, memory_format=torch.channels_last).train()
-    stepped = model if mode == "eager" else torch.compile(model, mode=mode)
     optimizer = loop.make_optimizer(settings, model)
     size = min(settings.batch_size, len(data))
     times = {"augment": [], "forward": [], "backward": [], "optimizer": []}
-    warm_up = 1 if mode == "eager" else 4  # compilation; CUDA graphs are recorded in the second and third call
 
     def one_step(step: int, wait: bool) -> list[float]:
         marks = [time.perf_counter()]
@@ -174,7 +161,7 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         x = x.contiguous(memory_format=torch.channels_last)
         mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = stepped(x)
+            logits = model(x)
         loss = loop.mixed_cross_entropy(logits.float(), labels, others, lam, 0.1)
         mark()
         optimizer.zero_grad(set_to_none=True)
@@ -185,9 +172,9 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         return marks
 
     with loop.fast_on_a_cpu(model) if device.type == "cpu" else contextlib.nullcontext():
-        for step in range(warm_up + steps):
+        for step in range(1 + steps):
             marks = one_step(step, wait=True)
-            if step >= warm_up:
+            if step:  # the first one warms up
                 for part, start, end in zip(times, marks, marks[1:]):
                     times[part].append(end - start)
         synchronize(device)
@@ -197,25 +184,6 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         synchronize(device)
     whole = (time.perf_counter() - start) / steps
     return {part: statistics.median(values) for part, values in times.items()} | {"whole": whole}
-
-
-def copy_bandwidth(device: torch.device, megabytes: int = 2048) -> float:
-    """Bytes a second, read and written, of the best of ten copies of a tensor that no cache holds."""
-    source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() / best
-
-
-def bytes_to_move(settings: loop.Settings) -> int:
-    """Of a step, for one image: PASSES over every convolution's output."""
-    outputs = sum(row.outputs for row in trace(MobileNetV2()) if row.kind == "batchnorm")
-    return PASSES * outputs * (2 if settings.precision == "bfloat16" else 4)
 
 
 def synchronize(device: torch.device) -> None:
@@ -229,8 +197,6 @@ def parse(argv=None):
                         help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 128)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=MODES,
-                        help="of the steps by part (default: the first three on CUDA, else eager)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
@@ -240,7 +206,6 @@ def parse(argv=None):
     if args.images < 2 * args.batch_size:
         parser.error(f"--images {args.images}: expected at least two batches of {args.batch_size}")
     args.images -= args.images % args.batch_size  # what does not fill a batch is not trained on
-    args.modes = args.modes or (MODES[:3] if args.cuda else MODES[:1])
     return args
 
 
@@ -273,7 +238,7 @@ def main(argv=None) -> int:
     settings = training_main.settings_for("pretrain", options, device)
     where = training_main.describe_machine(device, loop.Processes())
     print(f"{where}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    speeds, ratios, steps, limit = compare(settings, device, args.images, args.rounds), {}, {}, None
+    speeds, ratios = compare(settings, device, args.images, args.rounds), {}
     for name, (above, below) in RATIOS.items():
         if above in speeds:
             ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
@@ -281,22 +246,14 @@ def main(argv=None) -> int:
 
     machine.prepare()
     data = cifar100.made_up(args.images, seed=0, device=device)
-    for mode in args.modes:
-        steps[mode] = parts = step_parts(data, settings, device, mode)
-        shown = {part: seconds for part, seconds in parts.items() if part != "whole"}
-        print(f"step, {mode}: {1000 * parts['whole']:.2f} ms, {args.batch_size / parts['whole']:,.0f} images/s; by "
-              "part " + ", ".join(f"{part} {1000 * seconds:.2f} ms ({seconds / sum(shown.values()):.2%})"
-                          for part, seconds in shown.items()), flush=True)
-    if args.cuda:
-        bandwidth, moved = copy_bandwidth(device), bytes_to_move(settings)
-        limit = {"copy_bytes_per_second": bandwidth, "bytes_per_image": moved, "images_per_second": bandwidth / moved}
-        print(f"memory's limit: {bandwidth / 1e12:.2f} TB/s over {moved / 1e6:.1f} MB an image are "
-              f"{bandwidth / moved:,.0f} images/s; reached: "
-              f"{statistics.median(speeds['ours']) * moved / bandwidth:.1%}")
+    parts = step_parts(data, settings, device)
+    shown = {part: seconds for part, seconds in parts.items() if part != "whole"}
+    print(f"step: {1000 * parts['whole']:.2f} ms; by part " + ", ".join(
+        f"{part} {1000 * seconds:.2f} ms ({seconds / sum(shown.values()):.2%})" for part, seconds in shown.items()))
     if args.json:
         save_json({"machine": where, "images": args.images, "batch_size": args.batch_size,
-                   "precision": settings.precision, "images_per_second": speeds, "ratios": ratios, "steps": steps,
-                   "limit": limit}, args.json)
+                   "precision": settings.precision, "images_per_second": speeds, "ratios": ratios, "step": parts},
+                  args.json)
     return 0
 
 

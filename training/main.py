@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import save_record, save_tensors, try_to_write  # noqa: E402
+from files import git_commit, save_record, save_tensors, try_to_write  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import loop, magnitude, plan, reweighted_l1, teachers  # noqa: E402
@@ -134,7 +134,7 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--pretrain, --rew and --masked-retrain are one stage each; give one of them, or none for all")
     if args.lam is not None and args.target_sparsity is not None:
         parser.error("--lambda and --target-sparsity exclude each other")
-    if args.sparsity_type == "threshold" and args.rew:
+    if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(reweighted_l1.GROUPS))
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
@@ -212,6 +212,17 @@ def make_masks(args, model) -> reweighted_l1.Masks:
     return reweighted_l1.Masks(model, masks)
 
 
+def refuse_early(stages: list[str], args, device: torch.device) -> None:
+    """Raises BadInput, before hours of the first stage, for options that one of them cannot use."""
+    model = MobileNetV2()
+    for stage in stages:
+        settings_for(stage, args, device)
+        if stage == "rew":
+            make_penalty(args, model)
+        elif stage == "masked":
+            make_masks(args, model)
+
+
 def starting_point(stage: str, args) -> MobileNetV2:
     """The model that a stage starts from: --start, the stage before, or (for --rew, with a warning) random weights."""
     if args.start and args.start.is_dir():
@@ -253,7 +264,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
         if processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
             save_record({"stage": stage, "machine": describe_machine(device, processes),
-                         "train_images": len(data.labels),
+                         "train_images": len(data.labels), "commit": git_commit(),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
@@ -295,6 +306,7 @@ def main(argv=None) -> int:
             (args.run / f"{chosen[0]}.pt").unlink(missing_ok=True)
         if processes.count > 1:
             dist.barrier()  # all processes find the same files
+        refuse_early([stage for stage in chosen or STAGES if not (args.run / f"{stage}.pt").is_file()], args, device)
         for stage in chosen or STAGES:
             if (args.run / f"{stage}.pt").is_file():
                 if processes.first:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
+from evaluation import logits  # noqa: E402
 from files import sha256  # noqa: E402
 from mobilenet_v2 import BadInput, is_plain, load_checkpoint, load_state  # noqa: E402
 from scripts import command_line, run_script, some_path  # noqa: E402
@@ -177,16 +178,6 @@ def find(folder=None) -> Path:
     return start
 
 
-@torch.inference_mode()
-def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Softmax of the logits for uint8 images [N, 3, 32, 32]: float32 [N, classes]."""
-    def some(part):
-        with torch.inference_mode():
-            return torch.cat([model(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)).softmax(1)
-                              for batch in part.split(100)])
-    return torch.cat(machine.in_threads(some, images.chunk(machine.cores())))
-
-
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("--folder", type=some_path, metavar="DIR",
@@ -198,7 +189,7 @@ def main(argv=None) -> int:
     test = cifar100.load(args.data, "test")
     total, wrong = 0, []
     for name, (_, published) in KAIST.items():
-        probabilities = answers(load(folder / name).to(memory_format=torch.channels_last), test.images)
+        probabilities = logits(load(folder / name).to(memory_format=torch.channels_last), test.images).softmax(1)
         correct = int((probabilities.argmax(1) == test.labels).sum())
         total = total + probabilities
         print(f"{name}: {correct:,} of {len(test):,} (expected {published:,})", flush=True)

@@ -10,8 +10,6 @@
 #
 # RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
 # shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
-# Where the trunk's state is lost, its average takes its place (E: the epoch it stopped at):
-#   bash training/two_cores.sh pretrain --start training/dense.pt --start-epoch E
 # What was measured before it, and how far it is: training/logs/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
