@@ -261,6 +261,7 @@ def test_comparison_counts(shipped):
         assert {each["engine"], each["exact"]} == {first, second} and each["margin"] > 0
         assert each["margin"] == float(logits[each["image"], each["exact"]] - logits[each["image"], each["engine"]])
     assert found["exact_correct"] == int((logits.argmax(1) == data.labels).sum()) and found["images"] == 20
+    assert found["same_logits"] == 0
     assert "Predictions agree on" in export_onnx.text(found)
 
 

@@ -96,8 +96,11 @@ def test_equals_the_slow_reference(tiny):
 
 def test_the_float_network_is_the_same_to_the_last_bit(tiny):
     model, claim, network = tiny
-    report = compare(network, exact.exact_network(model, claim["activations"]), cifar100.made_up(300, 5, CLASSES))
+    floats, data = exact.exact_network(model, claim["activations"]), cifar100.made_up(300, 5, CLASSES)
+    report = compare(network, floats, data)
     assert report["images"] == report["agree"] == report["identical"] == 300
+    one_off = torch.eye(CLASSES)[0]  # one wrong logit of an image is enough
+    assert compare(network, lambda x: floats(x) + one_off, data)["identical"] == 0
 
 
 def test_full_size(full):
