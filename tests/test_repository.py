@@ -243,6 +243,7 @@ def test_the_shipped_model_is_what_the_issue_asks_for():
     claim = load_json(ROOT / "cifar100_mobilenetv2.json")
     assert claim["counts"]["weights"]["submission"]["sparsity"] >= 0.7695
     assert re.fullmatch("[0-9a-f]{12}", claim["made_by"]["commit"])  # and no "-dirty"
+    assert claim["made_by"]["source_sha256"] == sha256(ROOT / "training" / "masked.pt")  # so anybody can repeat it
     bits = [tensor["bits"] for tensor in claim["tensors"]
             if tensor["name"].split(".")[-2] in ("conv1", "conv2", "conv3", "0", "linear")
             and tensor["name"].endswith("weight")]
