@@ -53,6 +53,30 @@ def try_to_write(*paths) -> None:
             raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
 
 
+@contextlib.contextmanager
+def held(folder):
+    """Hold a folder against other processes while the block runs: the lock goes with the process, however that ends.
+
+    Raises BadInput if another process holds it. Where a folder cannot be locked (Windows, some network disks) nothing
+    is.
+    """
+    handle = None
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BadInput(f"{folder}: another process is at work there; await its end, or give another folder") from error
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def save_tensors(value, path) -> str:
     """`torch.save` that leaves the old file or the new one; its SHA-256. `value`: a state dict or nested plain
     containers."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cifar100
+import files
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
 from training import main as training
 from training.reweighted_l1 import group_norms, prune_ratios
@@ -204,6 +205,9 @@ def test_no_resume_starts_a_stage_again(narrow, capsys):
     first = Path("run/pretrain.pt").read_bytes()
     assert run(QUICK + " --pretrain --seed 5") == 0  # it is there
     assert "--no-resume" in capsys.readouterr().out and Path("run/pretrain.pt").read_bytes() == first
+    with pytest.raises(BadInput):
+        run(QUICK + " --pretrain --no-resume --schedule constant --cooldown 150")
+    assert Path("run/pretrain.pt").read_bytes() == first  # what is refused loses nothing
     assert run(QUICK + " --pretrain --seed 5 --no-resume") == 0
     assert Path("run/pretrain.pt").read_bytes() != first and len(lines("run/pretrain.jsonl")) == 1
     assert run(QUICK + " --pretrain --no-resume") == 0
@@ -354,6 +358,15 @@ def test_the_real_command_is_ended_and_goes_on_bit_for_bit(number, code, real_ru
     assert "goes on at epoch" in (again := script(options)).stdout and again.returncode == 0
     assert_same(Path("run/pretrain.pt"), real_run["folder"] / "pretrain.pt")
     assert lines("run/pretrain.jsonl") == lines(real_run["folder"] / "pretrain.jsonl")
+
+
+def test_one_process_a_run_folder(narrow):
+    assert run(QUICK + " --pretrain --max-minutes 0") == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with files.held("run"), pytest.raises(BadInput, match="run: another process is at work there"):
+        run(QUICK + " --pretrain --no-resume")
+    assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert run(QUICK + " --pretrain", "other") == run(QUICK + " --pretrain") == 0
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ What METHOD.md explains is computed in reweighted_l1.py; the loop of all stages 
 The same command again goes on where it was.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import git_commit, save_record, save_tensors, try_to_write  # noqa: E402
+from files import git_commit, held, save_record, save_tensors, try_to_write  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import loop, magnitude, plan, reweighted_l1, teachers  # noqa: E402
@@ -287,6 +288,25 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     return not processes.agree(bool(asked), device)
 
 
+def run_stages(args, data, test, device, processes, deadline: float) -> None:
+    chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
+    again = [] if args.resume else chosen
+    there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
+    refuse_early([stage for stage in chosen or STAGES if stage not in there], args, device)
+    if processes.count > 1:
+        dist.barrier()  # all processes have found the same files
+    for stage in again if processes.first else ():
+        (args.run / f"{stage}.pt").unlink(missing_ok=True)
+    for stage in chosen or STAGES:
+        if stage in there:
+            if processes.first:
+                print(f"{stage}: {args.run / f'{stage}.pt'} is there"
+                      + ("; --no-resume trains it again" if chosen else ""), flush=True)
+        elif not run_stage(stage, args, data, test, device, processes, deadline):
+            break
+        args.start, args.start_epoch = None, 0  # --start is where the first stage began
+
+
 def main(argv=None) -> int:
     machine.prepare()
     args = parse(argv)
@@ -301,20 +321,8 @@ def main(argv=None) -> int:
     try:
         data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
-        chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
-        if chosen and not args.resume and processes.first:
-            (args.run / f"{chosen[0]}.pt").unlink(missing_ok=True)
-        if processes.count > 1:
-            dist.barrier()  # all processes find the same files
-        refuse_early([stage for stage in chosen or STAGES if not (args.run / f"{stage}.pt").is_file()], args, device)
-        for stage in chosen or STAGES:
-            if (args.run / f"{stage}.pt").is_file():
-                if processes.first:
-                    print(f"{stage}: {args.run / f'{stage}.pt'} is there"
-                          + ("; --no-resume trains it again" if chosen else ""), flush=True)
-            elif not run_stage(stage, args, data, test, device, processes, deadline):
-                break
-            args.start, args.start_epoch = None, 0  # --start is where the first stage began
+        with held(args.run) if processes.first else contextlib.nullcontext():
+            run_stages(args, data, test, device, processes, deadline)
         return 0
     finally:
         if processes.count > 1:
