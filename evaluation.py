@@ -23,11 +23,11 @@ def batch_size(images: Tensor) -> int:
     return 8 if images.device.type == "cpu" else 1000
 
 
-def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Of a network in eval mode for uint8 images [N, 3, 32, 32]: [N, classes]."""
+def logits(network: nn.Module, images: Tensor, size: int = 0) -> Tensor:
+    """Of a network in eval mode for uint8 images [N, 3, 32, 32], in batches of `size` (0: what suits): [N, classes]."""
     def engine(batch):
         return network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
-    return answers(engine, images, batch_size(images))
+    return answers(engine, images, size or batch_size(images))
 
 
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
@@ -67,6 +67,14 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
             if others and mine.is_floating_point():
                 mine.copy_(sum(weight * each for weight, each in zip(weights, (mine.clone(), *others))))
     model.eval()
+
+
+def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: str, generator: torch.Generator) -> None:
+    """As renew_statistics, but the variances stay, and with them the folded scales: quantize.py has shortened those."""
+    norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    renew_statistics(model, data, count, augment, generator)
+    for norm, variance in norms:
+        norm.running_var.copy_(variance)
 
 
 def divided(batches, cpu: bool) -> list:

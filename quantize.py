@@ -32,7 +32,7 @@ import claims
 import counting
 import dead_weight
 import machine
-from evaluation import evaluate, renew_statistics
+from evaluation import evaluate, logits, renew_means, renew_statistics
 from exact import Quantizer, exact_network, folded, probe_logits, quantize_activations
 from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, stage_logs, try_to_write
 from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
@@ -43,6 +43,7 @@ from training import loop, plan, reweighted_l1, teachers
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
 SCHEMES = ("power-of-two", "layer", "channel")
+RANGES = ("max", "mse", "logits")
 SHIFT_BITS = 16
 SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
 
@@ -120,7 +121,7 @@ class QuantizedLinear(nn.Linear):
 def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> list[dict]:
     """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
 
-    ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
+    ranges "max": the submission's step for the largest value seen. Else: of that step and the three below it, the
     one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
     no calibration: its pixels are exactly code * 2^-6.
     """
@@ -147,17 +148,45 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
 
     model.eval()
     watch(see_largest)
-    if ranges == "mse":
+    if ranges != "max":
         watch(see_errors)
     result = []
     for name, signed in points.items():
         step = power_of_two_step(largest[name], bits, signed)
-        if ranges == "mse":
+        if ranges != "max":
             step /= 2 ** int(errors[name].argmin())
         if name == "image" and bits == 8:
             step = 1 / cifar100.STD
         result.append({"name": name, "bits": bits, "signed": signed, "step": step})
     return result
+
+
+def choose_steps(model: MobileNetV2, images: Tensor, reference: Tensor) -> None:
+    """One pass over the activation steps, the image's aside: twice and half of each is kept where the logits gain.
+
+    What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
+    these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
+    """
+    expected = reference.double().log_softmax(1)
+
+    def divergence(count: int) -> float:
+        found = logits(model, images[:count], size=50).double().log_softmax(1)
+        return float(F.kl_div(found, expected[:count], reduction="batchmean", log_target=True))
+
+    counts = (-(-len(images) // 5), len(images))  # most steps are worse, and a fifth of the images shows it
+    least = {count: divergence(count) for count in counts}
+    for name in activation_points(model):
+        if name == "image":
+            continue
+        quantizer = model.get_submodule(name)
+        before = quantizer.step
+        for step in (2 * before, before / 2):
+            quantizer.step = step
+            if all(divergence(count) < least[count] for count in counts):
+                least = {count: divergence(count) for count in counts}
+                break
+        else:
+            quantizer.step = before
 
 
 def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
@@ -295,14 +324,15 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's "
                         "power of two a layer, a free scale a layer, or a free scale per channel (%(default)s)")
     parser.add_argument("--activation-bits", type=number(int, 2, 8), default=8, metavar="B", help="(%(default)s)")
-    parser.add_argument("--ranges", choices=("mse", "max"), default="mse",
-                        help="activation steps: of the least squared error, or "
-                        "of the largest value as in the submission (%(default)s)")
+    parser.add_argument("--ranges", choices=RANGES, default="logits", help="activation steps: of the largest value as "
+                        "in the submission, of the least squared error, or from there what the logits prefer "
+                        "(%(default)s)")
     parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
                         help="train images that set the ranges (%(default)s)")
     parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N",
                         help="train images that renew the "
-                        "BatchNorm statistics once the weights are quantized; 0: keep them (%(default)s)")
+                        "BatchNorm statistics once the weights are quantized, and the means once the activations are; "
+                        "0: keep them (%(default)s)")
     cifar100.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
@@ -363,6 +393,9 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
              accuracies: Accuracies) -> MobileNetV2:
     """The model with weights and activations on their grids; its BatchNorms are still its own."""
     accuracies.after("float", model)
+    # in canonical order the classes are mixed at random: the first images are a fair sample
+    images = train_data.images[:args.calibration]
+    reference = logits(model, images)
     quantize_weights(model, table, args.scheme)
     accuracies.after(f"weights at {'/'.join(map(str, sorted(set(table))))} bits, {args.scheme}", model)
     if args.renew:
@@ -371,10 +404,14 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
     if args.scheme == "channel":
         shorten_scales(model)
         accuracies.after(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
-    # in canonical order the classes are mixed at random: the first images are a fair sample
-    quantize_activations(model, calibrate(model, train_data.images[:args.calibration], args.activation_bits,
-                                          args.ranges))
-    accuracies.after(f"activations at {args.activation_bits} bits, {args.ranges}", model)
+    quantize_activations(model, calibrate(model, images, args.activation_bits, args.ranges))
+    accuracies.after(f"activations at {args.activation_bits} bits, {'max' if args.ranges == 'max' else 'mse'}", model)
+    if args.ranges == "logits":
+        choose_steps(model, images, reference)
+        accuracies.after("activation steps that the logits prefer", model)
+    if args.renew:
+        renew_means(model, train_data, args.renew, args.augment, torch.Generator().manual_seed(args.seed))
+        accuracies.after("BatchNorm means renewed, variances kept", model)
     if args.epochs:
         model = fine_tune(model, train_data, accuracies.data, args)
         accuracies.after(f"fine-tuned for {args.epochs} epochs", model)

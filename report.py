@@ -376,7 +376,8 @@ TABLES = (summary, results, output, steps, stages, score, storage, account, dead
 def images_to_reach(accuracy: float, history: list[dict]) -> float | None:
     """By the line through the last two shipped accuracies (%) over the logarithm of the images; None if that does not
     rise, or is there already."""
-    points = [(math.log(line["images"]), 100 * line["correct"] / line["tested"]) for line in history[-2:]]
+    shipped = {line["images"]: 100 * line["correct"] / line["tested"] for line in history}  # one may be shipped again
+    points = [(math.log(images), accuracy) for images, accuracy in list(shipped.items())[-2:]]
     if len(points) < 2 or not points[0][1] < points[1][1] < accuracy:
         return None
     (x, y), (last, reached) = points

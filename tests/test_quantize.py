@@ -250,6 +250,48 @@ def test_calibration_by_hand():
     assert four["relu2"] == 0.5 / 16 and mse["relu2"] == 0.5 / 16 / 2
 
 
+def test_steps_that_the_logits_prefer():
+    """Beside a slow search of the same kind, on a network of which one step is far too coarse."""
+    torch.manual_seed(0)
+    model = MobileNetV2(7, 0.25).eval()
+    images = cifar100.made_up(20, 0).images
+
+    @torch.no_grad()
+    def probabilities(count=20):
+        return model(cifar100.normalise(images[:count])).double().softmax(1)
+
+    with torch.no_grad():
+        target, reference = probabilities(), model(cifar100.normalise(images))
+    activations = calibrate(model, images, 6, "mse")
+    exact_module.quantize_activations(model, activations)
+    before = {entry["name"]: entry["step"] for entry in activations}
+    before["relu1"] *= 8
+    model.get_submodule("relu1").step = before["relu1"]
+
+    def divergence(count):
+        return float((target[:count] * (target[:count] / probabilities(count)).log()).sum() / count)
+
+    def steps():
+        return {name: model.get_submodule(name).step for name in before}
+
+    worst = divergence(20)
+    quantize.choose_steps(model, images, reference)
+    chosen, least = steps(), divergence(20)
+    for name, step in before.items():
+        model.get_submodule(name).step = step
+    for name in list(before)[1:]:
+        module, step = model.get_submodule(name), before[name]
+        for module.step in (2 * step, step / 2):
+            tried = [divergence(4), divergence(20)]
+            module.step, trial = step, module.step
+            if tried[0] < divergence(4) and tried[1] < divergence(20):
+                module.step = trial
+                break
+    assert chosen == steps() and chosen["image"] == before["image"] == 2**-6 * 4
+    assert chosen["relu1"] == before["relu1"] / 2
+    assert least < worst and sum(chosen[name] != before[name] for name in before) > 2
+
+
 def claimed_activations(**changes):
     return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
             for name, signed in activation_points(MobileNetV2()).items()]
@@ -635,6 +677,18 @@ def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
 
 
+def test_renewed_means_leave_the_variances():
+    data, found = cifar100.made_up(500, 0), []
+    for renew in (evaluation.renew_statistics, evaluation.renew_means):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+        renew(model, data, 500, "plain", torch.Generator().manual_seed(0))
+        found.append(model[1])
+    assert not found[1].training and found[0].running_mean.abs().max() > 1e-3
+    assert torch.equal(found[0].running_mean, found[1].running_mean)
+    assert torch.equal(found[1].running_var, torch.ones(4)) and not torch.equal(found[0].running_var, torch.ones(4))
+
+
 def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == []
     save_record({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")
@@ -674,7 +728,7 @@ def test_the_commit(monkeypatch):
 
 def options(checkpoint, out, scheme, *more):
     return ["--checkpoint", str(checkpoint), "--out", str(out), "--made-up", "100", "--calibration", "20", "--renew",
-            "0", "--scheme", scheme, *more]
+            "0", "--ranges", "mse", "--scheme", scheme, *more]
 
 
 def short_and_whole(path) -> bool:

@@ -280,6 +280,8 @@ def test_the_curve_is_continued():
     history = [line(1, 100), line(1e6, 700), line(2e6, 750)]  # 5 points for twice as many
     assert report.images_to_reach(80, history) == pytest.approx(4e6)
     assert report.images_to_reach(90, history) == pytest.approx(16e6)
+    again = [line(1, 100), line(1e6, 700), line(2e6, 720), line(2e6, 750)]  # the same network, quantized better
+    assert report.images_to_reach(80, again) == pytest.approx(4e6)
     for none in (history[:1], [*history, line(3e6, 750)], [*history, line(3e6, 800)], []):
         assert report.images_to_reach(80, none) is None
 

@@ -31,7 +31,8 @@ def original(sparse_checkpoint, tmp_path_factory):
     """A checkpoint and its claim, made by quantize.py."""
     out = tmp_path_factory.mktemp("shipped") / "network.pt"
     with contextlib.redirect_stdout(io.StringIO()):
-        quantize.main(["--checkpoint", str(sparse_checkpoint), "--out", str(out), "--calibration", "20", *MADE_UP])
+        quantize.main(["--checkpoint", str(sparse_checkpoint), "--out", str(out), "--calibration", "20",
+                       "--ranges", "mse", *MADE_UP])
     return out
 
 
