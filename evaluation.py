@@ -8,6 +8,8 @@ from torch.optim.swa_utils import update_bn
 
 import cifar100
 import machine
+from graph import Tracer
+
 
 
 def answers(engine, images: Tensor, size: int) -> Tensor:
@@ -23,11 +25,11 @@ def batch_size(images: Tensor) -> int:
     return 8 if images.device.type == "cpu" else 1000
 
 
-def logits(network: nn.Module, images: Tensor, size: int = 0) -> Tensor:
-    """Of a network in eval mode for uint8 images [N, 3, 32, 32], in batches of `size` (0: what suits): [N, classes]."""
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Of a network in eval mode for uint8 images [N, 3, 32, 32]: [N, classes]."""
     def engine(batch):
         return network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
-    return answers(engine, images, size or batch_size(images))
+    return answers(engine, images, batch_size(images))
 
 
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
@@ -75,6 +77,42 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:
         norm.running_var.copy_(variance)
+
+
+class Paused:
+    """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
+
+    images: uint8 [N, 3, 32, 32]. What its modules hold may be changed meanwhile, from the one it stands at onwards.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
+        self.graph = torch.fx.GraphModule(network, Tracer().trace(network))
+        start, *self.nodes = self.graph.graph.nodes
+        self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
+                       for batch in images.split(size)]  # of each batch, by node: those that are still read
+
+    def _run(self, nodes) -> list[dict]:
+        def some(part):
+            interpreter, found = torch.fx.Interpreter(self.graph), []
+            for values in part:
+                interpreter.env = dict(values)
+                for node in nodes:
+                    with torch.inference_mode():
+                        interpreter.env[node] = interpreter.run_node(node)
+                    for read in interpreter.user_to_last_uses.get(node, ()):
+                        del interpreter.env[read]
+                found.append(interpreter.env)
+            return found
+        return sum(machine.in_threads(some, divided(self.values, True)), [])
+
+    def reach(self, name: str) -> None:
+        """Go on to right before the module of this name, which lies ahead."""
+        at = next(i for i, node in enumerate(self.nodes) if node.target == name)
+        self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
+
+    def finish(self) -> Tensor:
+        """The logits [N, classes]; the network stays where it is."""
+        return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
 
 
 def divided(batches, cpu: bool) -> list:

@@ -32,7 +32,7 @@ import claims
 import counting
 import dead_weight
 import machine
-from evaluation import evaluate, logits, renew_means, renew_statistics
+from evaluation import Paused, evaluate, logits, renew_means, renew_statistics
 from exact import Quantizer, exact_network, folded, probe_logits, quantize_activations
 from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, stage_logs, try_to_write
 from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
@@ -167,23 +167,23 @@ def choose_steps(model: MobileNetV2, images: Tensor, reference: Tensor) -> None:
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
     these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
     """
-    expected = reference.double().log_softmax(1)
+    expected, network = reference.double().log_softmax(1), Paused(model, images)
 
-    def divergence(count: int) -> float:
-        found = logits(model, images[:count], size=50).double().log_softmax(1)
-        return float(F.kl_div(found, expected[:count], reduction="batchmean", log_target=True))
+    def divergence() -> float:
+        found = network.finish().double().log_softmax(1)
+        return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
 
-    counts = (-(-len(images) // 5), len(images))  # most steps are worse, and a fifth of the images shows it
-    least = {count: divergence(count) for count in counts}
+    least = divergence()
     for name in activation_points(model):
         if name == "image":
             continue
+        network.reach(name)
         quantizer = model.get_submodule(name)
         before = quantizer.step
         for step in (2 * before, before / 2):
             quantizer.step = step
-            if all(divergence(count) < least[count] for count in counts):
-                least = {count: divergence(count) for count in counts}
+            if (found := divergence()) < least:
+                least = found
                 break
         else:
             quantizer.step = before
