@@ -1,4 +1,4 @@
-"""What a network gets right, and the BatchNorm statistics that it needs for it."""
+"""What a network gets right, the BatchNorm statistics that it needs for it, and a network to try the parts of."""
 import copy
 
 import torch
@@ -82,7 +82,7 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
 class Paused:
     """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
 
-    images: uint8 [N, 3, 32, 32]. What its modules hold may be changed meanwhile, from the one it stands at onwards.
+    images: uint8 [N, 3, 32, 32] on a CPU. What its modules hold may change meanwhile, from the one it stands at onwards.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
@@ -103,7 +103,7 @@ class Paused:
                         del interpreter.env[read]
                 found.append(interpreter.env)
             return found
-        return sum(machine.in_threads(some, divided(self.values, True)), [])
+        return sum(machine.in_threads(some, divided(self.values, cpu=True)), [])
 
     def reach(self, name: str) -> None:
         """Go on to right before the module of this name, which lies ahead."""
