@@ -82,7 +82,7 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
 class Paused:
     """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
 
-    images: uint8 [N, 3, 32, 32] on a CPU. What its modules hold may change meanwhile, from the one it stands at onwards.
+    images: uint8 [N, 3, 32, 32] on a CPU. What its modules hold may change, from the one it stands at onwards.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
