@@ -2,11 +2,10 @@
 # The run that two CPU cores can carry, in pieces: the same command goes on where it was, on this machine or another.
 #
 #   bash training/two_cores.sh pretrain --max-minutes 150   the dense trunk: constant rate, 24x24, four teachers, no end of its own
-#   bash training/two_cores.sh dense                        the dense baseline: a cooldown of 5 epochs that branches off the trunk
 #   bash training/two_cores.sh rew                          reweighted L1, from the trunk
 #   bash training/two_cores.sh sparse                       the mask, and a cooldown of 5 epochs as well: the first network to ship
 #   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
-#   bash training/two_cores.sh freed                        that network with its zeros set free: a dense one that learnt as long
+#   bash training/two_cores.sh freed                        that network with its zeros set free: the dense baseline, which learnt as long
 #
 # RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
 # shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
@@ -23,7 +22,6 @@ options="--batch-size 128 --lr 0.1 --schedule constant --augment plain --refresh
     --teacher micronet_v2_pr_15.t7 micronet_v2_pr_30.t7 micronet_v2_pr_45.t7 micronet_v2_pr_60.t7"
 case $stage in
     pretrain) options="--pretrain --run-folder $run --epochs 60 --warmup-epochs 1 --sizes 24:0.95,32 $options" ;;
-    dense) options="--pretrain --run-folder $run-dense --start $run/pretrain.state --epochs 5 --cooldown 5 --warmup-epochs 0 --sizes 24:0.4,32 $options" ;;
     rew) options="--rew --run-folder $run --start $run/pretrain.state --epochs 13 --warmup-epochs 0 --target-sparsity 0.795 --sizes 24:0.9,32 $options" ;;
     sparse)
         folder=$run-sparse
@@ -46,7 +44,7 @@ case $stage in
         folder=$run-freed
         options="--pretrain --run-folder $folder --start training/masked.pt --epochs 12 --cooldown 10 --warmup-epochs 0.5 --sizes 24:0.6,32 --optimizer muon --turn 0.003 $options --lr 0.04"
         echo "two_cores.sh: once it is done, bash run.sh baseline $folder" ;;
-    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, dense, rew, sparse, masked, freed" >&2; exit 2 ;;
+    *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, rew, sparse, masked, freed" >&2; exit 2 ;;
 esac
 # shellcheck disable=SC2086
 exec "$python" training/main.py $options "$@"
