@@ -6,7 +6,7 @@
 #   bash run.sh quick       all stages in a few minutes on a CPU, on made-up images: to see the machinery turn
 #   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
 #   bash run.sh ship [RUN]  quantize, pack, execute, export, record and verify the masked network of a run (runs/default),
-#                           finished or as its last stop left it: some eight minutes on two cores
+#                           finished or as its last stop left it: some twelve minutes on two cores
 #   bash run.sh baseline RUN  the dense network of a run becomes training/dense.pt, which the shipped one is compared with
 #   bash run.sh setup       set up alone
 #
