@@ -121,7 +121,7 @@ class QuantizedLinear(nn.Linear):
 def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> list[dict]:
     """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
 
-    ranges "max": the submission's step for the largest value seen. Else: of that step and the three below it, the
+    ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
     one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
     no calibration: its pixels are exactly code * 2^-6.
     """
@@ -148,12 +148,12 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
 
     model.eval()
     watch(see_largest)
-    if ranges != "max":
+    if ranges == "mse":
         watch(see_errors)
     result = []
     for name, signed in points.items():
         step = power_of_two_step(largest[name], bits, signed)
-        if ranges != "max":
+        if ranges == "mse":
             step /= 2 ** int(errors[name].argmin())
         if name == "image" and bits == 8:
             step = 1 / cifar100.STD
@@ -404,8 +404,9 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
     if args.scheme == "channel":
         shorten_scales(model)
         accuracies.after(f"steps moved for scales of {SIGNIFICANT_BITS} significant bits", model)
-    quantize_activations(model, calibrate(model, images, args.activation_bits, args.ranges))
-    accuracies.after(f"activations at {args.activation_bits} bits, {'max' if args.ranges == 'max' else 'mse'}", model)
+    start = "mse" if args.ranges == "logits" else args.ranges
+    quantize_activations(model, calibrate(model, images, args.activation_bits, start))
+    accuracies.after(f"activations at {args.activation_bits} bits, {start}", model)
     if args.ranges == "logits":
         choose_steps(model, images, reference)
         accuracies.after("activation steps that the logits prefer", model)
