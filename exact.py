@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar100
+import kernels
 from formats import code_range, exponent, fake_quantize
-from graph import activation_points
+from graph import activation_points, points
 from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2
 
 
@@ -33,6 +34,10 @@ class Quantizer(nn.Module):
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, self.step, low, high)
+        if compiled(x):
+            y = torch.empty_like(x)  # laid out as x is
+            kernels.call("quantize", x, x.numel(), self.step, float(low), float(high), y)
+            return y
         # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
         x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
         return x.round_().float().clamp_(low, high).mul_(self.step)
@@ -49,6 +54,29 @@ class ScaleShift(nn.Module):
 
     def forward(self, x):
         return x.double().mul_(self.scale).add_(self.shift)
+
+
+class Rescale(nn.Module):
+    """A ScaleShift and the Quantizer right behind it: one pass over memory where there is a compiler."""
+
+    def __init__(self, norm: ScaleShift, quantizer: Quantizer):
+        super().__init__()
+        self.norm, self.quantizer = norm, quantizer
+
+    def forward(self, x):
+        if not compiled(x):
+            return self.quantizer(self.norm(x))
+        x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
+        y, (low, high) = torch.empty_like(x), code_range(self.quantizer.bits, self.quantizer.signed)
+        kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift,
+                     self.quantizer.step, float(low), float(high), y)
+        return y
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether kernels.c computes it."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
 
 
 class ExactLinear(nn.Linear):
@@ -69,18 +97,18 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
 
     Raises BadInput if the list does not name exactly the network's points.
     """
-    points = activation_points(model)
+    known = activation_points(model)
     named = [a.get("name") for a in activations]
-    if sorted(map(str, named)) != sorted(points):
-        raise BadInput(f"the activations listed are not the network's {len(points)}: "
-                       f"missing {sorted(set(points) - set(named))}, unknown "
-                       f"{sorted(map(str, set(named) - set(points)))}")
+    if sorted(map(str, named)) != sorted(known):
+        raise BadInput(f"the activations listed are not the network's {len(known)}: "
+                       f"missing {sorted(set(known) - set(named))}, unknown "
+                       f"{sorted(map(str, set(named) - set(known)))}")
     for a in activations:
         step, bits = a.get("step"), a.get("bits")
         if exponent(step) is None or bits not in range(1, 17):
             raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
-        if a.get("signed") is not points[a["name"]]:
-            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {points[a['name']]}")
+        if a.get("signed") is not known[a["name"]]:
+            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {known[a['name']]}")
         model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
 
 
@@ -91,6 +119,11 @@ def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             network.set_submodule(name, ScaleShift(module))
+    for point in points(model):
+        if len(point.branches) == 1 and (norm := point.branches[0].norm):
+            rescale = Rescale(network.get_submodule(norm), network.get_submodule(point.name))
+            network.set_submodule(norm, rescale)
+            network.set_submodule(point.name, nn.Identity())
     network.linear.__class__ = ExactLinear
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 

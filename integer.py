@@ -329,7 +329,7 @@ def text(report: dict) -> str:
              f"predictions agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on "
              f"{report['identical']}/{n}"]
     lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
-              f"floats ({machine.cores()} threads, batches of {BATCH})", "",
+              f"floats ({machine.cores()} threads)", "",
               "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
               f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
               f"{'sum bits':>10}"]

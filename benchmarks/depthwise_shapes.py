@@ -1,5 +1,5 @@
 """The 17 depthwise convolutions of the network, channels-last, forward and backward, in both precisions; and as
-training/kernels.c computes them on a CPU.
+kernels.c computes them on a CPU.
 
     python benchmarks/depthwise_shapes.py [--batch-size B] [--rounds 10] [--json F]
 
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import kernels  # noqa: E402
 from benchmarks.training_speed import synchronize  # noqa: E402
 from files import save_json, try_to_write  # noqa: E402
 from machine import prepare  # noqa: E402
 from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import kernels, loop, main as training_main  # noqa: E402
+from training import loop, main as training_main  # noqa: E402
 from training.depthwise import Convolve  # noqa: E402
 
 COMPILED = "bfloat16 compiled"

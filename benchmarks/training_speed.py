@@ -1,13 +1,13 @@
 """Training throughput beside the plain loop, on this machine, in this run.
 
-    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--json F]
+    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--precision P] [--alone] [--json F]
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
 whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a
 thread with a share of the batch for each core. Both train the same network with the same augmentation and batch on the
 same images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, without the
-compiled functions (training/kernels.c), and both loops beside another process that keeps two threads busy. Every
+compiled functions (kernels.c), and both loops beside another process that keeps two threads busy. Every
 measurement has a process of its own: the allocator is told something else in each. Rounds alternate and the median
 ratio counts, so that whatever else runs on the machine slows all; only the ratios mean anything.
 
@@ -34,11 +34,12 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar100  # noqa: E402
+import kernels  # noqa: E402
 import machine  # noqa: E402
 from files import save_json, try_to_write  # noqa: E402
 from mobilenet_v2 import MobileNetV2  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import kernels, loop, main as training_main, teachers  # noqa: E402
+from training import loop, main as training_main, teachers  # noqa: E402
 
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
@@ -197,6 +198,9 @@ def parse(argv=None):
                         help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 128)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of ours (default: bfloat16 where the processor has it)")
+    parser.add_argument("--alone", action="store_true", help="leave out what runs beside a busy process")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
@@ -209,15 +213,16 @@ def parse(argv=None):
     return args
 
 
-def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int) -> dict[str, list[float]]:
-    """{loop: images a second in each round}; on a CPU both loops beside a busy process, too."""
+def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int,
+            alone: bool = False) -> dict[str, list[float]]:
+    """{loop: images a second in each round}; on a CPU both loops beside a busy process, too, unless `alone`."""
     small = dataclasses.replace(settings, sizes="24:0.999999,32")
     kinds = {"plain": (plain_epoch, settings.batch_size, device), "ours": (our_epoch, settings, device),
              "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
              "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
     if device.type == "cpu":
         kinds[PYTORCHS] = our_epoch, small, device, False, False
-        kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours")}
+        kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours") if not alone}
     speeds = {name: [] for name in kinds}
     for turn in range(rounds):
         for name, kind in kinds.items():
@@ -234,13 +239,13 @@ def main(argv=None) -> int:
         try_to_write(args.json)
     device = torch.device("cuda" if args.cuda else "cpu")
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
-                                   "--mixing", "none", "--refresh", "0"])
+                                   "--mixing", "none", "--refresh", "0", "--precision", args.precision])
     settings = training_main.settings_for("pretrain", options, device)
     where = training_main.describe_machine(device, loop.Processes())
     print(f"{where}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    speeds, ratios = compare(settings, device, args.images, args.rounds), {}
+    speeds, ratios = compare(settings, device, args.images, args.rounds, args.alone), {}
     for name, (above, below) in RATIOS.items():
-        if above in speeds:
+        if {above, below} <= speeds.keys():
             ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
             print(f"{name}: {ratios[name]:.2f}")
 

@@ -1,12 +1,14 @@
 """The compiled BatchNorm beside PyTorch's in float64, and what happens where there is no compiler."""
 import copy
+import os
 
 import pytest
 import torch
 from torch import nn
 
+import kernels
 from mobilenet_v2 import MobileNetV2
-from training import batchnorm, kernels
+from training import batchnorm
 from training.parallel import fast_on_a_cpu
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
@@ -102,3 +104,11 @@ def test_without_a_compiler_there_is_no_library(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernels.library.__wrapped__(torch.float32) is None
     assert kernels.library.__wrapped__(torch.float16) is None
+
+
+@compiled
+def test_the_compiler_may_have_options(monkeypatch):
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -O1 -DUNUSED='a b'")
+    assert kernels.library.__wrapped__(torch.float32) is not None
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -include no-such-file")
+    assert kernels.library.__wrapped__(torch.float32) is None

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
+import kernels
 import report
 from benchmarks import depthwise_shapes, training_speed
 from files import load_json
-from training import kernels
 
 
 def test_training_speed(tmp_path, capsys, monkeypatch):
@@ -31,6 +31,15 @@ def test_training_speed(tmp_path, capsys, monkeypatch):
     assert len(rows) == 8 + 7 + 4
     shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[15:]]
     assert sum(shares) == pytest.approx(100, abs=0.03) and rows[15].startswith("| share of a step: augment |")
+
+
+def test_training_speed_alone_in_float32(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training_speed, "in_a_process", lambda function, images, *args: asked.append(args) or 2.0)
+    monkeypatch.setattr(training_speed, "step_parts", lambda data, settings, device: {"forward": 1.0, "whole": 1.0})
+    assert training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", "--no-cuda", "--alone",
+                                "--precision", "float32"]) == 0
+    assert len(asked) == 6 and all(args[0] == 4 or args[0].precision == "float32" for args in asked)
 
 
 def test_a_measurement_has_a_process_of_its_own():

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from mobilenet_v2 import MobileNetV2
-from training import kernels
 from training.depthwise import MOST, Convolve, Depthwise
 from training.parallel import fast_on_a_cpu
 

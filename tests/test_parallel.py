@@ -41,6 +41,22 @@ def test_an_error_in_a_thread_is_raised_once_all_are_done(failing):
     assert sorted(done) == [k for k in range(3) if k != failing]
 
 
+@pytest.mark.parametrize("cores", (1, 2, 3, 8))
+def test_tensors_are_dealt_to_the_cores(monkeypatch, cores):
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    ours, theirs = ([torch.full((2,), float(k), requires_grad=True) for k in range(5)] for _ in range(2))
+    seen = []
+
+    def add(some, others):
+        seen.append(len(some))
+        torch._foreach_add_(some, others)  # of leaves that require gradients: without gradients in every thread
+    machine.for_each(add, ours, theirs)
+    assert [int(each[0]) for each in ours] == [0, 2, 4, 6, 8]
+    assert sum(seen) == 5 and len(seen) == min(cores, 5) and max(seen) - min(seen) <= 1
+    machine.for_each(add, [], [])
+    assert sum(seen) == 5
+
+
 def test_replicas_share_weights_and_nothing_else():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout())
     replicas = Replicas(model, 3)

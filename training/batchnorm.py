@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training import kernels
+import kernels
 
 MOST = 4096  # channels
 

@@ -288,7 +288,7 @@ def make_optimizer(settings: Settings, model: nn.Module, masks=None) -> torch.op
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
     if settings.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=settings.lr)
     raise BadInput(f"unknown optimizer {settings.optimizer!r}; known: sgd, adam, muon")
@@ -300,12 +300,11 @@ def generator_for(seed: int, *names) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included, in place."""
-    pairs = [(a, m) for a, m in zip(average.state_dict().values(), model.state_dict().values())
-             if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+    ours, theirs = ([*each.parameters(), *(b for b in each.buffers() if b.is_floating_point())]
+                    for each in (average, model))
+    machine.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), ours, theirs)
 
 
 def average_decay(settings: Settings, step: int) -> float:

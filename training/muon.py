@@ -47,7 +47,7 @@ class Muon(torch.optim.SGD):
         super().__init__([{"params": self.turned, "weight_decay": 0.0},
                           {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
-                         lr=lr, momentum=0.9, nesterov=True)
+                         lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.ratio, self.kept, self.dtype = turn / lr if lr else 0.0, kept, dtype
         # the costly ones first, so that threads that take every n-th have about the same to do
         self.turned.sort(key=lambda p: -p.numel() * min(len(p), p[0].numel()))
@@ -56,14 +56,7 @@ class Muon(torch.optim.SGD):
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
         moved = [p for p in self.turned if p.grad is not None]
-        threads = machine.cores() if moved and moved[0].device.type == "cpu" else 1
-
-        def turn_some(first: int) -> None:
-            with torch.no_grad():  # which belongs to a thread
-                for weight in moved[first::threads]:
-                    self.turn(weight, length)
-
-        machine.in_threads(turn_some, range(threads))
+        machine.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
         for weight in moved:
             weight.grad = None  # SGD passes over it
         super().step()

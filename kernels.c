@@ -1,5 +1,5 @@
-/* What a training step on a CPU spends most time in beside multiplications, for maps [rows, channels] (channels last).
- * Compiled by kernels.py, for floats or, with -DBFLOAT16, for bfloat16. */
+/* What training and evaluation on a CPU spend most time in beside multiplications, for maps [rows, channels] (channels
+ * last). Compiled by kernels.py, for floats or, with -DBFLOAT16, for bfloat16. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -186,5 +186,27 @@ void depthwise_gradients(const number *restrict x, long images, long height, lon
             vector s[9] = {s0, s1, s2, s3, s4, s5, s6, s7, s8};
             for (int k = 0; k < 9; k++)
                 for (long lane = done - c; lane < LANES; lane++) dweight[k * channels + c + lane] += s[k][lane];
+        }
+}
+
+/* What exact.py computes behind a convolution, in one pass instead of eight; the same to the last bit.
+ *
+ * Values on their grid: code * step, where code is x / step, rounded (halves to even) and clipped. step: a power of two. */
+void quantize(const float *restrict x, long count, float step, float low, float high, float *restrict y) {
+    float inverse = 1 / step;
+    for (long i = 0; i < count; i++) {
+        float code = rintf(x[i] * inverse);
+        y[i] = (code < low ? low : code > high ? high : code) * step;
+    }
+}
+
+/* the same of scale x + shift, computed in doubles */
+void rescale(const float *restrict x, long rows, long channels, const double *restrict scale,
+             const double *restrict shift, float step, float low, float high, float *restrict y) {
+    double inverse = 1 / step;
+    for (long i = 0; i < rows * channels; i += channels)
+        for (long c = 0; c < channels; c++) {
+            double code = rint((x[i + c] * scale[c] + shift[c]) * inverse);
+            y[i + c] = (float)(code < low ? low : code > high ? high : code) * step;
         }
 }

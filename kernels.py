@@ -1,11 +1,13 @@
-"""kernels.c, compiled: the functions of a step on a CPU that batchnorm.py and depthwise.py call.
+"""kernels.c, compiled: what training/batchnorm.py, training/depthwise.py and exact.py call on a CPU.
 
-The C compiler is called once a process (CC, or cc; a second or two). Where there is none, everything stays PyTorch's.
+The C compiler is called once a process (CC, options and all, or cc; a second or two). Where there is none, everything
+stays PyTorch's.
 """
 import ctypes
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -25,8 +27,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         file = str(Path(folder, "kernels.so"))
         # narrower vectors than the widest leave fewer channels over: the stem has 40
         narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
-        command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow,
-                   *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
+        command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fno-trapping-math",
+                   "-fno-math-errno", *narrow, *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             return ctypes.CDLL(file)  # which leaves Python's lock while it computes
