@@ -56,20 +56,20 @@ class ScaleShift(nn.Module):
         return x.double().mul_(self.scale).add_(self.shift)
 
 
-class Rescale(nn.Module):
-    """A ScaleShift and the Quantizer right behind it: one pass over memory where there is a compiler."""
+class Rescale(Quantizer):
+    """A Quantizer with the ScaleShift before it: one pass over memory where there is a compiler."""
 
-    def __init__(self, norm: ScaleShift, quantizer: Quantizer):
-        super().__init__()
-        self.norm, self.quantizer = norm, quantizer
+    def __init__(self, norm: ScaleShift, behind: Quantizer):
+        super().__init__(behind.bits, behind.signed, behind.step)
+        self.norm = norm
 
     def forward(self, x):
         if not compiled(x):
-            return self.quantizer(self.norm(x))
+            return super().forward(self.norm(x))
         x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
-        y, (low, high) = torch.empty_like(x), code_range(self.quantizer.bits, self.quantizer.signed)
-        kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift,
-                     self.quantizer.step, float(low), float(high), y)
+        y, (low, high) = torch.empty_like(x), code_range(self.bits, self.signed)
+        kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift, self.step,
+                     float(low), float(high), y)
         return y
 
 
@@ -121,9 +121,9 @@ def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
             network.set_submodule(name, ScaleShift(module))
     for point in points(model):
         if len(point.branches) == 1 and (norm := point.branches[0].norm):
-            rescale = Rescale(network.get_submodule(norm), network.get_submodule(point.name))
-            network.set_submodule(norm, rescale)
-            network.set_submodule(point.name, nn.Identity())
+            both = Rescale(network.get_submodule(norm), network.get_submodule(point.name))
+            network.set_submodule(norm, nn.Identity())
+            network.set_submodule(point.name, both)
     network.linear.__class__ = ExactLinear
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -465,7 +465,8 @@ def fill(page: str, contents: dict[str, str]) -> str:
     return page
 
 
-BENCHMARKS = {"speed": ("training_speed.json", training_table), "speed_avx2": ("training_speed_avx2.json", training_table),
+BENCHMARKS = {"speed": ("training_speed.json", training_table),
+              "speed_avx2": ("training_speed_avx2.json", training_table),
               "depthwise": ("depthwise_shapes.json", depthwise_table),
               "inference": ("inference_speed.json", inference_table)}
 

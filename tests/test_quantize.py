@@ -633,7 +633,7 @@ def test_the_exact_network_is_a_copy(exact):
     network, _, activations, fast = exact["layer"]
     assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU)
     assert network.conv1.weight.requires_grad
-    norm = fast.bn1.norm
+    norm = fast.relu1.norm
     assert isinstance(norm, exact_module.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
     assert torch.equal(norm.scale.flatten(), network.bn1.weight)
     assert torch.equal(norm.shift.flatten(), network.bn1.bias)
