@@ -81,7 +81,7 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
 class Paused:
     """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
 
-    images: uint8 [N, 3, 32, 32] on a CPU. What its modules hold may change, from the one it stands at onwards.
+    images: uint8 [N, 3, 32, 32]. What its modules hold may change, from the one it stands at onwards.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
@@ -89,6 +89,7 @@ class Paused:
         start, *self.nodes = self.graph.graph.nodes
         self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
                        for batch in images.split(size)]  # of each batch, by node: those that are still read
+        self.cpu = images.device.type == "cpu"
 
     def _run(self, nodes) -> list[dict]:
         def some(part):
@@ -102,7 +103,7 @@ class Paused:
                         del interpreter.env[read]
                 found.append(interpreter.env)
             return found
-        return sum(machine.in_threads(some, divided(self.values, cpu=True)), [])
+        return sum(machine.in_threads(some, divided(self.values, self.cpu)), [])
 
     def reach(self, name: str) -> None:
         """Go on to right before the module of this name, which lies ahead."""

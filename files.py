@@ -127,7 +127,7 @@ def load_lines(path) -> list[dict]:
 def stage_logs(folder) -> list[Path]:
     """The logs of a run folder in the order of training; masked-1, masked-2 ... are masked stages before the last."""
     numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
-    stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked")
+    stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked", "quantized")
     return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
 
 

@@ -32,12 +32,25 @@ def codes(x: Tensor, step, low: int, high: int) -> Tensor:
     return (x / step).round_().clamp_(low, high)
 
 
+class StraightThrough(torch.autograd.Function):
+    """x on its grid; the gradient passes where x lies within half a step of the range (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx, x, step, low, high):
+        scaled = x / step
+        ctx.save_for_backward((scaled >= low - 0.5) & (scaled <= high + 0.5))
+        return scaled.round_().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None, None, None
+
+
 def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x on its grid, as a float. The gradient passes straight through where x is in range (Bengio et al. 2013)."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return codes(x, step, low, high).mul_(step)
-    scaled = (x / step).clamp(low - 0.5, high + 0.5)
-    return (scaled + (codes(x.detach(), step, low, high) - scaled.detach())) * step
+    """x on its grid, as a float, with a gradient where one is wanted."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return StraightThrough.apply(x, step, low, high)
+    return codes(x, step, low, high).mul_(step)
 
 
 LARGEST = 2**1000  # a step: an integer of a JSON file may be no float

@@ -29,6 +29,7 @@ def prepare() -> None:
     """For scripts, before the first large tensor: keep freed memory, and one thread for each operation."""
     keep_memory()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA too
 
 
 def keep_memory() -> None:

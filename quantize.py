@@ -17,6 +17,8 @@ behind its accumulators is too rare to be seen (see export_onnx.py).
 Powers of two make the evaluation exact: see exact.py, the network that computes on these grids.
 """
 import argparse
+import dataclasses
+import json
 import platform
 import sys
 import tomllib
@@ -37,7 +39,7 @@ from exact import Quantizer, exact_network, folded, probe_logits, quantize_activ
 from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, stage_logs, try_to_write
 from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
 from graph import activation_points, neighbours
-from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, weight_layers
+from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, load_state, weight_layers
 from scripts import command_line, number, run_script, some_path
 from training import loop, plan, reweighted_l1, teachers
 
@@ -45,6 +47,7 @@ SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 lay
 SCHEMES = ("power-of-two", "layer", "channel")
 RANGES = ("max", "mse", "logits")
 SHIFT_BITS = 16
+TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed")  # settings of the fine-tuning
 SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
 
 
@@ -196,7 +199,7 @@ def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
     for (_, module), bits in zip(weight_layers(model), table, strict=True):
         weight = module.weight.detach()
         if scheme == "power-of-two" or isinstance(module, nn.Linear):
-            step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits))
+            step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits), device=weight.device)
         else:
             step = free_step(weight, bits, channel=scheme == "channel")
         # same keys, same tensors
@@ -334,45 +337,91 @@ def parse(argv=None) -> argparse.Namespace:
                         "BatchNorm statistics once the weights are quantized, and the means once the activations are; "
                         "0: keep them (%(default)s)")
     cifar100.add_options(parser)
-    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept")
+    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; in the checkpoint's folder: "
+                                     "quantized.jsonl, quantized.pt, and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
-    plan.add_options(tune, ("lr", "batch_size", "mixing", "seed"), lr=0.01, batch_size=512, mixing="both", seed=0)
-    tune.add_argument("--teacher", type=some_path, metavar="F", help="checkpoint whose logits are distilled")
+    plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
+    tune.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
+                      help="checkpoints whose logits are distilled, as of training/main.py")
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
-    tune.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
                     "(default: as the checkpoint was trained, by its run folder; else plain)")
     return parser.parse_args(argv)
 
 
-def fine_tune(model: MobileNetV2, train_data, test_data, args) -> MobileNetV2:
+def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) -> MobileNetV2:
     """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero."""
     def freeze_statistics(network):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    images = cifar100.Images(train_data.images.to(device), train_data.labels.to(device))
-    tests = cifar100.Images(test_data.images.to(device), test_data.labels.to(device))
-    model = model.to(device, memory_format=torch.channels_last)
-    settings = loop.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0, refresh=0,
-                             warmup_epochs=min(1, args.epochs / 4), smoothing=0.0 if args.teacher else 0.1,
-                             augment=args.augment, mixing=args.mixing, seed=args.seed,
-                             workers=machine.cores() if device.type == "cpu" else 1)
+    cpu, folder = train_data.labels.device.type == "cpu", Path(args.checkpoint).parent
+    settings = loop.Settings(**plan.given(args) | {
+        "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4), "smoothing": 0.0 if args.teacher else 0.1,
+        "refresh": 0, "precision": "float32" if cpu else "bfloat16", "workers": machine.cores() if cpu else 1})
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
-    teacher = teachers.load(args.teacher).to(device, memory_format=torch.channels_last) if args.teacher else None
-    folder = Path(args.checkpoint).parent
-    model = loop.train("quantized", model, images, tests, settings, folder, masks=masks,
-                       teachers=[teacher] if teacher else [],
-                       prepare=freeze_statistics, resume=args.resume,
-                       context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
-                                "activation_bits": args.activation_bits, "calibration": args.calibration,
-                                "steps": loop.fingerprint([m.step for _, m in weight_layers(model)])})
+
+    def began():
+        where = f"CPU, {machine.cores()} cores" if cpu else torch.cuda.get_device_name()
+        save_record({"stage": "quantized", "machine": f"{where}, torch {torch.__version__}",
+                     "train_images": len(train_data), "commit": git_commit(),
+                     "settings": dataclasses.asdict(settings), "options": options_of(args),
+                     "source_sha256": sha256(args.checkpoint), "accuracy_by_step": list(steps_before)},
+                    folder / "quantized.options.json")
+
+    taught_by = [moved(teachers.load(path), train_data.labels.device) for path in args.teacher]
+    model = loop.train(
+        "quantized", model, train_data, test_data, settings, folder, masks=masks, teachers=taught_by,
+        prepare=freeze_statistics, resume=args.resume, eval_every=args.epochs, began=began,
+        context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
+                 "activation_bits": args.activation_bits, "calibration": args.calibration,
+                 "steps": loop.fingerprint([m.step for _, m in weight_layers(model)])})
     if model is None:
         raise BadInput("fine-tuning was stopped; the same command goes on")
+    save_tensors(with_steps(model), folder / "quantized.pt")
     loop.State(folder / "quantized.state", settings).remove()
-    return model.cpu()
+    return model
+
+
+def moved(network: nn.Module, device) -> nn.Module:
+    """The network, in place, with the steps of its weights."""
+    for module in network.modules():
+        if isinstance(getattr(module, "step", None), Tensor):
+            module.step = module.step.to(device)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def options_of(args) -> dict:
+    """What decides the result of a fine-tuning, as it stands in quantized.options.json."""
+    names = ("scheme", "table", "ranges", "renew", "activation_bits", "calibration", "augment", "epochs", "teacher",
+             *TUNING)
+    return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))
+
+
+def with_steps(model: MobileNetV2) -> dict[str, Tensor]:
+    """The state dict of a network on its grids, with the steps of weights and activations: "NAME.step"."""
+    modules = dict(weight_layers(model)) | {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
+    content = model.state_dict() | {f"{name}.step": torch.as_tensor(module.step) for name, module in modules.items()}
+    return {name: value.cpu().contiguous() for name, value in content.items()}
+
+
+def tuned(path, args, table: list[int]) -> MobileNetV2:
+    """The fine-tuned network that `with_steps` wrote."""
+    content, model = load_state(path), MobileNetV2()
+    try:
+        steps = {name: content.pop(f"{name}.step")
+                 for name in (*(name for name, _ in weight_layers(model)), *activation_points(model))}
+        model.load_state_dict(content)
+    except (KeyError, RuntimeError) as error:
+        raise BadInput(f"{path}: not what a fine-tuning writes; --no-resume starts it again") from error
+    quantize_weights(model, table, args.scheme)
+    for name, module in weight_layers(model):
+        module.step = steps[name]
+    quantize_activations(model, [{"name": name, "bits": args.activation_bits, "signed": signed,
+                                  "step": float(steps[name])} for name, signed in activation_points(model).items()])
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 class Accuracies:
@@ -392,6 +441,28 @@ class Accuracies:
 def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args,
              accuracies: Accuracies) -> MobileNetV2:
     """The model with weights and activations on their grids; its BatchNorms are still its own."""
+    path = Path(args.checkpoint).parent / "quantized.pt"
+    if args.epochs and args.resume and path.is_file():
+        record = load_record(path.with_suffix(".options.json"), "--no-resume fine-tunes again")
+        if record["source_sha256"] != sha256(args.checkpoint) or record["options"] != options_of(args):
+            raise BadInput(f"{path} was fine-tuned from another checkpoint or with other options; --no-resume "
+                           "fine-tunes again")
+        accuracies.steps = record["accuracy_by_step"]
+        model = moved(tuned(path, args, table), train_data.labels.device)
+    else:
+        on_grids(model, train_data, table, args, accuracies)
+        if not args.epochs:
+            return model
+        model = fine_tune(model, train_data, accuracies.data, args, accuracies.steps)
+    accuracies.after(f"fine-tuned for {args.epochs} epochs", model)
+    if args.scheme == "channel":
+        shorten_scales(model)
+        accuracies.after("steps moved again: the scales were trained", model)
+    return model
+
+
+def on_grids(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args, accuracies: Accuracies) -> None:
+    """Put the weights and activations of a float network on grids chosen for it, in place."""
     accuracies.after("float", model)
     # in canonical order the classes are mixed at random: the first images are a fair sample
     images = train_data.images[:args.calibration]
@@ -413,13 +484,6 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
     if args.renew:
         renew_means(model, train_data, args.renew, args.augment, torch.Generator().manual_seed(args.seed))
         accuracies.after("BatchNorm means renewed, variances kept", model)
-    if args.epochs:
-        model = fine_tune(model, train_data, accuracies.data, args)
-        accuracies.after(f"fine-tuned for {args.epochs} epochs", model)
-        if args.scheme == "channel":
-            shorten_scales(model)
-            accuracies.after("steps moved again: the scales were trained", model)
-    return model
 
 
 def ship(model: MobileNetV2, scheme: str, accuracies: Accuracies) -> tuple[MobileNetV2, dict]:
@@ -441,12 +505,15 @@ def main(argv=None) -> int:
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     try_to_write(args.out, claims.claim_path(args.out))
     table = bit_table(args.table)
-    model = load_checkpoint(args.checkpoint).to(memory_format=torch.channels_last)
-    train_data, (test_data, data_name) = cifar100.chosen(args, "train")[0], cifar100.chosen(args, "test")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    model = moved(load_checkpoint(args.checkpoint), device)
+    (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
     trained = training_record(args.checkpoint)
     args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
     accuracies = Accuracies(test_data)
-    network, formats = ship(quantize(model, train_data, table, args, accuracies), args.scheme, accuracies)
+    model = moved(quantize(model, train_data, table, args, accuracies), "cpu")
+    accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
+    network, formats = ship(model, args.scheme, accuracies)
     save_tensors(network.state_dict(), args.out)
     last = accuracies.steps[-1]
     claim = formats | {

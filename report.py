@@ -534,7 +534,7 @@ def main(argv=None) -> int:
         "board": board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores)}
     if history:
         figures["shipped"] = shipped_figure(history)
-    logs = [*stage_logs(args.logs), args.logs / "quantized.jsonl"]
+    logs = stage_logs(args.logs)
     if any(log.is_file() for log in logs):
         figures["training"] = training_figure([load_lines(log) for log in logs if log.is_file()])
     args.out.mkdir(parents=True, exist_ok=True)

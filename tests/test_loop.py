@@ -227,10 +227,14 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
 
 def test_the_average_by_hand(tmp_path, monkeypatch):
     steps, update = [], loop.update_average
-    start = Tiny().state_dict()
+    tiny = Tiny()
+    start = tiny.state_dict()
+    names = [next(key for key, value in start.items() if value.data_ptr() == each.data_ptr())
+             for each in loop.averaged(tiny)]
+    assert set(names) == {key for key, value in start.items() if value.is_floating_point()}
 
     def recorded(average, model, decay):
-        steps.append(({key: value.clone() for key, value in model.state_dict().items()}, decay))
+        steps.append(({key: value.clone() for key, value in zip(names, model, strict=True)}, decay))
         update(average, model, decay)
     monkeypatch.setattr(loop, "update_average", recorded)
     settings = dataclasses.replace(SETTINGS, average=0.25, refresh=0)

@@ -910,7 +910,9 @@ def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
     before = copy.deepcopy(model.state_dict())
     steps = [module.step.clone() for _, module in weight_layers(model)]
     data = cifar100.made_up(20, 0)
-    args = quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), "--lr", "0.001", "--teacher",
+    checkpoint = tmp_path / "masked.pt"
+    checkpoint.write_bytes(sparse_checkpoint.read_bytes())
+    args = quantize.parse(["--checkpoint", str(checkpoint), "--lr", "0.001", "--teacher",
                            str(sparse_checkpoint), *TUNE])
     tuned = quantize.fine_tune(model, data, data, args)
     for name, value in tuned.state_dict().items():

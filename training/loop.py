@@ -22,6 +22,7 @@ import machine
 from evaluation import evaluate, renew_statistics
 from files import load_lines, save_tensors, save_text
 from mobilenet_v2 import BadInput, weight_layers
+from training.captured import Graphs
 from training.muon import Muon
 from training.parallel import Processes, Replicas, fast_on_a_cpu
 from training.plan import Plan, Settings, constant_so_far
@@ -103,6 +104,7 @@ class Stage:
         self.device = data.labels.device
         self.plan = Plan(settings, len(data), processes, penalty_updates)
         self.average = copy.deepcopy(model) if settings.average != 0 else None
+        self.averaged = averaged(self.average or model), averaged(model)
         self.replicas = Replicas(model, len(self.plan.shares))
         self.optimizer = make_optimizer(settings, model, masks)
         parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty}
@@ -112,7 +114,13 @@ class Stage:
             penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
             masks=None if masks is None else fingerprint(masks.factors),
             teacher=teachers and fingerprint(v for each in self.teachers for v in each.state_dict().values()) or None)
-        self.stepped = [torch.compile(model) if settings.compile else model, *self.replicas.models[1:]]
+        # dynamic=False: a schedule of sizes has few, and each is worth kernels of its own
+        self.stepped = [torch.compile(model, dynamic=False) if settings.compile else model, *self.replicas.models[1:]]
+        # what a graph records is all on this device, the learning rate too
+        recordable = (self.device.type == "cuda" and processes.count == 1 and self.penalty.form != "loss"
+                      and settings.optimizer != "adam")
+        self.graphs = Graphs(self.learn_on_one, self.device) if recordable else None
+        self.rate = torch.zeros((), device=self.device)
         self.result = None  # the finished model
 
     # -- from one state to the next
@@ -189,39 +197,51 @@ class Stage:
         plan, settings, step = self.plan, self.settings, epoch * self.plan.epoch_steps + i
         lr = plan.lrs[step]
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if self.graphs is None else self.rate.fill_(lr)
         if step in plan.updates:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = cifar100.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                               crop=settings.augment != "none", trivial=settings.augment == "trivial",
                               mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
-        for replica in self.replicas.models:
-            replica.zero_grad(set_to_none=True)
-        found = machine.in_threads(lambda k: self.gradients(k, index[plan.shares[k]], draws[plan.shares[k]], step),
-                                   range(len(self.stepped)))
-        self.totals += sum(found)
-        self.replicas.gather(self.processes)
-        if self.penalty.form == "loss":
-            self.penalty.loss().backward()
-        self.optimizer.step()
+        kind = self.turn(step), plan.sizes[step]
+        if self.graphs is None:
+            self.learn(lambda k: self.batch(index[plan.shares[k]], draws[plan.shares[k]]), kind)
+        else:
+            self.graphs.step(kind, self.batch(index, draws))
         if self.penalty.form != "loss":
             self.penalty.shrink(lr)
         if self.masks is not None:
             self.masks.apply()
         if self.average is not None:
-            update_average(self.average, self.model, average_decay(settings, step))
+            update_average(*self.averaged, average_decay(settings, step))
         self.progress["step"] = step + 1
 
-    def gradients(self, k: int, index, draws, step: int):
+    def batch(self, index, draws) -> tuple:
+        """(mixed images, labels, labels of the partners, lam)."""
+        x, *others = cifar100.augment(self.data.images[index], self.data.labels[index], draws)
+        return x.contiguous(memory_format=torch.channels_last), *others
+
+    def learn(self, batch, kind) -> None:
+        """Gradients of every share, of the images batch(k), then the optimizer's step."""
+        for replica in self.replicas.models:
+            replica.zero_grad(set_to_none=True)
+        self.totals += sum(machine.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
+        self.replicas.gather(self.processes)
+        if self.penalty.form == "loss":
+            self.penalty.loss().backward()
+        self.optimizer.step()
+
+    def learn_on_one(self, inputs, kind) -> None:
+        self.learn(lambda k: inputs, kind)
+
+    def gradients(self, k: int, x, labels, others, lam, turn: int | None, size: int):
         """Forward and backward of a share in its replica; its part of the batch's mean (loss, accuracy)."""
-        settings, weight = self.settings, len(index) / self.plan.batch_size
-        x, labels, others, lam = cifar100.augment(self.data.images[index], self.data.labels[index], draws)
-        x = x.contiguous(memory_format=torch.channels_last)
+        settings, weight = self.settings, len(x) / self.plan.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             with torch.no_grad():
-                taught = [teacher(x).float() for teacher in self.teaching(step)]
-            logits = self.stepped[k](resized(x, self.plan.sizes[step])).float()
+                taught = [each(x).float() for each in (self.teachers if turn is None else [self.teachers[turn]])]
+            logits = self.stepped[k](resized(x, size)).float()
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
         if taught:
             apart = distillation(logits, taught, settings.temperature)
@@ -231,11 +251,9 @@ class Stage:
             target = torch.where(lam >= 0.5, labels, others)
             return weight * torch.stack([loss.detach().double(), (logits.argmax(1) == target).double().mean()])
 
-    def teaching(self, step: int) -> list[nn.Module]:
-        """The teachers of a step: in turn, or all."""
-        if not self.teachers or self.settings.teaching == "mean":
-            return self.teachers
-        return [self.teachers[step % len(self.teachers)]]
+    def turn(self, step: int) -> int | None:
+        """Which of the teachers has its turn at a step; None: all of them teach (or there is none)."""
+        return step % len(self.teachers) if self.teachers and self.settings.teaching == "turns" else None
 
     def end(self, epoch: int, test_data, eval_every: int) -> None:
         """An epoch's line, with the accuracy where it is wanted; after the last epoch, the result."""
@@ -300,11 +318,14 @@ def generator_for(seed: int, *names) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, BatchNorm statistics included, in place."""
-    ours, theirs = ([*each.parameters(), *(b for b in each.buffers() if b.is_floating_point())]
-                    for each in (average, model))
-    machine.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), ours, theirs)
+def averaged(model: nn.Module) -> list:
+    """The tensors of a model that a weight average is of: parameters and BatchNorm statistics."""
+    return [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+
+
+def update_average(average: list, model: list, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, in place, of `averaged` tensors."""
+    machine.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), average, model)
 
 
 def average_decay(settings: Settings, step: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import machine
+from training.captured import Streams
 
 MOMENTUM = 0.95
 # The quintic that Jordan found. Three of his five iterations bring singular values above 0.02 near one (0.7 to 1.2);
@@ -48,7 +49,7 @@ class Muon(torch.optim.SGD):
                           {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
                          lr=lr, momentum=0.9, nesterov=True, fused=True)
-        self.ratio, self.kept, self.dtype = turn / lr if lr else 0.0, kept, dtype
+        self.ratio, self.kept, self.dtype, self.streams = turn / lr if lr else 0.0, kept, dtype, None
         # the costly ones first, so that threads that take every n-th have about the same to do
         self.turned.sort(key=lambda p: -p.numel() * min(len(p), p[0].numel()))
 
@@ -56,7 +57,11 @@ class Muon(torch.optim.SGD):
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
         moved = [p for p in self.turned if p.grad is not None]
-        machine.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
+        if moved and moved[0].device.type == "cuda":
+            self.streams = self.streams or Streams()
+            self.streams.for_each(lambda weight: self.turn(weight, length), moved)
+        else:
+            machine.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
         for weight in moved:
             weight.grad = None  # SGD passes over it
         super().step()
