@@ -290,10 +290,15 @@ def store_fixed(tensor: Tensor, name: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------- the claim
 
-def training_record(checkpoint) -> list[dict]:
-    """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log."""
+def training_record(checkpoint, tuned: bool) -> list[dict]:
+    """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log.
+
+    tuned: of the fine-tuning too, if it has one.
+    """
     folder, stages = Path(checkpoint).parent, []
     for log in stage_logs(folder):
+        if log.stem == "quantized" and not tuned:
+            continue
         options = log.with_suffix(".options.json")
         if options.is_file():
             record = load_record(options, "remove it, or give a checkpoint elsewhere")
@@ -508,7 +513,7 @@ def main(argv=None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model = moved(load_checkpoint(args.checkpoint), device)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
-    trained = training_record(args.checkpoint)
+    trained = training_record(args.checkpoint, tuned=False)
     args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
     accuracies = Accuracies(test_data)
     model = moved(quantize(model, train_data, table, args, accuracies), "cpu")
@@ -522,7 +527,8 @@ def main(argv=None) -> int:
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
                     "machine": f"{platform.machine()}, {machine.cores()} cores, torch {torch.__version__}",
-                    "source_sha256": sha256(args.checkpoint), "training": trained}}
+                    "source_sha256": sha256(args.checkpoint),
+                    "training": training_record(args.checkpoint, tuned=args.epochs > 0)}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0

@@ -215,9 +215,14 @@ class Measured:
         accuracy = self.claim["accuracy"]
         return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
 
-    def hours(self) -> float:
-        """Of all stages, by their logs."""
-        return sum(stage["last_epoch"]["seconds"] for stage in self.stages.values()) / 3600
+    def hours(self) -> str:
+        """Of all stages, by their logs: on each kind of machine."""
+        seconds = {}
+        for stage in self.stages.values():
+            where = "two CPU cores" if "CPU" in stage["machine"] else re.search(r"NVIDIA [^,]+", stage["machine"])[0]
+            seconds[where] = seconds.get(where, 0) + stage["last_epoch"]["seconds"]
+        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on one {where}"
+                         for where, x in seconds.items())
 
     def by_penalty(self) -> str:
         zeros = self.stages["rew"]["last_epoch"]["zeros"]
@@ -241,7 +246,7 @@ def summary(m: Measured) -> str:
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
-        ("images trained; hours on two CPU cores", f"{m.history[-1]['images'] / 1e6:.2f}M; {m.hours():.1f}",
+        ("images trained; time", f"{m.history[-1]['images'] / 1e6:.2f}M; {m.hours()}",
          "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "

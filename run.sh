@@ -6,7 +6,7 @@
 #   bash run.sh quick       all stages in a few minutes on a CPU, on made-up images: to see the machinery turn
 #   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
 #   bash run.sh ship [RUN]  quantize, pack, execute, export, record and verify the masked network of a run (runs/default),
-#                           finished or as its last stop left it: some twelve minutes on two cores
+#                           finished or as its last stop left it: some twelve minutes on two cores (further words go to quantize.py)
 #   bash run.sh baseline RUN  the dense network of a run becomes training/dense.pt, which the shipped one is compared with
 #   bash run.sh setup       set up alone
 #
@@ -46,17 +46,19 @@ verify() {  # arguments go to testers.py
     return $status
 }
 
-ship() {  # a run folder
-    local masked="$1/masked.average.pt"  # in float16: the file that is committed is the one that is quantized
+ship() {  # a run folder, options of quantize.py
+    local run=$1 masked="$1/masked.average.pt"  # in float16: the file that is committed is the one that is quantized
+    shift
     if [ ! -f "$masked" ]; then
         echo "run.sh: $masked is not there: nothing to ship yet; run.sh train goes on" >&2; exit 2
     fi
-    python quantize.py --checkpoint "$masked"
+    python quantize.py --checkpoint "$masked" "$@"
     python packed.py
     python integer.py --record
     python export_onnx.py --record
     rm -f training/logs/{pretrain,rew,masked,quantized}{,-*}.{jsonl,options.json}  # a run folder tells of all stages behind it
-    cp "$1"/*.json* training/logs/
+    cp "$run"/*.json* training/logs/
+    [[ " $* " == *" --epochs"* ]] || rm -f training/logs/quantized.*  # of another try: this network was not fine-tuned
     cp "$masked" training/masked.pt  # what further training starts from
     python report.py --record
     verify
@@ -90,7 +92,7 @@ case $word in
         done
         python training/main.py "$@"
         ship "$run" ;;
-    ship) ship "${1:-runs/default}" ;;
+    ship) ship "${@:-runs/default}" ;;
     baseline) baseline "${1:-runs/default}" ;;
     quick)
         rm -rf runs/quick

@@ -903,6 +903,27 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
     assert not (folder / "quantized.state").exists() and sha256(checkpoint) == claim["made_by"]["source_sha256"]
 
 
+def test_a_finished_fine_tuning_is_taken_up(sparse_checkpoint, tmp_path, monkeypatch):
+    """The same command, on another machine perhaps, ships what quantized.pt holds; with other options it is refused."""
+    checkpoint = tmp_path / "masked.pt"
+    checkpoint.write_bytes(sparse_checkpoint.read_bytes())
+    tune = (*TUNE, "--optimizer", "muon", "--turn", "0.001", "--teacher", str(sparse_checkpoint), str(checkpoint))
+    first, second = tmp_path / "first.pt", tmp_path / "second.pt"
+    assert quantize.main(options(checkpoint, first, "channel", *tune)) == 0
+    monkeypatch.setattr(quantize, "on_grids", None)
+    monkeypatch.setattr(quantize, "fine_tune", None)
+    assert quantize.main(options(checkpoint, second, "channel", *tune)) == 0
+    assert first.read_bytes() == second.read_bytes()
+    one, other = (load_json(path.with_suffix(".json")) for path in (first, second))
+    assert one["accuracy_by_step"] == other["accuracy_by_step"] and one["activations"] == other["activations"]
+    assert [stage["stage"] for stage in other["made_by"]["training"]] == ["quantized"]
+    with pytest.raises(BadInput, match="quantized.pt was fine-tuned from another checkpoint or with other options"):
+        quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5"))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "quantized.pt")
+    with pytest.raises(BadInput, match="not what a fine-tuning writes; --no-resume"):
+        quantize.main(options(checkpoint, second, "channel", *tune))
+
+
 def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):
     model = load_checkpoint(sparse_checkpoint)
     quantize.quantize_weights(model, bit_table(None), "layer")

@@ -1,0 +1,79 @@
+"""Steps recorded as CUDA graphs: what a CPU can show of them, and on a GPU that they compute what plain steps do."""
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
+
+import cifar100
+from training import captured, loop
+from training.loop import Processes, Settings
+from training.reweighted_l1 import Masks, target_masks
+
+MUON = Settings(epochs=5, batch_size=16, lr=0.05, optimizer="muon", warmup_epochs=1, clean=0.34, refresh=0)
+
+
+def new_stage(folder, settings, device="cpu") -> loop.Stage:
+    model = Tiny().to(device, memory_format=torch.channels_last)
+    data = cifar100.Images(TRAIN.images.to(device), TRAIN.labels.to(device))
+    masks = Masks(model, target_masks(model, LAYERS, 0.4))
+    taught_by = [Tiny(seed).eval().to(device) for seed in (1, 2)]
+    stage = loop.Stage("stage", model, data, settings, folder, None, 5, masks, taught_by, None, Processes())
+    stage.resume(False, 0)
+    return stage
+
+
+def steps(stage: loop.Stage) -> dict:
+    for epoch in range(stage.settings.epochs):
+        stage.begin(epoch)
+        for i in range(stage.plan.epoch_steps):
+            stage.step(epoch, i)
+    return stage.model.state_dict() | {f"average {key}": value for key, value in stage.average.state_dict().items()} | {
+        "totals": stage.totals}
+
+
+def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
+    """What a graph records: the batch made before it, the learning rate in a tensor."""
+    plain, other = new_stage(tmp_path, MUON), new_stage(tmp_path, MUON)
+    kinds = []
+
+    def at_once(kind, inputs):
+        kinds.append(kind)
+        other.learn_on_one(inputs, kind)
+    other.graphs = SimpleNamespace(step=at_once)
+    for (key, one), two in zip(steps(plain).items(), steps(other).values(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
+    assert kinds == [(step % 2, 32) for step in range(15)]  # the teachers in turn
+    assert other.optimizer.param_groups[0]["lr"] is other.rate
+
+
+def test_each_kind_is_run_once_and_then_recorded(monkeypatch):
+    waits = []
+    stream = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    done = []
+    graphs = captured.Graphs(lambda inputs, kind: done.append((kind, float(inputs[0]))), torch.device("cpu"))
+    monkeypatch.setattr(graphs, "record", lambda kind: SimpleNamespace(
+        replay=lambda: done.append((f"again {kind}", float(graphs.inputs[0])))))
+    for kind, value in (("a", 1.0), ("b", 2.0), ("a", 3.0), ("a", 4.0), ("b", 5.0)):
+        graphs.step(kind, (torch.tensor(value),))
+    assert done == [("a", 1), ("b", 2), ("again a", 3), ("again a", 4), ("again b", 5)]
+    assert len(waits) == 10  # before and after each step
+
+
+@pytest.mark.parametrize("change", [{}, {"optimizer": "adam"}])
+def test_on_a_cpu_nothing_is_recorded(tmp_path, change):
+    assert new_stage(tmp_path, Settings(**{**vars(SETTINGS), **change})).graphs is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_compute_what_plain_steps_do(tmp_path):
+    plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
+    plain.graphs = None
+    expected, found = steps(plain), steps(recorded)
+    assert all(recorded.graphs.graphs.values())  # each kind was recorded
+    for (key, one), two in zip(expected.items(), found.values(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-5), key
