@@ -1,0 +1,44 @@
+"""The measure to choose checkpoints by: zero from oneself, and the divergence by hand from others."""
+import re
+
+import pytest
+import torch
+
+import cifar100
+from mobilenet_v2 import BadInput, MobileNetV2
+from training import divergence
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, paths = tmp_path_factory.mktemp("checkpoints"), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        paths.append(folder / f"{seed}.pt")
+        torch.save(MobileNetV2().state_dict(), paths[-1])
+    return paths
+
+
+def test_it_is_zero_from_oneself_and_that_of_a_plain_computation_from_another(files, capsys):
+    few = "--made-up 40 --images 10 --teacher".split()
+    assert divergence.main([*few, str(files[0]), "--", *map(str, files)]) == 0
+    found = {path: (float(apart), share) for apart, share, path in
+             re.findall(r"^([\d.-]+) \+- .* for ([\d.]+%): (.*)$", capsys.readouterr().out, re.M)}
+    assert found[str(files[0])] == (0, "100.00%")
+    images = divergence.mixed_images(cifar100.made_up(40, 0), 10, torch.Generator().manual_seed(12345))
+    assert images.shape == (10, 3, 32, 32)
+    with torch.no_grad():
+        ours, theirs = (divergence.load_checkpoint(path)(images).double().softmax(1) for path in files)
+    expected = float((ours * (ours / theirs).log()).sum(1).mean())
+    assert expected > 0.01 and found[str(files[1])][0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_other_draws_give_other_images():
+    data = cifar100.made_up(40, 0)
+    one, two, other = (divergence.mixed_images(data, 10, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_bad_input(files):
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        divergence.main(["--made-up", "40", "nowhere.pt"])

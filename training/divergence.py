@@ -1,0 +1,74 @@
+"""How far checkpoints are from what teachers say of train images that were mixed anew: a measure to choose by.
+
+    python training/divergence.py --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
+
+Between networks that have seen all train images there is no hold-out left, and the test set is not for choosing. But no
+network has seen these images: cropped, flipped and mixed (mixup or CutMix) with draws of their own. A checkpoint with a
+claim beside it is evaluated on its grids, any other in floats.
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
+
+import cifar100  # noqa: E402
+import checkpoints  # noqa: E402
+import claims  # noqa: E402
+import machine  # noqa: E402
+from evaluation import answers  # noqa: E402
+from exact import exact_network  # noqa: E402
+from mobilenet_v2 import load_checkpoint  # noqa: E402
+from scripts import command_line, number, run_script, some_path  # noqa: E402
+from training import teachers  # noqa: E402
+
+
+def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 [count, 3, 32, 32], normalised: some of the images, each cropped, flipped and mixed with another."""
+    index = cifar100.epoch_order(len(data), generator)[:count]
+    draws = cifar100.draw(len(index), generator, mixing="both")
+    return cifar100.augment(data.images[index], data.labels[index], draws)[0]
+
+
+def logits(network, images: torch.Tensor) -> torch.Tensor:
+    network = network.to(memory_format=torch.channels_last)
+    return answers(lambda batch: network(batch.contiguous(memory_format=torch.channels_last)), images, 16)
+
+
+def read(path):
+    """The network of a checkpoint: on its grids if it has a claim."""
+    if not claims.claim_path(path).exists():
+        return load_checkpoint(path)
+    model, claim = checkpoints.load(path)
+    return exact_network(model, claim["activations"])
+
+
+def main(argv=None) -> int:
+    parser = command_line(__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=some_path, metavar="CHECKPOINT")
+    parser.add_argument("--teacher", nargs="+", type=some_path, metavar="F", default=list(map(Path, teachers.KAIST)),
+                        help="as of training/main.py (default: KAIST AI's four)")
+    parser.add_argument("--images", type=number(int, 2, 10**6), default=3000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="of what is drawn (%(default)s)")
+    cifar100.add_options(parser)
+    args = parser.parse_args(argv)
+    machine.prepare()
+    networks = {path: read(path) for path in args.checkpoints}
+    taught_by = [teachers.load(path) for path in args.teacher]
+    images, args.images = args.images, None  # of the whole set
+    data = cifar100.chosen(args, "train")[0]
+    mixed = mixed_images(data, images, torch.Generator().manual_seed(args.seed))
+    expected = sum(logits(teacher, mixed).double().softmax(1) for teacher in taught_by) / len(taught_by)
+    print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
+    for path, network in networks.items():
+        found = logits(network, mixed).double().log_softmax(1)
+        apart = F.kl_div(found, expected, reduction="none").sum(1)
+        print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, the same class for "
+              f"{(found.argmax(1) == expected.argmax(1)).double().mean():.2%}: {path}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
