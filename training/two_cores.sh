@@ -7,6 +7,7 @@
 #   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
 #   bash training/two_cores.sh freed                        that network with its zeros set free: the dense baseline, which learnt as long
 #
+# On a GPU the same words with larger batches and more epochs (--batch-size 256 --epochs 122 ...: training/logs/README.md).
 # RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
 # shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
 # What was measured before it, and how far it is: training/logs/README.md.
