@@ -356,7 +356,11 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) -> MobileNetV2:
-    """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero."""
+    """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero.
+
+    Leaves quantized.pt in the checkpoint's folder, and what it was made of in quantized.options.json, `steps_before`
+    (what `accuracies` found before it) too: `quantize` takes it up.
+    """
     def freeze_statistics(network):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -369,6 +373,7 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) 
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
 
     def began():
+        (folder / "quantized.pt").unlink(missing_ok=True)  # of other options
         where = f"CPU, {machine.cores()} cores" if cpu else torch.cuda.get_device_name()
         save_record({"stage": "quantized", "machine": f"{where}, torch {torch.__version__}",
                      "train_images": len(train_data), "commit": git_commit(),

@@ -157,7 +157,7 @@ def board_figure(accuracy: float, scores: dict[str, float]):
     axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
              ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * max(*scores.values(), BOARD[-1][2])),
              ylim=(min(accuracy, 80) - 0.7, max(accuracy, 80) + 0.7))
-    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    axes.legend(frameon=False, loc="upper left" if accuracy > 81 else "lower left", fontsize=8)  # beside the entries
     axes.grid(color="#dddddd")
     axes.set_axisbelow(True)
     return figure

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import cifar100
+from evaluation import renew_statistics
 from mobilenet_v2 import BadInput, MobileNetV2
 from training import divergence
 
@@ -15,7 +16,10 @@ def files(tmp_path_factory):
     for seed in (0, 1):
         torch.manual_seed(seed)
         paths.append(folder / f"{seed}.pt")
-        torch.save(MobileNetV2().state_dict(), paths[-1])
+        model = MobileNetV2()
+        renew_statistics(model, cifar100.made_up(40, 0), 40, "none", torch.Generator())
+        model.linear.weight.data *= 10  # untrained, it hardly prefers a class
+        torch.save(model.state_dict(), paths[-1])
     return paths
 
 

@@ -922,6 +922,14 @@ def test_a_finished_fine_tuning_is_taken_up(sparse_checkpoint, tmp_path, monkeyp
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "quantized.pt")
     with pytest.raises(BadInput, match="not what a fine-tuning writes; --no-resume"):
         quantize.main(options(checkpoint, second, "channel", *tune))
+    monkeypatch.undo()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(quantize.loop.Stage, "step", killed)  # another one begins in the same folder, and does not end
+    with pytest.raises(KeyboardInterrupt):
+        quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5", "--no-resume"))
+    assert not (tmp_path / "quantized.pt").exists()
 
 
 def test_fine_tuning_trains_weights_alone(sparse_checkpoint, tmp_path):

@@ -129,6 +129,19 @@ def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
     assert (tmp_path / "training" / "masked.pt").read_text() == "float16"
 
 
+@pytest.mark.parametrize("words", ((), ("--epochs", "2", "--lr", "0.1")))
+def test_run_sh_ship_gives_further_words_to_quantize(run_sh, tmp_path, words):
+    """A fine-tuning that the shipped network did not have is not copied to the record."""
+    (tmp_path / "run").mkdir()
+    for name in ("masked.average.pt", "masked.jsonl", "quantized.jsonl", "quantized.options.json"):
+        (tmp_path / "run" / name).touch()
+    result, calls = run_sh("ship", "run", *words)
+    assert result.returncode == 0 and calls[0] == " ".join(
+        ("quantize.py --checkpoint run/masked.average.pt", *words))
+    tuned = {"quantized.jsonl", "quantized.options.json"} if words else set()
+    assert {path.name for path in (tmp_path / "training/logs").iterdir()} == {"masked.jsonl"} | tuned
+
+
 @pytest.mark.parametrize("script", ("testers.py", "check_model_operations.py"))
 def test_run_sh_ends_as_the_checks_do(run_sh, monkeypatch, script):
     monkeypatch.setenv("FAILS", script)
