@@ -48,6 +48,23 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
     assert other.optimizer.param_groups[0]["lr"] is other.rate
 
 
+def test_the_state_of_recorded_steps_goes_on_in_plain_ones(tmp_path):
+    """Its learning rate is a tensor, which a state may hold."""
+    whole, other, last = (new_stage(tmp_path, MUON) for _ in range(3))
+    other.graphs = SimpleNamespace(step=lambda kind, inputs: other.learn_on_one(inputs, kind))
+    for stage, first, end in ((whole, 0, 6), (other, 0, 3), (last, 3, 6)):
+        if stage is last:
+            stage.resume(True, 0)
+        for epoch in range(first // 3, end // 3):
+            stage.begin(epoch)
+            for i in range(3):
+                stage.step(epoch, i)
+        if stage is other:
+            stage.save()
+    for (key, one), two in zip(whole.model.state_dict().items(), last.model.state_dict().values(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
+
+
 def test_each_kind_is_run_once_and_then_recorded(monkeypatch):
     waits = []
     stream = SimpleNamespace(wait_stream=waits.append)
