@@ -290,7 +290,7 @@ def store_fixed(tensor: Tensor, name: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------- the claim
 
-def training_record(checkpoint, tuned: bool) -> list[dict]:
+def training_record(checkpoint, tuned: bool = False) -> list[dict]:
     """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log.
 
     tuned: of the fine-tuning too, if it has one.
@@ -518,7 +518,7 @@ def main(argv=None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model = moved(load_checkpoint(args.checkpoint), device)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
-    trained = training_record(args.checkpoint, tuned=False)
+    trained = training_record(args.checkpoint)
     args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
     accuracies = Accuracies(test_data)
     model = moved(quantize(model, train_data, table, args, accuracies), "cpu")

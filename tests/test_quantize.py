@@ -726,11 +726,12 @@ def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == [
         {"stage": "rew", "machine": "m", "train_images": 9, "settings": {"lr": 1},
          "last_epoch": {"step": 2, "loss": 0.5}}]
-    for stage in ("masked", "masked-10", "masked-9", "masked-x"):
+    for stage in ("masked", "masked-10", "masked-9", "masked-x", "quantized"):
         for kind in ("options.json", "jsonl"):
             shutil.copy(tmp_path / f"rew.{kind}", tmp_path / f"{stage}.{kind}")
     assert [stage["stage"] for stage in quantize.training_record(tmp_path / "masked.pt")] == [
         "rew", "masked-9", "masked-10", "masked"]
+    assert quantize.training_record(tmp_path / "masked.pt", tuned=True)[-1]["stage"] == "quantized"
     for wrong in ("", "{}\n", "garbage\n"):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):
