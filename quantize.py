@@ -47,7 +47,8 @@ SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 lay
 SCHEMES = ("power-of-two", "layer", "channel")
 RANGES = ("max", "mse", "logits")
 SHIFT_BITS = 16
-TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed")  # settings of the fine-tuning
+GRIDS = ("scheme", "table", "ranges", "renew", "activation_bits", "calibration")  # options that decide the grids
+TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed")  # and settings of the fine-tuning
 SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
 
 
@@ -385,9 +386,8 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) 
     model = loop.train(
         "quantized", model, train_data, test_data, settings, folder, masks=masks, teachers=taught_by,
         prepare=freeze_statistics, resume=args.resume, eval_every=args.epochs, began=began,
-        context={"scheme": args.scheme, "table": args.table, "ranges": args.ranges, "renew": args.renew,
-                 "activation_bits": args.activation_bits, "calibration": args.calibration,
-                 "steps": loop.fingerprint([m.step for _, m in weight_layers(model)])})
+        context={name: getattr(args, name) for name in GRIDS} | {
+            "steps": loop.fingerprint([m.step for _, m in weight_layers(model)])})
     if model is None:
         raise BadInput("fine-tuning was stopped; the same command goes on")
     save_tensors(with_steps(model), folder / "quantized.pt")
@@ -405,9 +405,8 @@ def moved(network: nn.Module, device) -> nn.Module:
 
 def options_of(args) -> dict:
     """What decides the result of a fine-tuning, as it stands in quantized.options.json."""
-    names = ("scheme", "table", "ranges", "renew", "activation_bits", "calibration", "augment", "epochs", "teacher",
-             *TUNING)
-    return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))
+    names = (*GRIDS, "augment", "epochs", "teacher", *TUNING)
+    return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))  # paths as text
 
 
 def with_steps(model: MobileNetV2) -> dict[str, Tensor]:

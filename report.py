@@ -420,15 +420,15 @@ def stage_table(lines: list[dict]) -> str:
 
 
 def training_table(measured: dict) -> str:
-    """Median images a second of every loop, the ratios, and where a step's time goes."""
-    rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f}")
+    """Median and range of every loop's images a second, the ratios, and where a step's time goes."""
+    rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})")
             for name, speeds in measured["images_per_second"].items()]
     rows += [(name, f"**{ratio:.2f}**") for name, ratio in measured["ratios"].items()]
     shares = {part: seconds for part, seconds in measured["step"].items() if part != "whole"}
     rows += [(f"share of a step: {part}", f"{100 * seconds / sum(shares.values()):.2f}%")
              for part, seconds in shares.items()]
     return table((f"batch {measured['batch_size']}, {measured['precision']}",
-                  f"median of {len(next(iter(measured['images_per_second'].values())))} rounds"), rows)
+                  f"median of {len(next(iter(measured['images_per_second'].values())))} rounds (range)"), rows)
 
 
 def depthwise_table(measured: dict) -> str:

@@ -2,8 +2,9 @@
 
     python training/divergence.py --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
 
-Between networks that have seen all train images there is no hold-out left, and the test set is not for choosing. But no
-network has seen these images: cropped, flipped and mixed (mixup or CutMix) with draws of their own. A checkpoint with a
+Between networks that have seen all train images there is no hold-out left, and the test set is not for choosing. These
+are train images, but cropped, flipped and mixed (mixup or CutMix) with draws of their own, which no network has seen.
+So it measures what distillation trains for on new draws, and not what becomes of new photographs. A checkpoint with a
 claim beside it is evaluated on its grids, any other in floats.
 """
 import sys
@@ -50,16 +51,16 @@ def main(argv=None) -> int:
     parser.add_argument("checkpoints", nargs="+", type=some_path, metavar="CHECKPOINT")
     parser.add_argument("--teacher", nargs="+", type=some_path, metavar="F", default=list(map(Path, teachers.KAIST)),
                         help="as of training/main.py (default: KAIST AI's four)")
-    parser.add_argument("--images", type=number(int, 2, 10**6), default=3000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
+                        help="(%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="of what is drawn (%(default)s)")
     cifar100.add_options(parser)
     args = parser.parse_args(argv)
     machine.prepare()
     networks = {path: read(path) for path in args.checkpoints}
     taught_by = [teachers.load(path) for path in args.teacher]
-    images, args.images = args.images, None  # of the whole set
     data = cifar100.chosen(args, "train")[0]
-    mixed = mixed_images(data, images, torch.Generator().manual_seed(args.seed))
+    mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
     expected = sum(logits(teacher, mixed).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, network in networks.items():
