@@ -21,15 +21,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoints
-import claims
-import counting
-from counting import CONVENTIONS
-from formats import WORD, Formats, float_formats, what_if
-from graph import activation_points, trace
-from mobilenet_v2 import IMAGE_SIZE, MobileNetV2, thop_counts, weight_layers
-from scripts import command_line, number, run_script
-
+from compressed import checkpoints, claims, counting, networks
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.command_line import command_line, number, run_script
+from compressed.counting import CONVENTIONS, thop_counts
+from compressed.formats import WORD, Formats, float_formats, what_if
+from compressed.graph import activation_points, trace, weight_layers
 
 # ---- Cross-checks --------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ def main(argv=None) -> int:
     source, problems, density, weights = {}, [], None, None
     if args.dense or args.sparsity is not None:
         density = Fraction(1) if args.dense else 1 - args.sparsity
-        model = MobileNetV2()
+        model = networks.make()
         formats = float_formats(model)
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:

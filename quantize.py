@@ -12,9 +12,9 @@ or of an output channel, costs no storage: the BatchNorm after the convolution a
 a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
 Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
 shift is a whole number of the accumulator's units: what is left to differ in an 8-bit engine that computes in float32
-behind its accumulators is too rare to be seen (see export_onnx.py).
+behind its accumulators is too rare to be seen (see tools/export_onnx.py).
 
-Powers of two make the evaluation exact: see exact.py, the network that computes on these grids.
+Powers of two make the evaluation exact: see compressed/exact_network.py, the network that computes on these grids.
 """
 import argparse
 import dataclasses
@@ -29,18 +29,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cifar100
-import claims
-import counting
-import dead_weight
-import machine
-from evaluation import Paused, evaluate, logits, renew_means, renew_statistics
-from exact import Quantizer, exact_network, folded, probe_logits, quantize_activations
-from files import git_commit, load_lines, load_record, save_record, save_tensors, sha256, stage_logs, try_to_write
-from formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
-from graph import activation_points, neighbours
-from mobilenet_v2 import CHECKPOINT, BadInput, MobileNetV2, load_checkpoint, load_state, weight_layers
-from scripts import command_line, number, run_script, some_path
+from compressed import cifar100, claims, counting, dead_weight, networks, threads
+from compressed.checkpoints import CHECKPOINT
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
+from compressed.evaluation import Paused, evaluate, logits, renew_means, renew_statistics
+from compressed.exact_network import Quantizer, exact_network, folded, probe_logits, quantize_activations
+from compressed.files import (
+    git_commit,
+    load_lines,
+    load_record,
+    save_record,
+    save_tensors,
+    sha256,
+    stage_logs,
+    try_to_write,
+)
+from compressed.formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
+from compressed.graph import activation_points, neighbours, weight_layers
+from compressed.networks import load_checkpoint, load_state
 from training import loop, plan, reweighted_l1, teachers
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
@@ -75,7 +82,7 @@ def bit_table(option: str | None) -> list[int]:
     anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
     weights would not be summed exactly).
     """
-    names = [name for name, _ in weight_layers(MobileNetV2())]
+    names = [name for name, _ in weight_layers(networks.make())]
     if option is None:
         table = [6 if i in SIX_BITS or i - len(names) in SIX_BITS else 8 for i in range(len(names))]
     elif option.isdecimal():
@@ -122,7 +129,7 @@ class QuantizedLinear(nn.Linear):
 
 
 @torch.no_grad()
-def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> list[dict]:
+def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[dict]:
     """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
 
     ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
@@ -165,7 +172,7 @@ def calibrate(model: MobileNetV2, images: Tensor, bits: int, ranges: str) -> lis
     return result
 
 
-def choose_steps(model: MobileNetV2, images: Tensor, reference: Tensor) -> None:
+def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
     """One pass over the activation steps, the image's aside: twice and half of each is kept where the logits gain.
 
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
@@ -193,7 +200,7 @@ def choose_steps(model: MobileNetV2, images: Tensor, reference: Tensor) -> None:
             quantizer.step = before
 
 
-def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
+def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
     """Make every convolution and the linear layer round its weights, with steps from the weights as they are now."""
     if scheme not in SCHEMES:
         raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
@@ -209,9 +216,9 @@ def quantize_weights(model: MobileNetV2, table: list[int], scheme: str) -> None:
 
 
 @torch.no_grad()
-def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
+def shipped(model: nn.Module) -> tuple[nn.Module, list[dict]]:
     """(a plain MobileNetV2 whose values all stand on their grids, the claim for each of its tensors)."""
-    network = MobileNetV2()
+    network = networks.make()
     network.load_state_dict(model.state_dict())
     network.eval()
     table, ours = neighbours(network), []
@@ -247,7 +254,7 @@ def shipped(model: MobileNetV2) -> tuple[MobileNetV2, list[dict]]:
 
 
 @torch.no_grad()
-def shorten_scales(model: MobileNetV2) -> None:
+def shorten_scales(model: nn.Module) -> None:
     """Move every channel's free step, by 3% at most, to where its product with the BatchNorm's scale is short.
 
     Codes times scales of 5 significant bits need few bits, so that float32 holds them exactly. The weights are rounded
@@ -262,7 +269,7 @@ def shorten_scales(model: MobileNetV2) -> None:
 
 
 @torch.no_grad()
-def round_shifts(network: MobileNetV2, tensors: list[dict], activations: list[dict]) -> None:
+def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
     """Round the BatchNorm shifts of a shipped network, in place, to whole units of their accumulators.
 
     A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
@@ -312,7 +319,7 @@ def training_record(checkpoint, tuned: bool = False) -> list[dict]:
 
 
 def made_claim(checkpoint: Path, claim: dict) -> dict:
-    """The claim (see claims.py) with what follows from the file as it was written: its digest, counts, and logits."""
+    """The claim (see claims.py) with what follows from the file as it was written: digest, counts and logits."""
     model = load_checkpoint(checkpoint)
     formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
     if problems:
@@ -356,7 +363,7 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) -> MobileNetV2:
+def fine_tune(model: nn.Module, train_data, test_data, args, steps_before=()) -> nn.Module:
     """Train the latent weights behind the grids: steps and BatchNorm statistics stay, zeros stay zero.
 
     Leaves quantized.pt in the checkpoint's folder, and what it was made of in quantized.options.json, `steps_before`
@@ -370,12 +377,12 @@ def fine_tune(model: MobileNetV2, train_data, test_data, args, steps_before=()) 
     cpu, folder = train_data.labels.device.type == "cpu", Path(args.checkpoint).parent
     settings = loop.Settings(**plan.given(args) | {
         "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4), "smoothing": 0.0 if args.teacher else 0.1,
-        "refresh": 0, "precision": "float32" if cpu else "bfloat16", "workers": machine.cores() if cpu else 1})
+        "refresh": 0, "precision": "float32" if cpu else "bfloat16", "workers": threads.cores() if cpu else 1})
     masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
 
     def began():
         (folder / "quantized.pt").unlink(missing_ok=True)  # of other options
-        where = f"CPU, {machine.cores()} cores" if cpu else torch.cuda.get_device_name()
+        where = f"CPU, {threads.cores()} cores" if cpu else torch.cuda.get_device_name()
         save_record({"stage": "quantized", "machine": f"{where}, torch {torch.__version__}",
                      "train_images": len(train_data), "commit": git_commit(),
                      "settings": dataclasses.asdict(settings), "options": options_of(args),
@@ -409,16 +416,16 @@ def options_of(args) -> dict:
     return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))  # paths as text
 
 
-def with_steps(model: MobileNetV2) -> dict[str, Tensor]:
+def with_steps(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a network on its grids, with the steps of weights and activations: "NAME.step"."""
     modules = dict(weight_layers(model)) | {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
     content = model.state_dict() | {f"{name}.step": torch.as_tensor(module.step) for name, module in modules.items()}
     return {name: value.cpu().contiguous() for name, value in content.items()}
 
 
-def tuned(path, args, table: list[int]) -> MobileNetV2:
+def tuned(path, args, table: list[int]) -> nn.Module:
     """The fine-tuned network that `with_steps` wrote."""
-    content, model = load_state(path), MobileNetV2()
+    content, model = load_state(path), networks.make()
     try:
         steps = {name: content.pop(f"{name}.step")
                  for name in (*(name for name, _ in weight_layers(model)), *activation_points(model))}
@@ -447,8 +454,8 @@ class Accuracies:
         self.steps.append({"step": step, "correct": correct, "loss": loss})
 
 
-def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args,
-             accuracies: Accuracies) -> MobileNetV2:
+def quantize(model: nn.Module, train_data: cifar100.Images, table: list[int], args,
+             accuracies: Accuracies) -> nn.Module:
     """The model with weights and activations on their grids; its BatchNorms are still its own."""
     path = Path(args.checkpoint).parent / "quantized.pt"
     if args.epochs and args.resume and path.is_file():
@@ -470,7 +477,7 @@ def quantize(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
     return model
 
 
-def on_grids(model: MobileNetV2, train_data: cifar100.Images, table: list[int], args, accuracies: Accuracies) -> None:
+def on_grids(model: nn.Module, train_data: cifar100.Images, table: list[int], args, accuracies: Accuracies) -> None:
     """Put the weights and activations of a float network on grids chosen for it, in place."""
     accuracies.after("float", model)
     # in canonical order the classes are mixed at random: the first images are a fair sample
@@ -495,7 +502,7 @@ def on_grids(model: MobileNetV2, train_data: cifar100.Images, table: list[int], 
         accuracies.after("BatchNorm means renewed, variances kept", model)
 
 
-def ship(model: MobileNetV2, scheme: str, accuracies: Accuracies) -> tuple[MobileNetV2, dict]:
+def ship(model: nn.Module, scheme: str, accuracies: Accuracies) -> tuple[nn.Module, dict]:
     """(the network, all of whose values stand on their grids; "tensors", "activations" and more of its claim)."""
     network, tensors = shipped(model)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
@@ -510,7 +517,7 @@ def ship(model: MobileNetV2, scheme: str, accuracies: Accuracies) -> tuple[Mobil
 
 
 def main(argv=None) -> int:
-    machine.prepare()
+    threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     try_to_write(args.out, claims.claim_path(args.out))
     table = bit_table(args.table)
@@ -530,7 +537,7 @@ def main(argv=None) -> int:
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
-                    "machine": f"{platform.machine()}, {machine.cores()} cores, torch {torch.__version__}",
+                    "machine": f"{platform.machine()}, {threads.cores()} cores, torch {torch.__version__}",
                     "source_sha256": sha256(args.checkpoint),
                     "training": training_record(args.checkpoint, tuned=args.epochs > 0)}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))

@@ -7,7 +7,7 @@
 #   bash run.sh train       the whole pipeline on CIFAR-100 (further words go to training/main.py)
 #   bash run.sh ship [RUN]  quantize, pack, execute, export, record and verify the masked network of a run (runs/default),
 #                           finished or as its last stop left it: some twelve minutes on two cores (further words go to quantize.py)
-#   bash run.sh baseline RUN  the dense network of a run becomes training/dense.pt, which the shipped one is compared with
+#   bash run.sh baseline RUN  the dense network of a run becomes record/dense.pt, which the shipped one is compared with
 #   bash run.sh setup       set up alone
 #
 # CIFAR-100 is downloaded to ./data.cifar100, or taken from the folder named by CIFAR100_DIR.
@@ -53,14 +53,14 @@ ship() {  # a run folder, options of quantize.py
         echo "run.sh: $masked is not there: nothing to ship yet; run.sh train goes on" >&2; exit 2
     fi
     python quantize.py --checkpoint "$masked" "$@"
-    python packed.py
-    python integer.py --record
-    python export_onnx.py --record
-    rm -f training/logs/{pretrain,rew,masked,quantized}{,-*}.{jsonl,options.json}  # a run folder tells of all stages behind it
-    cp "$run"/*.json* training/logs/
-    [[ " $* " == *" --epochs"* ]] || rm -f training/logs/quantized.*  # of another try: this network was not fine-tuned
-    cp "$masked" training/masked.pt  # what further training starts from
-    python report.py --record
+    python -m tools.pack
+    python -m tools.integer --record
+    python -m tools.export_onnx --record
+    rm -f record/{pretrain,rew,masked,quantized}{,-*}.{jsonl,options.json}  # a run folder tells of all stages behind it
+    cp "$run"/*.json* record/
+    [[ " $* " == *" --epochs"* ]] || rm -f record/quantized.*  # of another try: this network was not fine-tuned
+    cp "$masked" record/masked.pt  # what further training starts from
+    python -m tools.report --record
     verify
 }
 
@@ -68,11 +68,11 @@ baseline() {  # a run folder
     if [ ! -f "$1/pretrain.average.pt" ]; then
         echo "run.sh: $1/pretrain.average.pt is not there: no dense network to compare with yet" >&2; exit 2
     fi
-    cp "$1/pretrain.average.pt" training/dense.pt
-    for kind in jsonl options.json; do cp "$1/pretrain.$kind" "training/logs/dense.$kind"; done
-    python testers.py --checkpoint training/dense.pt --json > training/logs/dense.tested.json.tmp
-    mv training/logs/dense.tested.json.tmp training/logs/dense.tested.json
-    python report.py
+    cp "$1/pretrain.average.pt" record/dense.pt
+    for kind in jsonl options.json; do cp "$1/pretrain.$kind" "record/dense.$kind"; done
+    python testers.py --checkpoint record/dense.pt --json > record/dense.tested.json.tmp
+    mv record/dense.tested.json.tmp record/dense.tested.json
+    python -m tools.report
 }
 
 setup
@@ -101,8 +101,8 @@ case $word in
         python training/main.py --rew --epochs 2 --lr 0.05 --warmup-epochs 0 $common
         python training/main.py --masked-retrain --epochs 3 --lr 0.05 --warmup-epochs 0 $common
         python quantize.py --checkpoint runs/quick/masked.pt --out runs/quick/shipped.pt --made-up 1000 --calibration 200 --renew 200
-        python packed.py --checkpoint runs/quick/shipped.pt
+        python -m tools.pack --checkpoint runs/quick/shipped.pt
         python testers.py --checkpoint runs/quick/shipped.mnet --made-up 1000
-        python integer.py --checkpoint runs/quick/shipped.mnet --made-up 1000
+        python -m tools.integer --checkpoint runs/quick/shipped.mnet --made-up 1000
         python check_model_operations.py --checkpoint runs/quick/shipped.pt --summary ;;
 esac

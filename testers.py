@@ -14,17 +14,13 @@ import sys
 import torch
 from torch import nn
 
-import checkpoints
-import cifar100
-import claims
-import counting
-import machine
-from evaluation import evaluate
-from exact import exact_network, probe_logits
-from formats import Formats, exponent, found_formats
-from graph import neighbours
-from mobilenet_v2 import BadInput
-from scripts import command_line, run_script
+from compressed import checkpoints, cifar100, claims, counting, threads
+from compressed.command_line import command_line, run_script
+from compressed.errors import BadInput
+from compressed.evaluation import evaluate
+from compressed.exact_network import exact_network, probe_logits
+from compressed.formats import Formats, exponent, found_formats
+from compressed.graph import neighbours
 
 
 def exactness(model, formats: Formats) -> int:
@@ -121,7 +117,7 @@ def accuracy_lines(found: dict) -> list[str]:
 
 
 def main(argv=None) -> int:
-    machine.prepare()
+    threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)

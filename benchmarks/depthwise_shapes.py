@@ -1,29 +1,27 @@
 """The 17 depthwise convolutions of the network, channels-last, forward and backward, in both precisions; and as
 kernels.c computes them on a CPU.
 
-    python benchmarks/depthwise_shapes.py [--batch-size B] [--rounds 10] [--json F]
+    python -m benchmarks.depthwise_shapes [--batch-size B] [--rounds 10] [--json F]
 
 Which kernel is fast depends on all of these: oneDNN has no fast bfloat16 kernel for the input's gradient where there is
 a stride.
 """
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import kernels  # noqa: E402
-from benchmarks.training_speed import synchronize  # noqa: E402
-from files import save_json, try_to_write  # noqa: E402
-from machine import prepare  # noqa: E402
-from mobilenet_v2 import IMAGE_SIZE, MobileNetV2  # noqa: E402
-from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import loop, main as training_main  # noqa: E402
-from training.depthwise import Convolve  # noqa: E402
+from benchmarks.training_speed import synchronize
+from compressed import kernels
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.files import save_json, try_to_write
+from compressed.threads import prepare
+from mobilenet_v2 import MobileNetV2
+from training import loop
+from training import main as training_main
+from training.depthwise import Convolve
 
 COMPILED = "bfloat16 compiled"
 VARIANTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, COMPILED: torch.bfloat16}

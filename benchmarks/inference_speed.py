@@ -1,6 +1,6 @@
 """Inference on the CPU: PyTorch float32, onnxruntime float32, and onnxruntime's 8-bit kernels, side by side in one run.
 
-    python benchmarks/inference_speed.py [--checkpoint F] [--batches 1 32 128] [--threads 2] [--json F]
+    python -m benchmarks.inference_speed [--checkpoint F] [--batches 1 32 128] [--threads 2] [--json F]
 
 Every engine goes from uint8 pixels to logits, with the same number of threads. Rounds alternate between the engines and
 the median of a round's ratio counts: whatever else runs on the machine slows all of them. For a batch of one image the
@@ -24,7 +24,6 @@ import copy
 import json
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,14 +32,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoints  # noqa: E402
-import cifar100  # noqa: E402
-import export_onnx  # noqa: E402
-from files import save_json, try_to_write  # noqa: E402
-from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training.teachers import fold_batchnorm  # noqa: E402
+from compressed import checkpoints, cifar100
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.files import save_json, try_to_write
+from tools import export_onnx
+from training.teachers import fold_batchnorm
 
 
 def engines(model: nn.Module, claim: dict, threads: int) -> dict:

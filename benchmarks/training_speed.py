@@ -1,6 +1,6 @@
 """Training throughput beside the plain loop, on this machine, in this run.
 
-    python benchmarks/training_speed.py [--images N] [--batch-size B] [--rounds 3] [--precision P] [--alone] [--json F]
+    python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--precision P] [--alone] [--json F]
 
 The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
 normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
@@ -24,23 +24,18 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cifar100  # noqa: E402
-import kernels  # noqa: E402
-import machine  # noqa: E402
-from files import save_json, try_to_write  # noqa: E402
-from mobilenet_v2 import MobileNetV2  # noqa: E402
-from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import loop, main as training_main, teachers  # noqa: E402
-
+from compressed import cifar100, kernels, threads
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.files import save_json, try_to_write
+from mobilenet_v2 import MobileNetV2
+from training import loop, teachers
+from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
 RATIOS = {  # name: (speed, beside which)
@@ -95,7 +90,7 @@ def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) ->
 def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device, taught: bool = False,
               compiled: bool = True) -> float:
     """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not."""
-    machine.prepare()
+    threads.prepare()
     if not compiled:
         kernels.library = lambda dtype: None
     torch.manual_seed(0)
@@ -249,7 +244,7 @@ def main(argv=None) -> int:
             ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
             print(f"{name}: {ratios[name]:.2f}")
 
-    machine.prepare()
+    threads.prepare()
     data = cifar100.made_up(args.images, seed=0, device=device)
     parts = step_parts(data, settings, device)
     shown = {part: seconds for part, seconds in parts.items() if part != "whole"}

@@ -26,9 +26,10 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
     Its linear layer is fitted to the 100 made-up images that it is tested on (`--made-up 100`): some 40 are right in
     float and fewer with every rounding, so that an error in the arithmetic costs accuracy.
     """
-    import cifar100
-    from files import save_tensors
-    from mobilenet_v2 import MobileNetV2, weight_layers
+    from compressed import cifar100
+    from compressed.files import save_tensors
+    from compressed.graph import weight_layers
+    from mobilenet_v2 import MobileNetV2
 
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(), torch.no_grad():
@@ -65,10 +66,10 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def full(sparse_checkpoint, tmp_path_factory):
     """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
-    import cifar100
     import quantize
-    from files import save_record, save_tensors, sha256
-    from mobilenet_v2 import load_checkpoint
+    from compressed import cifar100
+    from compressed.files import save_record, save_tensors, sha256
+    from compressed.networks import load_checkpoint
 
     model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
     quantize.quantize_weights(model, quantize.bit_table(None), "channel")

@@ -29,13 +29,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import checkpoints  # noqa: E402
-import cifar100  # noqa: E402
-import mnet  # noqa: E402
 import quantize  # noqa: E402
-from files import digest, load_json, load_lines, save_record, save_tensors, sha256  # noqa: E402
-from mobilenet_v2 import BadInput, load_checkpoint  # noqa: E402
-from scripts import command_line, number, run_script  # noqa: E402
+from compressed import (
+    checkpoints,  # noqa: E402
+    cifar100,  # noqa: E402
+    mnet,  # noqa: E402
+)
+from compressed.command_line import command_line, number, run_script  # noqa: E402
+from compressed.errors import BadInput  # noqa: E402
+from compressed.files import digest, load_json, load_lines, save_record, save_tensors, sha256  # noqa: E402
+from compressed.networks import load_checkpoint  # noqa: E402
 from small import CLASSES, WIDTH, tiny_network  # noqa: E402
 from training import loop, teachers  # noqa: E402
 from training.state import State  # noqa: E402

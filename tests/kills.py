@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts import command_line, number, run_script  # noqa: E402
+from compressed.command_line import command_line, number, run_script  # noqa: E402
 
 COMMON = ("--made-up 160 --batch-size 16 --epochs 12 --lr 0.02 --warmup-epochs 1 --augment plain --refresh 32 "
           "--eval-every 4 --sizes 8:0.8,32 --no-cuda").split()

@@ -2,10 +2,11 @@
 import torch
 from torch import nn
 
-import cifar100
 import quantize
-from formats import code_range
-from mobilenet_v2 import MobileNetV2, weight_layers
+from compressed import cifar100
+from compressed.formats import code_range
+from compressed.graph import weight_layers
+from mobilenet_v2 import MobileNetV2
 
 CLASSES, WIDTH = 7, 0.25
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-import kernels
-import report
 from benchmarks import depthwise_shapes, training_speed
-from files import load_json
+from compressed import kernels
+from compressed.files import load_json
+from tools import report
 
 
 def test_training_speed(tmp_path, capsys, monkeypatch):

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 import check_model_operations
-import checkpoints
-import counting
 from check_model_operations import main
-from claims import hold
-from files import save_record, save_tensors, sha256
-from formats import found_formats
-from graph import activation_points
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from compressed import checkpoints, counting
+from compressed.claims import hold
+from compressed.errors import BadInput
+from compressed.files import save_record, save_tensors, sha256
+from compressed.formats import found_formats
+from compressed.graph import activation_points, weight_layers
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
 
 SIGNED = re.compile(r"image|.*\.out")
 

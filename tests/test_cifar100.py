@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import cifar100
-from cifar100 import OPS, BadInput, Draws, draw
+from compressed import cifar100
+from compressed.cifar100 import OPS, Draws, draw
+from compressed.errors import BadInput
 
 
 def generator(seed=0):

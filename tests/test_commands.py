@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import cifar100
 import check_model_operations
-import export_onnx
-import integer
-import packed
 import quantize
-import report
 import testers
 from benchmarks import depthwise_shapes, inference_speed, training_speed
-from scripts import number, run_script
+from compressed import cifar100
+from compressed.command_line import number, run_script
+from tools import export_onnx, integer, report
+from tools import pack as packed
 from training import main as training
 from training import teachers
 

@@ -10,12 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-import counting
-from counting import (CONVENTIONS, count, fixed_bits, reach, score, storage, sum_bits, terms_per_channel, totals,
-                      tree_additions)
-from formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
-from graph import activation_points, trace
-from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
+from compressed import counting
+from compressed.counting import (
+    CONVENTIONS,
+    count,
+    fixed_bits,
+    reach,
+    score,
+    storage,
+    sum_bits,
+    terms_per_channel,
+    totals,
+    tree_additions,
+)
+from compressed.errors import BadInput
+from compressed.formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
+from compressed.graph import activation_points, trace, weight_layers
+from mobilenet_v2 import MobileNetV2
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ import copy
 import pytest
 import torch
 
-import cifar100
-import dead_weight
-import exact
-import graph
 import quantize
-from mobilenet_v2 import MobileNetV2, weight_layers
+from compressed import cifar100, dead_weight, graph
+from compressed import exact_network as exact
+from compressed.graph import weight_layers
+from mobilenet_v2 import MobileNetV2
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
+from compressed import kernels
 from mobilenet_v2 import MobileNetV2
 from training.depthwise import MOST, Convolve, Depthwise
-from training.parallel import fast_on_a_cpu
+from training.replicas import fast_on_a_cpu
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}

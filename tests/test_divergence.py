@@ -4,10 +4,11 @@ import re
 import pytest
 import torch
 
-import cifar100
-from evaluation import renew_statistics
-from mobilenet_v2 import BadInput, MobileNetV2
-from training import divergence
+from compressed import cifar100
+from compressed.errors import BadInput
+from compressed.evaluation import renew_statistics
+from mobilenet_v2 import MobileNetV2
+from tools import divergence
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
-import cifar100
-import claims
 import quantize
-import report
-from exact import Quantizer, exact_network, quantize_activations
-from files import load_json, save_record, save_tensors, sha256
-from mobilenet_v2 import BadInput, load_checkpoint, weight_layers
-from scripts import run_script
+from compressed import checkpoints, cifar100, claims
+from compressed.command_line import run_script
+from compressed.errors import BadInput
+from compressed.exact_network import Quantizer, exact_network, quantize_activations
+from compressed.files import load_json, save_record, save_tensors, sha256
+from compressed.graph import weight_layers
+from compressed.networks import load_checkpoint
+from tools import report
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-import export_onnx  # noqa: E402
-from export_onnx import Codes, Floats, main, session  # noqa: E402
+from tools import export_onnx  # noqa: E402
+from tools.export_onnx import Codes, Floats, main, session  # noqa: E402
 
 
 def ship(sparse_checkpoint, path, scheme):

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-import files
-import scripts
-from mobilenet_v2 import BadInput
+from compressed import command_line as scripts
+from compressed import files
+from compressed.errors import BadInput
 
 
 def names(folder):
@@ -129,8 +129,8 @@ def test_a_bug_keeps_its_traceback(error):
 
 
 def test_the_status_reaches_the_shell():
-    code = ("import mobilenet_v2, scripts\n"
-            "def main(): raise mobilenet_v2.BadInput('no such thing')\nscripts.run_script(main)")
+    code = ("from compressed import command_line, errors\n"
+            "def main(): raise errors.BadInput('no such thing')\ncommand_line.run_script(main)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "-c: no such thing\n")
 

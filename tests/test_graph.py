@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import check_model_operations
-import exact
-import export_onnx
-import graph
-import integer
 import mobilenet_v2
-import packed
 import quantize
 import testers
-from graph import Branch, Point, points
-from mobilenet_v2 import BadInput, MobileNetV2
+from compressed import exact_network as exact
+from compressed import graph
+from compressed.errors import BadInput
+from compressed.graph import Branch, Point, points
+from mobilenet_v2 import MobileNetV2
+from tools import export_onnx, integer
+from tools import pack as packed
 from training import main as training
 
 

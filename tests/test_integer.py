@@ -7,16 +7,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cifar100
-import counting
-import exact
-import integer
-import packed
-from files import load_json
-from formats import code_range, signed_bits
-from integer import Branch, IntegerNetwork, Point, compare, main, products
-from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
+from compressed import cifar100, counting
+from compressed import exact_network as exact
+from compressed.errors import BadInput
+from compressed.files import load_json
+from compressed.formats import code_range, signed_bits
+from compressed.graph import weight_layers
+from mobilenet_v2 import MobileNetV2
 from small import CLASSES, tiny_network
+from tools import integer
+from tools import pack as packed
+from tools.integer import Branch, IntegerNetwork, Point, compare, main, products
+
 
 @pytest.fixture(scope="module")
 def tiny():

@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import cifar100
-from files import save_record, save_tensors
-from mobilenet_v2 import BadInput, weight_layers
+from compressed import cifar100
+from compressed.errors import BadInput
+from compressed.files import save_record, save_tensors
+from compressed.graph import weight_layers
 from training import loop, plan
 from training.loop import Processes, Settings
 from training.magnitude import GradualMagnitude

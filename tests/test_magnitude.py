@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from mobilenet_v2 import BadInput, weight_layers
+from compressed.errors import BadInput
+from compressed.graph import weight_layers
 from training.magnitude import GradualMagnitude
 
 

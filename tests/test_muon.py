@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mobilenet_v2 import MobileNetV2, weight_layers
+from compressed.graph import weight_layers
+from mobilenet_v2 import MobileNetV2
 from training.muon import Muon, mixes_channels, orthogonal
 from training.reweighted_l1 import Masks, target_masks
 

@@ -18,20 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cifar100
-import claims
-import evaluation
-import exact as exact_module
-import files
-import kernels
-import machine
 import quantize
-from files import load_json, save_record, sha256
-from formats import code_range, codes, fake_quantize, power_of_two_step
-from graph import activation_points, neighbours
-from integer import IntegerNetwork
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from compressed import cifar100, claims, evaluation, files, kernels, threads
+from compressed import exact_network as exact_module
+from compressed.errors import BadInput
+from compressed.files import load_json, save_record, sha256
+from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
+from compressed.graph import activation_points, neighbours, weight_layers
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
 from quantize import SCHEMES, bit_table, calibrate, free_step
+from tools.integer import IntegerNetwork
 
 
 def ladder(scheme):
@@ -605,13 +602,13 @@ def test_the_exact_network_does_not_depend_on_how_it_runs(exact, pictures):
     assert torch.equal(plain(x), logits)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(network(x), logits)
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(network(x), logits)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -694,7 +691,7 @@ def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
     """Three batches for two threads: their means count as many images as they are of."""
     data, found = cifar100.made_up(750, 0), []
     for cores in (1, 2):
-        monkeypatch.setattr(machine, "cores", lambda: cores)
+        monkeypatch.setattr(threads, "cores", lambda: cores)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
         with torch.no_grad():
             model[0].weight.copy_(torch.linspace(-1, 1, 12).view(4, 3, 1, 1))
@@ -740,7 +737,7 @@ def test_the_training_record(tmp_path):
 
 def test_the_commit(monkeypatch):
     def head(command, **options):
-        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(quantize.__file__).parent
+        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(files.__file__).parent
         assert options["check"]
         return subprocess.CompletedProcess(command, 0, stdout="0123456789ab-dirty\n")
 

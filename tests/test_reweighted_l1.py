@@ -6,9 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
-from training.reweighted_l1 import (GROUPS, Masks, PROFILES, ReweightedL1, default_layers, group_norms, prune_ratios,
-                                    ratio_masks, target_masks, threshold_masks, zero_masks)
+from compressed.errors import BadInput
+from compressed.graph import weight_layers
+from mobilenet_v2 import MobileNetV2
+from training.reweighted_l1 import (
+    GROUPS,
+    PROFILES,
+    Masks,
+    ReweightedL1,
+    default_layers,
+    group_norms,
+    prune_ratios,
+    ratio_masks,
+    target_masks,
+    threshold_masks,
+    zero_masks,
+)
 
 KINDS = tuple(GROUPS)
 

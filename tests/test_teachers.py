@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import cifar100
-from evaluation import logits
-from files import save_tensors
-from mobilenet_v2 import BadInput
+from compressed import cifar100
+from compressed.errors import BadInput
+from compressed.evaluation import logits
+from compressed.files import save_tensors
 from training import teachers
 
 THERE = os.environ.get("TEACHERS_DIR")
@@ -52,7 +52,7 @@ def test_a_published_network_has_the_published_accuracy():
 
 @real_files
 def test_the_script_finds_all_four_and_their_mean(capsys, monkeypatch):
-    """On the first 400 test images; on all it is `python training/teachers.py`."""
+    """On the first 400 test images; on all it is `python -m training.teachers`."""
     test = cifar100.load(os.environ["CIFAR100_DIR"], "test")
     some = cifar100.Images(test.images[:400], test.labels[:400])
     monkeypatch.setattr(cifar100, "load", lambda folder, split: some)
@@ -102,7 +102,7 @@ def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
 
 
 def test_ours_is_a_teacher_too(sparse_checkpoint):
-    from mobilenet_v2 import load_checkpoint
+    from compressed.networks import load_checkpoint
     x = cifar100.normalise(cifar100.made_up(2, 0).images)
     with torch.no_grad():
         assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3,
@@ -141,7 +141,7 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
     with pytest.raises(BadInput, match="cannot download.*TEACHERS_DIR"):
         teachers.find()
     assert not list(Path().rglob("*.t7*"))
-    from files import sha256
+    from compressed.files import sha256
     for name in NAMES:
         (served / name).write_bytes(name.encode())
     monkeypatch.setattr(teachers, "KAIST", {name: (sha256(served / name), 0) for name in NAMES})

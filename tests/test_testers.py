@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import cifar100
 import check_model_operations
 import quantize
-import report
 import testers
-from files import load_json, save_json, save_record, save_tensors, sha256
-from formats import Activation, Formats, Grid
-from graph import neighbours
-from mobilenet_v2 import CHECKPOINT, MobileNetV2, load_checkpoint, weight_layers
-from scripts import run_script
+from compressed import cifar100
+from compressed.checkpoints import CHECKPOINT
+from compressed.command_line import run_script
+from compressed.files import load_json, save_json, save_record, save_tensors, sha256
+from compressed.formats import Activation, Formats, Grid
+from compressed.graph import neighbours, weight_layers
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
+from tools import report
 
 SCRIPT = Path(testers.__file__)
 MADE_UP = ("--made-up", "100")
@@ -248,13 +250,13 @@ def test_one_code_changed(shipped, run):
 def test_nobody_works_with_an_altered_checkpoint(shipped, monkeypatch, capsys):
     """Signs of the linear layer turned: formats and counts are as claimed, but it is another network. Nothing is
     recorded."""
-    import export_onnx, integer, packed  # noqa: E401
+    from tools import export_onnx, integer, pack
 
-    packed.main(["--checkpoint", str(shipped)])
+    pack.main(["--checkpoint", str(shipped)])
     tamper(shipped, lambda state: state["linear.weight"].view(-1)[:3000].neg_())
     before = {path: path.read_bytes() for path in shipped.parent.iterdir()}
     capsys.readouterr()
-    for script, *options in ((packed,), (integer, "--record", *MADE_UP), (export_onnx, "--record", *MADE_UP),
+    for script, *options in ((pack,), (integer, "--record", *MADE_UP), (export_onnx, "--record", *MADE_UP),
                              (export_onnx,), (report,),
                              (check_model_operations, "--summary")):
         with pytest.raises(SystemExit) as stopped:

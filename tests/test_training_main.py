@@ -1,6 +1,5 @@
 """The command line of training, run in the process on a narrow network, and for a few cases as it stands."""
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -14,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import cifar100
-import files
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
+from compressed import cifar100, files, networks
+from compressed.errors import BadInput
+from compressed.graph import weight_layers
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
 from training import main as training
 from training.reweighted_l1 import group_norms, prune_ratios
 
@@ -41,9 +42,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def narrow(monkeypatch):
     """The same table, half the base width (every shortcut is there): a stage takes a second."""
-    monkeypatch.setattr(training, "MobileNetV2", functools.partial(MobileNetV2, width=0.5))
-    for module in (training, training.teachers):
-        monkeypatch.setattr(module, "load_checkpoint", functools.partial(load_checkpoint, width=0.5))
+    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.5")
 
 
 def run(options, folder="run") -> int:
@@ -56,7 +55,7 @@ def script(options, **kwargs):
 
 
 def load(path, width=0.5):
-    return load_checkpoint(path, width=width)
+    return load_checkpoint(path, f"mobilenet_v2:MobileNetV2?width={width}")
 
 
 def zeros(model) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
+from compressed import kernels
 
 MOST = 4096  # channels
 

@@ -6,7 +6,7 @@ three of the network's 57 convolutions took two fifths of a step.
 import torch
 from torch import nn
 
-import kernels
+from compressed import kernels
 
 LEAST, MOST = 16, 64  # channels; height and width: both planes of a block of channels are on the stack
 

@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cifar100
-import machine
-from evaluation import evaluate, renew_statistics
-from files import load_lines, save_tensors, save_text
-from mobilenet_v2 import BadInput, weight_layers
-from training.captured import Graphs
+from compressed import cifar100, threads
+from compressed.errors import BadInput
+from compressed.evaluation import evaluate, renew_statistics
+from compressed.files import load_lines, save_tensors, save_text
+from compressed.graph import weight_layers
+from training.cuda_graphs import Graphs
 from training.muon import Muon
-from training.parallel import Processes, Replicas, fast_on_a_cpu
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
+from training.replicas import Processes, Replicas, fast_on_a_cpu
 from training.state import State, brief, fingerprint, sigterm_noted
 
 
@@ -226,7 +226,7 @@ class Stage:
         """Gradients of every share, of the images batch(k), then the optimizer's step."""
         for replica in self.replicas.models:
             replica.zero_grad(set_to_none=True)
-        self.totals += sum(machine.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
+        self.totals += sum(threads.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
         self.replicas.gather(self.processes)
         if self.penalty.form == "loss":
             self.penalty.loss().backward()
@@ -268,7 +268,7 @@ class Stage:
         if last:
             self.result = self.finish(self.model if self.average is None else self.average)
             self.check_masks(self.result)
-        if test_data is not None and (last or (epoch + 1) % eval_every == 0):
+        if test_data is not None and (last or eval_every and (epoch + 1) % eval_every == 0):
             test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
             record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
         if self.penalty.lam is not None:
@@ -325,7 +325,7 @@ def averaged(model: nn.Module) -> list:
 
 def update_average(average: list, model: list, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, in place, of `averaged` tensors."""
-    machine.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), average, model)
+    threads.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), average, model)
 
 
 def average_decay(settings: Settings, step: int) -> float:

@@ -6,7 +6,7 @@ last zeros come while the weights can still answer. Weights are ranked over all 
 """
 from torch import nn
 
-from mobilenet_v2 import BadInput
+from compressed.errors import BadInput
 from training.reweighted_l1 import Masks, target_masks
 
 

@@ -1,8 +1,8 @@
-"""Train MobileNetV2 (x1.3) on CIFAR-100 to a sparse network, in three stages; with no option, every stage that is
-missing.
+"""Train a network on CIFAR-100 to a sparse one, in three stages; with no stage named, every stage that is missing.
 
     python training/main.py                    dense pretraining, reweighted L1, mask and masked retraining
     python training/main.py --rew              one stage (--pretrain, --rew, --masked-retrain)
+    python training/main.py --recipe NAME      with the options of training/recipes/NAME.toml
     torchrun --nproc-per-node 2 training/main.py ...
 
 What METHOD.md explains is computed in reweighted_l1.py; the loop of all stages is in loop.py. A run folder holds
@@ -12,6 +12,7 @@ The same command again goes on where it was.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -23,15 +24,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
 
-import cifar100  # noqa: E402
-import machine  # noqa: E402
-from files import git_commit, held, save_record, save_tensors, try_to_write  # noqa: E402
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
-from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import loop, magnitude, plan, reweighted_l1, teachers  # noqa: E402
+from compressed import cifar100, networks, threads  # noqa: E402
+from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
+from compressed.errors import BadInput  # noqa: E402
+from compressed.files import git_commit, held, save_record, save_tensors, save_text, try_to_write  # noqa: E402
+from compressed.networks import load_checkpoint  # noqa: E402
+from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
@@ -49,6 +51,8 @@ def stage_options(group) -> None:
     group.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
     group.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
+    group.add_argument("--recipe", metavar="NAME", help="options of all stages from a TOML file, or by its name in "
+                       "training/recipes; those given here stand above it (default: the run folder's, else none)")
     group.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
                        help="(%(default)s)")
     group.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
@@ -63,8 +67,8 @@ def stage_options(group) -> None:
                        help="print a line this often where there is no terminal (%(default)s)")
     group.add_argument("--save-seconds", type=number(float, 0, 10**9), default=60, metavar="S",
                        help="write the state this often (%(default)s)")
-    group.add_argument("--eval-every", type=number(int, 1, 10**6), default=1, metavar="E",
-                       help="epochs between accuracies (%(default)s)")
+    group.add_argument("--eval-every", type=number(int, 0, 10**6), default=1, metavar="E",
+                       help="epochs between accuracies; 0: at the stage's end alone (%(default)s)")
 
 
 def sparsity_options(group) -> None:
@@ -110,12 +114,13 @@ def submission_options(group) -> None:
     group.add_argument("--depth", type=int, choices=(17,), help="blocks")
 
 
-def parse(argv=None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     parser.usage = "python training/main.py [--pretrain | --rew | --masked-retrain] [options]"
     parser.epilog = ("Two defects of the original are mended: its weights were 1 / (w + eps) with signed w, singular\n"
                      "near -eps (here |w|), and its reweighted stage never stepped the cosine schedule (here all do).")
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
+    networks.add_option(parser)
     cifar100.add_options(parser.add_argument_group("data"))
     sparsity_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
@@ -129,8 +134,13 @@ def parse(argv=None) -> argparse.Namespace:
     plan.add_options(group, names, seed=loop.Settings.seed)
     machine_options(parser.add_argument_group("machine"))
     submission_options(parser.add_argument_group("the submission's names, for its commands"))
-    args = parser.parse_args(argv)
+    return parser
 
+
+def parse(argv=None, *before: str) -> argparse.Namespace:
+    """Return the options of a command line; `before` are words that stand below it, as those of a recipe."""
+    parser = make_parser()
+    args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
     if args.pretrain + args.rew + args.masked_retrain > 1:
         parser.error("--pretrain, --rew and --masked-retrain are one stage each; give one of them, or none for all")
     if args.lam is not None and args.target_sparsity is not None:
@@ -148,6 +158,23 @@ def parse(argv=None) -> argparse.Namespace:
         plan.image_sizes(args.sizes)
     args.updates = args.updates or (100 if args.penalty == "magnitude" else 5)
     return args
+
+
+def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespace]]:
+    """Return the options of the whole run and of each stage: the recipe's, and above them the command line's.
+
+    The recipe is that of --recipe, or the one that the run folder was begun with; it is args.recipe, a path or None.
+    """
+    args = parse(argv)
+    kept = args.run / "recipe.toml"
+    path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
+    if path is None:
+        return args, {stage: copy.copy(args) for stage in STAGES}
+    recipe, parser = recipes.read(path), make_parser()
+    by_stage = {stage: parse(argv, *recipes.words(recipe, stage, parser)) for stage in STAGES}
+    for each in (args, *by_stage.values()):
+        each.recipe = path
+    return args, by_stage
 
 
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
@@ -171,7 +198,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     if args.precision == "auto":
         fast = cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         chosen["precision"] = "bfloat16" if fast else "float32"
-    chosen["workers"] = 1 if cuda else args.workers or machine.cores()
+    chosen["workers"] = 1 if cuda else args.workers or threads.cores()
     chosen["compile"] = cuda if args.compile is None else args.compile
     return loop.Settings(**chosen)
 
@@ -213,10 +240,11 @@ def make_masks(args, model) -> reweighted_l1.Masks:
     return reweighted_l1.Masks(model, masks)
 
 
-def refuse_early(stages: list[str], args, device: torch.device) -> None:
+def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], device: torch.device) -> None:
     """Raises BadInput, before hours of the first stage, for options that one of them cannot use."""
-    model = MobileNetV2()
     for stage in stages:
+        args = by_stage[stage]
+        model = networks.make(args.network)
         settings_for(stage, args, device)
         if stage == "rew":
             make_penalty(args, model)
@@ -224,32 +252,32 @@ def refuse_early(stages: list[str], args, device: torch.device) -> None:
             make_masks(args, model)
 
 
-def starting_point(stage: str, args) -> MobileNetV2:
+def starting_point(stage: str, args) -> nn.Module:
     """The model that a stage starts from: --start, the stage before, or (for --rew, with a warning) random weights."""
     if args.start and args.start.is_dir():
-        model = MobileNetV2()
+        model = networks.make(args.network)
         try:
             model.load_state_dict(loop.State(args.start, None).read("weights"))
         except RuntimeError as error:
             raise BadInput(f"{args.start}: the state of another network") from error
         return model
     if args.start:
-        return load_checkpoint(args.start)
+        return load_checkpoint(args.start, args.network)
     before = {"rew": "pretrain", "masked": "rew"}.get(stage)
     if before:
         path = args.run / f"{before}.pt"
         if path.is_file():
-            return load_checkpoint(path)
+            return load_checkpoint(path, args.network)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
         print(f"warning: {path} is missing, the reweighted stage starts from random weights "
               "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
-    return MobileNetV2()
+    return networks.make(args.network)
 
 
 def describe_machine(device: torch.device, processes: loop.Processes) -> str:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine.cores()} core(s)"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads.cores()} core(s)"
     return f"{processes.count} process(es), {where}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -259,7 +287,8 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
     masks = make_masks(args, model) if stage == "masked" else None
-    taught_by = [teachers.load(path).to(device, memory_format=torch.channels_last) for path in args.teacher]
+    taught_by = [teachers.load(path, args.network).to(device, memory_format=torch.channels_last)
+                 for path in args.teacher]
 
     def began():
         if processes.first:
@@ -272,8 +301,8 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
         finished = loop.train(
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
-            teachers=taught_by, resume=args.resume, start_epoch=args.start_epoch, eval_every=args.eval_every,
-            save_seconds=args.save_seconds, show_seconds=args.show_seconds,
+            teachers=taught_by, context={"network": args.network}, resume=args.resume, start_epoch=args.start_epoch,
+            eval_every=args.eval_every, save_seconds=args.save_seconds, show_seconds=args.show_seconds,
             max_seconds=deadline - time.monotonic(), processes=processes, began=began)
     if finished is None:
         return False
@@ -288,28 +317,35 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     return not processes.agree(bool(asked), device)
 
 
-def run_stages(args, data, test, device, processes, deadline: float) -> None:
+def run_stages(args, by_stage, data, test, device, processes, deadline: float) -> None:
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
-    refuse_early([stage for stage in chosen or STAGES if stage not in there], args, device)
+    refuse_early([stage for stage in chosen or STAGES if stage not in there], by_stage, device)
     if processes.count > 1:
         dist.barrier()  # all processes have found the same files
+    if processes.first and args.recipe:
+        save_text(args.recipe.read_text(encoding="utf-8-sig"), args.run / "recipe.toml")
     for stage in again if processes.first else ():
         (args.run / f"{stage}.pt").unlink(missing_ok=True)
+    start, start_epoch = args.start, args.start_epoch
     for stage in chosen or STAGES:
         if stage in there:
             if processes.first:
                 print(f"{stage}: {args.run / f'{stage}.pt'} is there"
                       + ("; --no-resume trains it again" if chosen else ""), flush=True)
-        elif not run_stage(stage, args, data, test, device, processes, deadline):
+            start, start_epoch = None, 0
+            continue
+        options = by_stage[stage]
+        options.start, options.start_epoch = start, start_epoch
+        if not run_stage(stage, options, data, test, device, processes, deadline):
             break
-        args.start, args.start_epoch = None, 0  # --start is where the first stage began
+        start, start_epoch = None, 0  # --start is where the first stage began
 
 
 def main(argv=None) -> int:
-    machine.prepare()
-    args = parse(argv)
+    threads.prepare()
+    args, by_stage = parse_stages(argv)
     deadline = time.monotonic() + (math.inf if args.max_minutes is None else 60 * args.max_minutes)
     processes = loop.Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     device = torch.device("cpu")
@@ -322,7 +358,7 @@ def main(argv=None) -> int:
         data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
         with held(args.run) if processes.first else contextlib.nullcontext():
-            run_stages(args, data, test, device, processes, deadline)
+            run_stages(args, by_stage, data, test, device, processes, deadline)
         return 0
     finally:
         if processes.count > 1:

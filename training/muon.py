@@ -8,8 +8,8 @@ radians (`turn`, at the peak rate) and keeps the norm, and weight decay has noth
 import torch
 from torch import Tensor, nn
 
-import machine
-from training.captured import Streams
+from compressed import threads
+from training.cuda_graphs import Streams
 
 MOMENTUM = 0.95
 # The quintic that Jordan found. Three of his five iterations bring singular values above 0.02 near one (0.7 to 1.2);
@@ -61,7 +61,7 @@ class Muon(torch.optim.SGD):
             self.streams = self.streams or Streams()
             self.streams.for_each(lambda weight: self.turn(weight, length), moved)
         else:
-            machine.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
+            threads.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
         for weight in moved:
             weight.grad = None  # SGD passes over it
         super().step()

@@ -3,9 +3,10 @@ import dataclasses
 import itertools
 import math
 
-from mobilenet_v2 import IMAGE_SIZE, BadInput
-from scripts import number
-from training.parallel import Processes, shares
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.command_line import number
+from compressed.errors import BadInput
+from training.replicas import Processes, shares
 
 
 def setting(default, values, text: str):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobilenet_v2 import BadInput, weight_layers
+from compressed.errors import BadInput
+from compressed.graph import weight_layers
 
 # the dimensions of a [out, in, kh, kw] weight that one group spans
 GROUPS = {"irregular": (), "column": (0,), "kernel": (2, 3), "filter": (1, 2, 3)}

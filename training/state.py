@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from files import load_record, save_record, save_tensors
-from mobilenet_v2 import BadInput
+from compressed.errors import BadInput
+from compressed.files import load_record, save_record, save_tensors
 
 # Where and how a stage is computed may change on the way: the result is then the same but for rounding.
 MACHINE = ("precision", "compile", "workers")

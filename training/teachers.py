@@ -1,6 +1,6 @@
 """Networks to distil from: our own checkpoints, and those that KAIST AI published (the challenge's 2nd and 3rd place).
 
-    python training/teachers.py [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
+    python -m training.teachers [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
 
 Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon). They were trained on
 CIFAR-100's train set alone, so what is distilled from them still is. Their authors chose the epoch by test accuracy; a
@@ -11,7 +11,6 @@ A teacher takes the images that the student sees, normalised as cifar100.normali
 """
 import http.client
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -19,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
-
-import cifar100  # noqa: E402
-import machine  # noqa: E402
-from evaluation import logits  # noqa: E402
-from files import sha256  # noqa: E402
-from mobilenet_v2 import BadInput, is_plain, load_checkpoint, load_state  # noqa: E402
-from scripts import command_line, run_script, some_path  # noqa: E402
+from compressed import cifar100, networks, threads
+from compressed.command_line import command_line, run_script, some_path
+from compressed.errors import BadInput
+from compressed.evaluation import logits
+from compressed.files import sha256
+from compressed.networks import is_plain, load_state
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -141,15 +138,31 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(path) -> nn.Module:
-    """The teacher in a checkpoint file: one of KAIST's by its name or its keys, or ours. In eval mode, folded."""
+def load(path, network: str | None = None) -> nn.Module:
+    """The teacher in a checkpoint file, in eval mode, its BatchNorms folded.
+
+    It is one of KAIST's networks by its name or suffix, else one of this specification, else of the default one.
+    """
     path = Path(path)
     if path.name in KAIST and not path.is_file():
         path = find() / path.name
     if path.name in KAIST and sha256(path) != KAIST[path.name][0]:
         raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
     theirs = path.suffix == ".t7"
-    return fold_batchnorm(load_micronet(path) if theirs else load_checkpoint(path)).requires_grad_(False)
+    return fold_batchnorm(load_micronet(path) if theirs else ours(path, network)).requires_grad_(False)
+
+
+def ours(path, network: str | None) -> nn.Module:
+    """The checkpoint's network: keys and shapes tell whether it is this one or the default one."""
+    try:
+        return networks.load_checkpoint(path, network or networks.DEFAULT)
+    except BadInput:
+        if network in (None, networks.DEFAULT):
+            raise
+        try:
+            return networks.load_checkpoint(path, networks.DEFAULT)
+        except BadInput as error:
+            raise BadInput(f"{error}; nor is it a network of {network}") from error
 
 
 # ---------------------------------------------------------------------------------------------- find and download
@@ -184,7 +197,7 @@ def main(argv=None) -> int:
                         help="folder with the four files (default: $TEACHERS_DIR, else a download)")
     cifar100.add_options(parser, made_up=False)
     args = parser.parse_args(argv)
-    machine.prepare()
+    threads.prepare()
     folder = find(args.folder)
     test = cifar100.load(args.data, "test")
     total, wrong = 0, []

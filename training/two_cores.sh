@@ -7,10 +7,10 @@
 #   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
 #   bash training/two_cores.sh freed                        that network with its zeros set free: the dense baseline, which learnt as long
 #
-# On a GPU the same words with larger batches and more epochs (--batch-size 256 --epochs 122 ...: training/logs/README.md).
+# On a GPU the same words with larger batches and more epochs (--batch-size 256 --epochs 122 ...: record/README.md).
 # RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
 # shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
-# What was measured before it, and how far it is: training/logs/README.md.
+# What was measured before it, and how far it is: record/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -31,19 +31,19 @@ case $stage in
         options="--masked-retrain --run-folder $folder --start $run/rew.pt --epochs 5 --cooldown 5 --warmup-epochs 0 --target-sparsity 0.803 --sizes 24:0.4,32 --optimizer muon $options"
         echo "two_cores.sh: once it is done, bash run.sh ship $folder" ;;
     masked)
-        logs=(training/logs/masked*.jsonl) count=${#logs[@]}
+        logs=(record/masked*.jsonl) count=${#logs[@]}
         folder=$run-masked-$((count + 1))
         if [ ! -d "$folder" ]; then
             mkdir -p "$folder.new"
-            cp training/logs/{pretrain,rew,masked}*.{jsonl,options.json} "$folder.new"
+            cp record/{pretrain,rew,masked}*.{jsonl,options.json} "$folder.new"
             for kind in jsonl options.json; do mv "$folder.new/masked.$kind" "$folder.new/masked-$count.$kind"; done
             mv "$folder.new" "$folder"
         fi
-        options="--masked-retrain --run-folder $folder --start training/masked.pt --epochs 25 --cooldown 21 --warmup-epochs 0.5 --target-sparsity 0.803 --sizes 24:0.7,32 --optimizer muon --turn 0.004 $options --lr 0.05"
+        options="--masked-retrain --run-folder $folder --start record/masked.pt --epochs 25 --cooldown 21 --warmup-epochs 0.5 --target-sparsity 0.803 --sizes 24:0.7,32 --optimizer muon --turn 0.004 $options --lr 0.05"
         echo "two_cores.sh: once it is done, bash run.sh ship $folder" ;;
     freed)
         folder=$run-freed
-        options="--pretrain --run-folder $folder --start training/masked.pt --epochs 12 --cooldown 10 --warmup-epochs 0.5 --sizes 24:0.6,32 --optimizer muon --turn 0.003 $options --lr 0.04"
+        options="--pretrain --run-folder $folder --start record/masked.pt --epochs 12 --cooldown 10 --warmup-epochs 0.5 --sizes 24:0.6,32 --optimizer muon --turn 0.003 $options --lr 0.04"
         echo "two_cores.sh: once it is done, bash run.sh baseline $folder" ;;
     *) echo "two_cores.sh: unknown stage '$stage'; known: pretrain, rew, sparse, masked, freed" >&2; exit 2 ;;
 esac

@@ -7,9 +7,9 @@
     counts               zeros, storage, operations and score (see counting.summary)
     dead_weight_removed  how many non-zero values could not reach a logit, and were set to zero
     probe_logits         logits of a fixed made-up batch (exact.probe_images), to the last bit
-    packed               file, bytes and SHA-256 of the packed file (packed.py adds it)
-    integer              accuracy and accumulators of the integer network (integer.py --record adds it)
-    onnx                 accuracy and agreement of the ONNX model in onnxruntime (export_onnx.py --record adds it)
+    packed               file, bytes and SHA-256 of the packed file (tools.pack adds it)
+    integer              accuracy and accumulators of the integer network (tools.integer --record adds it)
+    onnx                 accuracy and agreement of the ONNX model in onnxruntime (tools.export_onnx --record adds it)
     made_by              command, commit, machine, and the training stages behind it
     digest               SHA-256 of all of the above (files.digest): the rest is at least what was written
 
@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from files import load_record, save_record
-from formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
-from graph import activation_points
-from mobilenet_v2 import BadInput
-
+from compressed.errors import BadInput
+from compressed.files import load_record, save_record
+from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
+from compressed.graph import activation_points
 
 # parts that testers.py does not check, and the command that measured them
 RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py",
             "made_by": "its word alone",
-            "packed": "python packed.py", "integer": "python integer.py", "onnx": "python export_onnx.py --verify"}
+            "packed": "python -m tools.pack", "integer": "python -m tools.integer",
+            "onnx": "python -m tools.export_onnx --verify"}
 
 
 def claim_path(checkpoint) -> Path:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 from torch import nn
 
-import claims
-import mnet
-from files import sha256
-from formats import Formats, found_formats
-from mobilenet_v2 import CHECKPOINT, BadInput, load_checkpoint
-from scripts import some_path
+from compressed import claims, mnet
+from compressed.command_line import some_path
+from compressed.errors import BadInput
+from compressed.files import sha256
+from compressed.formats import Formats, found_formats
+from compressed.networks import load_checkpoint
 
-SHIPPED = Path(__file__).with_name(CHECKPOINT)
+CHECKPOINT = "cifar100_mobilenetv2.pt"
+SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
 
 
 def add_option(parser) -> None:

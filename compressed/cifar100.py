@@ -1,6 +1,6 @@
 """CIFAR-100 as uint8 tensors on the device; augmentation of whole batches there, with a draw for every image.
 
-    python cifar100.py [--data FOLDER]      finds (or downloads) the set, checks it, prints what it found
+    python -m compressed.cifar100 [--data FOLDER]      finds (or downloads) the set, checks it, prints what it found
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The set is looked for in --data, then in
 the environment variable CIFAR100_DIR, then in ./data.cifar100, and downloaded to the last if no folder is named.
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mobilenet_v2 import IMAGE_SIZE, BadInput
-from scripts import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
 
 CLASSES = 100
+IMAGE_SIZE = 32
 HOLDOUT_PER_CLASS = 50
 FOLDER = Path("data.cifar100")
 SET = "cifar-100-python"  # the name of the folder inside the published archive

@@ -1,7 +1,7 @@
 """The shipped network in exact integer arithmetic: no float anywhere between the uint8 image and the integer logits.
 
-    python integer.py                   the shipped checkpoint: accuracy, agreement with its float twin, accumulators
-    python integer.py --checkpoint F    another one, .pt with its claim beside it or .mnet
+    python -m tools.integer                   the shipped checkpoint: accuracy, agreement with its float twin, sums
+    python -m tools.integer --checkpoint F    another one, .pt with its claim beside it or .mnet
 
 Every number that is stored is an integer times a power of two (see quantize.py), so every value in between is one too.
 Where each value's power is known before the first image, integers and shifts are all that is left:
@@ -34,18 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoints
-import cifar100
-import claims
-import counting
-import graph
-import machine
-from evaluation import answers, logits
-from exact import exact_network
-from formats import is_folded, signed_bits
-from mnet import stated_formats, stored_exponent
-from mobilenet_v2 import BadInput, MobileNetV2
-from scripts import command_line, number, run_script
+from compressed import checkpoints, cifar100, claims, counting, graph, threads
+from compressed.command_line import command_line, number, run_script
+from compressed.errors import BadInput
+from compressed.evaluation import answers, logits
+from compressed.exact_network import exact_network
+from compressed.formats import is_folded, signed_bits
+from compressed.mnet import stated_formats, stored_exponent
 
 BATCH = 8  # images: their maps stay in the cache
 
@@ -209,7 +204,7 @@ class IntegerNetwork:
 
     @classmethod
     @torch.no_grad()
-    def from_checkpoint(cls, model: MobileNetV2, claim: dict) -> "IntegerNetwork":
+    def from_checkpoint(cls, model: nn.Module, claim: dict) -> "IntegerNetwork":
         """Reads the stored values of a shipped model as integers, by the formats in its claim.
 
         Raises BadInput if they do not fit each other, or are not what 8-bit codes with steps that are powers of two and
@@ -329,7 +324,7 @@ def text(report: dict) -> str:
              f"predictions agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on "
              f"{report['identical']}/{n}"]
     lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
-              f"floats ({machine.cores()} threads)", "",
+              f"floats ({threads.cores()} threads)", "",
               "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
               f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
               f"{'sum bits':>10}"]
@@ -342,7 +337,7 @@ def text(report: dict) -> str:
 
 def main(argv=None) -> int:
     """Prints the report. Returns 2 if the networks' logits differ for any image."""
-    machine.prepare()
+    threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)

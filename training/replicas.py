@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import machine
-from graph import points
+from compressed import threads
+from compressed.graph import points
 from training.batchnorm import BatchNorm
 from training.depthwise import Depthwise
 
@@ -86,7 +86,7 @@ class Replicas:
         gradients = [p.grad for p in self.weights[0] if p.grad is not None]
         statistics = self.statistics[0]
         for weights, theirs in zip(self.weights[1:], self.statistics[1:]):
-            machine.for_each(torch._foreach_add_, gradients, [p.grad for p in weights if p.grad is not None])
+            threads.for_each(torch._foreach_add_, gradients, [p.grad for p in weights if p.grad is not None])
             torch._foreach_add_(statistics, theirs)
         processes.add(gradients + statistics)
         count = len(self.models) * processes.count

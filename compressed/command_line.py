@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mobilenet_v2 import BadInput
+from compressed.errors import BadInput
 
 
 def command_line(text: str) -> argparse.ArgumentParser:

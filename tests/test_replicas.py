@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-import machine
-from training.parallel import Processes, Replicas, fast_on_a_cpu, shares
+from compressed import threads
+from training.replicas import Processes, Replicas, fast_on_a_cpu, shares
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 4, 5, 7, 16, 26, 50, 51))
@@ -21,11 +21,11 @@ def test_shares(count, parts):
 
 def test_threads_keep_the_order_and_compute_at_the_same_time():
     meeting = threading.Barrier(3, timeout=20)  # passes only if all three are there
-    assert machine.in_threads(lambda k: (meeting.wait(), k)[1], range(3)) == [0, 1, 2]
-    names = machine.in_threads(lambda k: threading.current_thread().name, range(2))
+    assert threads.in_threads(lambda k: (meeting.wait(), k)[1], range(3)) == [0, 1, 2]
+    names = threads.in_threads(lambda k: threading.current_thread().name, range(2))
     assert names[0] == threading.current_thread().name != names[1]
-    assert machine.in_threads(lambda k: torch.get_num_threads(), range(3))[1:] == [1, 1]
-    assert machine.in_threads(str, [5]) == ["5"]
+    assert threads.in_threads(lambda k: torch.get_num_threads(), range(3))[1:] == [1, 1]
+    assert threads.in_threads(str, [5]) == ["5"]
 
 
 @pytest.mark.parametrize("failing", (0, 1, 2))
@@ -37,23 +37,23 @@ def test_an_error_in_a_thread_is_raised_once_all_are_done(failing):
             raise ValueError(k)
         done.append(k)
     with pytest.raises(ValueError, match=str(failing)):
-        machine.in_threads(work, range(3))
+        threads.in_threads(work, range(3))
     assert sorted(done) == [k for k in range(3) if k != failing]
 
 
 @pytest.mark.parametrize("cores", (1, 2, 3, 8))
 def test_tensors_are_dealt_to_the_cores(monkeypatch, cores):
-    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setattr(threads, "cores", lambda: cores)
     ours, theirs = ([torch.full((2,), float(k), requires_grad=True) for k in range(5)] for _ in range(2))
     seen = []
 
     def add(some, others):
         seen.append(len(some))
         torch._foreach_add_(some, others)  # of leaves that require gradients: without gradients in every thread
-    machine.for_each(add, ours, theirs)
+    threads.for_each(add, ours, theirs)
     assert [int(each[0]) for each in ours] == [0, 2, 4, 6, 8]
     assert sum(seen) == 5 and len(seen) == min(cores, 5) and max(seen) - min(seen) <= 1
-    machine.for_each(add, [], [])
+    threads.for_each(add, [], [])
     assert sum(seen) == 5
 
 

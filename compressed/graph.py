@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mobilenet_v2 import IMAGE_SIZE, BadInput
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.errors import BadInput
+
+
+def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every convolution and the linear layer in state-dict order.
+
+    A layer's position in this list is its index in a bit table: 0 the stem ... 56 the head, 57 the linear layer.
+    """
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
 # ---- The operations, as they run -----------------------------------------------------------------

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import claims
-from files import replacing
-from formats import Formats, Grid, exponent, found_formats
-from graph import activation_points
-from mobilenet_v2 import BadInput, MobileNetV2, weight_layers
+from compressed import claims, networks
+from compressed.errors import BadInput
+from compressed.files import replacing
+from compressed.formats import Formats, Grid, exponent, found_formats
+from compressed.graph import activation_points, weight_layers
 
 MAGIC, VERSION = b"MNET", 1
 HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
@@ -133,7 +133,7 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
 
 # --------------------------------------------------------------------------------------------------- the file and back
 
-def pack(model: MobileNetV2, claim: dict, path, width: float = 1.3) -> dict[str, int]:
+def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, int]:
     """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
 
     What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
@@ -188,7 +188,7 @@ def format_differences(claim: dict, other: dict) -> list[str]:
     return found
 
 
-def unpack(path) -> tuple[MobileNetV2, dict]:
+def unpack(path) -> tuple[nn.Module, dict]:
     """(the model in eval mode, its formats as a claim has them: {"tensors", "activations"}) of a packed file.
 
     Raises BadInput, and nothing else, if the file is missing, foreign, cut, damaged, or of another version.
@@ -203,7 +203,7 @@ def unpack(path) -> tuple[MobileNetV2, dict]:
         raise BadInput(f"{path}: {error}") from error
 
 
-def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
+def unpack_bytes(data: bytes) -> tuple[nn.Module, dict]:
     if data[:len(MAGIC)] != MAGIC:
         raise BadInput("not a packed network (.mnet): it does not begin with MNET")
     if len(data) < HEADER.size + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
@@ -214,8 +214,10 @@ def unpack_bytes(data: bytes) -> tuple[MobileNetV2, dict]:
         raise BadInput(f"a packed network of version {version}; this program reads version {VERSION}")
     if not classes:
         raise BadInput("a network without classes")
+    if not 0 < width <= 8:
+        raise BadInput(f"a network with the width multiplier {width}")
     with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
-        model = MobileNetV2(classes, width)
+        model = networks.make(f"mobilenet_v2:MobileNetV2?width={width!r}", classes)
     tensors, activations, state = [], [], {}
     for name in activation_points(model):
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))

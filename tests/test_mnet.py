@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-import counting
-import mnet
-from checkpoints import load, read
-from claims import claim_path
-from files import digest, save_record, save_tensors, sha256
-from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint, weight_layers
-from mnet import from_bits, pack, to_bits, unpack, unpack_bytes
-from packed import main
+from compressed import counting, mnet
+from compressed.checkpoints import load, read
+from compressed.claims import claim_path
+from compressed.errors import BadInput
+from compressed.files import digest, save_record, save_tensors, sha256
+from compressed.graph import weight_layers
+from compressed.mnet import from_bits, pack, to_bits, unpack, unpack_bytes
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
 from small import CLASSES, WIDTH, tiny_network
+from tools.pack import main
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,22 @@ An accumulator's length is counted by one of three conventions (the challenge's 
 - "tree": a balanced binary tree whose first additions count the width of a product, the next one bit more, and so on up
   to 32 (see `tree_additions`). This is the submission's convention.
 """
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 from torch import Tensor, nn
 
-from formats import WORD, Activation, Formats, Grid, signed_bits
-from graph import Operation, is_point, trace
-from mobilenet_v2 import HEAD_WIDTH, BadInput, MobileNetV2, weight_layers
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.errors import BadInput
+from compressed.formats import WORD, Activation, Formats, Grid, signed_bits
+from compressed.graph import Operation, is_point, trace, weight_layers
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
+SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
 CONVENTIONS = ("32-bit", "fixed", "tree")
 
 
@@ -255,6 +259,16 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None)
     return bits | {"total": sum(bits.values())}
 
 
+def thop_counts(model: nn.Module) -> list[int] | None:
+    """What thop counts for one image and for two; None if it is not installed. On copies: thop writes into models."""
+    try:
+        from thop import profile
+    except ImportError:
+        return None
+    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
+    return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
+
+
 def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     """The challenge's score and its two terms, {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations /
     10.49B, "score": their sum}, from bits: of storage, and count x bits of the operations for one image."""
@@ -262,7 +276,7 @@ def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     return terms | {"score": sum(terms.values())}
 
 
-def summary(model: MobileNetV2, formats: Formats) -> dict:
+def summary(model: nn.Module, formats: Formats) -> dict:
     """What a claim says of a checkpoint, in plain containers: {"weights": see `weight_summary`, without its tensors;
     "storage": bits by kind; "operations": `totals` by convention; "score": both terms and their sum by convention}."""
     operations, stored = trace(model), storage(model, formats)
@@ -274,7 +288,7 @@ def summary(model: MobileNetV2, formats: Formats) -> dict:
 
 # ---- The values of the tensors --------------------------------------------------------------------
 
-def tensor_rows(model: MobileNetV2, formats: Formats) -> list[dict]:
+def tensor_rows(model: nn.Module, formats: Formats) -> list[dict]:
     """{"index", "name", "shape", "total", "zeros", "nonzeros", "bits", "kind"} of every parameter, as plain values.
 
     index: in the bit table; None for BatchNorms and biases. bits, kind: those of its Grid in `formats`.
@@ -316,7 +330,7 @@ def submission_operations(operations: list[Operation], sparsity=0, bits: int = 1
             "addition_bits": additions * WORD, "bits": multiplications * bits + additions * WORD}
 
 
-def weight_summary(model: MobileNetV2) -> dict:
+def weight_summary(model: nn.Module) -> dict:
     """Zeros of every weight tensor, exactly, and the totals beside the submission's way of counting.
 
     {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
@@ -341,6 +355,6 @@ def weight_summary(model: MobileNetV2) -> dict:
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
     total, zeros = sums(convolutions)
-    constant = HEAD_WIDTH * model.linear.out_features  # the linear layer of width 1.0; ours has 1664 inputs, not 1280
+    constant = SUBMISSION_HEAD * model.linear.out_features
     return {"tensors": tensors, "conv": ratios(total, zeros), "linear": ratios(*sums(linear)),
             "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros)}

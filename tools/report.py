@@ -1,8 +1,8 @@
 """The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
 
-    python report.py            figures/*.png, and the tables of PAGES between <!-- NAME --> and <!-- end NAME -->
-    python report.py --record   and first a line for the checkpoint in LOGS/shipped.jsonl: accuracy and images trained
-    python report.py --check    writes nothing; exit status 2 if a table there is not what it would write
+    python -m tools.report            figures/*.png, and the tables of PAGES between <!-- NAME --> and <!-- end NAME -->
+    python -m tools.report --record   and first a line for the checkpoint in LOGS/shipped.jsonl: accuracy, images
+    python -m tools.report --check    writes nothing; exit status 2 if a table there is not what it would write
 
 layers.png     sparsity and bits of every weight tensor
 cost.png       where storage and operations go
@@ -23,15 +23,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-import checkpoints  # noqa: E402
-import claims  # noqa: E402
-import counting  # noqa: E402
-from counting import CONVENTIONS  # noqa: E402
-from files import load_json, load_lines, save_text, stage_logs  # noqa: E402
-from graph import trace  # noqa: E402
-from mnet import stated_formats  # noqa: E402
-from mobilenet_v2 import BadInput  # noqa: E402
-from scripts import command_line, run_script, some_path  # noqa: E402
+from compressed import (
+    checkpoints,  # noqa: E402
+    claims,  # noqa: E402
+    counting,  # noqa: E402
+)
+from compressed.command_line import command_line, run_script, some_path  # noqa: E402
+from compressed.counting import CONVENTIONS  # noqa: E402
+from compressed.errors import BadInput  # noqa: E402
+from compressed.files import load_json, load_lines, save_text, stage_logs  # noqa: E402
+from compressed.graph import trace  # noqa: E402
+from compressed.mnet import stated_formats  # noqa: E402
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -40,11 +42,11 @@ STORED = {"weights": "non-zero weights", "masks": "one mask bit a position", "ba
 BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
 COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 LAYERS = {"conv": "1x1 convolutions, and the stem", "depthwise": "depthwise convolutions", "linear": "linear layer"}
-HERE = Path(__file__).resolve().parent
-LOGS = HERE / "training" / "logs"
+HERE = Path(__file__).resolve().parent.parent
+LOGS = HERE / "record"
 STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
 SUBMISSION = 80.12  # its accuracy, in %
-PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "training/logs/README.md")
+PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
 # the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its
 # accumulators
 BOARD = (("RIAIR", None, 0.0044, "tree"), ("KAIST AI", 80.07, 0.0054, "32-bit"), ("OSI AI", 80.04, 0.0058, "32-bit"),
@@ -185,8 +187,8 @@ class Measured:
     """What the tables are made of: the shipped checkpoint's claim, and its operations.
 
     counted: the rows of every operation by accumulator convention. theirs: the totals by the submission's convention.
-    dense: what testers.py --json found of training/dense.pt, the dense network that the shipped one is compared with.
-    history: the lines of training/logs/shipped.jsonl.
+    dense: what testers.py --json found of record/dense.pt, the dense network that the shipped one is compared with.
+    history: the lines of record/shipped.jsonl.
     """
     claim: dict
     counted: dict[str, list[counting.Row]]
@@ -234,9 +236,9 @@ class Measured:
         return f"6 in {weights.count(6)} layers, 8 in {weights.count(8)}"
 
 
-LOG = "[training/logs](training/logs/README.md)"
+LOG = "[record](record/README.md)"
 TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
-DENSE = "`python testers.py --checkpoint training/dense.pt`"
+DENSE = "`python testers.py --checkpoint record/dense.pt`"
 HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
 
 
@@ -261,13 +263,13 @@ def results(m: Measured) -> str:
     return table(HEAD, [
         ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
-         "`python testers.py --checkpoint training/masked.pt`"),
+         "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("lost by masking and quantizing", m.lost(), "1.80 points", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
         ("of these, made by the penalty; the others by the mask's threshold", m.by_penalty(), "-",
-         "`training/logs/rew.jsonl`"),
+         "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
         (f"non-zeros, {by}", f"{theirs['nonzeros']:,}", "900,109", TEST),
@@ -353,12 +355,12 @@ def packed(m: Measured) -> str:
 
 def executed(m: Measured) -> str:
     rows = []
-    for where, kind, command, same in (("integers", "integer", "integer.py --record", "identical"),
-                                       ("onnxruntime, 8-bit", "onnx", "export_onnx.py --record", "same_logits")):
+    for where, kind, command, same in (("integers", "integer", "tools.integer --record", "identical"),
+                                       ("onnxruntime, 8-bit", "onnx", "tools.export_onnx --record", "same_logits")):
         for what, key in (("accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
                           ("images whose logits agree to the last bit", same)):
             found = m.claim[kind]
-            rows.append((f"{where}: {what}", f"{found[key]:,} of {found['images']:,}", f"`python {command}`"))
+            rows.append((f"{where}: {what}", f"{found[key]:,} of {found['images']:,}", f"`python -m {command}`"))
     return table(("executed by", "images", "command"), rows)
 
 
@@ -508,11 +510,11 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     parser.add_argument("--logs", type=some_path, default=LOGS, metavar="DIR",
-                        help="of the stages, for training.png (training/logs)")
+                        help="of the stages, for training.png (record)")
     parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(figures)")
     parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
                         help="where the pages are (beside this script)")
-    parser.add_argument("--record", action="store_true", help="first add the checkpoint to training/logs/shipped.jsonl")
+    parser.add_argument("--record", action="store_true", help="first add the checkpoint to record/shipped.jsonl")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = checkpoints.load(args.checkpoint)
@@ -528,7 +530,7 @@ def main(argv=None) -> int:
     if args.check:
         for page, (text, wanted) in pages.items():
             if text != wanted:
-                raise BadInput(f"{page}: its tables are not those of {claim_file}; run python report.py")
+                raise BadInput(f"{page}: its tables are not those of {claim_file}; run python -m tools.report")
         print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
         return 0
     scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}

@@ -1,8 +1,8 @@
 """From the shipped checkpoint to an ONNX model whose convolutions onnxruntime runs with its 8-bit kernels.
 
-    python export_onnx.py               cifar100_mobilenetv2.pt -> cifar100_mobilenetv2.onnx
-    python export_onnx.py --verify      and compare its predictions with ours on the test set, and list the kernels
-    python export_onnx.py --record      and write the result of this comparison into the claim beside the checkpoint
+    python -m tools.export_onnx             cifar100_mobilenetv2.pt -> cifar100_mobilenetv2.onnx
+    python -m tools.export_onnx --verify    and compare its predictions with ours on the test set, and list the kernels
+    python -m tools.export_onnx --record    and write that result into the claim beside the checkpoint
 
 Input `image`: pixels, uint8 [N, 3, 32, 32]. Output `logits`: float32 [N, 100]. Standard operators of opset 17 alone,
 with QuantizeLinear/DequantizeLinear around every layer; the weights are the stored codes. Any engine can run it in
@@ -44,18 +44,16 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoints
-import cifar100
-import claims
-import machine
-from evaluation import answers, logits
-from exact import exact_network, folded
-from files import git_commit, replacing, sha256, try_to_write
-from formats import Formats
-from graph import points
-from mnet import stated_formats
-from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2, weight_layers
-from scripts import command_line, number, run_script, some_path
+from compressed import checkpoints, cifar100, claims, threads
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
+from compressed.evaluation import answers, logits
+from compressed.exact_network import exact_network, folded
+from compressed.files import git_commit, replacing, sha256, try_to_write
+from compressed.formats import Formats
+from compressed.graph import points, weight_layers
+from compressed.mnet import stated_formats
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
 BATCH = 32
@@ -75,7 +73,7 @@ def needed(name: str):
 class Graph:
     """Nodes and constants under construction. Values are called by their names."""
 
-    def __init__(self, model: MobileNetV2):
+    def __init__(self, model: nn.Module):
         self.onnx, self.model = needed("onnx"), model
         self.nodes, self.constants = [], {}
 
@@ -108,7 +106,7 @@ class Graph:
         return model
 
 
-def network(graph: "Floats | Codes", model: MobileNetV2) -> None:
+def network(graph: "Floats | Codes", model: nn.Module) -> None:
     """Build the model point by point. Layers come with their BatchNorm; a summand is a layer that goes into a sum."""
     values = {}
     for point in points(model):
@@ -171,7 +169,7 @@ class Codes(Graph):
     Raises BadInput if the formats are not what 8-bit kernels have.
     """
 
-    def __init__(self, model: MobileNetV2, claim: dict):
+    def __init__(self, model: nn.Module, claim: dict):
         super().__init__(model)
         self.formats: Formats = stated_formats(model, claim)
         self.steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
@@ -352,7 +350,7 @@ def text(report: dict) -> str:
 
 def main(argv=None) -> int:
     """Returns 2 if too few predictions agree."""
-    machine.prepare()
+    threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mobilenet_v2 import BadInput
+from compressed.errors import BadInput
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ void depthwise_gradients(const number *restrict x, long images, long height, lon
         }
 }
 
-/* What exact.py computes behind a convolution, in one pass instead of eight; the same to the last bit.
+/* What exact_network.py computes behind a convolution, in one pass instead of eight; the same to the last bit.
  *
  * Values on their grid: code * step, where code is x / step, rounded (halves to even) and clipped. step: a power of two. */
 void quantize(const float *restrict x, long count, float step, float low, float high, float *restrict y) {

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mobilenet_v2 import BadInput, weight_layers
+from compressed.errors import BadInput
+from compressed.graph import weight_layers
 
 WORD = 32  # bits of a number without a format of its own
 

@@ -1,29 +1,23 @@
 """How far checkpoints are from what teachers say of train images that were mixed anew: a measure to choose by.
 
-    python training/divergence.py --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
+    python -m tools.divergence --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
 
 Between networks that have seen all train images there is no hold-out left, and the test set is not for choosing. These
 are train images, but cropped, flipped and mixed (mixup or CutMix) with draws of their own, which no network has seen.
 So it measures what distillation trains for on new draws, and not what becomes of new photographs. A checkpoint with a
 claim beside it is evaluated on its grids, any other in floats.
 """
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
-
-import cifar100  # noqa: E402
-import checkpoints  # noqa: E402
-import claims  # noqa: E402
-import machine  # noqa: E402
-from evaluation import answers  # noqa: E402
-from exact import exact_network  # noqa: E402
-from mobilenet_v2 import load_checkpoint  # noqa: E402
-from scripts import command_line, number, run_script, some_path  # noqa: E402
-from training import teachers  # noqa: E402
+from compressed import checkpoints, cifar100, claims, threads
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.evaluation import answers
+from compressed.exact_network import exact_network
+from compressed.networks import load_checkpoint
+from training import teachers
 
 
 def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -56,7 +50,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="of what is drawn (%(default)s)")
     cifar100.add_options(parser)
     args = parser.parse_args(argv)
-    machine.prepare()
+    threads.prepare()
     networks = {path: read(path) for path in args.checkpoints}
     taught_by = [teachers.load(path) for path in args.teacher]
     data = cifar100.chosen(args, "train")[0]

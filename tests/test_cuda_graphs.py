@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
 
-import cifar100
-from training import captured, loop
+from compressed import cifar100
+from training import cuda_graphs as captured
+from training import loop
 from training.loop import Processes, Settings
 from training.reweighted_l1 import Masks, target_masks
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cifar100
-import kernels
-from formats import code_range, exponent, fake_quantize
-from graph import activation_points, points
-from mobilenet_v2 import IMAGE_SIZE, BadInput, MobileNetV2
-
+from compressed import cifar100, kernels
+from compressed.cifar100 import IMAGE_SIZE
+from compressed.errors import BadInput
+from compressed.formats import code_range, exponent, fake_quantize
+from compressed.graph import activation_points, points
 
 # ---- The network on its grids --------------------------------------------------------------------
 
@@ -92,7 +91,7 @@ def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
 
 
-def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
+def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     """Put a Quantizer at every activation point, in the place of the ReLU or the Identity there.
 
     Raises BadInput if the list does not name exactly the network's points.
@@ -112,7 +111,7 @@ def quantize_activations(model: MobileNetV2, activations: list[dict]) -> None:
         model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
 
 
-def exact_network(model: MobileNetV2, activations: list[dict]) -> MobileNetV2:
+def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     """A copy of a shipped model that computes as claimed, to the last bit on any machine (see this file's head)."""
     network = copy.deepcopy(model).eval()
     quantize_activations(network, activations)
@@ -135,5 +134,5 @@ def probe_images(count: int = 4) -> Tensor:
 
 
 @torch.inference_mode()
-def probe_logits(network: MobileNetV2) -> list[list[float]]:
+def probe_logits(network: nn.Module) -> list[list[float]]:
     return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()

@@ -1,16 +1,14 @@
 """The shipped network as one small file, .mnet: every stored bit of it, and nothing else (see mnet.py).
 
-    python packed.py                                packs the shipped checkpoint, reads it back, compares, and says
-    python packed.py --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
+    python -m tools.pack                                packs the shipped checkpoint, reads it back, compares, and says
+    python -m tools.pack --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
 """
-import checkpoints
-import claims
-import counting
-from files import sha256, try_to_write
-from formats import WORD
-from mnet import differences, pack, stated_formats, unpack
-from mobilenet_v2 import BadInput
-from scripts import command_line, run_script, some_path
+from compressed import checkpoints, claims, counting
+from compressed.command_line import command_line, run_script, some_path
+from compressed.errors import BadInput
+from compressed.files import sha256, try_to_write
+from compressed.formats import WORD
+from compressed.mnet import differences, pack, stated_formats, unpack
 
 
 def main(argv=None) -> int:

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-import cifar100
-import machine
-from graph import Tracer
+from compressed import cifar100, threads
+from compressed.graph import Tracer
 
 
 def answers(engine, images: Tensor, size: int) -> Tensor:
@@ -16,7 +15,7 @@ def answers(engine, images: Tensor, size: int) -> Tensor:
     def some(batches):
         with torch.inference_mode():
             return torch.cat([engine(batch) for batch in batches])
-    return torch.cat(machine.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
+    return torch.cat(threads.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
 
 
 def batch_size(images: Tensor) -> int:
@@ -61,7 +60,7 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
                 yield x.contiguous(memory_format=torch.channels_last)
         update_bn(images(), models[k])
 
-    machine.in_threads(some, range(len(parts)))
+    threads.in_threads(some, range(len(parts)))
     with torch.no_grad():  # a mean over all batches, of the means over each thread's
         weights = [len(part) / len(batches) for part in parts]
         for mine, *others in zip(*(each.buffers() for each in models)):
@@ -103,7 +102,7 @@ class Paused:
                         del interpreter.env[read]
                 found.append(interpreter.env)
             return found
-        return sum(machine.in_threads(some, divided(self.values, self.cpu)), [])
+        return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
 
     def reach(self, name: str) -> None:
         """Go on to right before the module of this name, which lies ahead."""
@@ -117,5 +116,5 @@ class Paused:
 
 def divided(batches, cpu: bool) -> list:
     """The batches in order, in as many parts as there are threads to work on them: the cores of a CPU, else one."""
-    size = -(-len(batches) // (machine.cores() if cpu else 1))
+    size = -(-len(batches) // (threads.cores() if cpu else 1))
     return [batches[start:start + size] for start in range(0, len(batches), size)]

@@ -7,8 +7,7 @@ make others, so both passes alternate until nothing changes. What is zero is not
 import torch
 from torch import Tensor, nn
 
-from graph import Point, points
-from mobilenet_v2 import MobileNetV2
+from compressed.graph import Point, points
 
 
 def reads(layer: nn.Module) -> Tensor:
@@ -31,7 +30,7 @@ def drop_outputs(layer: nn.Module, norm: nn.BatchNorm2d, dead: Tensor) -> None:
         values[dead] = 0
 
 
-def backward(model: MobileNetV2, order: list[Point]) -> None:
+def backward(model: nn.Module, order: list[Point]) -> None:
     """Removes what computes a channel that is never read, from the logits to the image."""
     read = {order[-1].name: torch.ones(model.linear.out_features, dtype=torch.bool)}
     for point in reversed(order):
@@ -45,7 +44,7 @@ def backward(model: MobileNetV2, order: list[Point]) -> None:
             read[branch.source] = read[branch.source] | used if branch.source in read else used
 
 
-def forward(model: MobileNetV2, order: list[Point], steps: dict[str, float]) -> None:
+def forward(model: nn.Module, order: list[Point], steps: dict[str, float]) -> None:
     """Removes what reads a channel that is always zero, from the image to the logits."""
     zero = {}
     for point in order:
@@ -69,7 +68,7 @@ def forward(model: MobileNetV2, order: list[Point], steps: dict[str, float]) -> 
 
 
 @torch.no_grad()
-def remove(model: MobileNetV2, activations: list[dict]) -> dict[str, int]:
+def remove(model: nn.Module, activations: list[dict]) -> dict[str, int]:
     """Set every dead weight, scale and shift of a shipped model to zero, in place.
 
     activations: the claim's list of activation points, whose steps say what rounds to zero. Returns how many non-zero

@@ -1,0 +1,161 @@
+"""Make a network from a specification, and fill it with the values of a checkpoint file.
+
+A specification is a module or a file, the name of a class or function in it, and arguments by name:
+
+    mobilenet_v2:MobileNetV2                the submission's network, the default everywhere
+    mobilenet_v2:MobileNetV2?width=0.5      arguments after "?", joined by "&", as Python literals
+    my_net.py:MyNet?depth=20                a file of one's own
+
+What it names is called with these arguments, and with `num_classes` where it takes one. It must return an nn.Module
+that maps float32 images [N, 3, 32, 32] to logits [N, classes].
+"""
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressed.cifar100 import CLASSES
+from compressed.errors import BadInput
+
+DEFAULT = "mobilenet_v2:MobileNetV2"
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
+         torch.int32, torch.int64)
+
+
+# ---- Specifications ------------------------------------------------------------------------------
+
+def add_option(parser) -> None:
+    parser.add_argument("--network", metavar="SPEC", default=DEFAULT,
+                        help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
+                             "(%(default)s)")
+
+
+def _module(place: str, spec: str):
+    """Import a module by name, or a .py file by its path."""
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise BadInput(f"--network {spec}: there is no file {place}")
+        found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses and pickle look their module up
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # behind everything: a file of theirs cannot hide one of ours
+        found.loader.exec_module(module)
+        return module
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise BadInput(f"--network {spec}: {place} cannot be imported ({type(error).__name__}: {error})") from error
+
+
+def _arguments(text: str, spec: str) -> dict:
+    """{name: value} of "width=0.5&stem=32". What is no Python literal is a string."""
+    arguments = {}
+    for part in filter(None, text.split("&")):
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise BadInput(f"--network {spec}: {part!r} is no argument, expected NAME=VALUE")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
+
+
+def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
+    """Return the network of a specification, with random weights from torch's global generator.
+
+    Raises BadInput for a specification that names nothing, and for arguments that its constructor refuses.
+    """
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    if not place or not name.isidentifier():
+        raise BadInput(f"--network {spec}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
+    constructor = getattr(_module(place, spec), name, None)
+    if not callable(constructor):
+        raise BadInput(f"--network {spec}: {place} has no class or function {name}")
+    arguments = _arguments(text, spec)
+    try:
+        if "num_classes" in inspect.signature(constructor).parameters:
+            arguments.setdefault("num_classes", num_classes)
+        network = constructor(**arguments)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"--network {spec}: {name} refuses its arguments ({error})") from error
+    if not isinstance(network, nn.Module):
+        raise BadInput(f"--network {spec}: {name} returns {type(network).__name__}, expected an nn.Module")
+    return network
+
+
+# ---- Checkpoint files ----------------------------------------------------------------------------
+
+def load_state(path) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint file, on the CPU, without the prefix "module." that DataParallel leaves.
+
+    Nothing in the file is executed (`weights_only=True`). Raises BadInput if the file is missing or damaged or holds
+    anything but a plain state dict.
+    """
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
+    try:
+        # torch does not look at its own checksums
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
+    except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error, ...
+        # not in torch's words: they advise to read the file with weights_only=False, which executes what stands in it
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = f"it asks for {asked[1]}, which tensors do not need" if asked else "damaged, or another kind of file"
+        raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
+        raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(plain) < len(state):
+        raise BadInput(f"{path}: holds the same key with and without the prefix 'module.'")
+    return plain
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a dense tensor of real numbers that become float32 as they are: nothing nested or quantized."""
+    return not tensor.is_nested and not tensor.is_meta and tensor.layout is torch.strided and tensor.dtype in PLAIN
+
+
+def load_checkpoint(path, network: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
+    """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
+
+    Strict: raises BadInput, naming what is unknown, missing or misshapen, and every tensor that is not finite. A
+    float16 checkpoint is loaded as float32. `num_batches_tracked` may be missing (it is not used).
+    """
+    state = load_state(path)
+    model = make(network, num_classes)
+    wanted = model.state_dict()
+    problems = [f"unknown {key}" for key in state if key not in wanted]
+    for key, value in wanted.items():
+        if key not in state:
+            if not key.endswith("num_batches_tracked"):
+                problems.append(f"missing {key}")
+        elif not is_plain(state[key]):
+            problems.append(f"{key} is no dense tensor of real numbers")
+        elif state[key].shape != value.shape:
+            problems.append(f"{key} is {list(state[key].shape)}, expected {list(value.shape)}")
+        elif not torch.isfinite(state[key].float()).all():
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if problems[3:] else ""
+        raise BadInput(f"{path} does not fit {network} ({num_classes} classes): " + "; ".join(problems[:3]) + more)
+    model.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
+    return model.eval()

@@ -1,0 +1,64 @@
+"""Read a recipe: a TOML file with the options of every stage of a run.
+
+    network = "mobilenet_v2:SmallMobileNetV2"     options of all stages stand first,
+    batch-size = 128
+
+    [pretrain]                                    then a table for each stage: pretrain, rew, masked (training/main.py)
+    epochs = 240                                  and quantized (quantize.py)
+
+Options have the names of the command line. `true` gives --option, `false` --no-option, a list an option's several
+values. What is given on a command line stands above the recipe.
+"""
+import argparse
+import tomllib
+from pathlib import Path
+
+from compressed.errors import BadInput
+
+FOLDER = Path(__file__).resolve().parent / "recipes"
+STAGES = ("pretrain", "rew", "masked", "quantized")
+
+
+def find(name) -> Path:
+    """Return the path of a recipe: a file, or a name in training/recipes. Raises BadInput if there is none."""
+    candidates = [Path(name), FOLDER / f"{name}.toml", FOLDER / name]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
+        raise BadInput(f"there is no recipe {name}; give a TOML file, or one of those in training/recipes: {known}")
+    return path
+
+
+def read(name) -> dict[str, dict]:
+    """Return {stage: {option: value}} of a recipe (see `find`), and under "common" the options of all stages.
+
+    Raises BadInput for a file that is no TOML, and for tables that are no stages.
+    """
+    path = find(name)
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{path}: not readable as TOML ({error})") from error
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    if unknown := sorted(tables.keys() - set(STAGES)):
+        raise BadInput(f"{path}: there is no stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+    common = {key: value for key, value in content.items() if key not in tables}
+    return {"common": common} | {stage: tables.get(stage, {}) for stage in STAGES}
+
+
+def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Return a stage's options as words of a command line.
+
+    Raises BadInput for an option that the parser does not know; of the common ones quantize.py takes those it knows.
+    """
+    known, line = {option for action in parser._actions for option in action.option_strings}, []
+    for name, value in (recipe["common"] | recipe[stage]).items():
+        if f"--{name}" not in known:
+            if stage == "quantized" and name not in recipe[stage]:
+                continue
+            raise BadInput(f"the recipe's stage {stage} has an unknown option {name!r}")
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
