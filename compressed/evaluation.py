@@ -1,4 +1,4 @@
-"""What a network gets right, the BatchNorm statistics that it needs for it, and a network to try the parts of."""
+"""Evaluate a network, and renew its BatchNorm statistics."""
 import copy
 
 import torch
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from compressed import cifar100, threads
-from compressed.graph import Tracer
 
 
 def answers(engine, images: Tensor, size: int) -> Tensor:
@@ -75,43 +74,6 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:
         norm.running_var.copy_(variance)
-
-
-class Paused:
-    """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
-
-    images: uint8 [N, 3, 32, 32]. What its modules hold may change, from the one it stands at onwards.
-    """
-
-    def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
-        self.graph = torch.fx.GraphModule(network, Tracer().trace(network))
-        start, *self.nodes = self.graph.graph.nodes
-        self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
-                       for batch in images.split(size)]  # of each batch, by node: those that are still read
-        self.cpu = images.device.type == "cpu"
-
-    def _run(self, nodes) -> list[dict]:
-        def some(part):
-            interpreter, found = torch.fx.Interpreter(self.graph), []
-            for values in part:
-                interpreter.env = dict(values)
-                for node in nodes:
-                    with torch.inference_mode():
-                        interpreter.env[node] = interpreter.run_node(node)
-                    for read in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[read]
-                found.append(interpreter.env)
-            return found
-        return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
-
-    def reach(self, name: str) -> None:
-        """Go on to right before the module of this name, which lies ahead."""
-        at = next(i for i, node in enumerate(self.nodes) if node.target == name)
-        self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
-
-    def finish(self) -> Tensor:
-        """The logits [N, classes]; the network stays where it is."""
-        return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
 
 
 def divided(batches, cpu: bool) -> list:

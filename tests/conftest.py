@@ -64,20 +64,49 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def full(sparse_checkpoint, tmp_path_factory):
-    """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
-    import quantize
-    from compressed import cifar100
-    from compressed.files import save_record, save_tensors, sha256
+def fake(sparse_checkpoint):
+    """{scheme: the sparse network with weights that are rounded on the way}"""
+    from compressed import grids
     from compressed.networks import load_checkpoint
 
+    models = {}
+    for scheme in grids.SCHEMES:
+        models[scheme] = load_checkpoint(sparse_checkpoint)
+        grids.quantize_weights(models[scheme], grids.bit_table(None, models[scheme]), scheme)
+    return models
+
+
+@pytest.fixture(scope="session")
+def exact(fake):
+    """{scheme: (shipped network, its tensors, its activations, the exact network)}"""
+    from compressed import cifar100, grids
+    from compressed.exact_network import exact_network
+    from mobilenet_v2 import MobileNetV2
+
+    made = {}
+    for scheme, ranges in zip(grids.SCHEMES, ("max", "mse", "mse")):
+        network, tensors = grids.shipped(fake[scheme], MobileNetV2())
+        activations = grids.calibrate(fake[scheme], cifar100.made_up(20, 0).images, 8, ranges)
+        made[scheme] = network, tensors, activations, exact_network(network, activations)
+    return made
+
+
+@pytest.fixture(scope="session")
+def full(sparse_checkpoint, tmp_path_factory):
+    """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
+    from compressed import cifar100, grids
+    from compressed.exact_network import quantize_activations
+    from compressed.files import save_record, save_tensors, sha256
+    from compressed.networks import load_checkpoint
+    from mobilenet_v2 import MobileNetV2
+
     model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
-    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
-    quantize.shorten_scales(model)
-    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
-    quantize.quantize_activations(model, activations)
-    network, tensors = quantize.shipped(model)
-    quantize.round_shifts(network, tensors, activations)
+    grids.quantize_weights(model, grids.bit_table(None, model), "channel")
+    grids.shorten_scales(model)
+    activations = grids.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
+    quantize_activations(model, activations)
+    network, tensors = grids.shipped(model, MobileNetV2())
+    grids.round_shifts(network, tensors, activations)
     path = tmp_path_factory.mktemp("full") / "network.pt"
     save_tensors(network.state_dict(), path)
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}

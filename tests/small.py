@@ -2,8 +2,7 @@
 import torch
 from torch import nn
 
-import quantize
-from compressed import cifar100
+from compressed import cifar100, grids
 from compressed.formats import code_range
 from compressed.graph import weight_layers
 from mobilenet_v2 import MobileNetV2
@@ -33,9 +32,9 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
             norm.bias.copy_(0.3 * torch.randn(len(conv), generator=generator))
             norm.running_var.fill_(1 - norm.eps)
             tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
-            tensors.append(quantize.store_fixed(norm.bias, f"{name}.bias"))
+            tensors.append(grids.store_fixed(norm.bias, f"{name}.bias"))
     model.linear.bias.copy_(torch.randn(classes, generator=generator))
-    tensors.append(quantize.store_fixed(model.linear.bias, "linear.bias"))
+    tensors.append(grids.store_fixed(model.linear.bias, "linear.bias"))
     order = [name for name, _ in model.named_parameters()]
-    activations = quantize.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
+    activations = grids.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
     return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}

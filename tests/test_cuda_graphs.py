@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
 
 from compressed import cifar100
+from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
 from training import cuda_graphs as captured
 from training import loop
 from training.loop import Processes, Settings

@@ -4,8 +4,7 @@ import copy
 import pytest
 import torch
 
-import quantize
-from compressed import cifar100, dead_weight, graph
+from compressed import cifar100, dead_weight, graph, grids
 from compressed import exact_network as exact
 from compressed.graph import weight_layers
 from mobilenet_v2 import MobileNetV2
@@ -25,11 +24,11 @@ def sparse():
                 module.weight.uniform_(0.5, 3)
                 module.bias.normal_(0, 0.3)
     images = cifar100.made_up(8, seed=0).images
-    quantize.quantize_weights(model, quantize.bit_table(None), "channel")
-    exact.quantize_activations(model, quantize.calibrate(model, images, 8, "mse"))
+    grids.quantize_weights(model, grids.bit_table(None, MobileNetV2()), "channel")
+    exact.quantize_activations(model, grids.calibrate(model, images, 8, "mse"))
     activations = [{"name": name, "bits": 8, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, exact.Quantizer)]
-    return quantize.shipped(model)[0], activations
+    return grids.shipped(model, MobileNetV2())[0], activations
 
 
 def logits(model, activations):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import quantize
-from compressed import checkpoints, cifar100, claims
+from compressed import checkpoints, cifar100, claims, grids
 from compressed.command_line import run_script
 from compressed.errors import BadInput
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
 from compressed.files import load_json, save_record, save_tensors, sha256
 from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
 from tools import report
 
 onnx = pytest.importorskip("onnx")
@@ -26,14 +27,14 @@ from tools.export_onnx import Codes, Floats, main, session  # noqa: E402
 def ship(sparse_checkpoint, path, scheme):
     """Quantized and shipped to `path`, with its claim beside it."""
     model = load_checkpoint(sparse_checkpoint)
-    quantize.quantize_weights(model, quantize.bit_table(None), scheme)
+    grids.quantize_weights(model, grids.bit_table(None, MobileNetV2()), scheme)
     if scheme == "channel":
-        quantize.shorten_scales(model)
-    activations = quantize.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
+        grids.shorten_scales(model)
+    activations = grids.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
     quantize_activations(model, activations)
-    network, tensors = quantize.shipped(model)
+    network, tensors = grids.shipped(model, MobileNetV2())
     if scheme == "channel":
-        quantize.round_shifts(network, tensors, activations)
+        grids.round_shifts(network, tensors, activations)
     save_tensors(network.state_dict(), path)
     claim = {"tensors": tensors, "activations": activations,
              "accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}}

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +140,19 @@ def test_json_floats_are_exact(tmp_path):
     value = {"x": [torch.rand(()).item() for _ in range(100)]}
     files.save_json(value, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+def test_the_commit(monkeypatch):
+    def head(command, **options):
+        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(files.__file__).parent
+        assert options["check"]
+        return subprocess.CompletedProcess(command, 0, stdout="0123456789ab-dirty\n")
+
+    monkeypatch.setattr(subprocess, "run", head)
+    assert files.git_commit() == "0123456789ab-dirty"
+
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert files.git_commit() is None

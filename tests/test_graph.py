@@ -11,7 +11,7 @@ import mobilenet_v2
 import quantize
 import testers
 from compressed import exact_network as exact
-from compressed import graph
+from compressed import graph, grids
 from compressed.errors import BadInput
 from compressed.graph import Branch, Point, points
 from mobilenet_v2 import MobileNetV2
@@ -38,7 +38,7 @@ def test_the_points_of_a_block_of_each_kind():
 def test_quantized_modules_have_the_same_graph():
     model = MobileNetV2(width=0.5).eval()
     plain = points(model)
-    quantize.quantize_weights(model, quantize.bit_table("8"), "layer")
+    grids.quantize_weights(model, grids.bit_table("8", model), "layer")
     exact.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
                                           for name, signed in graph.activation_points(model).items()])
     assert [(p.name, p.branches, p.signed) for p in points(model)] == [(p.name, p.branches, p.signed) for p in plain]

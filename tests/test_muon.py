@@ -43,7 +43,7 @@ def test_singular_values_come_near_one(shape, dtype, scale):
 def test_a_step_has_its_length_and_keeps_the_norm():
     model = with_gradients(network())
     before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if mixes_channels(p)]
-    optimizer = Muon(model, lr=0.2, turn=0.05, weight_decay=0.1, kept={})
+    optimizer = Muon(list(model.parameters()), lr=0.2, turn=0.05, weight_decay=0.1, kept={})
     for group in optimizer.param_groups:
         group["lr"] = 0.1  # half the peak
     optimizer.step()
@@ -61,7 +61,7 @@ def test_a_step_has_its_length_and_keeps_the_norm():
 def test_the_rest_is_nesterov_sgd():
     model = network()
     other = copy.deepcopy(model)
-    ours = Muon(model, lr=0.1, turn=0.05, weight_decay=0.01, kept={})
+    ours = Muon(list(model.parameters()), lr=0.1, turn=0.05, weight_decay=0.01, kept={})
     rest = [p for p in other.parameters() if not mixes_channels(p)]
     theirs = torch.optim.SGD([{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.01},
                               {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}],
@@ -82,7 +82,7 @@ def test_pruned_weights_stay_and_do_not_matter():
     for disturbance in (0, 100):
         model = network()
         masks = Masks(model, target_masks(model, [name for name, _ in weight_layers(model)], 0.6))
-        optimizer = Muon(model, 0.1, 0.03, 0, dict(zip(masks.weights, masks.factors)))
+        optimizer = Muon(list(model.parameters()), 0.1, 0.03, 0, dict(zip(masks.weights, masks.factors)))
         for seed in range(3):
             before = copy.deepcopy(model)
             with_gradients(model, seed)
@@ -100,7 +100,7 @@ def test_pruned_weights_stay_and_do_not_matter():
 def test_a_gradient_of_zeros_and_none_at_all():
     model = network()
     before = copy.deepcopy(model)
-    optimizer = Muon(model, 0.1, 0.03, 0, {})
+    optimizer = Muon(list(model.parameters()), 0.1, 0.03, 0, {})
     model[0].weight.grad = torch.zeros_like(model[0].weight)
     optimizer.step()
     assert all(torch.allclose(p, q, rtol=1e-6) and p.isfinite().all()

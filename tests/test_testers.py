@@ -14,7 +14,7 @@ import torch
 import check_model_operations
 import quantize
 import testers
-from compressed import cifar100
+from compressed import cifar100, grids
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import run_script
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
@@ -79,7 +79,7 @@ def test_a_true_claim_is_verified(original, run):
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d+  \S", line)]
     assert [row[0] for row in rows] == [str(i) for i in range(58)]
     assert [row[1] for row in rows] == [f"{name}.weight" for name in layers]
-    bits, zeros, total = quantize.bit_table(None), {}, {}
+    bits, zeros, total = grids.bit_table(None, MobileNetV2()), {}, {}
     for index, row in enumerate(rows):
         weight = state[row[1]]
         zeros[row[1]], total[row[1]] = sum(value == 0 for value in weight.flatten().tolist()), weight.numel()

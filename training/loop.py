@@ -46,7 +46,7 @@ def save_half(model: nn.Module, path) -> None:
 
 def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
-          prepare=lambda model: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
+          prepare=lambda model, epoch: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
           eval_every: int = 1, save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
           processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
@@ -56,7 +56,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked whenever something is written.
     teachers: models in eval mode whose logits are distilled on the same mixed images, always at 32x32.
-    prepare:  called with the model before every epoch's first step, to set modes.
+    prepare:  called with the model and the epoch, from 0, before the epoch's first step: to set modes.
     context:  what else decides the result (plain values): a state is only resumed under the same.
     start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
     began:    called once nothing stands against the stage any more, before its first step.
@@ -73,7 +73,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
                 at_end.enter_context(fast_on_a_cpu(replica))
         while stage.progress["step"] < plan.steps:
             epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
-            prepare(model)
+            prepare(model, epoch)
             stage.begin(epoch)
             shown = Progress(stage, epoch, show_seconds)
             at_end.callback(shown.close)
@@ -120,7 +120,7 @@ class Stage:
         recordable = (self.device.type == "cuda" and processes.count == 1 and self.penalty.form != "loss"
                       and settings.optimizer != "adam")
         self.graphs = Graphs(self.learn_on_one, self.device) if recordable else None
-        self.rate = torch.zeros((), device=self.device)
+        self.rates = {}  # {factor: the learning rate times it, on the device}
         self.result = None  # the finished model
 
     # -- from one state to the next
@@ -197,7 +197,7 @@ class Stage:
         plan, settings, step = self.plan, self.settings, epoch * self.plan.epoch_steps + i
         lr = plan.lrs[step]
         for group in self.optimizer.param_groups:
-            group["lr"] = lr if self.graphs is None else self.rate.fill_(lr)
+            group["lr"] = self.rate(lr, group.get("factor", 1.0))
         if step in plan.updates:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
@@ -216,6 +216,14 @@ class Stage:
         if self.average is not None:
             update_average(*self.averaged, average_decay(settings, step))
         self.progress["step"] = step + 1
+
+    def rate(self, lr: float, factor: float):
+        """Return lr times factor: as a number, or for recorded steps in a tensor of the device that is kept."""
+        if self.graphs is None:
+            return lr * factor
+        if factor not in self.rates:
+            self.rates[factor] = torch.zeros((), device=self.device)
+        return self.rates[factor].fill_(lr * factor)
 
     def batch(self, index, draws) -> tuple:
         """(mixed images, labels, labels of the partners, lam)."""
@@ -297,13 +305,51 @@ class Stage:
         return result.eval()
 
 
-def make_optimizer(settings: Settings, model: nn.Module, masks=None) -> torch.optim.Optimizer:
-    """Weight decay on the weights of convolutions and the linear layer; none on BatchNorm and biases."""
+def make_optimizer(settings: Settings, model: nn.Module, masks=None):
+    """Return the optimizer of a model's weights; if its grids have trained steps, together with Adam for those.
+
+    Weight decay on the weights of convolutions and the linear layer; none on BatchNorm, biases and steps.
+    """
+    weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("log_step")]
+    steps = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("log_step")]
+    optimizer = weight_optimizer(settings, weights, masks)
+    if not steps:
+        return optimizer
+    factor = settings.step_rate / settings.lr if settings.lr else 0.0
+    capturable = steps[0].device.type == "cuda"
+    adam = torch.optim.Adam([{"params": steps, "factor": factor}], lr=settings.step_rate, capturable=capturable)
+    return Together([optimizer, adam])
+
+
+class Together:
+    """Several optimizers as one."""
+
+    def __init__(self, optimizers: list):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for each in self.optimizers for group in each.param_groups]
+
+    def step(self) -> None:
+        for each in self.optimizers:
+            each.step()
+
+    def state_dict(self) -> dict:
+        return {str(k): each.state_dict() for k, each in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for k, each in enumerate(self.optimizers):
+            each.load_state_dict(state[str(k)])
+
+
+def weight_optimizer(settings: Settings, weights: list, masks=None) -> torch.optim.Optimizer:
     if settings.optimizer == "muon":
         kept = dict(zip(masks.weights, masks.factors)) if masks else {}
-        return Muon(model, settings.lr, settings.turn, settings.weight_decay, kept, getattr(torch, settings.precision))
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+        dtype = getattr(torch, settings.precision)
+        return Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept, dtype)
+    decayed = [p for p in weights if p.dim() > 1]
+    others = [p for p in weights if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)

@@ -33,16 +33,15 @@ def mixes_channels(weight: Tensor) -> bool:
 
 
 class Muon(torch.optim.SGD):
-    """Steps on all parameters of a model.
+    """Steps on the parameters of a model.
 
     turn: radians that a step turns a channel-mixing weight by, at the learning rate `lr`; in proportion at any other.
     kept: {weight: 1 where it is trained and 0 where it is pruned}; a step stays within. dtype: of the
     iterations; bfloat16 is enough where it is fast.
     """
 
-    def __init__(self, model: nn.Module, lr: float, turn: float, weight_decay: float, kept: dict[Tensor, Tensor],
-                 dtype=torch.float32):
-        weights = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, weights: list[nn.Parameter], lr: float, turn: float, weight_decay: float,
+                 kept: dict[Tensor, Tensor], dtype=torch.float32):
         self.turned = [p for p in weights if mixes_channels(p)]
         others = [p for p in weights if not mixes_channels(p)]
         super().__init__([{"params": self.turned, "weight_decay": 0.0},

@@ -46,6 +46,8 @@ class Settings:
     teaching: str = setting("turns", ("turns", "mean"),
                             "several teachers: one a step in turn, or the mean of their probabilities")
     seed: int = setting(0, number(int, 0, 2**62), "of everything that is drawn")
+    step_rate: float = setting(1e-3, number(float, 0, 1),
+                               "of trained steps of grids: octaves that Adam moves one at a time, at the peak rate")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
     workers: int = 1  # threads of a process, each with a share of its batch

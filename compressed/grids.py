@@ -1,0 +1,330 @@
+"""Grids: choose steps and widths for a network's weights and activations, and store every value on them.
+
+`quantize_weights` and `quantize_activations` make a network that computes on its grids, `shipped` one whose stored
+values all stand on them. Source of the rounding: the submission's linear, symmetric quantizer (power_of_two_step).
+"""
+import dataclasses
+import tomllib
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressed import cifar100, threads
+from compressed.errors import BadInput
+from compressed.evaluation import divided
+from compressed.exact_network import folded
+from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
+from compressed.graph import Tracer, activation_points, neighbours, weight_layers
+
+SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
+SCHEMES = ("power-of-two", "layer", "channel")
+RANGES = ("max", "mse", "logits")
+SHIFT_BITS = 16
+SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the grids of a network: the options of quantize.py of the same names.
+
+    table: the bits of each layer, see `bit_table`. calibration, renew: numbers of train images.
+    """
+    scheme: str
+    table: tuple[int, ...]
+    ranges: str
+    activation_bits: int
+    calibration: int
+    renew: int
+    augment: str
+    seed: int
+
+
+# ---- Steps of weights ----------------------------------------------------------------------------
+
+def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
+    """The step, [1, 1, ...] or [out, 1, ...], with the least squared error among 40 clipping points of max|w|."""
+    dims = tuple(range(1, weight.dim())) if channel else tuple(range(weight.dim()))
+    low, high = code_range(bits)
+    largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
+    best, least = None, None
+    for share in torch.linspace(0.4, 1.0, 40).tolist():
+        step = largest * share / high
+        error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
+        best = step if best is None else torch.where(error < least, step, best)
+        least = error if least is None else torch.minimum(error, least)
+    return best
+
+
+def bit_table(option: str | None, model: nn.Module) -> list[int]:
+    """Bits of all layers of a network. None: the submission's table; a number: that many for all; else a TOML file.
+
+    The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
+    anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
+    weights would not be summed exactly).
+    """
+    names = [name for name, _ in weight_layers(model)]
+    if option is None:
+        table = [6 if i in SIX_BITS or i - len(names) in SIX_BITS else 8 for i in range(len(names))]
+    elif option.isdecimal():
+        table = [int(option)] * len(names)
+    else:
+        try:
+            content = tomllib.loads(Path(option).read_text())
+        except OSError as error:
+            raise BadInput(f"no bit table {option!r}: give a number of bits or a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{option}: not a TOML file ({error})") from error
+        if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
+            raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
+        table = [content.get("default", 8)] * len(names)
+        for key, bits in content.get("bits", {}).items():
+            if key in names:
+                table[names.index(key)] = bits
+            elif key.isdecimal() and int(key) < len(names):
+                table[int(key)] = bits
+            else:
+                raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
+    for name, bits in zip(names, table):
+        if not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise BadInput(f"{bits!r} bits for {name}: expected 2 to 8")
+    return table
+
+
+# ---- A network that computes on its grids ---------------------------------------------------------
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution that rounds its weights on the way: what it stores is what is trained."""
+    step, bits = None, None
+
+    def forward(self, x):
+        weight = fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits))
+        return self._conv_forward(x, weight, None)
+
+
+class QuantizedLinear(nn.Linear):
+    step, bits = None, None
+
+    def forward(self, x):
+        return F.linear(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), self.bias)
+
+
+def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
+    """Make every convolution and the linear layer round its weights, with steps from the weights as they are now."""
+    if scheme not in SCHEMES:
+        raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    for (_, module), bits in zip(weight_layers(model), table, strict=True):
+        weight = module.weight.detach()
+        if scheme == "power-of-two" or isinstance(module, nn.Linear):
+            step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits), device=weight.device)
+        else:
+            step = free_step(weight, bits, channel=scheme == "channel")
+        # same keys, same tensors
+        module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d
+        module.step, module.bits = step, bits
+
+
+# ---- Steps of activations -------------------------------------------------------------------------
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[dict]:
+    """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
+
+    ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
+    one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
+    no calibration: its pixels are exactly code * 2^-6.
+    """
+    points = activation_points(model)
+    largest = dict.fromkeys(points, 0.0)
+    errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
+
+    def watch(see):
+        hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: see(name, out))
+                 for name in points]
+        for batch in images.split(50):
+            model(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
+        for hook in hooks:
+            hook.remove()
+
+    def see_largest(name, out):
+        largest[name] = max(largest[name], float(out.abs().max()))
+
+    def see_errors(name, out):
+        for i in range(4):
+            step = power_of_two_step(largest[name], bits, points[name]) / 2 ** i
+            error = codes(out, step, *code_range(bits, points[name])).mul_(step).sub_(out)
+            errors[name][i] += float(error.square_().sum())
+
+    model.eval()
+    watch(see_largest)
+    if ranges == "mse":
+        watch(see_errors)
+    result = []
+    for name, signed in points.items():
+        step = power_of_two_step(largest[name], bits, signed)
+        if ranges == "mse":
+            step /= 2 ** int(errors[name].argmin())
+        if name == "image" and bits == 8:
+            step = 1 / cifar100.STD
+        result.append({"name": name, "bits": bits, "signed": signed, "step": step})
+    return result
+
+
+class Paused:
+    """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
+
+    images: uint8 [N, 3, 32, 32]. What its modules hold may change, from the one it stands at onwards.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
+        self.graph = torch.fx.GraphModule(network, Tracer().trace(network))
+        start, *self.nodes = self.graph.graph.nodes
+        self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
+                       for batch in images.split(size)]  # of each batch, by node: those that are still read
+        self.cpu = images.device.type == "cpu"
+
+    def _run(self, nodes) -> list[dict]:
+        def some(part):
+            interpreter, found = torch.fx.Interpreter(self.graph), []
+            for values in part:
+                interpreter.env = dict(values)
+                for node in nodes:
+                    with torch.inference_mode():
+                        interpreter.env[node] = interpreter.run_node(node)
+                    for read in interpreter.user_to_last_uses.get(node, ()):
+                        del interpreter.env[read]
+                found.append(interpreter.env)
+            return found
+        return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
+
+    def reach(self, name: str) -> None:
+        """Go on to right before the module of this name, which lies ahead."""
+        at = next(i for i, node in enumerate(self.nodes) if node.target == name)
+        self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
+
+    def finish(self) -> Tensor:
+        """The logits [N, classes]; the network stays where it is."""
+        return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
+
+
+def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
+    """One pass over the activation steps, the image's aside: twice and half of each is kept where the logits gain.
+
+    What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
+    these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
+    """
+    expected, network = reference.double().log_softmax(1), Paused(model, images)
+
+    def divergence() -> float:
+        found = network.finish().double().log_softmax(1)
+        return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
+
+    least = divergence()
+    for name in activation_points(model):
+        if name == "image":
+            continue
+        network.reach(name)
+        quantizer = model.get_submodule(name)
+        before = quantizer.step
+        for step in (2 * before, before / 2):
+            quantizer.step = step
+            if (found := divergence()) < least:
+                least = found
+                break
+        else:
+            quantizer.step = before
+
+
+# ---- What is stored -------------------------------------------------------------------------------
+
+@torch.no_grad()
+def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]]:
+    """Put the values of a network on its grids into a plain one of the same kind; return it, and each tensor's claim.
+
+    network: a plain one, whose values are replaced.
+    """
+    network.load_state_dict(model.state_dict())
+    network.eval()
+    table, ours = neighbours(network), []
+    for (name, source), (_, module) in zip(weight_layers(model), weight_layers(network)):
+        low, high = code_range(source.bits)
+        code = codes(source.weight.detach().float(), source.step, low, high)
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(code * source.step + 0.0)
+            ours.append({"name": f"{name}.weight", "bits": source.bits, "step": float(source.step)})
+            ours.append(store_fixed(module.bias, f"{name}.bias"))
+            continue
+        # a scheme's free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
+        step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
+        module.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
+        ours.append({"name": f"{name}.weight", "bits": source.bits, "step": step})
+        norm_name = table[name][0]
+        bn = network.get_submodule(norm_name)
+        scale, shift = folded(bn)
+        scale = scale * (source.step / step).double().flatten()
+        scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
+        largest = float(scale.abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise BadInput(f"{norm_name}: its folded scale {largest:.3g} does not fit 16 bits")
+        bn.weight.copy_(scale.half())
+        bn.bias.copy_(shift)
+        bn.running_mean.zero_()
+        bn.running_var.fill_(1 - bn.eps)
+        bn.num_batches_tracked.zero_()
+        ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
+        ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
+    order = {name: i for i, name in enumerate(network.state_dict())}
+    return network, sorted(ours, key=lambda claim: order[claim["name"]])
+
+
+@torch.no_grad()
+def short_step(step: Tensor, scale: Tensor) -> Tensor:
+    """Return steps, moved by 3% at most, whose products with the scales have SIGNIFICANT_BITS bits; float64.
+
+    Codes times such scales need few bits, so that float32 holds them exactly. Where a scale is 0 the step stays.
+    """
+    step, scale = step.double(), scale.double()
+    significand, exponent = torch.frexp(scale * step)
+    short = torch.ldexp((significand * 2**SIGNIFICANT_BITS).round(), exponent - SIGNIFICANT_BITS)
+    return torch.where(scale == 0, step, short / scale)
+
+
+@torch.no_grad()
+def shorten_scales(model: nn.Module) -> None:
+    """Move every channel's step to where its product with the BatchNorm's scale is short, in place.
+
+    The weights are rounded to the step that is used, so nothing is lost but the freedom of the step.
+    """
+    for name, (norm, _) in neighbours(model).items():
+        conv, (scale, _) = model.get_submodule(name), folded(model.get_submodule(norm))
+        conv.step = short_step(conv.step, scale.view_as(conv.step)).float()
+
+
+@torch.no_grad()
+def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
+    """Round the BatchNorm shifts of a shipped network, in place, to whole units of their accumulators.
+
+    A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
+    the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
+    """
+    steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
+    for name, (norm, source) in neighbours(network).items():
+        bn, step = network.get_submodule(norm), steps[f"{norm}.bias"]
+        largest = step * code_range(SHIFT_BITS)[1]
+        for channel, (scale, shift) in enumerate(zip(bn.weight.tolist(), bn.bias.tolist())):
+            if scale == 0:
+                continue  # nothing is accumulated
+            unit = abs(Fraction(scale)) * steps[f"{name}.weight"] * steps[source]
+            odd = unit.numerator // (unit.numerator & -unit.numerator)
+            grain = odd * max(unit / odd, step)
+            limit = largest // grain
+            bn.bias[channel] = float(max(-limit, min(limit, round(Fraction(shift) / grain))) * grain)
+
+
+def store_fixed(tensor: Tensor, name: str) -> dict:
+    """Round a vector in place to 16-bit codes times one power of two: what is added needs absolute precision."""
+    step = power_of_two_step(float(tensor.abs().max()), SHIFT_BITS)
+    tensor.copy_(codes(tensor.double(), step, *code_range(SHIFT_BITS)) * step + 0.0)
+    return {"name": name, "bits": SHIFT_BITS, "step": step}

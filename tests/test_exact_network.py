@@ -1,0 +1,115 @@
+"""The network that computes on its grids: exact, however it is run."""
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from compressed import cifar100, kernels
+from compressed import exact_network as exact_module
+from compressed.formats import code_range
+from compressed.grids import SCHEMES
+from tools.integer import IntegerNetwork
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.cat([cifar100.made_up(6, 7).images,
+                      torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32),
+                      torch.randint(0, 256, (3, 3, 32, 32),
+                                    generator=torch.Generator().manual_seed(0)).to(torch.uint8)])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_the_exact_network_computes_what_integers_do(exact, scheme, pictures):
+    """And test_integer.py holds those against fractions."""
+    network, tensors, activations, floats = exact[scheme]
+    integers = IntegerNetwork.from_checkpoint(network, {"tensors": tensors, "activations": activations})
+    logits = floats(cifar100.normalise(pictures).contiguous(memory_format=torch.channels_last))
+    assert torch.equal(logits, (integers(pictures).double() * 2.0**integers.logit_exponent).float())
+    assert (logits.std(0) > 1e-3).all()
+    assert not torch.equal(network(cifar100.normalise(pictures)), logits)  # in float32 it is another network
+
+
+@torch.no_grad()
+def test_the_exact_network_does_not_depend_on_how_it_runs(exact, pictures):
+    *_, network = exact["channel"]
+    x = cifar100.normalise(pictures)
+    logits = network(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(network(x), logits)
+    assert torch.equal(torch.cat([network(image) for image in x.split(1)]), logits)
+    assert torch.equal(torch.cat([network(image) for image in x.split(4)]), logits)
+    assert torch.equal(network(x.flip(0)).flip(0), logits)
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    assert torch.equal(plain(x), logits)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(network(x), logits)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(network(x), logits)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_the_linear_layers_sums_are_exact_beyond_float32():
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(1664, 100)
+    weight, bias = (torch.randint(low, high, shape, generator=generator)
+                    for low, high, shape in ((1, 128, (100, 1664)), (-2**15, 2**15, (100,))))
+    x = torch.randint(100, 256, (8, 1664), generator=generator)
+    linear.weight.copy_(weight * 2.0**-7)
+    linear.bias.copy_(bias * 2.0**-17)
+    linear.__class__ = exact_module.ExactLinear
+    sums = (x @ weight.T) * 16 + bias  # int64, in units of 2^-17
+    assert sums.min() > 2**26 and torch.equal(linear(x * 2.0**-6), (sums.double() * 2.0**-17).float())
+    assert linear(x * 2.0**-6).dtype == torch.float32
+
+
+def test_the_exact_network_is_a_copy(exact):
+    network, _, activations, fast = exact["layer"]
+    assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU)
+    assert network.conv1.weight.requires_grad
+    norm = fast.relu1.norm
+    assert isinstance(norm, exact_module.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
+    assert torch.equal(norm.scale.flatten(), network.bn1.weight)
+    assert torch.equal(norm.shift.flatten(), network.bn1.bias)
+
+
+@pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))
+@pytest.mark.parametrize("signed", (True, False))
+def test_compiled_rounding_is_pytorchs_to_the_last_bit(monkeypatch, layout, signed):
+    """Codes beyond both ends, halves that go to even, sums that only a float64 tells from halves."""
+    generator, step = torch.Generator().manual_seed(0), 2.0**-3
+    x = torch.randint(-2**24, 2**24, (2, 5, 6, 7), generator=generator).float().contiguous(memory_format=layout)
+    x[0, 0, 0, :4] = torch.tensor([0.0, 8.0, -8.0, 24.0])
+    bn = nn.BatchNorm2d(5)
+    with torch.no_grad():
+        bn.weight.copy_(torch.tensor([2.0**-7, 1027 * 2.0**-31, -1.5 * 2.0**-22, 0.0, 2.0**-3]))
+        bn.bias.copy_(torch.tensor([0.0, 2.0**-4, 5 * 2.0**-4, 2.0**-3, -1.0]))
+    bn.running_var.fill_(1 - bn.eps)
+    quantizer = exact_module.Quantizer(8, signed, step)
+    rescale = exact_module.Rescale(exact_module.ScaleShift(bn), quantizer)
+    with torch.no_grad():
+        ours = rescale(x), quantizer(x * 2.0**-18), quantizer((x * 2.0**-18)[:, :, 0, 0])
+        monkeypatch.setattr(kernels, "library", lambda dtype: None)
+        theirs = rescale(x), quantizer(x * 2.0**-18), quantizer((x * 2.0**-18)[:, :, 0, 0])
+    low, high = code_range(8, signed)
+    assert all(map(torch.equal, ours, theirs))
+    assert all(len(found.unique()) > 3 and found.max() == high * step for found in ours[:2])
+    assert ours[0][0, 0, 0, :4].tolist() == [0, 0, 0, 2 * step]  # 0.5 and -0.5 to 0, 1.5 to 2
+    for found in ours[:2]:
+        assert found.min() == low * step
+
+
+def test_the_probe_is_fixed():
+    images = exact_module.probe_images()
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
+    assert images.flatten()[:6].tolist() == [(i * 2654435761 // 2**13) % 256 for i in range(6)]
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    assert digest == "b4a262216347db103b2bdcb249b9e3f086211fb020051f6bdc83970869fa0983"

@@ -1,0 +1,529 @@
+"""Steps, widths, and what is stored on them."""
+import copy
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compressed import cifar100, grids
+from compressed import exact_network as exact_module
+from compressed.errors import BadInput
+from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
+from compressed.graph import activation_points, neighbours, weight_layers
+from compressed.grids import SCHEMES, bit_table, calibrate, free_step
+from compressed.networks import load_checkpoint
+from mobilenet_v2 import MobileNetV2
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -------------------------------------------------------------------------------------------------------- the grids
+
+def test_the_submissions_step_by_hand():
+    # step = 2^-(b - 1 - ceil(log2 max|w|))
+    assert power_of_two_step(0.9, 8) == 2**-7 and power_of_two_step(0.5, 8) == 2**-8
+    assert power_of_two_step(0.51, 8) == 2**-7
+    assert power_of_two_step(1.0, 8) == 2**-7  # a power of two itself: 1.0 has the code 128 and is clipped to 127
+    assert codes(torch.tensor([1.0, -1.0]), 2**-7, *code_range(8)).tolist() == [127, -128]
+    assert power_of_two_step(1 + 2**-23, 8) == 2**-6 and power_of_two_step(1 - 2**-24, 8) == 2**-7
+    assert power_of_two_step(3.0, 6) == 2**-3 and power_of_two_step(4.0, 6) == 2**-3
+    assert power_of_two_step(4.1, 6) == 2**-2
+    assert power_of_two_step(0.9, 8, signed=False) == 2**-8 and power_of_two_step(6.0, 4, signed=False) == 2**-1
+    assert power_of_two_step(0.0, 8) == power_of_two_step(0.0, 8, signed=False) == 1
+    for exponent in range(-60, 60):  # log2 must not be off by a hair
+        assert power_of_two_step(2.0**exponent, 8) == 2.0 ** (exponent - 7)
+
+
+def test_code_ranges():
+    assert [code_range(b) for b in (2, 6, 8, 16)] == [(-2, 1), (-32, 31), (-128, 127), (-32768, 32767)]
+    assert [code_range(b, signed=False) for b in (2, 6, 8)] == [(0, 3), (0, 63), (0, 255)]
+
+
+def test_halves_go_to_even():
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -0.51, 0.49, -1.0])
+    assert codes(x, 1.0, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
+    assert codes(x / 4, 0.25, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
+    assert codes(torch.tensor([-99.0, 99.0, 7.4, 7.5]), 1.0, -8, 7).tolist() == [-8, 7, 7, 7]
+
+
+def slow_code(value, step, low, high):
+    quotient = Fraction(float(np.float32(value / step)))  # float32 division, then exact
+    return min(max(round(quotient), low), high)
+
+
+@pytest.mark.parametrize("bits, signed, step", [(8, True, 2**-6), (6, True, 2**-3), (8, False, 2**-5), (2, True, 0.5),
+                                                (8, True, 0.0137), (5, True, 0.3)])
+def test_codes_are_those_of_a_slow_reference(bits, signed, step):
+    low, high = code_range(bits, signed)
+    x = torch.cat([random(2000), (torch.arange(-600, 600) / 2) * step])  # the second: all codes and all halves
+    step = torch.tensor(step)
+    expected = [slow_code(value, step.item(), low, high) for value in x.tolist()]
+    assert codes(x, step, low, high).tolist() == expected
+    assert len(set(expected)) == high - low + 1 or bits > 6
+    on_grid = torch.tensor(expected, dtype=torch.float32) * step
+    assert torch.equal(fake_quantize(x, step, low, high), on_grid)
+    assert torch.equal(fake_quantize(x.clone().requires_grad_(), step, low, high), on_grid)
+
+
+def test_the_gradient_is_one_inside_and_zero_outside():
+    for low, high in (code_range(4), code_range(4, signed=False)):
+        # in range is what is rounded to a code; what is clipped to one is outside
+        x = torch.tensor([low - 0.75, low - 0.25, low + 0.3, 0.1, 3.4, high + 0.25,
+                          high + 0.75]).mul_(0.25).requires_grad_()
+        fake_quantize(x, 0.25, low, high).backward(torch.arange(1.0, 8.0))
+        assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+@pytest.mark.parametrize("channel", [False, True])
+def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
+    weight = random(5, 4, 3, 3) * torch.tensor([0.1, 1, 3, 1e-3, 0])[:, None, None, None]
+    weight[1, 0, 0, 0] = 9.0  # an outlier
+    low, high = code_range(bits)
+    found = free_step(weight, bits, channel)
+    assert found.shape == ((5, 1, 1, 1) if channel else (1, 1, 1, 1)) and (found > 0).all()
+    for rows, step in zip(weight if channel else weight[None], found.flatten()):
+        top = rows.abs().max().clamp_min(1e-12)
+
+        def error(step):
+            return float(((rows.double() / step).round().clamp(low, high) * step - rows.double()).square().sum())
+
+        candidates = [float(top * share / high) for share in torch.linspace(0.4, 1.0, 40).tolist()]
+        errors = [error(candidate) for candidate in candidates]
+        assert any(math.isclose(float(step), candidate, rel_tol=1e-6) for candidate in candidates)
+        assert error(float(step)) <= min(errors) * (1 + 1e-4)
+        assert min(errors) < max(errors) or not rows.any()
+    assert torch.isfinite(fake_quantize(weight, found, low, high)).all()
+
+
+# --------------------------------------------------------------------------------------------------------- bit table
+
+def test_the_submissions_bits():
+    table = bit_table(None, MobileNetV2())
+    assert [i for i, bits in enumerate(table) if bits == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55]
+    assert len(table) == 58 and set(table) == {6, 8}
+
+
+def test_other_bit_tables(tmp_path):
+    assert bit_table("4") == [4] * 58
+    path = tmp_path / "t.toml"
+    path.write_text('default = 7\n[bits]\n"layers.0.conv3" = 5\n57 = 6\nconv1 = 8\n"layers.16.shortcut.0" = 2\n')
+    table = bit_table(str(path))
+    assert (table[3], table[57], table[0], table[55]) == (5, 6, 8, 2) and table.count(7) == 54
+    path.write_text("[bits]\n9 = 3\n")
+    assert bit_table(str(path)) == [8] * 9 + [3] + [8] * 48
+    path.write_text("")
+    assert bit_table(str(path)) == [8] * 58
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[bits]\nconv9 = 6", "has no layer 'conv9'"), ("[bits]\n58 = 6", "has no layer '58'"),
+    ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6",
+                                              "no layer 'layers' .names with dots need quotes"),
+    ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
+    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
+    ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
+    ("[bits", "not a TOML file"), ("[bits]\nconv1 = 6\nconv1 = 7", "not a TOML file"),
+])
+def test_bit_tables_that_are_wrong(tmp_path, content, message):
+    path = tmp_path / "t.toml"
+    path.write_text(content)
+    with pytest.raises(BadInput, match=message):
+        bit_table(str(path))
+
+
+@pytest.mark.parametrize("option, message", [
+    ("1", "1 bits for conv1: expected 2 to 8"), ("9", "9 bits"), ("-3", "no bit table '-3'"), ("", "no bit table ''"),
+    ("nowhere.toml", "no bit table 'nowhere.toml': give a number of bits or a TOML file"), (".", "no bit table"),
+])
+def test_bit_tables_that_are_not_there(option, message):
+    with pytest.raises(BadInput, match=message):
+        bit_table(option)
+
+
+# ------------------------------------------------------------------------------------------------------- activations
+
+def test_the_55_activation_points():
+    points = activation_points(MobileNetV2())
+    signs = dict(points)
+    assert len(points) == len(signs) == 55
+    signed = {"image", *(f"layers.{i}.out" for i in range(17))}
+    unsigned = {"relu1", "relu2", "features", *(f"layers.{i}.relu{j}" for i in range(17) for j in (1, 2))}
+    assert {name for name, sign in signs.items() if sign} == signed
+    assert {name for name, sign in signs.items() if not sign} == unsigned
+
+
+@torch.no_grad()
+def seen(model, images):
+    """{name: all values at the activation point}, looked at with hooks of our own."""
+    values = {}
+    hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: values.__setitem__(name, out))
+             for name in activation_points(model)]
+    model.eval()((images.float() - 128) / 64)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+@pytest.fixture(scope="module")
+def images():
+    """51 made-up images, one more than a calibration batch. The first is the extreme one."""
+    images = cifar100.made_up(51, 3).images
+    images[0] = (images[0] > 128) * 255
+    return images
+
+
+@pytest.fixture(scope="module")
+def values(sparse_checkpoint, images):
+    return seen(load_checkpoint(sparse_checkpoint), images)
+
+
+@pytest.mark.parametrize("bits, ranges", [(8, "mse"), (4, "max"), (4, "mse")])
+def test_calibrated_ranges(sparse_checkpoint, images, values, bits, ranges):
+    model = load_checkpoint(sparse_checkpoint)
+    chosen = calibrate(model, images, bits, ranges)
+    points, finer = activation_points(model), 0
+    assert [entry["name"] for entry in chosen] == list(points)
+    assert not any(module._forward_hooks for module in model.modules())
+    for entry, (name, signed) in zip(chosen, points.items()):
+        step = 2.0 ** (math.ceil(math.log2(values[name].abs().max())) - bits + signed)
+        assert entry == {"name": name, "bits": bits, "signed": signed, "step": entry["step"]}
+        if ranges == "max" or (name == "image" and bits == 8):
+            assert entry["step"] == step
+            continue
+
+        def error(step):
+            return float((fake_quantize(values[name], step, *code_range(bits, signed)) - values[name]).square().sum())
+
+        errors = {step / 2**i: error(step / 2**i) for i in range(4)}
+        assert errors[entry["step"]] <= min(errors.values()) * (1 + 1e-4)
+        finer += entry["step"] < step
+    assert ranges == "max" or finer > 3  # outliers are clipped
+
+
+def test_calibration_by_hand():
+    """A network of zeros: every activation is known."""
+    model = MobileNetV2().eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.zero_()
+    model.bn1.bias.data.fill_(3.0)  # relu1 is 3; its block adds nothing; the shortcut's BatchNorm makes 0.75
+    model.layers[0].shortcut[1].bias.data.fill_(-0.75)
+    model.bn2.bias.data.fill_(0.11)
+    model.bn2.bias.data[3] = 0.26
+    gray = torch.full((2, 3, 32, 32), 128 + 64, dtype=torch.uint8)
+    steps = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 8, "max")}
+    assert steps["image"] == 2**-6 and steps["relu1"] == 4 / 256 and steps["layers.0.out"] == 1 / 128
+    assert steps["relu2"] == steps["features"] == 0.5 / 256 and steps["layers.5.relu1"] == 1
+    four = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 4, "max")}
+    assert four["image"] == 1 / 8 and four["relu1"] == 4 / 16 and four["layers.0.out"] == 1 / 8
+    mse = {entry["name"]: entry["step"] for entry in calibrate(model, gray, 4, "mse")}
+    assert mse["relu1"] == 4 / 16 and mse["layers.0.out"] == 1 / 8  # 3 and -0.75 are on the grid: the coarsest is kept
+    # 0.11 is 3.52 steps of 1/32 but 7.04 of 1/64; the one 0.26 is clipped there, and would be clipped too much at 1/128
+    assert four["relu2"] == 0.5 / 16 and mse["relu2"] == 0.5 / 16 / 2
+
+
+def test_steps_that_the_logits_prefer():
+    """Beside a slow search of the same kind, on a network of which one step is far too coarse."""
+    torch.manual_seed(0)
+    model = MobileNetV2(7, 0.25).eval()
+    images = cifar100.made_up(20, 0).images
+
+    @torch.no_grad()
+    def probabilities():
+        return model(cifar100.normalise(images)).double().softmax(1)
+
+    with torch.no_grad():
+        target, reference = probabilities(), model(cifar100.normalise(images))
+    activations = calibrate(model, images, 6, "mse")
+    exact_module.quantize_activations(model, activations)
+    before = {entry["name"]: entry["step"] for entry in activations}
+    before["relu1"] *= 8
+    model.get_submodule("relu1").step = before["relu1"]
+
+    def divergence():
+        return float((target * (target / probabilities()).log()).sum(1).mean())
+
+    def steps():
+        return {name: model.get_submodule(name).step for name in before}
+
+    worst = divergence()
+    grids.choose_steps(model, images, reference)
+    chosen, least = steps(), divergence()
+    for name, step in before.items():
+        model.get_submodule(name).step = step
+    for name in list(before)[1:]:
+        module, step = model.get_submodule(name), before[name]
+        for module.step in (2 * step, step / 2):
+            tried = divergence()
+            module.step, trial = step, module.step
+            if tried < divergence():
+                module.step = trial
+                break
+    assert chosen == steps() and chosen["image"] == before["image"] == 2**-6 * 4
+    assert chosen["relu1"] == before["relu1"] / 2
+    assert least < worst and sum(chosen[name] != before[name] for name in before) > 2
+
+
+def claimed_activations(**changes):
+    return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
+            for name, signed in activation_points(MobileNetV2()).items()]
+
+
+@pytest.mark.parametrize("entry, message", [
+    ({"step": 0.3}, "expected 1 to 16 and a power of two"), ({"step": 0}, "with step 0"),
+    ({"step": -0.5}, "with step -0.5"),
+    ({"step": None}, "with step None"), ({"step": "0.5"}, "with step 0.5"), ({"step": math.inf}, "with step inf"),
+    ({"step": math.nan}, "with step nan"), ({"step": 10**400}, "with step 1000"),
+    ({"bits": 0}, "0 bits"), ({"bits": 17}, "17 bits"),
+    ({"bits": None}, "None bits"),
+    ({"signed": True}, "signed is True, expected False"), ({"signed": None}, "signed is None"),
+    ({"signed": 0}, "signed is 0"),
+    ({"name": "relu3"}, r"missing \['relu1'\], unknown \['relu3'\]"),
+    ({"name": None}, r"missing \['relu1'\], unknown \['None'\]"),
+    ({"name": "relu2"}, r"not the network's 55: missing \['relu1'\]"),
+])
+def test_activations_that_are_refused(entry, message):
+    model = MobileNetV2()
+    with pytest.raises(BadInput, match=message):
+        exact_module.quantize_activations(model, claimed_activations(relu1=entry))
+
+
+def test_missing_activations_are_refused():
+    with pytest.raises(BadInput, match=r"missing \['layers.16.out', 'relu2'\], unknown \[\]"):
+        exact_module.quantize_activations(MobileNetV2(), [entry for entry in claimed_activations()
+                                                      if entry["name"] not in ("relu2", "layers.16.out")])
+
+
+def test_a_quantizer_stands_at_every_point():
+    model = MobileNetV2().eval()
+    exact_module.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
+    values = seen(model, cifar100.made_up(2, 0).images)
+    assert len(values) == 55 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
+    for name, signed in activation_points(model).items():
+        low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
+        scaled = values[name] / step
+        assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high
+    assert list(model.state_dict()) == list(MobileNetV2().state_dict())
+    x = random(1000) * 20
+    for signed in (True, False):
+        quantizer = exact_module.Quantizer(8, signed, 0.125)
+        expected = [slow_code(value, 0.125, *code_range(8, signed)) * 0.125 for value in x.tolist()]
+        assert quantizer(x).tolist() == expected == quantizer(x.clone().requires_grad_()).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- shipped
+
+
+
+def test_unknown_scheme():
+    with pytest.raises(BadInput, match="unknown scheme 'log'; known: power-of-two, layer, channel"):
+        grids.quantize_weights(MobileNetV2(), bit_table(None, MobileNetV2()), "log")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_steps_of_the_schemes(sparse_checkpoint, fake, scheme):
+    latent = load_checkpoint(sparse_checkpoint)
+    for (name, module), (_, before), bits in zip(weight_layers(fake[scheme]), weight_layers(latent),
+                                                  bit_table(None, MobileNetV2())):
+        assert module.bits == bits and torch.equal(module.weight, before.weight)
+        largest = before.weight.detach().abs().max().item()
+        if scheme == "power-of-two" or name == "linear":
+            assert float(module.step) == 2.0 ** (math.ceil(math.log2(largest)) - bits + 1)
+        else:
+            assert module.step.shape == (len(before.weight) if scheme == "channel" else 1, 1, 1, 1)
+            assert torch.equal(module.step, free_step(before.weight, bits, scheme == "channel"))
+    assert list(fake[scheme].state_dict()) == list(latent.state_dict())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint, fake, scheme):
+    masked = load_checkpoint(sparse_checkpoint)
+    network, tensors = grids.shipped(fake[scheme], MobileNetV2())
+    MobileNetV2().load_state_dict(network.state_dict(), strict=True)
+    assert type(network) is MobileNetV2
+    assert all(type(module) in (nn.Conv2d, nn.Linear) for _, module in weight_layers(network))
+    parameters = dict(network.named_parameters())
+    assert [entry["name"] for entry in tensors] == [key for key in network.state_dict() if key in parameters]
+    bits = dict(zip((f"{name}.weight" for name, _ in weight_layers(network)), bit_table(None, MobileNetV2())))
+    for entry in tensors:
+        value = parameters[entry["name"]].detach()
+        if entry.get("kind") == "float16":
+            assert entry["bits"] == 16 and torch.equal(value.half().float(), value)
+            assert re.fullmatch(r"(.*\.)?(bn\d|shortcut\.1)\.weight", entry["name"])
+            continue
+        assert entry["bits"] == bits.get(entry["name"], 16) and math.frexp(entry["step"])[0] == 0.5
+        code = value.double() / entry["step"]
+        assert torch.equal(code, code.round())
+        assert code.min() >= -2 ** (entry["bits"] - 1) and code.max() <= 2 ** (entry["bits"] - 1) - 1
+        if entry["name"] in bits:
+            before = masked.get_parameter(entry["name"])
+            assert before[value != 0].all() and (before == 0).any()  # the mask is kept
+            if scheme != "power-of-two" and "linear" not in entry["name"]:
+                assert entry["step"] == 2.0 ** (1 - entry["bits"])
+    assert not any((value.signbit() & (value == 0)).any() for value in network.state_dict().values())  # no -0.0
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.running_mean.any()
+            assert torch.equal(module.running_var, torch.full_like(module.running_var, 1 - 1e-5))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_absorbing_a_scale_changes_nothing(fake, scheme, monkeypatch):
+    """Without the rounding to 16 bits, what is shipped computes what the fake-quantized network computes."""
+    monkeypatch.setattr(torch.Tensor, "half", lambda self: self)
+    monkeypatch.setattr(grids, "store_fixed", lambda tensor, name: {"name": name})
+    network, _ = grids.shipped(fake[scheme], MobileNetV2())
+    x = cifar100.normalise(cifar100.made_up(4, 5).images)
+    logits = fake[scheme](x)
+    assert torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
+    assert not torch.allclose(network(x[[1, 0, 2, 3]]), logits, atol=1e-2 * logits.abs().max().item(), rtol=0)
+    network.layers[8].bn2.weight[10] *= 1.05  # the comparison can fail
+    assert not torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
+    network, tensors = grids.shipped(fake[scheme], MobileNetV2())
+    steps = {entry["name"]: entry.get("step") for entry in tensors}
+    pairs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}
+    for (name, theirs), (_, ours) in zip(weight_layers(fake[scheme])[:-1], weight_layers(network)):
+        head, _, tail = name.rpartition(".")
+        norm = ".".join(filter(None, (head, pairs[tail])))
+        x = random(2, ours.in_channels, 6, 6, seed=len(name))
+        before, after = fake[scheme].get_submodule(norm)(theirs(x)), network.get_submodule(norm)(ours(x))
+        bn = fake[scheme].get_submodule(norm)
+        shift = (bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt())[:, None, None]
+        bound = 2.0**-11 * (before - shift).abs() + steps[f"{norm}.bias"] / 2 + 1e-5 * (before.abs() + shift.abs())
+        assert ((after - before).abs() <= bound).all()
+        dead = ~fake_quantize(theirs.weight, theirs.step, *code_range(theirs.bits)).flatten(1).any(1)
+        scale = network.get_submodule(norm).weight
+        assert (scale[dead] == 0).all() and (scale[~dead] != 0).all()
+        if name == "layers.3.conv1":
+            assert dead[5]
+    linear, exact = network.linear, fake[scheme].linear
+    assert torch.equal(linear.weight, fake_quantize(exact.weight, exact.step, *code_range(8)))
+    assert (linear.bias - exact.bias).abs().max() <= steps["linear.bias"] / 2
+
+
+@torch.no_grad()
+def test_a_dead_channels_scale_makes_no_difference(fake):
+    network, tensors = grids.shipped(fake["channel"], MobileNetV2())
+    activations = calibrate(network, cifar100.made_up(5, 0).images, 8, "max")
+    logits = exact_module.probe_logits(exact_module.exact_network(network, activations))
+    assert network.layers[3].bn1.weight[5] == 0
+    network.layers[3].bn1.weight[5] = 3.0
+    assert exact_module.probe_logits(exact_module.exact_network(network, activations)) == logits
+    network.layers[3].bn1.bias[5] += 3.0  # its shift does
+    assert exact_module.probe_logits(exact_module.exact_network(network, activations)) != logits
+
+
+@torch.no_grad()
+def test_neighbours_are_those_of_the_forward_pass():
+    """What a layer reads and what scales it, found by running the network."""
+    model = MobileNetV2().eval()
+    table, made, seen = neighbours(model), {}, {}
+    points, norms = activation_points(model), {norm for norm, _ in table.values()}
+
+    def see(name):
+        def hook(module, inputs, out):
+            source = made.get(inputs[0].data_ptr())
+            if name in norms:
+                seen[source] = name, seen[source]
+            elif name in table:
+                seen[name] = source
+            made[out.data_ptr()] = name
+            kept.append(out)  # no address is used twice
+        return hook
+
+    kept = [torch.randn(1, 3, 32, 32)]
+    for name, module in model.named_modules():
+        if name in points or name in norms or name in table:
+            module.register_forward_hook(see(name))
+    model(kept[0])
+    assert seen == table and len(table) == 57
+
+
+@torch.no_grad()
+def test_short_scales(fake):
+    model = copy.deepcopy(fake["channel"])
+    model.layers[3].bn2.weight[4] = 0
+    before = {name: module.step for name, module in weight_layers(model)[:-1]}
+    grids.shorten_scales(model)
+    moved = 0
+    for name, (norm, _) in neighbours(model).items():
+        step, old = model.get_submodule(name).step.flatten(), before[name].flatten()
+        ratio = step / old
+        assert ratio.min() > 1 - 1 / 32 and ratio.max() < 1 + 1 / 32
+        moved += int((ratio != 1).sum())
+        if name == "layers.3.conv2":
+            assert step[4] == old[4]
+    assert moved > 20_000
+    network, tensors = grids.shipped(model, MobileNetV2())
+    steps = {entry["name"]: entry.get("step") for entry in tensors}
+    for name, (norm, _) in neighbours(model).items():
+        scale = network.get_submodule(norm).weight
+        significand = torch.frexp(scale)[0] * 32
+        assert torch.equal(significand, significand.round())  # although it is a float16
+        ours = exact_module.folded(model.get_submodule(norm))[0] * model.get_submodule(name).step.flatten()
+        alive = scale != 0
+        assert torch.allclose(scale.double()[alive] * steps[f"{name}.weight"], ours[alive], rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_shifts_of_whole_units(fake):
+    model = copy.deepcopy(fake["channel"])
+    grids.shorten_scales(model)
+    activations = calibrate(model, cifar100.made_up(20, 0).images, 8, "mse")
+    before, tensors = grids.shipped(model, MobileNetV2())
+    network = copy.deepcopy(before)
+    assert grids.round_shifts(network, tensors, activations) is None
+    steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
+    changed = 0
+    for name, (norm, source) in neighbours(network).items():
+        scale, shift = (p.double() for p in network.get_submodule(norm).parameters())
+        old = before.get_submodule(norm).bias.double()
+        code, unit = shift / steps[f"{norm}.bias"], scale * steps[f"{name}.weight"] * steps[source]
+        assert torch.equal(code, code.round()) and code.abs().max() <= 32767
+        alive = scale != 0
+        count = (shift / unit)[alive]
+        assert torch.equal(count, count.round()) and torch.equal(shift[~alive], old[~alive])
+        # the nearest: within half a unit where a unit is coarse, within half of 31 codes where it is fine
+        bound = torch.maximum(unit.abs() / 2, torch.tensor(31 * steps[f"{norm}.bias"] / 2))
+        assert ((shift - old).abs() <= bound)[old.abs() < 32000 * steps[f"{norm}.bias"]].all()
+        changed += int((shift != old).sum())
+    assert changed > 10_000
+    state = network.state_dict()
+    grids.round_shifts(network, tensors, activations)
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_scale_that_16_bits_do_not_hold_is_named(fake):
+    model = copy.deepcopy(fake["layer"])
+    model.layers[2].bn3.weight.data[7] = 1e9
+    with pytest.raises(BadInput, match="layers.2.bn3: its folded scale .* does not fit 16 bits"):
+        grids.shipped(model, MobileNetV2())
+
+
+def test_folded_by_hand():
+    bn = nn.BatchNorm2d(2, eps=0.25)
+    for tensor, values in ((bn.weight, [3.0, -1.0]), (bn.bias, [1.0, 0.5]), (bn.running_mean, [4.0, 2.0]),
+                           (bn.running_var, [2.0, 0.0])):
+        tensor.data.copy_(torch.tensor(values))
+    scale, shift = exact_module.folded(bn)
+    assert scale.tolist() == [2.0, -2.0] and shift.tolist() == [-7.0, 4.5] and scale.dtype == torch.float64
+
+
+def test_store_fixed_by_hand():
+    x = torch.tensor([0.75, -1.0, 1.5 * 2**-15, -(2.0**-16), 1e-9])
+    assert grids.store_fixed(x, "b") == {"name": "b", "bits": 16, "step": 2**-15}
+    assert x.tolist() == [0.75, -1.0, 2**-14, 0.0, 0.0]
+    zeros = torch.zeros(3)
+    assert grids.store_fixed(zeros, "z")["step"] == 1 and not zeros.any()
