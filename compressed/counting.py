@@ -208,8 +208,8 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
     """A row for every operation (from `trace`) that multiplies or adds.
 
     density: None counts the weights' own non-zeros; 1 counts as if no weight were zero; another fraction, a what-if,
-    that share of every layer's weights, rounded up in each channel. Raises BadInput for an unknown convention or a
-    density that is not in [0, 1].
+    that share of every layer's weights, rounded up in each channel. Raises BadInput for an unknown convention, a
+    density that is not in [0, 1], or, naming it, an operation without a rule.
     """
     if convention not in CONVENTIONS:
         raise BadInput(f"accumulator convention {convention!r} is none of {', '.join(CONVENTIONS)}")
@@ -218,6 +218,8 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
     rows, values = [], {}
     for op in operations:
         inputs = [values[key] for key in op.inputs]
+        if op.kind not in RULES:
+            raise BadInput(f"no counting rule for {op.name} ({op.kind})")
         multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention, density)
         if op.kind not in ("point", "input"):
             rows.append(Row(op.name, op.kind, op.outputs, multiplications, additions))

@@ -60,8 +60,8 @@ def forward(model: nn.Module, order: list[Point], steps: dict[str, float]) -> No
         if point is order[-1]:
             return
         code = torch.round(torch.as_tensor(shift) / steps[point.name])
-        zero[point.name] = torch.stack(nothing).all(0) & (code <= 0 if point.rectified else code == 0)
-        if point.rectified:
+        zero[point.name] = torch.stack(nothing).all(0) & (code <= 0 if point.activation == "relu" else code == 0)
+        if point.activation == "relu":
             for branch in point.branches:  # a shift below zero is no different from none
                 if branch.norm:
                     drop_outputs(model.get_submodule(branch.name), model.get_submodule(branch.norm), zero[point.name])

@@ -7,6 +7,7 @@ mobilenet_v2.py, or its forward pass, and all of them follow; for an operation t
 """
 import copy
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -46,8 +47,8 @@ class Operation:
 
 
 def is_point(module: nn.Module) -> bool:
-    """Whether values are rounded after this module: a ReLU, an Identity, or quantize.py's Quantizer in its place."""
-    return isinstance(module, (nn.ReLU, nn.Identity)) or hasattr(module, "signed")
+    """Whether values are rounded after this module: an activation, an Identity, or quantize.py's Quantizer for it."""
+    return isinstance(module, (nn.ReLU, nn.Hardswish, nn.Identity)) or hasattr(module, "signed")
 
 
 class Tracer(torch.fx.Tracer):
@@ -60,7 +61,8 @@ class Tracer(torch.fx.Tracer):
 
 def _kind(node, model: nn.Module) -> str:
     """The rule that counts a node of the traced graph. Raises BadInput, naming it, if there is none."""
-    kinds = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu", nn.Identity: "point"}
+    kinds = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu",
+             nn.Hardswish: "hardswish", nn.Identity: "point"}
     if node.op == "placeholder":
         return "input"
     if node.op == "call_module":
@@ -130,17 +132,20 @@ class Branch:
 class Point:
     """An activation point: a value that is rounded and stored. The last one, "logits", is not rounded.
 
-    rectified: it is a ReLU. signed: it can be below zero.
+    activation: "relu", "hardswish", or "none". signed: it can be below zero.
     """
     name: str
     branches: tuple[Branch, ...]
-    rectified: bool
+    activation: str
     signed: bool
 
 
-def points(model: nn.Module) -> list[Point]:
-    """All points in the order in which they are computed. Raises BadInput, naming it, for a value that is read
-    unrounded."""
+def points(model: nn.Module, activations: Collection[str] = ("none", "relu")) -> list[Point]:
+    """List all points in the order in which they are computed.
+
+    activations: those that the caller can compute. Raises BadInput, naming it, for a point with another one, and for a
+    value that is read unrounded.
+    """
     found, values = {}, {}  # by name; what each operation gives: a Point, or the branches of one to come
     for op in trace(model):
         read = [values[key] for key in op.inputs]
@@ -162,16 +167,19 @@ def points(model: nn.Module) -> list[Point]:
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut"])
             value = sum(((Branch("unchanged", shortcut, each.name),) if isinstance(each, Point) else each
                          for each in read), ())
-        else:  # a ReLU, or another activation point
+        else:  # an activation, or another activation point
+            activation = "none" if op.kind == "point" else op.kind
+            if activation not in activations:
+                raise BadInput(f"{op.name}: {activation} has no rule here")
             branches = read[0] if isinstance(read[0], tuple) else (Branch("unchanged", op.name, read[0].name),)
             unsigned = all(branch.kind in ("unchanged", "mean") and not found[branch.source].signed
                            for branch in branches)
             signed = getattr(op.module, "signed", op.kind != "relu" and not unsigned)
-            value = found[op.name] = Point(op.name, branches, op.kind == "relu", signed)
+            value = found[op.name] = Point(op.name, branches, activation, signed)
         values[op.key] = value
     if isinstance(value, Point):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
-    return [*found.values(), Point("logits", value, False, True)]
+    return [*found.values(), Point("logits", value, "none", True)]
 
 
 def activation_points(model: nn.Module) -> dict[str, bool]:

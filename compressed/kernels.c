@@ -23,10 +23,32 @@ static inline float load(number x) { return x; }
 static inline number store(float value) { return value; }
 #endif
 
-/* BatchNorm with the ReLU behind it: each value is read twice and written once, forward and backward.
+/* BatchNorm with the activation h behind it: each value is read twice and written once, forward and backward.
  *
- *   y = relu(a x + b),  a = weight / sqrt(var + eps),  b = bias - a mean;  without a ReLU: y = a x + b
+ *   y = h(z),  z = a x + b,  a = weight / sqrt(var + eps),  b = bias - a mean
+ *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between
  */
+
+enum { NONE, RELU, HARDSWISH }; /* in the order of ACTIVATIONS in training/batchnorm.py */
+
+/* Call with a constant h, and each call is compiled for that h alone: no loop over values holds a branch. */
+#define FOR_ONE_ACTIVATION static inline __attribute__((always_inline))
+
+/* h(z); a NaN stays one. */
+FOR_ONE_ACTIVATION float activate(long h, float z) {
+    if (h == RELU) return z < 0 ? 0 : z;
+    if (h == NONE) return z;
+    float between = z * (z * (1 / 6.0f) + 0.5f), above = z >= 3 ? z : between;
+    return z <= -3 ? 0 : above;
+}
+
+/* h'(z) dy, the gradient of z. */
+FOR_ONE_ACTIVATION float gradient(long h, float z, float dy) {
+    if (h == RELU) return z <= 0 ? 0 : dy;
+    if (h == NONE) return dy;
+    float between = (z * (1 / 3.0f) + 0.5f) * dy, above = z >= 3 ? dy : between;
+    return z <= -3 ? 0 : above;
+}
 
 enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums; channels */
 
@@ -47,9 +69,15 @@ enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums;
         for (long c = 0; c < channels; c++) S[c] += s[c], Q[c] += q[c];   \
     }
 
+FOR_ONE_ACTIVATION void outputs(long h, const number *restrict x, long rows, long channels, const float *restrict a,
+                                const float *restrict b, number *restrict y) {
+    for (long i = 0; i < rows * channels; i += channels)
+        for (long c = 0; c < channels; c++) y[i + c] = store(activate(h, a[c] * load(x[i + c]) + b[c]));
+}
+
 /* y, and of each channel a, b, and the mean and variance (of all rows, biased); near `origin` no digits are lost. */
 void batchnorm(const number *restrict x, long rows, long channels, const float *restrict weight,
-               const float *restrict bias, const float *restrict origin, float eps, long relu, number *restrict y,
+               const float *restrict bias, const float *restrict origin, float eps, long h, number *restrict y,
                float *restrict mean, float *restrict var, float *restrict a, float *restrict b) {
     SUMS(load(x[i + c]) - origin[c], one)
     for (long c = 0; c < channels; c++) {
@@ -59,25 +87,21 @@ void batchnorm(const number *restrict x, long rows, long channels, const float *
         a[c] = weight[c] / sqrtf(var[c] + eps);
         b[c] = bias[c] - a[c] * mean[c];
     }
-    float lowest = relu ? 0 : -INFINITY;
-    for (long i = 0; i < rows * channels; i += channels)
-        for (long c = 0; c < channels; c++) {
-            float value = a[c] * load(x[i + c]) + b[c];
-            y[i + c] = store(value < lowest ? lowest : value);
-        }
+    if (h == NONE) outputs(NONE, x, rows, channels, a, b, y);
+    if (h == RELU) outputs(RELU, x, rows, channels, a, b, y);
+    if (h == HARDSWISH) outputs(HARDSWISH, x, rows, channels, a, b, y);
 }
 
-/* What arrives at the normalised value: dy, but nothing where the ReLU cut it off. */
-#define ARRIVES(i) (a[c] * load(x[i]) + b[c] <= lowest ? 0 : load(dy[i]))
+/* dx, dweight, dbias. With n rows and the sums over them of dz (dbias), and of its products with x - mean (p):
+ * dx = a (dz - dbias / n - (x - mean) p / (n (var + eps))) = a dz + k x + l */
+#define DZ(i) gradient(h, a[c] * load(x[i]) + b[c], load(dy[i]))
 
-/* dx, dweight, dbias. With n rows and the sums over them of what arrives (dbias), and of its products with x - mean (p):
- * dx = a (arrives - dbias / n - (x - mean) p / (n (var + eps))) = a arrives + k x + l */
-void batchnorm_gradients(const number *restrict x, long rows, long channels, const float *restrict mean,
-                         const float *restrict var, const float *restrict a, const float *restrict b, float eps,
-                         long relu, const number *restrict dy, number *restrict dx, float *restrict dweight,
-                         float *restrict dbias) {
-    float lowest = relu ? 0 : -INFINITY, k[MOST], l[MOST];
-    SUMS(ARRIVES(i + c), load(x[i + c]) - mean[c])
+FOR_ONE_ACTIVATION void gradients(long h, const number *restrict x, long rows, long channels,
+                                  const float *restrict mean, const float *restrict var, const float *restrict a,
+                                  const float *restrict b, float eps, const number *restrict dy, number *restrict dx,
+                                  float *restrict dweight, float *restrict dbias) {
+    float k[MOST], l[MOST];
+    SUMS(DZ(i + c), load(x[i + c]) - mean[c])
     for (long c = 0; c < channels; c++) {
         dweight[c] = Q[c] / sqrtf(var[c] + eps);
         dbias[c] = S[c];
@@ -85,8 +109,16 @@ void batchnorm_gradients(const number *restrict x, long rows, long channels, con
         l[c] = -a[c] * S[c] / rows - k[c] * mean[c];
     }
     for (long i = 0; i < rows * channels; i += channels)
-        for (long c = 0; c < channels; c++)
-            dx[i + c] = store(a[c] * ARRIVES(i + c) + k[c] * load(x[i + c]) + l[c]);
+        for (long c = 0; c < channels; c++) dx[i + c] = store(a[c] * DZ(i + c) + k[c] * load(x[i + c]) + l[c]);
+}
+
+void batchnorm_gradients(const number *restrict x, long rows, long channels, const float *restrict mean,
+                         const float *restrict var, const float *restrict a, const float *restrict b, float eps,
+                         long h, const number *restrict dy, number *restrict dx, float *restrict dweight,
+                         float *restrict dbias) {
+    if (h == NONE) gradients(NONE, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
+    if (h == RELU) gradients(RELU, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
+    if (h == HARDSWISH) gradients(HARDSWISH, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
 }
 
 /* 3x3 depthwise convolution with a border of one zero. LANES channels of an image are unpacked into floats with their

@@ -10,6 +10,14 @@ from mobilenet_v2 import MobileNetV2
 CLASSES, WIDTH = 7, 0.25
 
 
+def with_hardswish(model: MobileNetV2) -> MobileNetV2:
+    """Replace every ReLU of a model by a hard swish, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.ReLU:
+            model.set_submodule(name, nn.Hardswish())
+    return model
+
+
 @torch.no_grad()
 def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNetV2, dict]:
     """A small network as quantize.py ships it, and its claim: 6 and 8 bits, most weights 0, scales of either sign."""

@@ -4,18 +4,21 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressed import kernels
 from mobilenet_v2 import MobileNetV2
+from small import with_hardswish
 from training import batchnorm
 from training.replicas import fast_on_a_cpu
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+PYTORCHS = {"none": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 
 
-def pair(channels: int, relu: bool) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
+def pair(channels: int, activation: str) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
     """(PyTorch's in float64, ours)."""
     torch.manual_seed(channels)
     norm = nn.BatchNorm2d(channels)
@@ -23,7 +26,7 @@ def pair(channels: int, relu: bool) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
     nn.init.normal_(norm.bias)
     nn.init.normal_(norm.running_mean)
     ours = copy.deepcopy(norm)
-    ours.__class__, ours.relu = batchnorm.BatchNorm, relu
+    ours.__class__, ours.activation = batchnorm.BatchNorm, activation
     return norm.double(), ours
 
 
@@ -34,15 +37,17 @@ def maps(*shape, dtype=torch.float32):
 
 @compiled
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("relu", (False, True))
-@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (3, 40, 12, 12), (2, 1248, 3, 3), (1, 1, 1, 130)))
-def test_it_is_batchnorm_with_relu(shape, relu, dtype):
-    norm, ours = pair(shape[1], relu)
+@pytest.mark.parametrize("activation", PYTORCHS)
+@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (2, 37, 9, 9), (3, 40, 12, 12), (2, 1248, 3, 3), (1, 1, 1, 130)))
+def test_it_is_batchnorm_with_an_activation(shape, activation, dtype):
+    norm, ours = pair(shape[1], activation)
     x = maps(*shape, dtype=dtype)
     double = x.detach().double().requires_grad_()
-    wanted = norm(double)
-    clear = wanted.detach().abs() > 0.05  # elsewhere rounding decides what the ReLU lets through
-    wanted = wanted.relu() if relu else wanted
+    z = norm(double)
+    wanted, jumps = PYTORCHS[activation](z), {"none": (), "relu": (0,), "hardswish": (-3, 3)}[activation]
+    clear = torch.ones(shape, dtype=torch.bool)  # elsewhere rounding decides on which side of a jump z is
+    for jump in jumps:
+        clear &= (z.detach() - jump).abs() > 0.05
     found = ours(x)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     error, tolerance = (found - wanted).detach().abs(), TOLERANCE[dtype]
@@ -58,11 +63,35 @@ def test_it_is_batchnorm_with_relu(shape, relu, dtype):
 
 @compiled
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_what_is_not_finite_stays_so(dtype):
+@pytest.mark.parametrize("activation", ("relu", "hardswish"))
+def test_at_and_beside_the_jumps_of_the_derivative(activation, dtype):
+    """With a weight of 0, z is the bias to the last bit."""
+    at = torch.tensor([-3.0, 0.0, 3.0])
+    beside = [torch.nextafter(at, at + direction) for direction in (-1, 1)]
+    z = torch.cat([at, *beside, torch.tensor([-1e30, -1.5, 1.5, 1e30])])
+    norm, ours = pair(len(z), activation)
+    for each in (norm, ours):
+        nn.init.zeros_(each.weight)
+        each.bias.data.copy_(z)
+    x = maps(2, len(z), 3, 5, dtype=dtype)
+    gradient, double = torch.randn(x.shape).to(dtype), x.detach().double().requires_grad_()
+    found, wanted = ours(x), PYTORCHS[activation](norm(double))
+    assert torch.allclose(found.double(), wanted, rtol=TOLERANCE[dtype], atol=1e-6)
+    wanted.backward(gradient.double())
+    found.backward(gradient)
+    assert not x.grad.any() and not double.grad.any()
+    assert torch.allclose(ours.bias.grad.double(), norm.bias.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(ours.weight.grad.double(), norm.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", PYTORCHS)
+def test_what_is_not_finite_stays_so(activation, dtype):
     x = maps(2, 8, 4, 4, dtype=dtype)
     with torch.no_grad():
         x[0, 3, 0, 0] = torch.nan
-    ours = pair(8, relu=True)[1]
+    ours = pair(8, activation)[1]
     y = ours(x)
     assert y[:, 3].isnan().all() and y[:, :3].isfinite().all()
     y.sum().backward()
@@ -71,7 +100,8 @@ def test_what_is_not_finite_stays_so(dtype):
 
 @compiled
 @pytest.mark.parametrize("precision", (torch.float32, torch.bfloat16))
-def test_a_step_of_the_network_is_the_same_without_a_compiler(precision, monkeypatch):
+@pytest.mark.parametrize("activation", (nn.ReLU, nn.Hardswish))
+def test_a_step_of_the_network_is_the_same_without_a_compiler(activation, precision, monkeypatch):
     """Logits, statistics, the last layer's gradient: rounding stirs those of layers further in (see test_loop.py). In
     bfloat16 they are as near to float32's as without it."""
     x, found = maps(4, 3, 16, 16).detach(), []
@@ -81,23 +111,27 @@ def test_a_step_of_the_network_is_the_same_without_a_compiler(precision, monkeyp
                 patch.setattr(kernels, "library", lambda dtype: None)
             torch.manual_seed(0)
             model = MobileNetV2(width=0.5).to(memory_format=torch.channels_last).train()
+            model = with_hardswish(model) if activation is nn.Hardswish else model
             kinds = [type(module) for module in model.modules()]
             with fast_on_a_cpu(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                fused = [module.relu for module in model.modules() if isinstance(module, batchnorm.BatchNorm)]
+                assert not any(isinstance(module, activation) for module in model.modules())
+                fused = [module.activation for module in model.modules() if isinstance(module, batchnorm.BatchNorm)]
                 out = model(x)
                 out.float().logsumexp(1).mean().backward()
             assert [type(module) for module in model.modules()] == kinds
-            assert len(fused) == 57 and sum(fused) == 36 and sum(kind is nn.ReLU for kind in kinds) == 36
+            assert len(fused) == 57 and fused.count(activation.__name__.lower()) == kinds.count(activation) == 36
+            assert fused.count("none") == 57 - 36
             found.append((out.float(), model.linear.weight.grad, model.bn2.running_var, model.bn1.running_mean))
     for ours, theirs, exact in zip(*found):
         assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3 * exact.norm()
 
 
 @compiled
-def test_in_eval_mode_it_is_pytorchs():
-    norm, ours = pair(8, relu=True)
+@pytest.mark.parametrize("activation", PYTORCHS)
+def test_in_eval_mode_it_is_pytorchs(activation):
+    norm, ours = pair(8, activation)
     x = maps(2, 8, 4, 4)
-    assert torch.allclose(ours.eval()(x).double(), norm.eval()(x.double()).relu(), atol=1e-5)
+    assert torch.allclose(ours.eval()(x).double(), PYTORCHS[activation](norm.eval()(x.double())), atol=1e-5)
 
 
 def test_without_a_compiler_there_is_no_library(monkeypatch):

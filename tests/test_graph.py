@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 import check_model_operations
-import mobilenet_v2
 import quantize
 import testers
+from compressed import counting, dead_weight, graph, grids
 from compressed import exact_network as exact
-from compressed import graph, grids
 from compressed.errors import BadInput
+from compressed.formats import found_formats
 from compressed.graph import Branch, Point, points
-from mobilenet_v2 import MobileNetV2
+from mobilenet_v2 import MobileNetV2, Table
+from small import tiny_network, with_hardswish
 from tools import export_onnx, integer
 from tools import pack as packed
 from training import main as training
@@ -24,15 +25,15 @@ def test_the_points_of_a_block_of_each_kind():
     found = {point.name: point for point in points(MobileNetV2(width=0.5))}
     assert list(found)[:4] == ["image", "relu1", "layers.0.relu1", "layers.0.relu2"]
     assert list(found)[-3:] == ["relu2", "features", "logits"]
-    assert found["image"] == Point("image", (Branch("pixels", "pixels", "pixels"),), False, True)
-    assert found["relu1"] == Point("relu1", (Branch("layer", "conv1", "image", "bn1"),), True, False)
+    assert found["image"] == Point("image", (Branch("pixels", "pixels", "pixels"),), "none", True)
+    assert found["relu1"] == Point("relu1", (Branch("layer", "conv1", "image", "bn1"),), "relu", False)
     last = Branch("layer", "layers.1.conv3", "layers.1.relu2", "layers.1.bn3")
     assert found["layers.1.out"] == Point("layers.1.out", (
-        last, Branch("layer", "layers.1.shortcut.0", "layers.0.out", "layers.1.shortcut.1")), False, True)  # a shortcut
+        last, Branch("layer", "layers.1.shortcut.0", "layers.0.out", "layers.1.shortcut.1")), "none", True)
     assert found["layers.2.out"].branches[1] == Branch("unchanged", "layers.2.shortcut", "layers.1.out")  # a residual
     assert [branch.name for branch in found["layers.3.out"].branches] == ["layers.3.conv3"]  # a stride
-    assert found["features"] == Point("features", (Branch("mean", "mean", "relu2", terms=16),), False, False)
-    assert found["logits"] == Point("logits", (Branch("layer", "linear", "features"),), False, True)
+    assert found["features"] == Point("features", (Branch("mean", "mean", "relu2", terms=16),), "none", False)
+    assert found["logits"] == Point("logits", (Branch("layer", "linear", "features"),), "none", True)
 
 
 def test_quantized_modules_have_the_same_graph():
@@ -42,6 +43,22 @@ def test_quantized_modules_have_the_same_graph():
     exact.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
                                           for name, signed in graph.activation_points(model).items()])
     assert [(p.name, p.branches, p.signed) for p in points(model)] == [(p.name, p.branches, p.signed) for p in plain]
+
+
+def test_hardswish_is_a_signed_point_for_who_asks_and_refused_by_name_elsewhere():
+    model, claim = tiny_network()
+    formats = found_formats(model)
+    operations = graph.trace(with_hardswish(model))
+    found = {point.name: point for point in points(model, ("none", "hardswish"))}
+    assert found["relu1"] == Point("relu1", (Branch("layer", "conv1", "image", "bn1"),), "hardswish", True)
+    assert sum(point.activation == "hardswish" for point in found.values()) == 36 and found["features"].signed
+    for read in (lambda: points(model), lambda: graph.activation_points(model), lambda: graph.neighbours(model),
+                 lambda: counting.count(operations, formats, "tree"), lambda: dead_weight.remove(model, []),
+                 lambda: exact.exact_network(model, claim["activations"]),
+                 lambda: integer.IntegerNetwork.from_checkpoint(model, claim),
+                 lambda: export_onnx.network(None, model)):
+        with pytest.raises(BadInput, match="relu1.*hardswish"):
+            read()
 
 
 class Odd(nn.Module):
@@ -69,7 +86,8 @@ def test_what_has_no_rule_is_named(between, said):
 def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsys):
     """Fewer blocks, other widths, another stride: from training to ONNX, by the scripts, to the same logits to the
     last bit."""
-    monkeypatch.setattr(mobilenet_v2, "STAGES", ((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)))
+    other = Table(((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)), 32, 1280)
+    monkeypatch.setattr(MobileNetV2.__init__, "__defaults__", (100, 1.3, other))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
     assert training.main("--made-up 40 --batch-size 20 --epochs 1 --no-cuda --lr 0.01 --refresh 40 --eval-every 9 "

@@ -15,7 +15,7 @@ from torch import nn
 
 from compressed import threads
 from compressed.graph import points
-from training.batchnorm import BatchNorm
+from training.batchnorm import ACTIVATIONS, BatchNorm
 from training.depthwise import Depthwise
 
 
@@ -99,17 +99,18 @@ class Replicas:
 def fast_on_a_cpu(model: nn.Module):
     """Within it, a step avoids what is slow on a CPU. The results are the same, but for rounding, or better.
 
-    Depthwise convolutions, and BatchNorm with the ReLU behind it where the graph says which belong together, are
-    compiled functions where there is a compiler (depthwise.py, batchnorm.py).
+    Depthwise convolutions, and BatchNorm with the ReLU or hard swish behind it where the graph says which belong
+    together, are compiled functions where there is a compiler (depthwise.py, batchnorm.py).
     """
     changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
-    norms = {module: False for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(Exception):  # a network that cannot be followed keeps its ReLUs
-        for point in points(model):
-            if point.rectified and len(point.branches) == 1 and point.branches[0].norm:
-                norms[model.get_submodule(point.branches[0].norm)] = True
+    norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
+    with contextlib.suppress(Exception):  # a network that cannot be followed keeps its activations
+        for point in points(model, ACTIVATIONS):
+            if point.activation != "none" and len(point.branches) == 1 and point.branches[0].norm:
+                norms[model.get_submodule(point.branches[0].norm)] = point.activation
                 changed.append((model.get_submodule(point.name), nn.Identity))
-    changed += [(norm, type("BatchNorm", (BatchNorm,), {"relu": relu})) for norm, relu in norms.items()]
+    changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
+                for norm, activation in norms.items()]
     before = [(module, type(module)) for module, _ in changed]
     for module, other in changed:
         module.__class__ = other
