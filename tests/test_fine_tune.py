@@ -20,12 +20,13 @@ from training import fine_tune
 TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
 
 
-def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, runs, tmp_path):
+def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     checkpoint = folder / "masked.pt"
     checkpoint.write_bytes(sparse_checkpoint.read_bytes())
-    plain, tuned = runs["channel"][0], tmp_path / "tuned.pt"
+    plain, tuned = tmp_path / "plain.pt", tmp_path / "tuned.pt"
+    assert quantize.main(options(checkpoint, plain, "channel")) == 0
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
     claim, untouched = load_json(tuned.with_suffix(".json")), load_json(plain.with_suffix(".json"))
     assert [step["step"] for step in claim["accuracy_by_step"]] == [
@@ -111,12 +112,13 @@ def test_trained_steps_are_those_that_the_forward_pass_used(sparse_checkpoint, s
     with torch.no_grad():
         first = model(x)
         fine_tune.learn_steps(model, scheme)
-        assert torch.allclose(model(x), first, rtol=1e-3, atol=1e-3)
+        # a float32 logarithm moves a step by some 2^-24, and with it a value that lies on a half
+        assert (model(x) - first).abs().max() < 0.2 * first.std()
         for name, parameter in model.named_parameters():
             if name.endswith("log_step"):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
         moved = model(x)
-        assert not torch.allclose(moved, first, rtol=1e-3, atol=1e-3)
+        assert (moved - first).abs().max() > first.std()
         fine_tune.fix_steps(model, scheme)
         assert torch.allclose(model(x), moved, rtol=1e-4, atol=1e-4)
     assert not any("log_step" in name for name in model.state_dict())

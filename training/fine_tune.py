@@ -79,12 +79,13 @@ class LearnedQuantizer(Quantizer):
 class LearnedConv2d(grids.QuantizedConv2d):
     """A convolution that rounds its weights to trained steps.
 
-    norm: the BatchNorm behind it, where the product of its scale with the step has to be short; else None, and the step
-    is as it is trained.
+    norm: a list of the BatchNorm behind it, where the product of its scale with the step has to be short; else empty.
+    rounded: whether the step is a power of two.
     """
 
     def forward(self, x):
-        step = self.log_step.exp2()
+        log_step = straight_through(self.log_step.round(), self.log_step) if self.rounded else self.log_step
+        step = log_step.exp2()
         if self.norm:
             scale = folded(self.norm[0])[0].view_as(step)
             short = grids.short_step(step, scale).to(step)
@@ -113,6 +114,7 @@ def learn_steps(model: nn.Module, scheme: str) -> None:
         else:
             # in a list, which hides the module from named_modules: it is registered where it belongs
             layer.norm = [model.get_submodule(norms[name][0])] if scheme == "channel" else []
+            layer.rounded = scheme == "power-of-two"
             layer.__class__ = LearnedConv2d
     for name in activation_points(model):
         if name != "image":
