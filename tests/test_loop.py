@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ from compressed import cifar100
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors
 from compressed.graph import weight_layers
-from training import loop, plan
+from training import loop, plan, progress
 from training.loop import Processes, Settings
 from training.magnitude import GradualMagnitude
 from training.plan import learning_rate
@@ -434,10 +435,23 @@ def test_progress_where_there_is_no_terminal(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert len(lines) == 9
     assert re.fullmatch(r"stage epoch 0\.67/3: [\d,]+ images/s at 32x32, lr 0\.0\d+, loss \d+\.\d+, train [\d.]+%, "
-                        r"22\.2% done, 0 min left",
+                        r"22\.2% done, \d+ s left",
                         lines[1])
     stage(tmp_path / "quiet")
     assert "images/s" not in capsys.readouterr().out
+
+
+def test_the_time_left_is_that_of_the_whole_run(tmp_path, capsys, monkeypatch):
+    """Once early, after some steps; and with the stages that follow, in proportion to their images' pixels."""
+    monkeypatch.setattr(progress, "FIRST", 4)
+    clock = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a second between two looks
+    stage(tmp_path, later=9 * 32**2 * SETTINGS.batch_size, show_seconds=100)
+    line, = (line for line in capsys.readouterr().out.splitlines() if "images/s" in line)
+    rate, = re.findall(r"([\d.]+) images/s", line)
+    left, = re.findall(r"(\d+) s of the run left", line)
+    assert int(left) == pytest.approx((9 - 4 + 9) * SETTINGS.batch_size / float(rate), abs=1)
+    assert [progress.duration(seconds) for seconds in (59.6, 1500, 26280)] == ["60 s", "25 min", "7.3 h"]
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

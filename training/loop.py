@@ -48,7 +48,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
           prepare=lambda model, epoch: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
           eval_every: int = 1, save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
-          processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
+          later: float = 0, processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
     """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
 
     name:     of the stage and its files: FOLDER/NAME.jsonl (a line an epoch), FOLDER/NAME.state/ while it runs, and
@@ -59,6 +59,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     prepare:  called with the model and the epoch, from 0, before the epoch's first step: to set modes.
     context:  what else decides the result (plain values): a state is only resumed under the same.
     start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
+    later:    the work (Plan.work) of the stages that follow, for the time that is left.
     began:    called once nothing stands against the stage any more, before its first step.
     """
     stage = Stage(name, model, train_data, settings, Path(folder), penalty, penalty_updates, masks, teachers, context,
@@ -75,10 +76,11 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
             epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
             prepare(model, epoch)
             stage.begin(epoch)
-            shown = Progress(stage, epoch, show_seconds)
+            shown = Progress(stage, epoch, show_seconds, later)
             at_end.callback(shown.close)
             for i in range(first, plan.epoch_steps):
                 stage.step(epoch, i)
+                stage.first_steps += 1
                 shown.step(i + 1)
                 pause = processes.agree(bool(asked) or stage.seconds_here() > max_seconds, stage.device)
                 if i + 1 == plan.epoch_steps:
@@ -122,6 +124,7 @@ class Stage:
         self.graphs = Graphs(self.learn_on_one, self.device) if recordable else None
         self.rates = {}  # {factor: the learning rate times it, on the device}
         self.result = None  # the finished model
+        self.first_steps = 0  # made by this process
 
     # -- from one state to the next
 

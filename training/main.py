@@ -281,8 +281,24 @@ def describe_machine(device: torch.device, processes: loop.Processes) -> str:
     return f"{processes.count} process(es), {where}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def run_stage(stage: str, args, data, test, device, processes, deadline: float) -> bool:
-    """Train one stage and write its weights. False if that was all for now: the time ran out, or SIGTERM came."""
+def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str]:
+    """Return what is about to be trained: device, network, images, stages with their steps, run folder."""
+    parts, args = [], by_stage[stages[0]]
+    for stage in stages:
+        settings = settings_for(stage, by_stage[stage], device)
+        work = plan.Plan(settings, len(data), processes, 1)
+        parts.append(f"{stage} {work.steps:,} steps ({settings.epochs} epochs in batches of {work.batch_size}, "
+                     f"{settings.optimizer}, images {settings.sizes}, {len(by_stage[stage].teacher)} teachers)")
+    recipe = f"; recipe {args.recipe}" if args.recipe else ""
+    return [f"{args.network} on {describe_machine(device, processes)}; {len(data):,} train images; "
+            f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
+
+
+def run_stage(stage: str, args, data, test, device, processes, deadline: float, later: float = 0) -> bool:
+    """Train one stage and write its weights; later: the work of the stages behind it.
+
+    Return False if that was all for now: the time ran out, or SIGTERM came.
+    """
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
@@ -303,7 +319,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
             teachers=taught_by, context={"network": args.network}, resume=args.resume, start_epoch=args.start_epoch,
             eval_every=args.eval_every, save_seconds=args.save_seconds, show_seconds=args.show_seconds,
-            max_seconds=deadline - time.monotonic(), processes=processes, began=began)
+            max_seconds=deadline - time.monotonic(), later=later, processes=processes, began=began)
     if finished is None:
         return False
     if processes.first:
@@ -321,7 +337,12 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
-    refuse_early([stage for stage in chosen or STAGES if stage not in there], by_stage, device)
+    missing = [stage for stage in chosen or STAGES if stage not in there]
+    refuse_early(missing, by_stage, device)
+    if missing and processes.first:
+        print("\n".join(head_lines(missing, by_stage, data, device, processes)), flush=True)
+    work = {stage: plan.Plan(settings_for(stage, by_stage[stage], device), len(data), processes, 1).work()
+            for stage in missing}
     if processes.count > 1:
         dist.barrier()  # all processes have found the same files
     if processes.first and args.recipe:
@@ -338,7 +359,8 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
             continue
         options = by_stage[stage]
         options.start, options.start_epoch = start, start_epoch
-        if not run_stage(stage, options, data, test, device, processes, deadline):
+        later = sum(work[other] for other in missing[missing.index(stage) + 1:])
+        if not run_stage(stage, options, data, test, device, processes, deadline, later):
             break
         start, start_epoch = None, 0  # --start is where the first stage began
 

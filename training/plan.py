@@ -152,6 +152,10 @@ class Plan:
         last = round(self.settings.clean * self.settings.epochs)
         return "none" if epoch >= self.settings.epochs - last else self.settings.mixing
 
-    def to_come(self, step: int) -> float:
-        """The cost of the steps from this one on, in steps like the one before."""
-        return sum(size**2 for size in self.sizes[step:]) / self.sizes[step - 1] ** 2
+    def work(self, step: int = 0) -> int:
+        """Return the pixels of all images of the steps from this one on: what a step costs is in proportion."""
+        return self.batch_size * sum(size**2 for size in self.sizes[step:])
+
+    def work_of(self, step: int) -> int:
+        """Return the pixels of one step."""
+        return self.batch_size * self.sizes[step] ** 2

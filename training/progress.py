@@ -7,11 +7,24 @@ import time
 from training.plan import Settings
 
 
-class Progress:
-    """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`."""
+FIRST = 50  # steps after which the time left is shown for the first time: compilation and caches are behind it by then
 
-    def __init__(self, stage, epoch: int, seconds: float):
-        self.stage, self.epoch = stage, epoch
+
+def duration(seconds: float) -> str:
+    """Return a time as text, in the unit that fits: "40 s", "25 min", "7.3 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`.
+
+    later: the work (see Plan.work) of the stages that follow in this run.
+    """
+
+    def __init__(self, stage, epoch: int, seconds: float, later: float = 0):
+        self.stage, self.epoch, self.later = stage, epoch, later
         self.last, self.at = stage.progress["step"] % stage.plan.epoch_steps, time.monotonic()
         self.seconds, self.bar = seconds if stage.processes.first else math.inf, None
         if stage.processes.first and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -21,22 +34,24 @@ class Progress:
             self.seconds = 0.5
 
     def step(self, done: int) -> None:
-        """`done` of the epoch's steps are made."""
+        """Show how far the run is, if it is time to; `done` of the epoch's steps are made."""
         now = time.monotonic()
-        if now - self.at < self.seconds:  # reading the totals waits for the device: seldom
+        first = self.stage.first_steps == FIRST and self.stage.processes.first
+        if now - self.at < self.seconds and not first:  # reading the totals waits for the device: seldom
             return
         stage, plan, epochs = self.stage, self.stage.plan, self.stage.settings.epochs
         rate = (done - self.last) / (now - self.at)
         loss, correct = (stage.totals * stage.processes.count / done).tolist()
+        step, at = stage.progress["step"], self.epoch + done / plan.epoch_steps
+        left = (plan.work(step) + self.later) / plan.work_of(step - 1) / rate
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", refresh=False)
+            self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", left=duration(left), refresh=False)
             self.bar.update(done - self.last)
         else:
-            step, at = stage.progress["step"], self.epoch + done / plan.epoch_steps
-            size, minutes = plan.sizes[step - 1], plan.to_come(step) / rate / 60
+            size, whole = plan.sizes[step - 1], "of the run " if self.later else ""
             print(f"{stage.name} epoch {at:.2f}/{epochs}: {rate * plan.batch_size:,.0f} images/s at {size}x{size}, "
                   f"lr {plan.lrs[step - 1]:.4g}, loss {loss:.4f}, train {correct:.2%}, {at / epochs:.1%} done, "
-                  f"{minutes:,.0f} min left", flush=True)
+                  f"{duration(left)} {whole}left", flush=True)
         self.last, self.at = done, now
 
     def close(self) -> None:
