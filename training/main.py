@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -276,11 +275,6 @@ def starting_point(stage: str, args) -> nn.Module:
     return networks.make(args.network)
 
 
-def describe_machine(device: torch.device, processes: loop.Processes) -> str:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads.cores()} core(s)"
-    return f"{processes.count} process(es), {where}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
 def run_stage(stage: str, args, data, test, device, processes, deadline: float) -> bool:
     """Train one stage and write its weights. False if that was all for now: the time ran out, or SIGTERM came."""
     settings = settings_for(stage, args, device)
@@ -293,7 +287,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     def began():
         if processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            save_record({"stage": stage, "machine": describe_machine(device, processes),
+            save_record({"stage": stage, "machine": threads.describe_machine(device, processes.count),
                          "train_images": len(data.labels), "commit": git_commit(),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
