@@ -19,7 +19,6 @@ Powers of two make the evaluation exact: see compressed/exact_network.py, the ne
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 import tomllib
 from fractions import Fraction
@@ -33,7 +32,7 @@ from compressed import cifar100, claims, counting, dead_weight, networks, thread
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
-from compressed.evaluation import Paused, evaluate, logits, renew_means, renew_statistics
+from compressed.evaluation import Paused, evaluate, logits, renew_means, renew_statistics, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, folded, probe_logits, quantize_activations
 from compressed.files import (
     git_commit,
@@ -382,8 +381,7 @@ def fine_tune(model: nn.Module, train_data, test_data, args, steps_before=()) ->
 
     def began():
         (folder / "quantized.pt").unlink(missing_ok=True)  # of other options
-        where = f"CPU, {threads.cores()} cores" if cpu else torch.cuda.get_device_name()
-        save_record({"stage": "quantized", "machine": f"{where}, torch {torch.__version__}",
+        save_record({"stage": "quantized", "machine": threads.describe_machine(train_data.labels.device),
                      "train_images": len(train_data), "commit": git_commit(),
                      "settings": dataclasses.asdict(settings), "options": options_of(args),
                      "source_sha256": sha256(args.checkpoint), "accuracy_by_step": list(steps_before)},
@@ -532,12 +530,17 @@ def main(argv=None) -> int:
     network, formats = ship(model, args.scheme, accuracies)
     save_tensors(network.state_dict(), args.out)
     last = accuracies.steps[-1]
+    accuracy = {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]}
+    duplicates = cifar100.near_duplicates(args.data) if data_name == "test" else None
+    if duplicates is not None:
+        accuracy["without_duplicates"] = without_duplicates(exact_network(network, formats["activations"]),
+                                                            accuracies.data, last["correct"], duplicates)
     claim = formats | {
-        "accuracy": {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]},
+        "accuracy": accuracy,
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
-                    "machine": f"{platform.machine()}, {threads.cores()} cores, torch {torch.__version__}",
+                    "machine": threads.describe_machine(device),
                     "source_sha256": sha256(args.checkpoint),
                     "training": training_record(args.checkpoint, tuned=args.epochs > 0)}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))
