@@ -17,7 +17,6 @@ behind its accumulators is too rare to be seen (see tools/export_onnx.py).
 Powers of two make the evaluation exact: see compressed/exact_network.py, the network that computes on these grids.
 """
 import argparse
-import platform
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from compressed import cifar100, claims, counting, dead_weight, grids, networks,
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
-from compressed.evaluation import evaluate, logits, renew_means, renew_statistics
+from compressed.evaluation import evaluate, logits, renew_means, renew_statistics, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, probe_logits, quantize_activations
 from compressed.files import (
     git_commit,
@@ -222,12 +221,17 @@ def main(argv=None) -> int:
     network, formats = ship(model, networks.make(args.network), args.scheme, accuracies)
     save_tensors(network.state_dict(), args.out)
     last = accuracies.steps[-1]
+    accuracy = {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]}
+    duplicates = cifar100.near_duplicates(args.data) if data_name == "test" else None
+    if duplicates is not None:
+        accuracy["without_duplicates"] = without_duplicates(exact_network(network, formats["activations"]),
+                                                            accuracies.data, last["correct"], duplicates)
     claim = formats | {
-        "accuracy": {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]},
+        "accuracy": accuracy,
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
-                    "machine": f"{platform.machine()}, {threads.cores()} cores, torch {torch.__version__}",
+                    "machine": threads.describe_machine(device),
                     "source_sha256": sha256(args.checkpoint),
                     "training": training_record(args.checkpoint, tuned=tuning is not None)}}
     save_record(made_claim(args.out, args.network, claim), claims.claim_path(args.out))

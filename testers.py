@@ -17,10 +17,13 @@ from torch import nn
 from compressed import checkpoints, cifar100, claims, counting, threads
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
-from compressed.evaluation import evaluate
+from compressed.evaluation import evaluate, without_duplicates
 from compressed.exact_network import exact_network, probe_logits
 from compressed.formats import Formats, exponent, found_formats
 from compressed.graph import neighbours
+
+
+REORDERED = "not known, the images of this copy are not in the published order"
 
 
 def exactness(model, formats: Formats) -> int:
@@ -91,8 +94,9 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
 
 
 def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
-    """{"data", "loss", "correct", "images"}, or nothing without the data. Adds to problems what the claim gets
-    wrong."""
+    """{"data", "loss", "correct", "images"}, or nothing without the data; and of the test set "without_duplicates",
+    {"correct", "images"} of those without a near-duplicate in the train set, None if it is not known which these are.
+    Adds to problems what the claim gets wrong."""
     try:
         data, name = cifar100.chosen(args, "test")
     except BadInput as error:
@@ -105,6 +109,14 @@ def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) 
         problems.append(f"the accuracy was not verified: tested were {len(data)} {name} images, claimed is {claimed}")
     elif claimed.get("correct") != correct:
         problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
+    elif name == "test":
+        duplicates = cifar100.near_duplicates(args.data)
+        part = None if duplicates is None else without_duplicates(network, data, correct, duplicates)
+        stated = claimed.get("without_duplicates", part)
+        if stated != part:
+            problems.append(f"without near-duplicates in the train set, claimed is {stated}, found "
+                            + ("nothing: " + REORDERED if part is None else f"{part}"))
+        found["without_duplicates"] = part
     return found
 
 
@@ -112,8 +124,18 @@ def accuracy_lines(found: dict) -> list[str]:
     if not found:
         return ["Accuracy: NOT VERIFIED, the data is missing"]
     correct, images = found["correct"], found["images"]
-    return [f"Loss: {found['loss']:.4f} ({found['data']} set)",
-            f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
+    lines = [f"Loss: {found['loss']:.4f} ({found['data']} set)",
+             f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
+    if "without_duplicates" in found:
+        lines.append(duplicates_line(found["without_duplicates"]))
+    return lines
+
+
+def duplicates_line(part: dict | None) -> str:
+    head = "  of images without a near-duplicate in the train set: "
+    if part is None:
+        return head + REORDERED
+    return f"{head}{part['correct']}/{part['images']} ({part['correct'] / part['images']:.2%})"
 
 
 def main(argv=None) -> int:

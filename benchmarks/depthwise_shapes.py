@@ -17,10 +17,8 @@ from compressed import kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
-from compressed.threads import prepare
+from compressed.threads import describe_machine, prepare
 from mobilenet_v2 import MobileNetV2
-from training import loop
-from training import main as training_main
 from training.depthwise import Convolve
 
 COMPILED = "bfloat16 compiled"
@@ -72,8 +70,9 @@ def main(argv=None) -> int:
     prepare()  # on a CPU one thread, as a worker of training has
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     batch = args.batch_size or (512 if device.type == "cuda" else 64)
-    machine = training_main.describe_machine(device, loop.Processes())
-    print(f"{machine}; batch {batch}; forward + backward in ms")
+    machine = describe_machine(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"batch {batch}; forward + backward in ms")
     here = [name for name in VARIANTS
             if name != COMPILED or device.type == "cpu" and kernels.library(torch.bfloat16) is not None]
     print(f"{'channels':>8}{'side':>6}{'stride':>8}" + "".join(f"{name:>20}" for name in here))

@@ -236,8 +236,9 @@ def main(argv=None) -> int:
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
                                    "--mixing", "none", "--refresh", "0", "--precision", args.precision])
     settings = training_main.settings_for("pretrain", options, device)
-    where = training_main.describe_machine(device, loop.Processes())
-    print(f"{where}; {args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
+    where = threads.describe_machine(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"{args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
     speeds, ratios = compare(settings, device, args.images, args.rounds, args.alone), {}
     for name, (above, below) in RATIOS.items():
         if {above, below} <= speeds.keys():

@@ -8,6 +8,7 @@ the environment variable CIFAR100_DIR, then in ./data.cifar100, and downloaded t
 A training step: parameters are drawn for the whole batch first (`draw`) and then applied to images (`augment`). A
 process of several draws for the global batch and applies its slice, so that it gets what one process would.
 """
+import csv
 import dataclasses
 import hashlib
 import http.client
@@ -32,6 +33,7 @@ CLASSES = 100
 IMAGE_SIZE = 32
 HOLDOUT_PER_CLASS = 50
 FOLDER = Path("data.cifar100")
+NEAR_DUPLICATES = Path(__file__).with_name("near_duplicates.csv")
 SET = "cifar-100-python"  # the name of the folder inside the published archive
 HOW_TO_POINT = "point at a local copy with --data FOLDER or CIFAR100_DIR=FOLDER"
 
@@ -190,6 +192,22 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
         held = np.isin(np.arange(len(order)), held)
         order = order[held if split == "holdout" else ~held]
     return Images(torch.from_numpy(images[order]).to(device), torch.from_numpy(labels[order]).to(device))
+
+
+def near_duplicates(folder=None) -> torch.Tensor | None:
+    """Return which test images, bool [N] in canonical order, have a near-duplicate in the train set; None if unknown.
+
+    Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of Near-Duplicates", J. Imaging 2020 (ciFAIR): 891
+    images, judged by people. Their list counts in the order of the published file; a copy in another order, which has
+    another MD5, does not tell which images these are.
+    """
+    path = find(folder) / "test"
+    if file_md5(path) != MD5["test"]:
+        return None
+    keys = digests(*read(path))
+    rows = [line for line in NEAR_DUPLICATES.read_text().splitlines() if not line.startswith("#")]
+    listed = {int(row["test_index"]) for row in csv.DictReader(rows)}
+    return torch.tensor([i in listed for i in sorted(range(len(keys)), key=keys.__getitem__)])
 
 
 def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:

@@ -2,6 +2,7 @@
 
     sha256               of the checkpoint file
     accuracy             {"data", "correct", "images", "loss"}, and accuracy_by_step, what each step of quantize.py left
+                         (accuracy: and "without_duplicates", {"correct", "images"}, see cifar100.near_duplicates)
     tensors              [{"name", "bits", "step" (or "kind": "float16")}]: the format of every parameter
     activations          [{"name", "bits", "signed", "step"}]: the format of every activation point
     counts               zeros, storage, operations and score (see counting.summary)

@@ -3,8 +3,8 @@
     score = parameter storage / 36.5M + operations / 10.49B
 
 Storage: a b-bit value counts b/32; a sparse tensor is its non-zeros and one mask bit for every position.
-Operations, for one image: a multiplication counts max(bits of its two inputs)/32, an addition its accumulator's
-bits/32. Multiplications by stored zeros do not count. Source: the challenge's rules and the organisers' counter
+Operations, for one image: a multiplication or addition counts the larger width of its two inputs/32; the inputs of an
+addition have the width of the accumulator. Source: the challenge's rules and the organisers' counter
 (google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
 
 The operations are those that `torch.fx` finds in the network itself; whatever this file has no rule for raises, because
@@ -15,7 +15,8 @@ a skipped layer flatters the score. Where the rules leave a choice, the dearer o
 - ReLU is a multiplication of the value *before* it is rounded to the next activation's width, so at full width.
 - A residual addition is an addition at full width, too; an average of n values is n - 1 additions and a multiplication,
   although a multiplication by 1/16 is a shift.
-- Rounding and clipping to an activation's grid neither multiply nor add: with steps that are powers of two they shift.
+- Rounding to an activation's grid is free: the rules need no tally of conversions to a format whose values float32
+  holds exactly.
 
 An accumulator's length is counted by one of three conventions (the challenge's table has a column for each):
 
@@ -54,9 +55,8 @@ def macs(operations: list[Operation]) -> int:
 def tree_additions(terms: int, leaf_bits: int) -> Counter:
     """{bits: additions} of a balanced binary tree that adds `terms` numbers of `leaf_bits` bits; terms - 1 in all.
 
-    m numbers become ceil(m/2) by floor(m/2) additions; an odd one waits. An addition counts the width of its *inputs*:
-    the first level `leaf_bits`, each further level one bit more, up to 32. So the submission counted, so the table of
-    the challenge does; it is slightly optimistic, because a sum can have one bit more than its inputs.
+    m numbers become ceil(m/2) by floor(m/2) additions; an odd one waits. By the rules an addition counts the larger
+    width of its *inputs*: the first level `leaf_bits`, each further level one bit more, up to 32.
     """
     additions, bits = Counter(), min(leaf_bits, WORD)
     while terms > 1:
@@ -166,7 +166,7 @@ def mean(op: Operation, inputs, formats: Formats, convention: str, density):
 
 
 def point(op: Operation, inputs, formats: Formats, convention: str, density):
-    """An activation point costs nothing: values are rounded to the grid that the next layers read."""
+    """An activation point costs nothing: float32 holds the grid that it rounds to exactly."""
     return Counter(), Counter(), formats.activation(op.name, inputs[0].signed)
 
 

@@ -38,6 +38,17 @@ def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
     return loss / len(data), int((found.argmax(1) == data.labels).sum())
 
 
+def without_duplicates(network: nn.Module, data: cifar100.Images, correct: int, duplicates: Tensor) -> dict[str, int]:
+    """Return {"correct", "images"} of the images that are no near-duplicates, from the number correct among all.
+
+    duplicates: bool [N or more], as cifar100.near_duplicates gives them. Only these are evaluated.
+    """
+    marked = duplicates[:len(data)].to(data.labels.device)
+    if marked.any():
+        correct -= evaluate(network, cifar100.Images(data.images[marked], data.labels[marked]))[1]
+    return {"correct": correct, "images": len(data) - int(marked.sum())}
+
+
 def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str,
                      generator: torch.Generator) -> None:
     """New BatchNorm statistics from `count` train images, in place; leaves the model in eval mode.

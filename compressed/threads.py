@@ -9,6 +9,7 @@ time.
 import contextlib
 import ctypes
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
@@ -23,6 +24,14 @@ def cores() -> int:
     except AttributeError:  # not Linux
         count = os.cpu_count() or 1
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def describe_machine(device, processes: int = 1) -> dict:
+    """Return the machine of a result: the device ("CPU", or the GPU's name), the cores of each process, the number
+    of processes, and the versions of torch and Python."""
+    gpu = torch.device(device).type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if gpu else "CPU", "cores": cores(), "processes": processes,
+            "torch": torch.__version__, "python": platform.python_version()}
 
 
 def prepare() -> None:

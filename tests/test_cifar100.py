@@ -222,6 +222,26 @@ def test_the_published_md5_alone_is_enough(small, monkeypatch):
     assert len(cifar100.load(small, "train")) == 200
 
 
+def test_near_duplicates_are_known_in_the_published_order_alone(small, tmp_path, monkeypatch):
+    """The list is by the published file's order; it is never applied to a copy in another one."""
+    assert cifar100.near_duplicates(small) is None  # another MD5
+    monkeypatch.setitem(cifar100.MD5, "test", cifar100.file_md5(small / "test"))
+    (tmp_path / "list.csv").write_text("# source\ntest_index,train_index,judgment\n7,0,0\n42,1,2\n")
+    monkeypatch.setattr(cifar100, "NEAR_DUPLICATES", tmp_path / "list.csv")
+    marked, test = cifar100.near_duplicates(small), cifar100.load(small, "test")
+    raw = content(100, 1)["data"]
+    assert {image.numpy().tobytes() for image in test.images[marked]} == {raw[7].tobytes(), raw[42].tobytes()}
+    assert marked.dtype == torch.bool and marked.shape == (100,)
+
+
+def test_the_list_of_near_duplicates():
+    lines = cifar100.NEAR_DUPLICATES.read_text().splitlines()
+    rows = [[int(x) for x in line.split(",")] for line in lines[3:]]
+    assert lines[2] == "test_index,train_index,judgment" and len({row[0] for row in rows}) == len(rows) == 891
+    assert [sum(row[2] == kind for row in rows) for kind in range(3)] == [39, 582, 270]
+    assert all(0 <= test < 10_000 and 0 <= train < 50_000 for test, train, _ in rows)
+
+
 def test_holdout_is_apart_and_has_as_many_of_each_class(small, monkeypatch):
     monkeypatch.setattr(cifar100, "HOLDOUT_PER_CLASS", 1)
     fit, held, train = (cifar100.load(small, split) for split in ("fit", "holdout", "train"))

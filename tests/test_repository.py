@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import testers
-from compressed import cifar100, counting
+from compressed import cifar100, counting, threads
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, sha256
 from compressed.graph import trace
@@ -26,8 +26,9 @@ shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), 
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py"))
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
+TOOL_LIBRARIES = {"tools.figures"}  # without a command line: tools may import them, nothing else does
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
-           *(name for name in FILES if name.startswith("tools."))}
+           *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
 
 def pages(folder, changed=None, text=None) -> None:
@@ -58,6 +59,7 @@ def test_imports_point_one_way(module):
     """Scripts and tools -> training -> compressed -> the network: verifying needs no training code."""
     assert SCRIPTS <= set(FILES)
     assert not imported(module) & SCRIPTS
+    assert module.startswith("tools.") or not imported(module) & TOOL_LIBRARIES
     if module.startswith("compressed.") or module in ("testers", "check_model_operations"):
         assert not any(name.split(".")[0] == "training" for name in imported(module))
 
@@ -298,16 +300,38 @@ def test_the_dense_baseline_is_the_file_that_was_tested(capsys):
     assert json.loads(capsys.readouterr().out)["counts"] == tested["counts"]
 
 
-def test_the_curve_is_continued():
-    def line(images, correct):
-        return {"images": images, "correct": correct, "tested": 1000}
-    history = [line(1, 100), line(1e6, 700), line(2e6, 750)]  # 5 points for twice as many
-    assert report.images_to_reach(80, history) == pytest.approx(4e6)
-    assert report.images_to_reach(90, history) == pytest.approx(16e6)
-    again = [line(1, 100), line(1e6, 700), line(2e6, 720), line(2e6, 750)]  # the same network, quantized better
-    assert report.images_to_reach(80, again) == pytest.approx(4e6)
-    for none in (history[:1], [*history, line(3e6, 750)], [*history, line(3e6, 800)], []):
-        assert report.images_to_reach(80, none) is None
+@pytest.mark.parametrize("recorded, device", (
+    ("1 process(es), CPU, 2 core(s), torch 2.14.1+cu130, Python 3.11.7", "2 CPU cores"),
+    ("2 process(es), CPU, 1 core(s), torch 2.14.1, Python 3.11.7", "2 CPU cores"),
+    ("CPU, 1 cores, torch 2.14.1+cu130", "1 CPU core"),
+    ("4 process(es), NVIDIA H200, torch 2.11.0+cu130, Python 3.12.3", "4 NVIDIA H200"),
+    ("NVIDIA H200, torch 2.11.0+cu130", "1 NVIDIA H200"),
+    ({"device": "AMD Instinct MI300X", "cores": 8, "processes": 1}, "1 AMD Instinct MI300X"),
+    ({"device": "CPU", "cores": 8, "processes": 3}, "24 CPU cores")))
+def test_the_machine_of_a_record(recorded, device):
+    assert report.device(report.machine(recorded)) == device
+
+
+def test_hours_are_summed_by_device():
+    cpu, gpu = threads.describe_machine("cpu"), {"device": "AMD Instinct MI300X", "cores": 8, "processes": 1}
+    stages = [{"stage": name, "machine": machine, "last_epoch": {"seconds": seconds}} for name, machine, seconds in (
+        ("pretrain", cpu | {"cores": 16}, 5400), ("rew", gpu, 60), ("masked", cpu | {"cores": 16}, 3600),
+        ("quantized", gpu, 120))]
+    measured = report.Measured({"made_by": {"training": stages}}, {}, {}, {}, [])
+    assert measured.hours() == "2.5 h on 16 CPU cores, 3 min on 1 AMD Instinct MI300X"
+
+
+@shipped
+def test_a_table_of_what_is_not_measured_yet_is_left_out():
+    """What other tools add to the claim after quantize.py; a fault in a table still shows."""
+    claim = load_json(ROOT / "cifar100_mobilenetv2.json")
+    theirs, dense = {"bits": 0}, load_json(ROOT / "record/dense.tested.json")
+    counted = {c: [] for c in counting.CONVENTIONS}
+    early = {key: part for key, part in claim.items() if key not in ("packed", "integer", "onnx")}
+    all_of, some = (report.tables(report.Measured(each, counted, theirs, dense, [])).keys() for each in (claim, early))
+    assert all_of - some == {"packed", "executed", "accumulators"}
+    with pytest.raises(LookupError):
+        report.tables(report.Measured(early | {"packed": {}}, counted, theirs, dense, []))
 
 
 def test_fill():

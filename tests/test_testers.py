@@ -17,6 +17,8 @@ import testers
 from compressed import cifar100, grids
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import run_script
+from compressed.evaluation import logits
+from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
 from compressed.formats import Activation, Formats, Grid
 from compressed.graph import neighbours, weight_layers
@@ -143,10 +145,33 @@ def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
     monkeypatch.setattr(cifar100, "load", lambda folder, split,
                         device: cifar100.Images(torch.zeros(images, 1), torch.zeros(images)))
     monkeypatch.setattr(testers, "evaluate", lambda network, data: (1.5, correct))
+    monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: None)
     shipped.with_suffix(".json").unlink()
     status, out, _ = run("--checkpoint", shipped)
     assert status == 0
     assert f"\nLoss: 1.5000 (test set)\nAccuracy: {correct}/{images} ({100 * correct / images:.2f}%)\n" in out
+    assert "without a near-duplicate in the train set: not known" in out
+
+
+def test_the_images_without_a_near_duplicate(shipped, run, monkeypatch):
+    """Counted where the published order is known, held against the claim, and never made up elsewhere."""
+    claim, data = load_json(shipped.with_suffix(".json")), cifar100.made_up(100, 1)
+    marked = torch.arange(100) % 3 == 0
+    monkeypatch.setattr(cifar100, "load", lambda folder, split, device: data)
+    monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: marked)
+    network = exact_network(load_checkpoint(shipped), claim["activations"])
+    right = logits(network, data.images).argmax(1) == data.labels
+    part = {"correct": int(right[~marked].sum()), "images": 66}
+    claim["accuracy"]["data"] = "test"
+    for stated, wrong in ((None, False), (part, False), (part | {"correct": part["correct"] + 1}, True)):
+        claim["accuracy"] |= {} if stated is None else {"without_duplicates": stated}
+        save_record(claim, shipped.with_suffix(".json"))
+        status, out, err = run("--checkpoint", shipped)
+        assert status == 2 * wrong and ("without near-duplicates" in err) == wrong
+        assert f"a near-duplicate in the train set: {part['correct']}/66 (" in out
+    monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: None)
+    status, out, err = run("--checkpoint", shipped, "--json")
+    assert status == 2 and "found nothing" in err and json.loads(out)["without_duplicates"] is None
 
 
 # ------------------------------------------------------------------------------------------------------ without data

@@ -1,168 +1,59 @@
 """The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
 
-    python -m tools.report            figures/*.png, and the tables of PAGES between <!-- NAME --> and <!-- end NAME -->
+    python -m tools.report            figures/*.png (see tools/figures.py), and the tables of PAGES between
+                                      <!-- NAME --> and <!-- end NAME -->
     python -m tools.report --record   and first a line for the checkpoint in LOGS/shipped.jsonl: accuracy, images
     python -m tools.report --check    writes nothing; exit status 2 if a table there is not what it would write
-
-layers.png     sparsity and bits of every weight tensor
-cost.png       where storage and operations go
-training.png   loss and accuracy by epoch, stage after stage
-shipped.png    accuracy of all that was shipped, by the images that it had been trained on
-board.png      accuracy beside score, ours and the challenge's entries
 """
-import contextlib
 import dataclasses
 import json
-import math
 import re
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from compressed import (
-    checkpoints,  # noqa: E402
-    claims,  # noqa: E402
-    counting,  # noqa: E402
-)
-from compressed.command_line import command_line, run_script, some_path  # noqa: E402
-from compressed.counting import CONVENTIONS  # noqa: E402
-from compressed.errors import BadInput  # noqa: E402
-from compressed.files import load_json, load_lines, save_text, stage_logs  # noqa: E402
-from compressed.graph import trace  # noqa: E402
-from compressed.mnet import stated_formats  # noqa: E402
+from compressed import checkpoints, claims, counting
+from compressed.command_line import command_line, run_script, some_path
+from compressed.counting import CONVENTIONS
+from compressed.errors import BadInput
+from compressed.files import load_json, load_lines, save_text, stage_logs
+from compressed.formats import Formats
+from compressed.graph import trace
+from compressed.mnet import stated_formats
+from tools import figures
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
 STORED = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
           "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
-BLUE, ORANGE, GREY, GREEN, RED = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000"
-COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
-LAYERS = {"conv": "1x1 convolutions, and the stem", "depthwise": "depthwise convolutions", "linear": "linear layer"}
 HERE = Path(__file__).resolve().parent.parent
 LOGS = HERE / "record"
-STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
 SUBMISSION = 80.12  # its accuracy, in %
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
-# the challenge's entries for CIFAR-100, as published (ACCOUNT.md): name, accuracy in % (None: "80 or more"), score, its
-# accumulators
-BOARD = (("RIAIR", None, 0.0044, "tree"), ("KAIST AI", 80.07, 0.0054, "32-bit"), ("OSI AI", 80.04, 0.0058, "32-bit"),
-         ("MSUNet-v3", 80.13, 0.0108, "32-bit"), ("Woody, own count", 80.06, 0.0155, "tree"),
-         ("Woody, verified", 80.06, 0.0188, "tree"))
-# of labels that would overlap
-PLACES = {"RIAIR": (-8, 8, "right"), "KAIST AI": (-6, 10, "center"), "OSI AI": (8, 4, "left")}
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of the challenge for CIFAR-100 as published.
+
+    name: with its place among the entries (a team may have several). accuracy: in %, the figure that its score belongs
+    to first. scores: {convention: as published}, several where the entry states several.
+    """
+    name: str
+    network: str
+    accuracy: tuple[float, ...]
+    scores: dict[str, tuple[str, ...]]
+    said: str = ""  # of the accuracy, in place of the plain number
 
 
-def layers_figure(rows: list[dict], bits: dict[str, int]):
-    """Sparsity of every weight tensor by its index in the bit table, and the bits that are claimed for it."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1),
-                                         layout="constrained")
-    for kind, colour in COLOURS.items():
-        same = [row for row in rows if row["kind"] == kind]
-        top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour,
-                label=LAYERS[kind])
-    top.set(ylabel="zeros (%)", ylim=(0, 100), title="Sparsity and bits of the 58 weight tensors")
-    top.legend(loc="upper left", ncols=3, frameon=False)
-    bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
-               color=[RED if bits[row["name"]] < 8 else GREY for row in rows])
-    bottom.set(ylabel="bits (red: 6)", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)",
-               ylim=(0, 9), yticks=(0, 4, 6, 8), xlim=(-0.8, len(rows) - 0.2))
-    for axes in (top, bottom):
-        axes.grid(axis="y", color="#dddddd")
-        axes.set_axisbelow(True)
-    return figure
-
-
-def cost_figure(storage: dict[str, int], operations: dict[str, list[counting.Row]]):
-    """Storage by kind of value, and operations by kind of operation under the three accumulator conventions."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    parts = {kind: bits / 8e3 for kind, bits in storage.items() if kind != "total"}
-    bars = left.barh([STORED[kind] for kind in parts], list(parts.values()), color=BLUE)
-    left.bar_label(bars, fmt="{:,.1f} kB", padding=3)
-    left.invert_yaxis()
-    left.set(title=f"Storage: {storage['total'] / 8e3:,.0f} kB", xlabel="kB", xlim=(0, 1.3 * max(parts.values())))
-    kinds = list(dict.fromkeys(row.kind for rows in operations.values() for row in rows))
-    colours = dict(zip(kinds, (BLUE, GREY, GREEN, ORANGE, RED, "#75507b")))
-    base = dict.fromkeys(operations, 0.0)
-    for kind in kinds:
-        heights = {c: sum(row.bits for row in rows if row.kind == kind) / 32e6 for c, rows in operations.items()}
-        right.bar(list(heights), list(heights.values()), bottom=[base[c] for c in heights], color=colours[kind],
-                  label=f"{KINDS[kind]}: {heights['32-bit']:.2f}M of 32 bits")
-        base = {c: base[c] + heights[c] for c in base}
-    for i, total in enumerate(base.values()):
-        right.text(i, total, f"{total:.2f}M", ha="center", va="bottom")
-    right.set(title="Operations for one image", ylabel="millions of 32-bit operations", xlabel="accumulators",
-              ylim=(0, 1.8 * max(base.values())))
-    right.legend(frameon=False, loc="upper right")
-    return figure
-
-
-def training_figure(stages: list[list[dict]]):
-    """Training loss (left) and accuracy (right) by epoch, the stages one after the other, a line where one begins."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    start, labelled = 0, set()
-    for records in stages:
-        stage, epochs = records[0]["stage"], [start + record["epoch"] for record in records]
-        colour, hidden = STAGES[stage], "_" if stage in labelled else ""  # matplotlib leaves such labels out
-        labelled.add(stage)
-        left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=hidden + stage)
-        tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records)
-                  if "test_accuracy" in record]
-        if tested:
-            right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{hidden}{stage}: test, weight average")
-        right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour,
-                   label=f"{hidden}{stage}: train, augmented and mixed")
-        for axes in (left, right):
-            axes.axvline(start, color=GREY, lw=0.5)
-        start = epochs[-1]
-    left.set(title="Training loss (jumps: mixing ends before a stage does)", xlabel="epoch, all stages",
-             ylabel="cross-entropy with the mixed labels", ylim=(0, None))
-    right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(color="#dddddd")
-    return figure
-
-
-def shipped_figure(lines: list[dict]):
-    """Accuracy (%) of every checkpoint that was shipped, before and after quantization, by millions of images."""
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    images = [line["images"] / 1e6 for line in lines]
-    for key, colour, label in (("float", GREY, "masked, not quantized"), ("correct", BLUE, "shipped: quantized")):
-        axes.plot(images, [100 * line[key] / line["tested"] for line in lines], "o:", color=colour, label=label)
-    axes.axhline(SUBMISSION, color=RED, lw=0.8, ls="--", label="the submission")
-    axes.set(xlabel="images trained, of all stages (millions)", ylabel="accuracy on the test set (%)",
-             xlim=(0.9 * images[0], 1.05 * images[-1]))
-    axes.legend(frameon=False, loc="lower right")
-    axes.grid(color="#dddddd")
-    return figure
-
-
-def board_figure(accuracy: float, scores: dict[str, float]):
-    """Accuracy (%) over score: the entries under the accumulators of their published scores, ours under all three."""
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
-    for name, correct, score, convention in BOARD:
-        axes.plot(score, correct or 80, markers[convention], color=GREY, ms=8)
-        x, y, side = PLACES.get(name, (0, 8, "center"))
-        axes.annotate(name + (" (80 or more)" if correct is None else ""), (score, correct or 80), xytext=(x, y),
-                      textcoords="offset points", ha=side, fontsize=8)
-    for convention, score in scores.items():
-        axes.plot(score, accuracy, markers[convention], color=BLUE, ms=9)
-        axes.plot([], [], markers[convention], color="black", mfc="none", label=f"{convention} accumulators")
-    axes.plot([], [], "s", color=BLUE, label="ours")
-    axes.plot([], [], "s", color=GREY, label="the challenge's entries")
-    axes.axhline(80, color=RED, lw=0.8, ls="--", label="what an entry must reach")
-    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
-             ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * max(*scores.values(), BOARD[-1][2])),
-             ylim=(min(accuracy, 80) - 0.7, max(accuracy, 80) + 0.7))
-    axes.legend(frameon=False, loc="upper left" if accuracy > 81 else "lower left", fontsize=8)  # beside the entries
-    axes.grid(color="#dddddd")
-    axes.set_axisbelow(True)
-    return figure
+BOARD = (
+    Entry("RIAIR, 1st", "DenseNet-100 k=12, 75% sparse, 4-bit weights and activations (verified: 0.0044)",
+          (80.17, 80.39),
+          {"32-bit": ("0.008544",), "fixed": ("0.005234", "0.005236", "0.005440"),
+           "tree": ("0.004169", "0.004171", "0.004375")}, "80.17 in float16, 80.39 in float32"),
+    Entry("KAIST AI ver1, 2nd", "450,456 weights, 60% sparse, 16-bit", (80.07,), {"32-bit": ("0.0054454",)}),
+    Entry("KAIST AI ver2, 3rd", "471,184 weights, 60% sparse, 16-bit", (80.04,), {"32-bit": ("0.0056215",)}),
+    Entry("OSI AI, 4th", "470,776 weights, 64% sparse, early exit, 16-bit", (80.04,), {"32-bit": ("0.0058",)}),
+    Entry("MSUNet-v3, 5th", "ternary", (80.13,), {"32-bit": ("0.0108",)}),
+    Entry("Woody", "the sister submission, 8/6 bits; its own count, and the verified one", (80.06,),
+          {"tree": ("0.0155", "0.0188")}))
 
 
 def output_lines(accuracy: dict, counts: dict) -> list[str]:
@@ -180,6 +71,32 @@ def output_lines(accuracy: dict, counts: dict) -> list[str]:
     for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
         lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
     return lines
+
+
+def machine(recorded: dict | str) -> dict:
+    """Return the fields of the machine in a stage's record: "device", "cores" and "processes", and versions.
+
+    Older records have a text, "1 process(es), CPU, 2 core(s), torch 2.14.1, Python 3.11.7" or a part of it.
+    """
+    if isinstance(recorded, dict):
+        return recorded
+    fields = {"cores": 1, "processes": 1}
+    for part in recorded.split(", "):
+        if number := re.fullmatch(r"(\d+) (core|process)\W?e?s\W?", part):
+            fields[{"core": "cores", "process": "processes"}[number[2]]] = int(number[1])
+        elif version := re.fullmatch(r"(torch|Python) (\S+)", part):
+            fields[version[1].lower()] = version[2]
+        else:
+            fields["device"] = part
+    return fields
+
+
+def device(machine: dict) -> str:
+    """Return what computed on a machine, with its number: "2 CPU cores", "1 NVIDIA H200"."""
+    if machine["device"] != "CPU":
+        return f"{machine['processes']} {machine['device']}"
+    cores = machine["cores"] * machine["processes"]
+    return f"{cores} CPU core{'s' * (cores > 1)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +135,20 @@ class Measured:
         return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
 
     def hours(self) -> str:
-        """Of all stages, by their logs: on each kind of machine."""
+        """The time of all stages by their logs, summed by the device that computed them."""
         seconds = {}
         for stage in self.stages.values():
-            where = "two CPU cores" if "CPU" in stage["machine"] else re.search(r"NVIDIA [^,]+", stage["machine"])[0]
+            where = device(machine(stage["machine"]))
             seconds[where] = seconds.get(where, 0) + stage["last_epoch"]["seconds"]
-        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on one {where}"
+        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on {where}"
                          for where, x in seconds.items())
 
+    def images(self) -> str:
+        return f"{self.history[-1]['images'] / 1e6:.2f}M" if self.history else "-"
+
     def by_penalty(self) -> str:
+        if "rew" not in self.stages:
+            return "-"
         zeros = self.stages["rew"]["last_epoch"]["zeros"]
         return f"{zeros:,} ({zeros / self.claim['counts']['weights']['all']['zeros']:.0%})"
 
@@ -248,8 +170,7 @@ def summary(m: Measured) -> str:
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
-        ("images trained; time", f"{m.history[-1]['images'] / 1e6:.2f}M; {m.hours()}",
-         "30M, and dense training", LOG),
+        ("images trained; time", f"{m.images()}; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open", CHECK),
@@ -259,12 +180,16 @@ def summary(m: Measured) -> str:
 
 def results(m: Measured) -> str:
     counts, by = m.claim["counts"], "by the submission's convention"
+    part = m.claim["accuracy"].get("without_duplicates")  # where the order of the published test file was known
+    unseen = [] if part is None else [
+        ("the same, of test images without a near-duplicate in the train set",
+         f"{part['correct'] / part['images']:.2%} ({part['correct']:,} of {part['images']:,})", "-", TEST)]
     exact, theirs = counts["weights"]["all"], counts["weights"]["submission"]
     return table(HEAD, [
         ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
-        ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
+        ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST), *unseen,
         ("lost by masking and quantizing", m.lost(), "1.80 points", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
@@ -299,11 +224,12 @@ def steps(m: Measured) -> str:
 def stages(m: Measured) -> str:
     rows = []
     for name, stage in m.stages.items():
-        last, settings = stage["last_epoch"], stage["settings"]
+        last, settings, where = stage["last_epoch"], stage["settings"], machine(stage["machine"])
         planned = settings["epochs"]
         epochs = planned if last["epoch"] == planned else f"{last['epoch']} of {planned}"
         rows.append((name, epochs, *(settings[key] for key in ("batch_size", "lr", "seed")), f"{last['zeros']:,}",
-                     m.tested(name), f"{last['seconds'] / 60:.0f} min", stage["machine"]))
+                     m.tested(name), f"{last['seconds'] / 60:.0f} min",
+                     f"{device(where)}, torch {where['torch']}"))
     return table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), rows)
 
 
@@ -373,28 +299,30 @@ def accumulators(m: Measured) -> str:
 
 
 def shipped(m: Measured) -> str:
-    rows = table(("images trained", "zeros", "masked, not quantized", "shipped", "checkpoint's SHA-256"), [
+    return table(("images trained", "zeros", "masked, not quantized", "shipped", "checkpoint's SHA-256"), [
         (f"{line['images'] / 1e6:.2f}M", f"{line['sparsity']:.2%}", m.percent(line["float"]),
          m.percent(line["correct"]), f"`{line['sha256'][:12]}`") for line in m.history])
-    images = images_to_reach(SUBMISSION, m.history)
-    return rows if images is None else (
-        f"{rows}\n\nA straight line through the last two, over the logarithm of the images, reaches {SUBMISSION}% at "
-        f"{images / 1e6:.1f}M images. Two points under unlike schedules, and the gains shrink: this is optimistic.")
+
+
+def board(m: Measured) -> str:
+    """The challenge's entries, and ours with its scores from the claim."""
+    def published(entry: Entry, convention: str) -> str:
+        values = entry.scores.get(convention, ("-",))
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    accuracy, counts = m.claim["accuracy"], m.claim["counts"]
+    ours = [f"**{counts['score'][c]['score']:.4f}**" for c in CONVENTIONS]
+    return table(("entry", "network", "accuracy", "32-bit additions", "fixed-length accumulators", "adder tree"), [
+        *((entry.name, entry.network, entry.said or entry.accuracy[0], *(published(entry, c) for c in CONVENTIONS))
+          for entry in BOARD),
+        ("**ours**, never handed in", f"MobileNetV2 x1.3, {counts['weights']['submission']['sparsity']:.0%} sparse, "
+         "6/8 bits", f"**{100 * accuracy['correct'] / accuracy['images']:.2f}**", *ours)])
 
 
 TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators,
-          shipped)
-
-
-def images_to_reach(accuracy: float, history: list[dict]) -> float | None:
-    """By the line through the last two shipped accuracies (%) over the logarithm of the images; None if that does not
-    rise, or is there already."""
-    shipped = {line["images"]: 100 * line["correct"] / line["tested"] for line in history}  # one may be shipped again
-    points = [(math.log(images), accuracy) for images, accuracy in list(shipped.items())[-2:]]
-    if len(points) < 2 or not points[0][1] < points[1][1] < accuracy:
-        return None
-    (x, y), (last, reached) = points
-    return math.exp(last + (accuracy - reached) * (last - x) / (reached - y))
+          shipped, board)
+# what other tools add to the claim after quantize.py: a table of it is left out until then
+LATER = {packed: {"packed"}, executed: {"integer", "onnx"}, accumulators: {"integer"}}
 
 
 def record(claim: dict, history: list[dict]) -> list[dict]:
@@ -448,10 +376,10 @@ def depthwise_table(measured: dict) -> str:
 def inference_table(measured: dict) -> str:
     """Images a second and ratios by batch; then the kinds of layers by onnxruntime's own clock, as if each were all."""
     rows = []
-    for name, figures in measured["speeds"].items():
+    for name, found in measured["speeds"].items():
         engine, batch = name.rsplit(", ", 1)
-        rows.append((batch, engine, f"{statistics.median(figures['images_per_second']):,.0f}",
-                     f"{figures['ratio_to_torch']:.2f}", f"{figures['ratio_to_onnx_float']:.2f}"))
+        rows.append((batch, engine, f"{statistics.median(found['images_per_second']):,.0f}",
+                     f"{found['ratio_to_torch']:.2f}", f"{found['ratio_to_onnx_float']:.2f}"))
     batch = max(int(name.rsplit(", ", 1)[1]) for name in measured["parts"])
     floats, codes = (measured["parts"][f"{engine}, {batch}"] for engine in ("onnx float", "onnx 8-bit"))
     rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}")
@@ -480,10 +408,7 @@ BENCHMARKS = {"speed": ("training_speed.json", training_table),
 
 def tables(measured: Measured) -> dict[str, str]:
     """{NAME: table} of all for which something is measured."""
-    contents = {}
-    for make in TABLES:
-        with contextlib.suppress(LookupError):  # packed.py and others add their parts to the claim later
-            contents[make.__name__] = make(measured)
+    contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
     for name, log in (("trunk", "pretrain.jsonl"), ("dense", "dense.jsonl")):
         if (LOGS / log).is_file():
             contents[name] = stage_table(load_lines(LOGS / log))
@@ -504,6 +429,27 @@ def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str
         raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the "
                        "benchmark beside it")
     return {page: (text, fill(text, contents)) for page, text in pages.items()}
+
+
+def made_figures(model, formats: Formats, measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
+    """{name of the file: figure} of all for which something is measured. logs: those of the stages."""
+    claim, counted = measured.claim, measured.counted
+    scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
+    made = {
+        "layers": figures.layers_figure(counting.weight_summary(model)["tensors"],
+                                        {name: grid.bits for name, grid in formats.tensors.items()}),
+        "cost": figures.cost_figure(
+            {STORED[kind]: bits for kind, bits in claim["counts"]["storage"].items() if kind != "total"},
+            {c: {label: sum(row.bits for row in rows if row.kind == kind) for kind, label in KINDS.items()}
+             for c, rows in counted.items()}),
+        "board": figures.board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores, {
+            entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items() for value in values])
+            for entry in BOARD})}
+    if measured.history:
+        made["shipped"] = figures.shipped_figure(measured.history, SUBMISSION)
+    if logs:
+        made["training"] = figures.training_figure([load_lines(log) for log in logs])
+    return made
 
 
 def main(argv=None) -> int:
@@ -533,19 +479,8 @@ def main(argv=None) -> int:
                 raise BadInput(f"{page}: its tables are not those of {claim_file}; run python -m tools.report")
         print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
         return 0
-    scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
-    figures = {
-        "layers": layers_figure(counting.weight_summary(model)["tensors"],
-                                {name: grid.bits for name, grid in formats.tensors.items()}),
-        "cost": cost_figure(counting.storage(model, formats), counted),
-        "board": board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores)}
-    if history:
-        figures["shipped"] = shipped_figure(history)
-    logs = stage_logs(args.logs)
-    if any(log.is_file() for log in logs):
-        figures["training"] = training_figure([load_lines(log) for log in logs if log.is_file()])
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
+    for name, figure in made_figures(model, formats, measured, stage_logs(args.logs)).items():
         figure.savefig(args.out / f"{name}.png", dpi=110, metadata={"Software": None})
         print(f"wrote {args.out / f'{name}.png'}")
     for page, (_, wanted) in pages.items():

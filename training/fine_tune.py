@@ -181,8 +181,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
 
     def began():
         file.unlink(missing_ok=True)  # of other options
-        where = f"CPU, {threads.cores()} cores" if device.type == "cpu" else torch.cuda.get_device_name()
-        save_record({"stage": "quantized", "machine": f"{where}, torch {torch.__version__}",
+        save_record({"stage": "quantized", "machine": threads.describe_machine(device),
                      "train_images": len(train_data), "commit": git_commit(),
                      "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
                      "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -276,11 +275,6 @@ def starting_point(stage: str, args) -> nn.Module:
     return networks.make(args.network)
 
 
-def describe_machine(device: torch.device, processes: loop.Processes) -> str:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads.cores()} core(s)"
-    return f"{processes.count} process(es), {where}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
 def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str]:
     """Return what is about to be trained: device, network, images, stages with their steps, run folder."""
     parts, args = [], by_stage[stages[0]]
@@ -290,7 +284,9 @@ def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str
         parts.append(f"{stage} {work.steps:,} steps ({settings.epochs} epochs in batches of {work.batch_size}, "
                      f"{settings.optimizer}, images {settings.sizes}, {len(by_stage[stage].teacher)} teachers)")
     recipe = f"; recipe {args.recipe}" if args.recipe else ""
-    return [f"{args.network} on {describe_machine(device, processes)}; {len(data):,} train images; "
+    machine = threads.describe_machine(device, processes.count)
+    return [f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
+            f"{machine['torch']}); {len(data):,} train images; "
             f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
 
 
@@ -309,7 +305,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
     def began():
         if processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            save_record({"stage": stage, "machine": describe_machine(device, processes),
+            save_record({"stage": stage, "machine": threads.describe_machine(device, processes.count),
                          "train_images": len(data.labels), "commit": git_commit(),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")

@@ -1,4 +1,4 @@
-"""Networks to distil from: our own checkpoints, and those that KAIST AI published (the challenge's 2nd and 3rd place).
+"""Networks to distil from: our own checkpoints, and those that KAIST AI published (ver2, the challenge's 3rd entry).
 
     python -m training.teachers [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
 
@@ -30,16 +30,16 @@ COMMIT = "fb41bbb"
 URL = f"https://raw.githubusercontent.com/Kthyeon/micronet_neurips_challenge/{COMMIT}/Checkpoint_ver2/"
 # file: SHA-256, and how many of the 10,000 test images are right in float32
 KAIST = {
-    "micronet_v2_pr_15.t7": ("94e62f31454e878f30cd1452e1b5c289712d0e03d44159ae63fe914f28c192b8", 8088),
-    "micronet_v2_pr_30.t7": ("8fd49c2eb657f59ca5a6beae81492108269f55eb65f1bf5c70fe5204f6ca855e", 8104),
-    "micronet_v2_pr_45.t7": ("11e8aa8aec8f30da327f5690fe63ef0878ea428ad0c284159fbfa6d470e18577", 8081),
-    "micronet_v2_pr_60.t7": ("c578f599a064319ea704d592e926947276bd46c71083136afb71d36d3424114c", 8000)}
-MEAN_OF_ALL = 8187  # the mean of the softmax of all four
+    "micronet_v2_pr_15.t7": ("94e62f31454e878f30cd1452e1b5c289712d0e03d44159ae63fe914f28c192b8", 8091),
+    "micronet_v2_pr_30.t7": ("8fd49c2eb657f59ca5a6beae81492108269f55eb65f1bf5c70fe5204f6ca855e", 8108),
+    "micronet_v2_pr_45.t7": ("11e8aa8aec8f30da327f5690fe63ef0878ea428ad0c284159fbfa6d470e18577", 8080),
+    "micronet_v2_pr_60.t7": ("c578f599a064319ea704d592e926947276bd46c71083136afb71d36d3424114c", 8004)}
+MEAN_OF_ALL = 8188  # the mean of the softmax of all four
 
 # output width, number of blocks, stride of the first
 STAGES = ((20, 2, 1), (36, 1, 2), (36, 1, 1), (56, 3, 1), (80, 1, 2), (80, 4, 1), (88, 1, 2), (96, 2, 1), (114, 1, 1))
 STEM_WIDTH, EXPANSION = 32, 2.5
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of RGB / 255
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of RGB / 255, as their authors trained with
 
 
 def swish(x: Tensor) -> Tensor:

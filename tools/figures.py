@@ -1,0 +1,141 @@
+"""The figures of the pages: every one is a function from plain data to a matplotlib figure (tools.report saves them).
+
+layers_figure     sparsity and bits of every weight tensor
+cost_figure       where storage and operations go
+training_figure   loss and accuracy by epoch, stage after stage
+shipped_figure    accuracy of all that was shipped, by the images that it had been trained on
+board_figure      accuracy against score, ours and the challenge's entries
+"""
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+BLUE, ORANGE, GREY, GREEN, RED, PURPLE = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000", "#75507b"
+COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
+LAYERS = {"conv": "1x1 convolutions, and the stem", "depthwise": "depthwise convolutions", "linear": "linear layer"}
+STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
+# (x, y) from the point and alignment, in points, of labels that would overlap
+PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-7, -4, "right"),
+          "KAIST AI ver2, 3rd": (6, -13, "right"), "OSI AI, 4th": (8, -2, "left")}
+
+
+def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:
+    """Sparsity of every weight tensor by its index in the bit table, and the bits that are claimed for it."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1),
+                                         layout="constrained")
+    for kind, colour in COLOURS.items():
+        same = [row for row in rows if row["kind"] == kind]
+        top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour,
+                label=LAYERS[kind])
+    top.set(ylabel="zeros (%)", ylim=(0, 100), title="Sparsity and bits of the 58 weight tensors")
+    top.legend(loc="upper left", ncols=3, frameon=False)
+    bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
+               color=[RED if bits[row["name"]] < 8 else GREY for row in rows])
+    bottom.set(ylabel="bits (red: 6)", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)",
+               ylim=(0, 9), yticks=(0, 4, 6, 8), xlim=(-0.8, len(rows) - 0.2))
+    for axes in (top, bottom):
+        axes.grid(axis="y", color="#dddddd")
+        axes.set_axisbelow(True)
+    return figure
+
+
+def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) -> Figure:
+    """Storage by kind of value, and operations by kind of operation under the three accumulator conventions.
+
+    storage: {kind: bits}. operations: {convention: {kind: count x bits}}, the kinds in one order.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    parts = {kind: bits / 8e3 for kind, bits in storage.items()}
+    bars = left.barh(list(parts), list(parts.values()), color=BLUE)
+    left.bar_label(bars, fmt="{:,.1f} kB", padding=3)
+    left.invert_yaxis()
+    left.set(title=f"Storage: {sum(parts.values()):,.0f} kB", xlabel="kB", xlim=(0, 1.3 * max(parts.values())))
+    base = dict.fromkeys(operations, 0.0)
+    for kind, colour in zip(operations["32-bit"], (BLUE, GREY, GREEN, ORANGE, RED, PURPLE)):
+        heights = {convention: bits[kind] / 32e6 for convention, bits in operations.items()}
+        right.bar(list(heights), list(heights.values()), bottom=list(base.values()), color=colour,
+                  label=f"{kind}: {heights['32-bit']:.2f}M of 32 bits")
+        base = {convention: base[convention] + heights[convention] for convention in base}
+    for i, total in enumerate(base.values()):
+        right.text(i, total, f"{total:.2f}M", ha="center", va="bottom")
+    right.set(title="Operations for one image", ylabel="millions of 32-bit operations", xlabel="accumulators",
+              ylim=(0, 1.8 * max(base.values())))
+    right.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def training_figure(stages: list[list[dict]]) -> Figure:
+    """Training loss (left) and accuracy (right) by epoch, the stages one after the other, a line where one begins."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    start, labelled = 0, set()
+    for records in stages:
+        stage, epochs = records[0]["stage"], [start + record["epoch"] for record in records]
+        colour, hidden = STAGES[stage], "_" if stage in labelled else ""  # matplotlib leaves such labels out
+        labelled.add(stage)
+        left.plot(epochs, [record["loss"] for record in records], "o-", ms=3, color=colour, label=hidden + stage)
+        tested = [(epoch, 100 * record["test_accuracy"]) for epoch, record in zip(epochs, records)
+                  if "test_accuracy" in record]
+        if tested:
+            right.plot(*zip(*tested), "o-", ms=3, color=colour, label=f"{hidden}{stage}: test, weight average")
+        right.plot(epochs, [100 * record["accuracy"] for record in records], ":", color=colour,
+                   label=f"{hidden}{stage}: train, augmented and mixed")
+        for axes in (left, right):
+            axes.axvline(start, color=GREY, lw=0.5)
+        start = epochs[-1]
+    left.set(title="Training loss (jumps: mixing ends before a stage does)", xlabel="epoch, all stages",
+             ylabel="cross-entropy with the mixed labels", ylim=(0, None))
+    right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(color="#dddddd")
+    return figure
+
+
+def shipped_figure(lines: list[dict], submission: float) -> Figure:
+    """Accuracy (%) of every checkpoint that was shipped, before and after quantization, by millions of images.
+
+    lines: those of record/shipped.jsonl. submission: the accuracy (%) that the submission reported.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    images = [line["images"] / 1e6 for line in lines]
+    for key, colour, label in (("float", GREY, "masked, not quantized"), ("correct", BLUE, "shipped: quantized")):
+        axes.plot(images, [100 * line[key] / line["tested"] for line in lines], "o:", color=colour, label=label)
+    axes.axhline(submission, color=RED, lw=0.8, ls="--", label="the submission")
+    axes.set(xlabel="images trained, of all stages (millions)", ylabel="accuracy on the test set (%)",
+             xlim=(0.9 * images[0], 1.05 * images[-1]))
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(color="#dddddd")
+    return figure
+
+
+def board_figure(accuracy: float, scores: dict[str, float], entries: dict[str, tuple]) -> Figure:
+    """Accuracy (%) against score: the entries under the accumulators that they published, ours under all three.
+
+    scores: {convention: our score}. entries: {name: (its accuracies, [(score, convention)])}; the points stand at the
+    first accuracy, with a line up to the last.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
+    for name, (accuracies, points) in entries.items():
+        for score, convention in points:
+            axes.plot(score, accuracies[0], markers[convention], color=GREY, ms=8, mec="white", mew=0.5)
+            axes.plot([score, score], [accuracies[0], accuracies[-1]], color=GREY, lw=1)
+        x, y, side = PLACES.get(name, (0, 8, "center"))
+        axes.annotate(name, (points[-1][0], accuracies[-1]), xytext=(x, y), textcoords="offset points", ha=side,
+                      fontsize=8)
+    for convention, score in scores.items():
+        axes.plot(score, accuracy, markers[convention], color=BLUE, ms=9)
+        axes.plot([], [], markers[convention], color="black", mfc="none", label=f"{convention} accumulators")
+    axes.plot([], [], "s", color=BLUE, label="ours")
+    axes.plot([], [], "s", color=GREY, label="the challenge's entries")
+    axes.axhline(80, color=RED, lw=0.8, ls="--", label="what an entry must reach")
+    largest = max(*scores.values(), *(score for _, points in entries.values() for score, _ in points))
+    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
+             ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * largest),
+             ylim=(min(accuracy, 80) - 0.7, max(accuracy, 80) + 0.7))
+    axes.legend(frameon=False, loc="upper left" if accuracy > 81 else "lower left", fontsize=8)  # beside the entries
+    axes.grid(color="#dddddd")
+    axes.set_axisbelow(True)
+    return figure
