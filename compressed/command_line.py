@@ -72,19 +72,25 @@ def run_python(*words, stdout=None) -> int:
     Its command line is printed to stderr first. Ctrl-C and SIGTERM reach it as SIGTERM, at which a training writes its
     state; once it has ended, KeyboardInterrupt is raised. To be called from the main thread.
     """
-    words, stopped = [str(word) for word in words], []
+    words, stopped, process = [str(word) for word in words], [], None
 
     def stop(*_):
         stopped.append(True)
-        process.terminate()
+        if process:
+            process.terminate()
 
-    print(f"$ python {shlex.join(words)}", file=sys.stderr, flush=True)
-    # the process inherits that it ignores SIGINT: a terminal's Ctrl-C, which reaches it too, would not save anything
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    shown = [word.removeprefix(f"{Path.cwd()}/") for word in words]
+    print(f"$ python {shlex.join(shown)}", file=sys.stderr, flush=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # the process inherits a blocked SIGINT: a terminal's Ctrl-C reaches it too, and would end it without saving
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process = subprocess.Popen([sys.executable, *words], stdout=stdout)
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        try:
+            process = subprocess.Popen([sys.executable, *words], stdout=stdout)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if stopped:
+            process.terminate()
         status = process.wait()
     finally:
         for number, handler in before.items():

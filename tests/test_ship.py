@@ -401,13 +401,14 @@ def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, statu
     assert ("NOT verified" in err) == (status != 0) and ("verify.py: verified" in out) == (status == 0)
 
 
-def test_a_process_of_its_own(tmp_path, capfd):
+def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
     with open(tmp_path / "out", "wb") as file:
         assert run_python(script, "a b", 1, stdout=file) == 7
     assert (tmp_path / "out").read_text() == "['a b', '1']\n"
-    assert capfd.readouterr().err == f"$ python {script} 'a b' 1\n"
+    assert capfd.readouterr().err == "$ python script.py 'a b' 1\n"
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -419,7 +420,7 @@ def test_a_signal_reaches_the_process_as_sigterm_and_its_end_is_awaited(tmp_path
         "while not arrived: time.sleep(0.01)\ntime.sleep(0.3)\n"
         "Path(sys.argv[1]).write_text(f'{len(arrived)} saved')\n")
     (tmp_path / "runs.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom compressed.command_line import run_python\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom compressed.command_line import run_python, run_script\n"
         f"run_script(lambda: run_python({str(tmp_path / 'works.py')!r}, {str(tmp_path / 'state')!r}))\n")
     process = subprocess.Popen([sys.executable, tmp_path / "runs.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
