@@ -237,6 +237,12 @@ def add_options(parser, made_up: bool = True) -> None:
                             help="N made-up images in place of the train set, a fifth of that for the test set")
 
 
+def option_words(args) -> list[str]:
+    """Return the options of `add_options` as words of a command line, for another script."""
+    return [*(["--data", str(args.data)] if args.data else []), *["--holdout"] * args.holdout,
+            *(["--made-up", str(args.made_up)] if args.made_up else [])]
+
+
 def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
     """(images, their name) of "train" or "test", as the options say; the first `args.images`, if there is that."""
     if args.made_up:

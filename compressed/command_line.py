@@ -1,5 +1,8 @@
 """What every script needs: a command line whose mistakes are named, and an end in one clear line."""
 import argparse
+import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,3 +48,53 @@ def run_script(main) -> None:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the parser's options of a command line, and the other words, which are another script's.
+
+    Ends with an error for an abbreviation of an own option: the other script might take it for one of its own.
+    """
+    parser.allow_abbrev = False
+    args, others = parser.parse_known_args(argv)
+    own = [option for action in parser._actions for option in action.option_strings]
+    for word in others:
+        name = word.split("=")[0]
+        meant = [option for option in own if option.startswith(name) and len(name) > 2]
+        if meant:
+            parser.error(f"{name}: write it out ({' or '.join(meant)})")
+    return args, others
+
+
+def run_python(*words, stdout=None) -> int:
+    """Run a script, or a module after "-m", as a process of its own, and return its exit status.
+
+    Its command line is printed to stderr first. Ctrl-C and SIGTERM reach it as SIGTERM, at which a training writes its
+    state; once it has ended, KeyboardInterrupt is raised. To be called from the main thread.
+    """
+    words, stopped, process = [str(word) for word in words], [], None
+
+    def stop(*_):
+        stopped.append(True)
+        if process:
+            process.terminate()
+
+    shown = [word.removeprefix(f"{Path.cwd()}/") for word in words]
+    print(f"$ python {shlex.join(shown)}", file=sys.stderr, flush=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # the process inherits a blocked SIGINT: a terminal's Ctrl-C reaches it too, and would end it without saving
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        try:
+            process = subprocess.Popen([sys.executable, *words], stdout=stdout)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if stopped:
+            process.terminate()
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise KeyboardInterrupt
+    return status

@@ -13,7 +13,7 @@ import testers
 from benchmarks import depthwise_shapes, inference_speed, training_speed
 from compressed import cifar100
 from compressed.command_line import number, run_script
-from tools import export_onnx, integer, report
+from tools import baseline, export_onnx, integer, quick, report, ship, train, verify
 from tools import pack as packed
 from training import main as training
 from training import teachers
@@ -44,7 +44,10 @@ OPTIONS = {  # script: {option: what it cannot be}
     packed: {"--checkpoint": NOTHING, "--out": ("", "x.pt", "/dev/null/x.mnet")},
     check_model_operations: {"--checkpoint": NOTHING, "--sparsity": (*REAL, "x", "1.5", "1/0"), "--weight-bits": WHOLE,
                              "--activation-bits": WHOLE},
-    report: dict.fromkeys(("--checkpoint", "--logs", "--out", "--pages"), NOTHING),
+    report: dict.fromkeys(("--checkpoint", "--logs", "--out", "--pages", "--to"), NOTHING),
+    ship: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--into"), NOTHING), "--checkpoint": ("x",)},
+    train: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--run"), NOTHING), "--run-f": ("x",), "--ship": ("x",)},
+    verify: {"--checkpoint": NOTHING}, baseline: {"--out": ("x",)}, quick: {"--out": ("x",)},
     cifar100: {"--data": NOTHING}, teachers: {"--data": NOTHING, "--folder": ("", "nowhere")},
     training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
     depthwise_shapes: {**dict.fromkeys(("--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},

@@ -100,82 +100,75 @@ def test_run_sh_refuses_an_old_python(tmp_path):
 
 @pytest.fixture
 def run_sh(tmp_path):
-    """run.sh in a folder of its own, with a python that only notes how it was called."""
+    """run.sh in a folder of its own, with a python that only says where and how it was called."""
+    home = tmp_path / "home"
+    (home / "venv" / "bin").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "record").mkdir()
-    shutil.copy(ROOT / "requirements.txt", tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
-    python.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\n[ "$1" != "$FAILS" ] || exit 2\n')
+        shutil.copy(ROOT / name, home)
+    shutil.copy(ROOT / "requirements.txt", home / "venv")
+    python = home / "venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$PWD: $*"\nexit 3\n')
     python.chmod(0o755)
 
-    def run(*words):
-        result = subprocess.run(["bash", tmp_path / "run.sh", *words], capture_output=True, text=True,
-                                env={**os.environ, "VENV": str(tmp_path / "venv")})
-        calls = python.with_name("calls")
-        return result, calls.read_text().splitlines() if calls.exists() else []
+    def run(*words, script=home / "run.sh", **settings):
+        return subprocess.run(["bash", script, *words], capture_output=True, text=True, cwd=settings.pop("cwd", home),
+                              env={**os.environ, "VENV": "venv"} | settings)
+    run.home = home
     return run
 
 
-@pytest.mark.parametrize("words, run", (((), "runs/default"), (("--run", "runs/x"), "runs/x"),
-                                        (("--epochs", "2", "--run-folder=runs/y"), "runs/y")))
-def test_run_sh_train_ships_what_it_trained(run_sh, tmp_path, words, run):
-    result, calls = run_sh("train", *words)
-    assert result.returncode == 2 and calls == [" ".join(("training/main.py", *words))]
-    assert f"{run}/masked.average.pt is not there" in result.stderr
-    (tmp_path / run).mkdir(parents=True)
-    (tmp_path / run / "masked.jsonl").touch()
-    (tmp_path / "record/masked-1.jsonl").touch()  # of what was shipped before
-    (tmp_path / run / "masked.average.pt").write_text("float16")
-    result, calls = run_sh("ship", run)
-    assert result.returncode == 0 and calls[1:] == [f"quantize.py --checkpoint {run}/masked.average.pt",
-                                                    "-m tools.pack",
-                                                    "-m tools.integer --record",
-                                                    "-m tools.export_onnx --record",
-                                                    "-m tools.report --record", "testers.py",
-                                                    "check_model_operations.py"]
-    assert {path.name for path in (tmp_path / "record").iterdir()} == {"masked.jsonl", "masked.pt"}
-    assert (tmp_path / "record" / "masked.pt").read_text() == "float16"
+@pytest.mark.parametrize("words, called", (
+    ("", "-m tools.verify"), ("verify --data d", "-m tools.verify --data d"), ("test -q x.py", "-m pytest -q x.py"),
+    ("quick", "-m tools.quick"), ("train --epochs 2", "-m tools.train --epochs 2"), ("ship RUN", "-m tools.ship RUN"),
+    ("baseline RUN", "-m tools.baseline RUN")))
+def test_run_sh_hands_its_words_on(run_sh, words, called):
+    result = run_sh(*words.split())
+    assert (result.returncode, result.stdout, result.stderr) == (3, f"{run_sh.home}: {called}\n", "")
+    module = called.split()[1]
+    assert module == "pytest" or module in FILES
 
 
-@pytest.mark.parametrize("words", ((), ("--epochs", "2", "--lr", "0.1")))
-def test_run_sh_ship_gives_further_words_to_quantize(run_sh, tmp_path, words):
-    """A fine-tuning that the shipped network did not have is not copied to the record."""
-    (tmp_path / "run").mkdir()
-    for name in ("masked.average.pt", "masked.jsonl", "quantized.jsonl", "quantized.options.json"):
-        (tmp_path / "run" / name).touch()
-    result, calls = run_sh("ship", "run", *words)
-    assert result.returncode == 0 and calls[0] == " ".join(
-        ("quantize.py --checkpoint run/masked.average.pt", *words))
-    tuned = {"quantized.jsonl", "quantized.options.json"} if words else set()
-    assert {path.name for path in (tmp_path / "record").iterdir()} == {"masked.jsonl", "masked.pt"} | tuned
+def test_run_sh_setup_ends_there(run_sh):
+    result = run_sh("setup")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("script", ("testers.py", "check_model_operations.py"))
-def test_run_sh_ends_as_the_checks_do(run_sh, monkeypatch, script):
-    monkeypatch.setenv("FAILS", script)
-    result, calls = run_sh()
-    assert result.returncode == 2 and calls == ["testers.py", "check_model_operations.py"]
-    assert "NOT verified" in result.stderr
+@pytest.mark.parametrize("way", ("link", "linked folder", "relative", "CDPATH"))
+def test_run_sh_works_from_elsewhere(run_sh, tmp_path, way):
+    elsewhere, settings = tmp_path / "elsewhere", {}
+    (elsewhere / "home").mkdir(parents=True)
+    script = "../home/run.sh"
+    if way == "link":
+        script = elsewhere / "verify"
+        script.symlink_to("../home/run.sh")
+    elif way == "linked folder":
+        (elsewhere / "repository").symlink_to(run_sh.home)
+        script = "repository/run.sh"
+    elif way == "CDPATH":
+        script, settings = "home/run.sh", {"CDPATH": str(elsewhere), "cwd": tmp_path}
+    result = run_sh(script=script, **{"cwd": elsewhere} | settings)
+    assert (result.returncode, result.stdout, result.stderr) == (3, f"{run_sh.home}: -m tools.verify\n", "")
 
 
-def test_run_sh_baseline_takes_a_runs_dense_network(run_sh, tmp_path):
-    result, calls = run_sh("baseline", "runs/x")
-    assert result.returncode == 2 and not calls and len(result.stderr.splitlines()) == 1
-    (tmp_path / "runs/x").mkdir(parents=True)
-    for name in ("pretrain.average.pt", "pretrain.jsonl", "pretrain.options.json"):
-        (tmp_path / "runs/x" / name).write_text(name)
-    result, calls = run_sh("baseline", "runs/x")
-    assert result.returncode == 0 and calls == ["testers.py --checkpoint record/dense.pt --json",
-                                               "-m tools.report"]
-    assert (tmp_path / "record/dense.pt").read_text() == "pretrain.average.pt"
-    assert (tmp_path / "record/dense.options.json").read_text() == "pretrain.options.json"
-    assert (tmp_path / "record/dense.tested.json").read_text() == ""  # what testers.py said
+def test_run_sh_with_crlf_says_so(run_sh):
+    script = run_sh.home / "run.sh"
+    script.write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    result = run_sh()
+    assert result.returncode == 2 and result.stdout == "" and re.fullmatch("run.sh: .*CRLF.*\n", result.stderr)
 
 
-def test_run_sh_test_gives_its_words_to_pytest(run_sh):
-    assert run_sh("test", "-q", "tests/test_files.py")[1] == ["-m pytest -q tests/test_files.py"]
+def test_git_gives_shell_scripts_no_crlf(tmp_path):
+    """Whatever core.autocrlf says."""
+    for words in ("init -q", "add .", "checkout-index --force --prefix=out/ --all"):
+        if words == "add .":
+            shutil.copy(ROOT / ".gitattributes", tmp_path)
+            for name in ("run.sh", "training/run.sh", ".ci/run"):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, tmp_path / name)
+        subprocess.run(["git", "-c", "core.autocrlf=true", *words.split()], cwd=tmp_path, check=True,
+                       capture_output=True)
+    for name in ("run.sh", "training/run.sh", ".ci/run"):
+        assert (tmp_path / "out" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_the_submissions_commands_stand_in_training_run_sh():
@@ -248,20 +241,37 @@ def test_report_makes_the_figures(tmp_path):
 
 
 @shipped
-def test_what_was_shipped_is_recorded_once(tmp_path, monkeypatch):
+def test_report_into_a_folder_leaves_the_pages_as_they_are(tmp_path):
+    """All that it reads of a record is read from --logs."""
+    pages(tmp_path / "pages")
+    shutil.copytree(ROOT / "record", tmp_path / "record", ignore=shutil.ignore_patterns("*.pt", "probes", "*.md"))
+    tested = load_json(ROOT / "record/dense.tested.json")
+    changed = tested | {"correct": 1234}
+    (tmp_path / "record/dense.tested.json").write_text(json.dumps(changed))
+    before = (ROOT / "figures/board.png").stat().st_mtime_ns
+    assert report.main(["--logs", str(tmp_path / "record"), "--pages", str(tmp_path / "pages"), "--record",
+                        "--to", str(tmp_path / "to")]) == 0
+    assert all((tmp_path / "pages" / name).read_text() == PAGES[name] for name in report.PAGES)
+    assert "12.34%" in (tmp_path / "to/README.md").read_text() and "12.34%" not in README
+    assert (tmp_path / "to/figures/board.png").exists()
+    assert (ROOT / "figures/board.png").stat().st_mtime_ns == before
+
+
+@shipped
+def test_what_was_shipped_is_recorded_once(tmp_path):
     """A line with the images of every stage's log; the same checkpoint again adds none."""
     claim = load_json(ROOT / "cifar100_mobilenetv2.json")
     history = load_lines(ROOT / "record" / "shipped.jsonl")
-    assert history[-1] == report.record(claim, history[:-1])[-1] and report.record(claim, history) == history
+    assert history[-1] == report.record(claim, history[:-1], report.LOGS)[-1]
+    assert report.record(claim, history, report.LOGS) == history
     assert (history[-1]["sha256"], history[-1]["correct"]) == (claim["sha256"], claim["accuracy"]["correct"])
     assert history[-1]["images"] == sum(50_000 // 128 * 128 * stage["last_epoch"]["epoch"]
                                         for stage in claim["made_by"]["training"])
-    monkeypatch.setattr(report, "LOGS", tmp_path)
     for stage, steps, batch in (("rew", 10, 4), ("masked-1", 3, 5), ("masked", 1, 2)):
         (tmp_path / f"{stage}.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
         (tmp_path / f"{stage}.options.json").write_text(f'{{"settings": {{"batch_size": {batch}}}}}')
-    assert [line["images"] for line in report.record(claim, history[:1])[1:]] == [57]
-    assert report.record(claim, []) == report.record(claim, report.record(claim, []))
+    assert [line["images"] for line in report.record(claim, history[:1], tmp_path)[1:]] == [57]
+    assert report.record(claim, [], tmp_path) == report.record(claim, report.record(claim, [], tmp_path), tmp_path)
 
 
 @shipped

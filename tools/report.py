@@ -2,7 +2,7 @@
 
     python -m tools.report            figures/*.png (see tools/figures.py), and the tables of PAGES between
                                       <!-- NAME --> and <!-- end NAME -->
-    python -m tools.report --record   and first a line for the checkpoint in LOGS/shipped.jsonl: accuracy, images
+    python -m tools.report --record   and first a line for the checkpoint in record/shipped.jsonl: accuracy, images
     python -m tools.report --check    writes nothing; exit status 2 if a table there is not what it would write
 """
 import dataclasses
@@ -325,12 +325,12 @@ TABLES = (summary, results, output, steps, stages, score, storage, account, dead
 LATER = {packed: {"packed"}, executed: {"integer", "onnx"}, accumulators: {"integer"}}
 
 
-def record(claim: dict, history: list[dict]) -> list[dict]:
+def record(claim: dict, history: list[dict], logs: Path) -> list[dict]:
     """The history, and a line for this claim if its checkpoint is not the last. Images are those of whole epochs."""
     if history and history[-1]["sha256"] == claim["sha256"]:
         return history
     trained = [(load_lines(log)[-1]["step"], load_json(log.with_suffix(".options.json"))["settings"]["batch_size"])
-               for log in stage_logs(LOGS)]
+               for log in stage_logs(logs)]
     return [*history, {
         "step": sum(steps for steps, _ in trained), "images": sum(steps * batch for steps, batch in trained),
         "sparsity": claim["counts"]["weights"]["submission"]["sparsity"],
@@ -406,12 +406,12 @@ BENCHMARKS = {"speed": ("training_speed.json", training_table),
               "inference": ("inference_speed.json", inference_table)}
 
 
-def tables(measured: Measured) -> dict[str, str]:
+def tables(measured: Measured, logs: Path) -> dict[str, str]:
     """{NAME: table} of all for which something is measured."""
     contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
     for name, log in (("trunk", "pretrain.jsonl"), ("dense", "dense.jsonl")):
-        if (LOGS / log).is_file():
-            contents[name] = stage_table(load_lines(LOGS / log))
+        if (logs / log).is_file():
+            contents[name] = stage_table(load_lines(logs / log))
     for name, (file, make) in BENCHMARKS.items():
         if (HERE / "benchmarks" / file).is_file():
             contents[name] = make(load_json(HERE / "benchmarks" / file))
@@ -456,34 +456,39 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     parser.add_argument("--logs", type=some_path, default=LOGS, metavar="DIR",
-                        help="of the stages, for training.png (record)")
-    parser.add_argument("--out", type=some_path, default=HERE / "figures", metavar="DIR", help="(figures)")
+                        help="logs of the stages, shipped.jsonl and dense.tested.json (record)")
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="(figures)")
     parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
                         help="where the pages are (beside this script)")
+    parser.add_argument("--to", type=some_path, metavar="DIR",
+                        help="write pages and figures there, and leave those here as they are")
     parser.add_argument("--record", action="store_true", help="first add the checkpoint to record/shipped.jsonl")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     model, claim = checkpoints.load(args.checkpoint)
     formats, operations, claim_file = stated_formats(model, claim), trace(model), claims.claim_path(args.checkpoint)
     counted = {c: counting.count(operations, formats, c) for c in CONVENTIONS}
-    history = load_lines(LOGS / "shipped.jsonl") if (LOGS / "shipped.jsonl").is_file() else []
+    history = load_lines(args.logs / "shipped.jsonl") if (args.logs / "shipped.jsonl").is_file() else []
     if args.record:
-        history = record(claim, history)
-        save_text("".join(json.dumps(line) + "\n" for line in history), LOGS / "shipped.jsonl")
+        history = record(claim, history, args.logs)
+        save_text("".join(json.dumps(line) + "\n" for line in history), args.logs / "shipped.jsonl")
     measured = Measured(claim, counted, counting.submission_operations(operations),
-                        load_json(LOGS / "dense.tested.json"), history)
-    pages = filled_pages(args.pages, tables(measured))
+                        load_json(args.logs / "dense.tested.json"), history)
+    pages = filled_pages(args.pages, tables(measured, args.logs))
     if args.check:
         for page, (text, wanted) in pages.items():
             if text != wanted:
                 raise BadInput(f"{page}: its tables are not those of {claim_file}; run python -m tools.report")
         print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or (args.to or HERE) / "figures"
+    out.mkdir(parents=True, exist_ok=True)
     for name, figure in made_figures(model, formats, measured, stage_logs(args.logs)).items():
-        figure.savefig(args.out / f"{name}.png", dpi=110, metadata={"Software": None})
-        print(f"wrote {args.out / f'{name}.png'}")
+        figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(f"wrote {out / f'{name}.png'}")
     for page, (_, wanted) in pages.items():
+        if args.to:
+            page = args.to / page.relative_to(args.pages)
         save_text(wanted, page)
         print(f"wrote the tables of {page}")
     return 0

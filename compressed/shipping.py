@@ -1,0 +1,105 @@
+"""The files of a shipped network: which they are, when others are better, and how others take their place."""
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from compressed import claims
+from compressed.checkpoints import CHECKPOINT, SHIPPED
+from compressed.errors import BadInput
+from compressed.files import held, sha256, stage_logs
+
+ROOT = SHIPPED.parent
+CLAIM = claims.claim_path(CHECKPOINT).name
+# the files of record/ that come from the run folder of the shipped network; the others stay when it is replaced
+OF_A_RUN = re.compile(r"(pretrain|rew|masked|quantized)(-\d+)?\.(jsonl|options\.json)|masked\.pt|recipe\.toml")
+
+
+def of_a_run(record: Path) -> list[Path]:
+    """Return the files of a record/ folder that belong to the shipped network's run; none if there is no folder."""
+    return sorted(path for path in record.glob("*") if path.is_file() and OF_A_RUN.fullmatch(path.name))
+
+
+def copy_record(run: Path, claim: dict, record: Path) -> None:
+    """Copy logs, options, recipe and masked weights of a run into a new folder `record`.
+
+    The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
+    Raises BadInput if the weights are no longer those that were quantized.
+    """
+    record.mkdir()
+    stages = {stage["stage"] for stage in claim["made_by"]["training"]}
+    logs = [log for log in stage_logs(run) if log.stem != "quantized" or "quantized" in stages]
+    for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
+        if path.is_file():
+            shutil.copyfile(path, record / path.name)
+    shutil.copyfile(run / "masked.average.pt", record / "masked.pt")  # what further training starts from
+    if sha256(record / "masked.pt") != claim["made_by"]["source_sha256"]:
+        raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
+
+
+def shipped_accuracy(folder: Path) -> dict | None:
+    """Return {"data", "correct", "images", ...} of the network that is shipped in a folder; None if there is none."""
+    claim = folder / CLAIM
+    return claims.read(claim).get("accuracy") if claim.is_file() else None
+
+
+def objection(accuracy: dict, shipped: dict | None) -> str | None:
+    """Return why a network should not replace the shipped one, in words; None if it is better on the same test set."""
+    if accuracy["data"] != "test":
+        return f"its accuracy was measured on {accuracy['data']} images and not on the test set"
+    if shipped is None:
+        return None
+    if (shipped.get("data"), shipped.get("images")) != (accuracy["data"], accuracy["images"]):
+        return "the accuracy of the shipped network was measured on other images"
+    if accuracy["correct"] <= shipped["correct"]:
+        return (f"{accuracy['correct']} of {accuracy['images']} test images are classified correctly, by the shipped "
+                f"network {shipped['correct']}")
+    return None
+
+
+@contextlib.contextmanager
+def staging(target: Path):
+    """Yield a new empty folder inside `target`, on its file system; it is removed at the end of the block.
+
+    Another process cannot ship into `target` meanwhile. Raises BadInput if `target` cannot be written.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=target, prefix="new.", suffix=".tmp")
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({error.strerror}); give another folder") from error
+    with temporary as folder, held(target):
+        new = Path(folder, "new")
+        new.mkdir()
+        yield new
+
+
+def install(new: Path, target: Path, obsolete=()) -> None:
+    """Move every file under `new` to its place under `target`, and remove the files `obsolete` there: all or nothing.
+
+    After an error or Ctrl-C in between, every file is back where it was. The checkpoint moves first and its claim last,
+    so that testers.py notices what a kill in between leaves. obsolete: paths relative to `target`.
+    """
+    old, order = new.parent / "old", {CHECKPOINT: -1, CLAIM: 1}
+    files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+    changes = sorted({*files, *obsolete}, key=lambda path: (order.get(str(path), 0), path))
+    for path in changes:
+        if (target / path).exists():
+            (old / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(target / path, old / path)
+    try:
+        for path in changes:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            if (new / path).exists():
+                os.replace(new / path, os.path.realpath(target / path))  # a link stays one
+            else:
+                (target / path).unlink(missing_ok=True)
+    except BaseException:
+        for path in changes:
+            if path in files and not (new / path).exists():
+                os.replace(os.path.realpath(target / path), new / path)
+            if (old / path).exists():
+                os.replace(old / path, os.path.realpath(target / path))
+        raise

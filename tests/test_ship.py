@@ -1,0 +1,434 @@
+"""Shipping: what is made, in which order files are replaced, and that a failure anywhere replaces none."""
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressed import claims, shipping
+from compressed.checkpoints import CHECKPOINT
+from compressed.command_line import run_python
+from compressed.errors import BadInput
+from compressed.files import load_json, save_record, save_text, sha256
+from tools import baseline, quick, ship, train, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+CLAIM = shipping.CLAIM
+COMMANDS = ("quantize.py", "tools.pack", "tools.integer", "tools.export_onnx", "tools.verify", "tools.report")
+
+
+def write(folder: Path, **contents: str) -> None:
+    """Write {name: text}; in names "__" stands for "/" and "_" for "."."""
+    for name, text in contents.items():
+        save_text(text, folder / name.replace("__", "/").replace("_", "."))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Commands:
+    """In place of run_python: notes every command, writes what it would write; `fails` names one with status 2."""
+
+    def __init__(self):
+        self.lines, self.fails, self.tuned = [], None, False
+        self.accuracy = {"data": "test", "correct": 9, "images": 10}
+        self.does = {}  # {name: what else happens}
+
+    def __call__(self, *words, stdout=None):
+        words = list(map(str, words))
+        name = words.pop(0) if words[0] != "-m" else words.pop(1)
+        words = [word for word in words if word != "-m"]
+        name = Path(name).name
+        self.lines.append(shlex.join([name, *words]))
+        if name == self.fails:
+            return 2
+        options = dict(zip(words, words[1:]))
+        if name == "quantize.py":
+            self.quantize(Path(options["--checkpoint"]), Path(options["--out"]))
+        elif name == "tools.pack":
+            Path(options["--checkpoint"]).with_suffix(".mnet").write_text("new")
+        elif name == "tools.report" and "--to" in options:
+            write(Path(options["--to"]), README_md="new tables", figures__board_png="new")
+        elif name == "testers.py" and stdout:
+            stdout.write(b'{"checkpoint": "elsewhere", "correct": 8}')
+        self.does.get(name, lambda: None)()
+        return 0
+
+    def quantize(self, source: Path, out: Path) -> None:
+        out.write_text("new")
+        stages = [{"stage": "masked"}, *[{"stage": "quantized"}] * self.tuned]
+        save_record({"checkpoint": out.name, "sha256": sha256(out), "accuracy": self.accuracy,
+                     "made_by": {"command": f"--out {out}", "source_sha256": sha256(source), "training": stages}},
+                    claims.claim_path(out))
+
+    @property
+    def names(self):
+        return [line.split()[0] for line in self.lines]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    found = Commands()
+    for module in (ship, train, baseline, quick, verify):
+        monkeypatch.setattr(module, "run_python", found)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository with a shipped network, and a run folder in it, which is the current folder."""
+    for module in (ship, train, baseline):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in (CHECKPOINT, Path(CHECKPOINT).with_suffix(".mnet")):
+        (tmp_path / name).write_text("old")
+    save_record({"accuracy": {"data": "test", "correct": 8, "images": 10}}, tmp_path / CLAIM)
+    write(tmp_path, README_md="old", record__masked_pt="old", record__masked_jsonl="old", record__dense_pt="dense",
+          record__shipped_jsonl="history", record__README_md="page", record__probes__masked_jsonl="probe",
+          run__masked_average_pt="weights", run__masked_jsonl="log", run__masked_options_json="{}",
+          run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
+          run__pretrain_average_pt="dense", run__pretrain_jsonl="log", run__pretrain_options_json="{}")
+    (tmp_path / "record/masked-1.jsonl").write_text("of the network before")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------- ship
+
+@pytest.mark.parametrize("tuned", (False, True))
+def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
+    commands.tuned = tuned
+    before = tree(root)
+    assert ship.main(["run", "--table", "4"]) == 0
+    after = tree(root)
+    assert tuple(commands.names) == COMMANDS
+    assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --table 4 --out ")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    fine_tuning = {"record/quantized.jsonl", "record/quantized.options.json"} if tuned else set()
+    assert changed == {CHECKPOINT, CLAIM, CHECKPOINT.replace(".pt", ".mnet"), "README.md", "figures/board.png",
+                       "record/masked.pt", "record/masked.jsonl", "record/masked.options.json", "record/masked-1.jsonl",
+                       "record/pretrain.jsonl", "record/pretrain.options.json"} | fine_tuning
+    assert "record/masked-1.jsonl" not in after and after["record/masked.pt"] == b"weights"
+    assert claims.read(root / CLAIM)["made_by"]["command"] == (
+        "python quantize.py --checkpoint run/masked.average.pt --table 4")
+    assert capsys.readouterr().out == f"ship.py: shipped {root / CHECKPOINT}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_fails_replaces_nothing(commands, root, name):
+    commands.fails = name
+    before = tree(root)
+    with pytest.raises(BadInput, match=f"{name} ended with status 2, see above; nothing was replaced"):
+        ship.main(["run"])
+    assert commands.names[-1] == name
+    after = tree(root)
+    kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
+    assert after == before and bool(kept) == (name == "tools.report")  # twelve minutes of work are not lost
+
+
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), KeyboardInterrupt()))
+@pytest.mark.parametrize("call", range(13))
+def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
+    before, real, calls = tree(root), os.replace, []
+
+    def replace(source, target):
+        if "/new/" in str(source) and "/new/" not in str(target):  # moves into place alone
+            calls.append(target)
+            if len(calls) == call + 1:
+                raise error
+        real(source, target)
+
+    commands.does["tools.report"] = lambda: monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else BadInput):
+        ship.main(["run"])
+    assert len(calls) == call + 1
+    after = tree(root)
+    kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
+    assert after == before
+    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 13)
+
+
+def test_an_obsolete_file_that_cannot_be_removed_undoes_the_move(commands, root, monkeypatch):
+    before, real = tree(root), Path.unlink
+
+    def unlink(path, **options):
+        if path == root / "record/masked-1.jsonl":
+            raise PermissionError(13, "Permission denied")
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(BadInput, match="Permission denied"):
+        ship.main(["run"])
+    after = tree(root)
+    assert {path: text for path, text in after.items() if not path.startswith("run/candidate/")} == before
+
+
+def test_the_checkpoint_moves_first_and_its_claim_last(tmp_path, monkeypatch):
+    """A kill in between leaves a checkpoint that its claim does not fit, at every moment."""
+    new, target, moved, real = tmp_path / "x/new", tmp_path / "target", [], os.replace
+    for name in ("README.md", CHECKPOINT, CLAIM, "a.txt", "record/z.txt"):
+        save_text("new", new / name)
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), real(a, b)))
+    shipping.install(new, target)
+    assert moved[0] == CHECKPOINT and moved[-1] == CLAIM and len(moved) == 5
+
+
+def test_a_link_stays_a_link(tmp_path):
+    save_text("old", tmp_path / "elsewhere.txt")
+    save_text("new", tmp_path / "x/new/a.txt")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/a.txt").symlink_to(tmp_path / "elsewhere.txt")
+    shipping.install(tmp_path / "x/new", tmp_path / "target")
+    assert (tmp_path / "target/a.txt").is_symlink() and (tmp_path / "elsewhere.txt").read_text() == "new"
+
+
+def test_a_folder_of_its_own(commands, root):
+    """The same files; no pages, which tell of the network at the root. What was shipped there before is replaced."""
+    before = tree(root)
+    for _ in range(2):
+        commands.lines.clear()
+        assert ship.main(["run", "--into", "small", "--made-up", "50", "--seed", "1"]) == 0
+        assert tuple(commands.names) == COMMANDS[:-1]
+        (root / "run/masked.jsonl").rename(root / "run/masked-1.jsonl")  # the second time
+        save_text("log", root / "run/masked.jsonl")
+    assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --seed 1 --made-up 50 --out ")
+    assert all(line.endswith("--made-up 50") for line in commands.lines[2:])
+    after = tree(root)
+    assert {name for name in after if name.startswith("small/")} == {
+        f"small/{name}" for name in (CHECKPOINT, CLAIM, CHECKPOINT.replace(".pt", ".mnet"), "record/masked.pt",
+                                     "record/masked.jsonl", "record/masked.options.json", "record/masked-1.jsonl",
+                                     "record/pretrain.jsonl", "record/pretrain.options.json")}
+    assert {name: after[name] for name in before} == before
+    assert claims.read(root / "small" / CLAIM)["made_by"]["command"].endswith(f" --made-up 50 --out small/{CHECKPOINT}")
+
+
+@pytest.mark.parametrize("accuracy, shipped, why", (
+    (("test", 9, 10), ("test", 8, 10), None),
+    (("test", 9, 10), None, None),
+    (("test", 8, 10), ("test", 8, 10), "8 of 10 test images are classified correctly, by the shipped network 8"),
+    (("test", 9, 10), ("test", 8, 20), "measured on other images"),
+    (("made up", 9, 10), None, "measured on made up images and not on the test set"),
+    (("hold-out", 9, 10), ("hold-out", 8, 10), "measured on hold-out images"),
+))
+def test_what_is_better(accuracy, shipped, why):
+    made, there = (None if each is None else dict(zip(("data", "correct", "images"), each))
+                   for each in (accuracy, shipped))
+    found = shipping.objection(made, there)
+    assert found is None if why is None else why in found
+
+
+def test_what_is_not_better_is_kept(commands, root, capsys):
+    commands.accuracy = {"data": "test", "correct": 8, "images": 10}
+    for _ in range(2):  # the second takes the first one's place
+        before = {name: text for name, text in tree(root).items() if not name.startswith("run/candidate")}
+        assert ship.main(["run", "--if-better"]) == 0
+        assert "tools.report" not in commands.names
+        after = tree(root)
+        assert before == {name: text for name, text in after.items() if not name.startswith("run/candidate")}
+        assert f"run/candidate/{CHECKPOINT}" in after and "run/candidate/record/masked.pt" in after
+        assert not any("run/candidate/new" in name for name in after)
+        out = capsys.readouterr().out
+        assert out.startswith("ship.py: not shipped, 8 of 10") and "bash run.sh ship run ships it" in out
+    commands.accuracy["correct"] = 9
+    assert ship.main(["run", "--if-better"]) == 0 and (root / CHECKPOINT).read_text() == "new"
+
+
+def test_weights_that_a_training_replaces_meanwhile(commands, root):
+    commands.does["tools.export_onnx"] = lambda: save_text("later", root / "run/masked.average.pt")
+    with pytest.raises(BadInput, match="replaced while it was quantized; ship it again"):
+        ship.main(["run"])
+    assert (root / CHECKPOINT).read_text() == "old"
+
+
+def test_nothing_to_ship(commands, root):
+    with pytest.raises(BadInput, match="nowhere/masked.average.pt is not there.*train"):
+        ship.main(["nowhere"])
+    with pytest.raises(BadInput, match="runs/default/masked.average.pt is not there"):
+        ship.main([])
+    assert not commands.lines
+
+
+def test_two_at_once_are_refused(commands, root):
+    pytest.importorskip("fcntl")
+    commands.does["quantize.py"] = lambda: ship.main(["run"])
+    with pytest.raises(BadInput, match="another process is at work there"):
+        ship.main(["run"])
+    assert commands.names == ["quantize.py"]
+
+
+@pytest.mark.parametrize("words", ("--checkpoint x.pt", "--out x.pt", "--ou=x.pt", "--made 5", "--if"))
+def test_options_that_would_lead_elsewhere(commands, root, words, capsys):
+    with pytest.raises(SystemExit):
+        ship.main(["run", *words.split()])
+    assert not commands.lines and "ship.py" not in capsys.readouterr().out
+
+
+def test_a_network_from_weights_to_shipped_files(sparse_checkpoint, tmp_path):
+    """The commands as they are, in processes of their own, on made-up images."""
+    run, into = tmp_path / "run", tmp_path / "own"
+    run.mkdir()
+    (run / "masked.average.pt").write_bytes(sparse_checkpoint.read_bytes())
+    done = subprocess.run([sys.executable, "-m", "tools.ship", run, "--into", into, "--made-up", "100",
+                           "--calibration", "20", "--renew", "0", "--ranges", "max"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    claim = claims.read(into / CLAIM)
+    assert {path.name for path in into.iterdir()} == {
+        CHECKPOINT, CLAIM, claim["packed"]["file"], CHECKPOINT.replace(".pt", ".onnx"), "record"}
+    assert claim["sha256"] == sha256(into / CHECKPOINT) and claim["packed"]["sha256"] == sha256(
+        into / claim["packed"]["file"])
+    assert claim["made_by"]["source_sha256"] == sha256(into / "record" / "masked.pt")
+    assert claim["integer"]["identical"] == claim["onnx"]["images"] == 100
+    assert verify.main(["--checkpoint", str(into / CHECKPOINT), "--made-up", "100"]) == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+def test_training_ships_what_is_better(commands, root, capsys):
+    commands.does["main.py"] = lambda: save_text("", root / "runs/x/masked.pt")
+    assert train.main(["--epochs", "3", "--run", "runs/x", "--teacher", "a", "b", "--no-resume", "--no-cuda"]) == 0
+    assert commands.lines == ["main.py --run-folder runs/x --epochs 3 --teacher a b --no-cuda --no-resume",
+                              "tools.ship runs/x --no-cuda --if-better"]
+    said = capsys.readouterr().out
+    assert said.startswith("train.py: after training this replaces, if more than 8 of 10 test images are right: ")
+    assert all(name in said for name in (CHECKPOINT, CLAIM, ".mnet", "record/", "figures/", "README.md"))
+
+
+def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
+    commands.does["main.py"] = lambda: save_text("", root / "runs/default/masked.pt")
+    assert train.main(["--ship", "--made-up", "100", "--data", "d"]) == 0
+    assert commands.lines[1] == "tools.ship runs/default --data d --made-up 100"
+    assert "whatever its accuracy" in capsys.readouterr().out
+    assert train.main(["--made-up", "100"]) == 0
+    assert "nothing shipped is going to be replaced" in capsys.readouterr().out
+    (root / CLAIM).unlink()
+    assert train.main([]) == 0 and "as there is none yet" in capsys.readouterr().out
+
+
+def test_training_that_was_stopped_says_how_to_go_on(commands, root, capsys):
+    words = ["--run=runs/a b", "--max-minutes", "1", "--ship", "--no-resume", "--holdout"]
+    assert train.main(words) == 0 and commands.names == ["main.py"]
+    line = capsys.readouterr().out.splitlines()[-1]
+    go_on = re.fullmatch("train.py: not finished yet; to go on: bash run.sh train (.*)", line)[1]
+    assert train.parse(shlex.split(go_on))[0] == train.argparse.Namespace(
+        **vars(train.parse(words)[0]) | {"no_resume": False})
+    assert "--no-resume" not in go_on and "--max-minutes 1" in go_on
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    commands.does["main.py"] = interrupt
+    assert train.main(words) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    commands.fails = "main.py"
+    assert train.main(words) == 2 and "to go on" not in capsys.readouterr().out
+
+
+def test_a_new_run_has_the_default_recipe(commands, root, monkeypatch):
+    monkeypatch.setattr(train.recipes, "FOLDER", root)
+    assert train.parse([])[0].recipe is None  # there is none
+    save_text("", root / "default.toml")
+    assert train.parse([])[0].recipe == "default"
+    assert train.parse(["--recipe", "small"])[0].recipe == "small"
+    save_text("{}", root / "runs/default/pretrain.options.json")
+    assert train.parse([])[0].recipe is None  # training/main.py goes on with what the run was begun with
+    assert train.main([]) == 0 and "--recipe" not in commands.lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------- baseline, quick
+
+def test_the_baseline_is_a_runs_dense_network(commands, root):
+    write(root, run__pretrain_average_pt="another", record__dense_jsonl="old")
+    assert baseline.main(["run"]) == 0
+    assert commands.names == ["testers.py", "tools.report"]
+    record = tree(root / "record")
+    assert record["dense.pt"] == b"another" and record["dense.jsonl"] == b"log"
+    assert record["dense.options.json"] == b"{}"
+    assert load_json(root / "record/dense.tested.json") == {"checkpoint": "record/dense.pt", "correct": 8}
+    assert record["masked.pt"] == b"old" and record["shipped.jsonl"] == b"history"
+    assert (root / "README.md").read_text() == "new tables"
+
+
+@pytest.mark.parametrize("name", ("testers.py", "tools.report"))
+def test_a_baseline_that_fails_replaces_nothing(commands, root, name):
+    commands.fails, before = name, tree(root)
+    with pytest.raises(BadInput, match=f"{name} ended with status 2"):
+        baseline.main(["run"])
+    (root / "run/pretrain.jsonl").unlink()
+    with pytest.raises(BadInput, match="run/pretrain.jsonl is not there"):
+        baseline.main(["run"])
+    save_text("log", root / "run/pretrain.jsonl")
+    assert tree(root) == before
+
+
+def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
+    left = iter(zip(quick.STAGES, (0, 25, 50), (0.2, 0.25, 0.3)))
+
+    def train_a_stage():
+        stage, zeros, accuracy = next(left)
+        save_text(f'{{"step": 1}}\n{{"step": 2, "zeros": {zeros}, "test_accuracy": {accuracy}}}\n',
+                  quick.RUN / f"{stage}.jsonl")
+
+    def ship_it():
+        save_record({"accuracy": {"correct": 31, "images": 100}, "packed": {"bytes": 12345}, "counts": {
+            "weights": {"all": {"total": 100, "sparsity": 0.51}}}}, quick.RUN / "shipped" / CLAIM)
+
+    commands.does |= {"main.py": train_a_stage, "tools.ship": ship_it}
+    save_text("of another time", quick.RUN / "old.txt")
+    assert quick.main([]) == 0
+    assert commands.names == ["main.py"] * 3 + ["tools.ship"] and not (quick.RUN / "old.txt").exists()
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:]] == [
+        ["pretrain", "0.00%", "20.00%", "0"], ["rew", "25.00%", "25.00%", "0"], ["masked", "50.00%", "30.00%", "0"],
+        ["shipped", "51.00%", "31.00%", "0", "12,345"]]
+    commands.fails = "main.py"
+    assert quick.main([]) == 2 and commands.names[-2:] == ["tools.ship", "main.py"]
+
+
+# -------------------------------------------------------------------------------------------------- verify, run_python
+
+@pytest.mark.parametrize("statuses, status", (((0, 0), 0), ((2, 0), 2), ((0, 2), 2), ((2, 2), 2), ((137,), 137)))
+def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, status):
+    left, ran = list(statuses), []
+    monkeypatch.setattr(verify, "run_python", lambda *words: (ran.append(words), left.pop(0))[1])
+    assert verify.main(["--checkpoint", "x.pt", "--made-up", "9"]) == status
+    assert not left and ran[0] == (ROOT / "testers.py", "--checkpoint", Path("x.pt"), "--made-up", "9")
+    assert ran[1:] in ([], [(ROOT / "check_model_operations.py", "--checkpoint", Path("x.pt"))])
+    out, err = capsys.readouterr()
+    assert ("NOT verified" in err) == (status != 0) and ("verify.py: verified" in out) == (status == 0)
+
+
+def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    with open(tmp_path / "out", "wb") as file:
+        assert run_python(script, "a b", 1, stdout=file) == 7
+    assert (tmp_path / "out").read_text() == "['a b', '1']\n"
+    assert capfd.readouterr().err == "$ python script.py 'a b' 1\n"
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_reaches_the_process_as_sigterm_and_its_end_is_awaited(tmp_path, number):
+    """A terminal's Ctrl-C reaches both processes: the one that works ignores it, and gets SIGTERM once."""
+    (tmp_path / "works.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\narrived = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: arrived.append(1))\nprint('ready', flush=True)\n"
+        "while not arrived: time.sleep(0.01)\ntime.sleep(0.3)\n"
+        "Path(sys.argv[1]).write_text(f'{len(arrived)} saved')\n")
+    (tmp_path / "runs.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom compressed.command_line import run_python, run_script\n"
+        f"run_script(lambda: run_python({str(tmp_path / 'works.py')!r}, {str(tmp_path / 'state')!r}))\n")
+    process = subprocess.Popen([sys.executable, tmp_path / "runs.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.splitlines()[1:] == ["runs.py: interrupted"]
+    assert (tmp_path / "state").read_text() == "1 saved"

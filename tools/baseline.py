@@ -1,0 +1,55 @@
+"""Make the dense network of a run record/dense.pt, which the shipped network is compared with, and test it.
+
+    python -m tools.baseline RUN      (default: runs/default)
+
+record/ then has its weights, log, options and what testers.py says of it, and the pages their tables. Nothing is
+replaced before all of that is there.
+"""
+import shutil
+from pathlib import Path
+
+from compressed import shipping
+from compressed.command_line import command_line, run_python, run_script, some_path
+from compressed.errors import BadInput
+from compressed.files import load_json, save_json
+
+ROOT = shipping.ROOT
+FILES = {"dense.pt": "pretrain.average.pt", "dense.jsonl": "pretrain.jsonl",
+         "dense.options.json": "pretrain.options.json"}
+
+
+def make_record(run: Path, record: Path) -> None:
+    """Fill a new folder with what record/ is to hold: what it holds now, and the dense network of a run, tested."""
+    record.mkdir()
+    for path in (ROOT / "record").glob("*"):
+        if path.is_file() and path.name not in FILES:
+            shutil.copy2(path, record / path.name)
+    for name, source in FILES.items():
+        shutil.copyfile(run / source, record / name)
+    with open(record / "dense.tested.json", "wb") as file:
+        status = run_python(ROOT / "testers.py", "--checkpoint", record / "dense.pt", "--json", stdout=file)
+    if status:
+        raise BadInput(f"testers.py ended with status {status}, see above; nothing was replaced")
+    tested = load_json(record / "dense.tested.json") | {"checkpoint": "record/dense.pt"}  # where it is going to be
+    save_json(tested, record / "dense.tested.json")
+
+
+def main(argv=None) -> int:
+    parser = command_line(__doc__)
+    parser.add_argument("run", nargs="?", type=some_path, default=Path("runs/default"), metavar="RUN",
+                        help="run folder (%(default)s)")
+    run = parser.parse_args(argv).run
+    for name in FILES.values():
+        if not (run / name).is_file():
+            raise BadInput(f"{run / name} is not there: this run has no dense network yet")
+    with shipping.staging(ROOT) as new:
+        make_record(run, new / "record")
+        if status := run_python("-m", "tools.report", "--logs", new / "record", "--to", new):
+            raise BadInput(f"tools.report ended with status {status}, see above; nothing was replaced")
+        shipping.install(new, ROOT)
+    print("baseline.py: record/dense.pt is now the dense network of " + str(run))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

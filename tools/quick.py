@@ -1,0 +1,55 @@
+"""Run every stage in a few minutes on a CPU, on made-up images: to see how the parts work together.
+
+    python -m tools.quick     trains in runs/quick, ships into runs/quick/shipped; nothing else is touched
+
+The last lines are a table of what each stage left.
+"""
+import shutil
+import time
+from pathlib import Path
+
+from compressed import claims, shipping
+from compressed.command_line import command_line, run_python, run_script
+from compressed.files import load_lines
+
+ROOT, RUN = shipping.ROOT, Path("runs/quick")
+DATA = ("--made-up", "1000")
+COMMON = ("--run-folder", RUN, *DATA, *"--batch-size 50 --augment plain --mixing none --sizes 16:0.7,32 --eval-every 9 "
+          "--refresh 200".split())
+STAGES = {"pretrain": "--pretrain --epochs 6 --lr 0.1 --warmup-epochs 1",
+          "rew": "--rew --epochs 2 --lr 0.05 --warmup-epochs 0",
+          "masked": "--masked-retrain --epochs 3 --lr 0.05 --warmup-epochs 0"}
+
+
+def summary(seconds: dict[str, float]) -> list[str]:
+    """Return the lines of the table: stage, share of zeros, accuracy, seconds, bytes of the packed file."""
+    claim = claims.read(RUN / "shipped" / shipping.CLAIM)
+    weights, accuracy = claim["counts"]["weights"]["all"], claim["accuracy"]
+    rows = {stage: (last["zeros"] / weights["total"], last["test_accuracy"], "")
+            for stage, last in ((stage, load_lines(RUN / f"{stage}.jsonl")[-1]) for stage in STAGES)}
+    rows["shipped"] = (weights["sparsity"], accuracy["correct"] / accuracy["images"],
+                       f"{claim['packed']['bytes']:,}")
+    return [f"{'stage':<10}{'zeros':>10}{'accuracy':>10}{'seconds':>10}{'bytes of the packed file':>26}",
+            *(f"{stage:<10}{zeros:>10.2%}{right:>10.2%}{seconds[stage]:>10.0f}{size:>26}"
+              for stage, (zeros, right, size) in rows.items())]
+
+
+def main(argv=None) -> int:
+    command_line(__doc__).parse_args(argv)
+    if RUN.exists():
+        shutil.rmtree(RUN)
+    commands = {stage: (ROOT / "training" / "main.py", *options.split(), *COMMON) for stage, options in STAGES.items()}
+    commands["shipped"] = ("-m", "tools.ship", RUN, "--into", RUN / "shipped", *DATA, "--calibration", "200",
+                           "--renew", "200")
+    seconds = {}
+    for stage, command in commands.items():
+        begin = time.monotonic()
+        if status := run_python(*command):
+            return status
+        seconds[stage] = time.monotonic() - begin
+    print("\n".join(["", *summary(seconds)]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

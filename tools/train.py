@@ -1,0 +1,74 @@
+"""Train a run from beginning to end, and ship its network if it is more accurate than the shipped one.
+
+    python -m tools.train                      runs/default; the same command resumes it wherever it was stopped
+    python -m tools.train --run DIR ...        further options go to training/main.py (its --help lists them)
+    python -m tools.train --ship               ship the network whatever its accuracy
+
+A new run takes the options of training/recipes/default.toml where that exists and --recipe names no other.
+"""
+import argparse
+import shlex
+from pathlib import Path
+
+from compressed import cifar100, shipping
+from compressed.checkpoints import CHECKPOINT
+from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
+from training import recipes
+
+ROOT = shipping.ROOT
+
+
+def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options that matter beyond training, and the words for training/main.py alone."""
+    parser = command_line(__doc__)
+    parser.usage = "python -m tools.train [--run DIR] [--ship] [options of training/main.py]"
+    parser.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"),
+                        metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--ship", action="store_true", help="replace the shipped files in any case")
+    parser.add_argument("--recipe", metavar="NAME", help="options of all stages, as of training/main.py")
+    parser.add_argument("--no-resume", action="store_true", help="train again what is there")
+    parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    cifar100.add_options(parser)
+    args, words = parse_own(parser, argv)
+    began = any(args.run.glob("*.options.json"))
+    if args.recipe is None and not began and (recipes.FOLDER / "default.toml").is_file():
+        args.recipe = "default"
+    return args, words
+
+
+def announcement(args) -> str:
+    """Return which files are going to be replaced, and on what condition."""
+    shipped = shipping.shipped_accuracy(ROOT)
+    names = [path.name for path in sorted(ROOT.glob(Path(CHECKPOINT).stem + ".*"))]
+    files = f"{', '.join(names) or CHECKPOINT}, the logs and weights of its training in record/, figures/, and the " \
+            "tables of README.md and the other pages"
+    if args.ship:
+        return f"after training this replaces, whatever its accuracy: {files}"
+    if args.made_up or args.holdout:
+        return "nothing shipped is going to be replaced: the accuracy is not that of the test set (--ship does it)"
+    better = f"if more than {shipped['correct']} of {shipped['images']} test images are right" if shipped else ""
+    return f"after training this replaces, {better or 'as there is none yet'}: {files}"
+
+
+def main(argv=None) -> int:
+    args, words = parse(argv)
+    data = cifar100.option_words(args)
+    again = ["--run-folder", str(args.run), *words, *data, *["--no-cuda"] * args.no_cuda,
+             *(["--recipe", args.recipe] if args.recipe else [])]
+    print(f"train.py: {announcement(args)}", flush=True)
+    go_on = f"train.py: not finished yet; to go on: bash run.sh train {shlex.join([*again, *['--ship'] * args.ship])}"
+    try:
+        status = run_python(ROOT / "training" / "main.py", *again, *["--no-resume"] * args.no_resume)
+        finished = (args.run / "masked.pt").is_file()  # else --max-minutes stopped it, or the options name one stage
+        if status == 0 and finished:
+            return run_python("-m", "tools.ship", args.run, *data, *["--no-cuda"] * args.no_cuda,
+                              *["--if-better"] * (not args.ship))
+    except KeyboardInterrupt:
+        status = 130
+    if status in (0, 130):
+        print(go_on)
+    return status
+
+
+if __name__ == "__main__":
+    run_script(main)
