@@ -36,6 +36,7 @@ from compressed.errors import BadInput
 from compressed.evaluation import Paused, evaluate, logits, renew_means, renew_statistics
 from compressed.exact_network import Quantizer, exact_network, folded, probe_logits, quantize_activations
 from compressed.files import (
+    check_outputs,
     git_commit,
     load_lines,
     load_record,
@@ -43,7 +44,6 @@ from compressed.files import (
     save_tensors,
     sha256,
     stage_logs,
-    try_to_write,
 )
 from compressed.formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
 from compressed.graph import activation_points, neighbours, weight_layers
@@ -334,7 +334,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
                         help="sparse float checkpoint (%(default)s)")
     parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
-                        help="what is written, with a .json beside it (%(default)s)")
+                        help="what is written, a .pt, with its claim F.json beside it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
                         "the submission's, 6 bits at " + ", ".join(map(str, SIX_BITS)) + " and 8 elsewhere)")
     parser.add_argument("--scheme", choices=SCHEMES, default="channel", help="step of the weights: the submission's "
@@ -519,10 +519,12 @@ def ship(model: nn.Module, scheme: str, accuracies: Accuracies) -> tuple[nn.Modu
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
-    try_to_write(args.out, claims.claim_path(args.out))
+    tuned_files = [args.checkpoint.with_name(f"quantized.{kind}") for kind in ("pt", "options.json", "jsonl")]
+    check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
+                  [args.checkpoint, *args.teacher, *([args.table] if args.table else [])], suffix=".pt")
     table = bit_table(args.table)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    model = moved(load_checkpoint(args.checkpoint), device)
+    model, source = moved(load_checkpoint(args.checkpoint), device), sha256(args.checkpoint)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
     trained = training_record(args.checkpoint)
     args.augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
@@ -538,7 +540,7 @@ def main(argv=None) -> int:
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
                     "machine": f"{platform.machine()}, {threads.cores()} cores, torch {torch.__version__}",
-                    "source_sha256": sha256(args.checkpoint),
+                    "source_sha256": source,
                     "training": training_record(args.checkpoint, tuned=args.epochs > 0)}}
     save_record(made_claim(args.out, claim), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")

@@ -139,3 +139,75 @@ def test_json_floats_are_exact(tmp_path):
     value = {"x": [torch.rand(()).item() for _ in range(100)]}
     files.save_json(value, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+# ------------------------------------------------------------------------------------------------- where it is written
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_is_kept_without_a_chmod(tmp_path, monkeypatch, mask, mode):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for name in ("chmod", "fchmod"):  # not every file system has it
+        monkeypatch.setattr(os, name, refused)
+    before = os.umask(mask)
+    try:
+        files.save_text("x", tmp_path / "a.txt")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").symlink_to("elsewhere/b.txt")
+    for text in ("new", "newer"):  # of a link that leads nowhere yet, and of one that leads to a file
+        files.check_outputs([tmp_path / "a.txt"])
+        files.save_text(text, tmp_path / "a.txt")
+        assert (tmp_path / "a.txt").is_symlink() and (tmp_path / "elsewhere" / "b.txt").read_text() == text
+    assert names(tmp_path) == ["a.txt", "elsewhere"] and names(tmp_path / "elsewhere") == ["b.txt"]
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("x" * 252 + ".pt", "ü" * 126 + ".pt"):
+        files.check_outputs([tmp_path / name])
+        files.save_text("x", tmp_path / name)
+        assert (tmp_path / name).read_text() == "x"
+    with pytest.raises(BadInput, match="cannot be written"):
+        files.check_outputs([tmp_path / ("x" * 300)])
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder, the current one, with paths of every kind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source.pt").write_text("source")
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "link.pt").symlink_to("source.pt")
+    os.link("source.pt", "hard.pt")
+    (tmp_path / "circle.pt").symlink_to("circle.pt")
+    (tmp_path / "up").symlink_to(".")
+    os.mkfifo("pipe.pt")
+    return names(tmp_path)
+
+
+@pytest.mark.parametrize("outputs, said", [
+    (["source.pt"], "over source.pt, which is read"), (["link.pt"], "over source.pt, which is read"),
+    (["hard.pt"], "over source.pt, which is read"), (["up/source.pt"], "over source.pt, which is read"),
+    (["folder.pt/../source.pt"], "over source.pt, which is read"), (["up/coming.pt"], "over coming.pt, which is read"),
+    (["new.pt", "./new.pt"], "written twice"), (["new.pt", "up/new.pt"], "written twice"),
+    (["new.json"], "ends in .pt"), (["new"], "ends in .pt"), (["new.v1"], "ends in .pt"), (["new.PT"], "ends in .pt"),
+    (["folder.pt"], "it is a folder"), (["pipe.pt"], "it is no regular file"), (["circle.pt"], "cannot be written"),
+    (["source.pt/new.pt"], "cannot be written"), (["/proc/new.pt"], "cannot be written"),
+])
+def test_outputs_that_would_destroy_something_or_cannot_be(places, tmp_path, outputs, said):
+    with pytest.raises(BadInput, match=said) as raised:
+        files.check_outputs(outputs, ["source.pt", "coming.pt", "circle"], suffix=".pt")
+    assert "\n" not in str(raised.value)
+    assert names(tmp_path) == places and (tmp_path / "source.pt").read_text() == "source"
+
+
+def test_outputs_that_are_not_special(places):
+    files.check_outputs(["new.v1.pt", "new.v1.json", "up/other.json"], ["source.pt", "new.v1"], suffix=".pt")
+    with pytest.raises(BadInput, match="/dev/null: cannot be written .it is no regular file"):
+        files.check_outputs(["/dev/null"])

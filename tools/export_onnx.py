@@ -50,7 +50,7 @@ from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import exact_network, folded
-from compressed.files import git_commit, replacing, sha256, try_to_write
+from compressed.files import check_outputs, git_commit, replacing, sha256
 from compressed.formats import Formats
 from compressed.graph import points, weight_layers
 from compressed.mnet import stated_formats
@@ -363,9 +363,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".onnx")
-    if out.suffix != ".onnx":
-        raise BadInput(f"--out {out}: expected a name that ends in .onnx")
-    try_to_write(out)
+    check_outputs([out], [checkpoint, claims.claim_path(checkpoint)], suffix=".onnx")
     verify = args.verify or args.record
     if verify:
         needed("onnxruntime")  # before anything is done
