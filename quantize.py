@@ -47,7 +47,8 @@ from compressed.files import (
 )
 from compressed.formats import code_range, codes, fake_quantize, found_formats, power_of_two_step
 from compressed.graph import activation_points, neighbours, weight_layers
-from compressed.networks import load_checkpoint, load_state
+from compressed.mnet import stored_exponent
+from compressed.networks import load_checkpoint, load_state, save_state
 from training import loop, plan, reweighted_l1, teachers
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
@@ -532,7 +533,9 @@ def main(argv=None) -> int:
     model = moved(quantize(model, train_data, table, args, accuracies), "cpu")
     accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
     network, formats = ship(model, args.scheme, accuracies)
-    save_tensors(network.state_dict(), args.out)
+    for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
+        stored_exponent(entry.get("step", 1), entry["name"])
+    save_state(network.state_dict(), args.out)
     last = accuracies.steps[-1]
     claim = formats | {
         "accuracy": {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]},

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import subprocess
+import tomllib
 from pathlib import Path
 
 import torch
@@ -141,14 +142,26 @@ def save_text(text: str, path) -> None:
         file.write(text.encode())
 
 
+def to_json(value, **options) -> str:
+    """Return `json.dumps(value, ...)`. Raises BadInput for NaN and infinity, which Python writes and JSON has not."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError as error:
+        raise BadInput("a figure is not finite, and JSON has no such numbers: is the network a trained one?") from error
+
+
 def save_json(value, path) -> None:
-    save_text(json.dumps(value, indent=1) + "\n", path)
+    save_text(to_json(value, indent=1) + "\n", path)
+
+
+def no_number(text: str):
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def load_json(path) -> dict:
     """The object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=no_number)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
@@ -163,7 +176,7 @@ def load_lines(path) -> list[dict]:
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=no_number)
             good = isinstance(line, dict) and type(line.get("step")) is int
         except (ValueError, RecursionError):
             good = False
@@ -183,7 +196,7 @@ def stage_logs(folder) -> list[Path]:
 def digest(record: dict) -> str:
     """SHA-256 of a record without its own "digest": of its JSON, with sorted keys and no spaces."""
     content = {key: value for key, value in record.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(to_json(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def save_record(record: dict, path) -> None:
@@ -206,9 +219,33 @@ def sha256(path) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
+    """Return the commit of this code, with a mark if the files differ from it; None where it has no repository.
+
+    A repository around a copy of this code says nothing about the copy.
+    """
+    root = Path(__file__).resolve().parent.parent
+    # variables such as GIT_DIR, which git sets for its hooks, would name another repository
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, env=variables, capture_output=True, check=True,
+                              encoding="utf-8", errors="surrogateescape").stdout.strip()
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
+        if not same_file(git("rev-parse", "--show-toplevel"), root):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def load_toml(path) -> dict:
+    """Return what a TOML file holds: UTF-8 whatever the locale, with or without a byte-order mark.
+
+    Raises BadInput if it is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as TOML ({error})") from error

@@ -76,6 +76,7 @@ def test_what_is_saved_comes_back(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"", "not readable as JSON"), (b'{"a": 1', "not readable as JSON"), (b"\xff\xfe{}", "not readable as JSON"),
     (b"[1, 2]", "holds list, expected a JSON object"), (b"null", "holds NoneType"), (b'"text"', "holds str"),
+    (b'{"a": NaN}', "NaN is no number of JSON"), (b'{"a": [-Infinity]}', "-Infinity is no number"),
     (b"[" * 100_000, "not readable as JSON"), (b'{"step": ' + b"9" * 5000 + b"}", "not readable as JSON"),
 ])
 def test_json_that_is_no_object(tmp_path, content, message):
@@ -211,3 +212,75 @@ def test_outputs_that_are_not_special(places):
     files.check_outputs(["new.v1.pt", "new.v1.json", "up/other.json"], ["source.pt", "new.v1"], suffix=".pt")
     with pytest.raises(BadInput, match="/dev/null: cannot be written .it is no regular file"):
         files.check_outputs(["/dev/null"])
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_has_no_such_numbers(tmp_path, value):
+    (tmp_path / "a.json").write_text("old")
+    for save in (files.save_json, files.save_record):
+        with pytest.raises(BadInput, match="a figure is not finite"):
+            save({"deep": [{"x": value}]}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "old" and names(tmp_path) == ["a.json"]
+
+
+def test_no_writer_goes_around_it():
+    """Every json.dumps of the project is `to_json`, or what follows from values that came from one."""
+    root = files.Path(files.__file__).parent.parent
+    found = {f"{path.relative_to(root)}": path.read_text().count("json.dumps(")
+             for folder in ("compressed", "training", "tools", ".") for path in (root / folder).glob("*.py")}
+    assert {name: count for name, count in found.items() if count} == {
+        "compressed/files.py": 2, "training/main.py": 1, "training/state.py": 1, "quantize.py": 1,
+        "tools/export_onnx.py": 2, "tools/report.py": 1}
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xbc"}')
+    (tmp_path / "a.toml").write_bytes(b'\xef\xbb\xbfa = "\xc3\xbc"\r\n')
+    assert files.load_json(tmp_path / "a.json") == files.load_toml(tmp_path / "a.toml") == {"a": "ü"}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfea", b"a = \xfc", b"a", b"a = 1\na = 2", b"a = " + b"[" * 10_000])
+def test_toml_that_is_none(tmp_path, content):
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(BadInput, match="a.toml: not readable as TOML") as raised:
+        files.load_toml(tmp_path / "a.toml")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(BadInput, match="b.toml: no such file"):
+        files.load_toml(tmp_path / "b.toml")
+
+
+# --------------------------------------------------------------------------------------------------------- the commit
+
+@pytest.fixture
+def copy_of_the_code(tmp_path, monkeypatch):
+    """A folder in which compressed/files.py believes itself to stand."""
+    (tmp_path / "outer" / "copy" / "compressed").mkdir(parents=True)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "outer" / "copy" / "compressed" / "files.py"))
+    return tmp_path / "outer" / "copy"
+
+
+def commit(folder):
+    for words in (["init", "-q"], ["add", "."],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True,
+                          text=True).stdout[:12]
+
+
+def test_an_outer_repositorys_commit_is_not_ours(copy_of_the_code, monkeypatch):
+    assert files.git_commit() is None
+    outer = commit(copy_of_the_code.parent)
+    assert files.git_commit() is None
+    monkeypatch.setenv("GIT_DIR", str(copy_of_the_code.parent / ".git"))
+    assert files.git_commit() is None
+    monkeypatch.delenv("GIT_DIR")
+    ours = commit(copy_of_the_code)
+    assert files.git_commit() == ours != outer
+    monkeypatch.setenv("GIT_DIR", str(copy_of_the_code.parent / ".git"))
+    assert files.git_commit() == ours
+    (copy_of_the_code / "compressed" / "new.py").write_text("")
+    subprocess.run(["git", "add", "."], cwd=copy_of_the_code, check=True,
+                   env={name: value for name, value in os.environ.items() if name != "GIT_DIR"})
+    assert files.git_commit() == f"{ours}-dirty"

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quantize
-from compressed import cifar100, claims, evaluation, files, kernels, threads
+from compressed import cifar100, claims, evaluation, kernels, threads
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.files import load_json, save_record, sha256
@@ -733,22 +732,6 @@ def test_the_training_record(tmp_path):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):
             quantize.training_record(tmp_path / "masked.pt")
-
-
-def test_the_commit(monkeypatch):
-    def head(command, **options):
-        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(files.__file__).parent
-        assert options["check"]
-        return subprocess.CompletedProcess(command, 0, stdout="0123456789ab-dirty\n")
-
-    monkeypatch.setattr(subprocess, "run", head)
-    assert files.git_commit() == "0123456789ab-dirty"
-
-    def missing(*_, **__):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert files.git_commit() is None
 
 
 # -------------------------------------------------------------------------------------------------------- the script
