@@ -12,7 +12,6 @@ The rules are in counting.py.
 """
 import argparse
 import copy
-import json
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -25,6 +24,7 @@ from compressed import checkpoints, claims, counting, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, thop_counts
+from compressed.files import to_json
 from compressed.formats import WORD, Formats, float_formats, what_if
 from compressed.graph import activation_points, trace, weight_layers
 
@@ -138,12 +138,13 @@ def cross_check_lines(report: dict) -> list[str]:
         lines.append(f"  weights {theirs['total']:,} (exactly {ours['total']:,}), zeros {theirs['zeros']:,} "
                      f"({ours['zeros']:,}), non-zeros {theirs['nonzeros']:,} ({ours['nonzeros']:,}), "
                      f"sparsity {theirs['sparsity']:.4f} ({ours['sparsity']:.4f}), "
-                     f"compression {theirs['compression']:.4f} ({ours['compression']:.4f})")
+                     f"compression {counting.compression_text(theirs)} ({counting.compression_text(ours)})")
     twice = "twice as many, as it should be" if checks["flop_counter"] == 2 * macs else "NOT twice as many"
     lines += ["", "Cross-checks",
               f"  dense multiply-accumulates {macs:,}; torch's FlopCounterMode {checks['flop_counter']:,}, {twice}"]
     if thop is None:
-        lines.append("  thop is not installed (pip install -r requirements.txt): its count is left out")
+        lines.append("  without thop's count: it is not installed, or does not work here (pip install -r "
+                     "requirements.txt)")
     else:
         norms = checks["batchnorm_outputs"]
         why = f": the multiply-accumulates and 4 for each of {norms:,} BatchNorm outputs"
@@ -223,7 +224,7 @@ def main(argv=None) -> int:
     if report["checks"]["flop_counter"] != 2 * report["checks"]["macs"]:
         problems.append("torch's FlopCounterMode does not count two for each multiply-accumulate of this trace")
     if args.json:
-        print(json.dumps(report, indent=1))
+        print(to_json(report, indent=1))
     else:
         lines = [f"{key}: {value}" for key, value in source.items()] + width_lines(model, formats)
         lines += [] if args.summary else row_lines(report["rows"])

@@ -30,16 +30,16 @@ from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, renew_means, renew_statistics, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, probe_logits, quantize_activations
 from compressed.files import (
+    check_outputs,
     git_commit,
     load_lines,
     load_record,
     save_record,
-    save_tensors,
     sha256,
     stage_logs,
-    try_to_write,
 )
 from compressed.formats import found_formats
+from compressed.mnet import stored_exponent
 from training import fine_tune, loop, plan
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
@@ -84,7 +84,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
                         help="sparse float checkpoint (%(default)s)")
     parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
-                        help="what is written, with a .json beside it (%(default)s)")
+                        help="what is written, a .pt, with its claim F.json beside it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
                         "the submission's, 6 bits at " + ", ".join(map(str, grids.SIX_BITS)) + " and 8 elsewhere)")
     parser.add_argument("--scheme", choices=grids.SCHEMES, default="channel",
@@ -210,16 +210,21 @@ def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.O
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
-    try_to_write(args.out, claims.claim_path(args.out))
+    tuned_files = [args.checkpoint.with_name(f"quantized.{kind}") for kind in ("pt", "options.json", "jsonl")]
+    check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
+                  [args.checkpoint, *args.teacher, *([args.table] if args.table else [])], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model = fine_tune.moved(networks.load_checkpoint(args.checkpoint, args.network), device)
+    source = sha256(args.checkpoint)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
     chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
     accuracies = Accuracies(test_data)
     model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
     accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
     network, formats = ship(model, networks.make(args.network), args.scheme, accuracies)
-    save_tensors(network.state_dict(), args.out)
+    for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
+        stored_exponent(entry.get("step", 1), entry["name"])
+    networks.save_state(network.state_dict(), args.out)
     last = accuracies.steps[-1]
     accuracy = {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]}
     duplicates = cifar100.near_duplicates(args.data) if data_name == "test" else None
@@ -232,7 +237,7 @@ def main(argv=None) -> int:
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
                     "machine": threads.describe_machine(device),
-                    "source_sha256": sha256(args.checkpoint),
+                    "source_sha256": source,
                     "training": training_record(args.checkpoint, tuned=tuning is not None)}}
     save_record(made_claim(args.out, args.network, claim), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")

@@ -8,7 +8,6 @@ Weights and activations are quantized as claimed, in arithmetic that is exact on
 claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
-import json
 import sys
 
 import torch
@@ -19,6 +18,7 @@ from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
 from compressed.exact_network import exact_network, probe_logits
+from compressed.files import to_json
 from compressed.formats import Formats, exponent, found_formats
 from compressed.graph import neighbours
 
@@ -63,7 +63,7 @@ def total_lines(summary: dict) -> list[str]:
     for key, label in labels.items():
         part = weights[key]
         lines.append(f"  {label:<42}" + "".join(f"{part[count]:>12,}" for count in ("total", "zeros", "nonzeros"))
-                     + f"{part['sparsity']:>10.4f}{part['compression']:>13.4f}")
+                     + f"{part['sparsity']:>10.4f}{counting.compression_text(part):>13}")
     words = storage["total"] / 32
     lines += ["", f"Parameter storage by the challenge's rules: {storage['total']:,} bits = {words / 1e6:.4f}M 32-bit "
               f"parameters = {storage['total'] / 8e6:.3f} MB (score term {words / counting.STORAGE_BASE:.5f})",
@@ -94,15 +94,15 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
 
 
 def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
-    """{"data", "loss", "correct", "images"}, or nothing without the data; and of the test set "without_duplicates",
+    """{"data", "loss", "correct", "images"}, or nothing where that is impossible; and of the test set "without_duplicates",
     {"correct", "images"} of those without a near-duplicate in the train set, None if it is not known which these are.
     Adds to problems what the claim gets wrong."""
     try:
         data, name = cifar100.chosen(args, "test")
-    except BadInput as error:
+        loss, correct = evaluate(network, data)
+    except (BadInput, OSError) as error:
         problems.append(f"the accuracy was not verified: {error}")
         return {}
-    loss, correct = evaluate(network, data)
     found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
     claimed = found if claim is None else claim.get("accuracy")
     if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
@@ -122,7 +122,7 @@ def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) 
 
 def accuracy_lines(found: dict) -> list[str]:
     if not found:
-        return ["Accuracy: NOT VERIFIED, the data is missing"]
+        return ["Accuracy: NOT VERIFIED"]
     correct, images = found["correct"], found["images"]
     lines = [f"Loss: {found['loss']:.4f} ({found['data']} set)",
              f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
@@ -156,7 +156,7 @@ def main(argv=None) -> int:
     if claim is not None and claim.get("counts") != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
-        print(json.dumps({"checkpoint": str(read.path), "sha256": read.sha256} | found
+        print(to_json({"checkpoint": str(read.path), "sha256": read.sha256} | found
                          | {"tensors": tensors, "counts": summary, "problems": problems}, indent=1))
     else:
         print("\n".join([*accuracy_lines(found), "", *tensor_lines(tensors), "", *total_lines(summary)]), flush=True)

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100
+from compressed import checkpoints, cifar100, claims
 from compressed.command_line import command_line, number, run_script, some_path
-from compressed.files import save_json, try_to_write
+from compressed.files import check_outputs, save_json
 from tools import export_onnx
 from training.teachers import fold_batchnorm
 
@@ -125,7 +125,7 @@ def main(argv=None) -> int:
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
     if args.json:
-        try_to_write(args.json)
+        check_outputs([args.json], [args.checkpoint, claims.claim_path(args.checkpoint)], suffix=".json")
     runtime = export_onnx.needed("onnxruntime")
     torch.set_num_threads(args.threads)
     model, claim = checkpoints.load(args.checkpoint)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from compressed import environment
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 
@@ -64,10 +65,10 @@ def find(folder=None) -> Path:
     Each may be that folder or its parent. Downloads only if neither of the first two is given and ./data.cifar100 has
     no set. Raises BadInput if a folder that was given has none, or if the download fails.
     """
-    given = folder or os.environ.get("CIFAR100_DIR")
+    given = folder or environment.folder("CIFAR100_DIR")
     start = Path(given or FOLDER)
     for candidate in (start / SET, start):
-        if all((candidate / split).is_file() for split in COUNT):
+        if all(os.path.isfile(candidate / split) for split in COUNT):
             return candidate
     if given:
         origin = "--data" if folder else "CIFAR100_DIR"
@@ -81,21 +82,31 @@ def download(folder: Path) -> Path:
     Everything happens in a temporary folder beside `folder`, which goes away even after an error: nothing half done is
     left. Raises BadInput without a network or if the archive is not the published one.
     """
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".", suffix=".tmp") as scratch:
-        archive = Path(scratch, "archive")
-        try:
-            fetch(URL, archive, "CIFAR-100")
-        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
-            raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
-        if file_md5(archive) != ARCHIVE_MD5:
-            raise BadInput(f"the archive from {URL} is cut short or another one (its MD5 differs); {HOW_TO_POINT}")
-        (folder / SET).mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as tar:
-            for name in ("meta", "test", "train"):
-                # Members are read by their names and written to ours: a path in the archive decides nothing.
-                with tar.extractfile(f"{SET}/{name}") as source, open(Path(scratch, name), "wb") as target:
-                    shutil.copyfileobj(source, target)
-                os.replace(Path(scratch, name), folder / SET / name)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".",
+                                         suffix=".tmp") as scratch:
+            return download_through(Path(scratch), folder)
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        raise BadInput(f"cannot put CIFAR-100 into {folder.absolute()} ({error.strerror or error}); "
+                       f"{HOW_TO_POINT}") from error
+
+
+def download_through(scratch: Path, folder: Path) -> Path:
+    """`download` with its temporary folder."""
+    archive = scratch / "archive"
+    try:
+        fetch(URL, archive, "CIFAR-100")
+    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
+        raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
+    if file_md5(archive) != ARCHIVE_MD5:
+        raise BadInput(f"the archive from {URL} is cut short or another one (its MD5 differs); {HOW_TO_POINT}")
+    (folder / SET).mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for name in ("meta", "test", "train"):
+            # Members are read by their names and written to ours: a path in the archive decides nothing.
+            with tar.extractfile(f"{SET}/{name}") as source, open(scratch / name, "wb") as target:
+                shutil.copyfileobj(source, target)
+            os.replace(scratch / name, folder / SET / name)
     return folder / SET
 
 
@@ -142,8 +153,8 @@ def read(path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, "rb") as file:
             content = ArraysOnly(file, encoding="latin1").load()  # latin1: Python 2 wrote the published files
-    except OSError:
-        raise
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle can raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__  # one line
         raise BadInput(f"{path}: not a CIFAR-100 file, or damaged ({reason})") from error
@@ -243,8 +254,13 @@ def option_words(args) -> list[str]:
             *(["--made-up", str(args.made_up)] if args.made_up else [])]
 
 
+FIRST_IMAGES = ("N of the test images alone: the first in the order of their SHA-256, which is the same for every copy "
+                "of the set, and no order of labels")
+
+
 def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
-    """(images, their name) of "train" or "test", as the options say; the first `args.images`, if there is that."""
+    """Return (images, their name) of "train" or "test", as the options say; of args.images, the first in canonical
+    order (see `load`)."""
     if args.made_up:
         count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
         data, name = made_up(count, seed, device=device), "made up"

@@ -1,5 +1,9 @@
 """What every script needs: a command line whose mistakes are named, and an end in one clear line."""
 import argparse
+import contextlib
+import functools
+import io
+import os
 import shlex
 import signal
 import subprocess
@@ -37,17 +41,42 @@ def some_path(text: str) -> Path:
     return Path(text)
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line to stderr, the first time that it is said."""
+    complain(line)
+
+
+def complain(line: str) -> None:
+    """Print a line to stderr, after the script's name, if anybody can read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+
+
+GONE = 128 + 13  # what a shell reports of a process that SIGPIPE ended: the reader of our output has gone
+
+
 def run_script(main) -> None:
-    """Run `main()` and exit with what it returns; input that the user can mend becomes one line and status 2."""
+    """Run `main()` and exit with what it returns.
+
+    Input that the user can mend becomes one line and status 2. Ctrl-C: one line, 130. A reader of stdout that goes away
+    (`| head`) ends the script without a word, with status 141 as for any program that SIGPIPE ends, and never with 2,
+    which says that something contradicts a claim. Closed streams are written to nobody, and change no status.
+    """
+    prepare_streams()
     try:
         status = main()
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    except BrokenPipeError:
+        status = GONE
     except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        complain(str(error))
         status = 2
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        complain("interrupted")
         status = 130
-    sys.exit(status)
+    sys.exit(flushed(status))
 
 
 def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -97,4 +126,39 @@ def run_python(*words, stdout=None) -> int:
             signal.signal(number, handler)
     if stopped:
         raise KeyboardInterrupt
+    return status
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take any text: none is closed, and what their encoding lacks is written as \\xe9 or so."""
+    with contextlib.suppress(OSError):
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:  # closed: the next file that is opened would be written to by every print of a C library
+                os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def flushed(status):
+    """Return the status of a script once all that it printed has left, or what hindered that."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = status or GONE
+    except OSError as error:
+        complain(f"its output could not be written ({error.strerror})")
+        status = status or 2
+    except ValueError:  # closed by whoever called us
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # Python would try again at its end, and fail with a status of its own
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed.cifar100 import IMAGE_SIZE
+from compressed.command_line import say_once
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, signed_bits
 from compressed.graph import Operation, is_point, trace, weight_layers
@@ -262,13 +263,18 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None)
 
 
 def thop_counts(model: nn.Module) -> list[int] | None:
-    """What thop counts for one image and for two; None if it is not installed. On copies: thop writes into models."""
+    """Return what thop counts for one image and for two; None if it is not there or does not work.
+
+    On copies: thop writes into models.
+    """
+    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
     try:
         from thop import profile
-    except ImportError:
+        return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
+    except Exception as error:  # of other versions of torch and numpy, or a warning that is an error
+        if not isinstance(error, ModuleNotFoundError) or error.name != "thop":
+            say_once(f"thop does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
         return None
-    batches = (torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE) for images in (1, 2))
-    return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
 
 
 def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
@@ -336,7 +342,7 @@ def weight_summary(model: nn.Module) -> dict:
     """Zeros of every weight tensor, exactly, and the totals beside the submission's way of counting.
 
     {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
-     "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression"},
+     "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression" (None if all are zero)},
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone}
     """
     tensors = []
@@ -349,7 +355,7 @@ def weight_summary(model: nn.Module) -> dict:
 
     def ratios(total, zeros):
         return {"total": total, "zeros": zeros, "nonzeros": total - zeros, "sparsity": zeros / total,
-                "compression": total / (total - zeros) if zeros < total else math.inf}
+                "compression": total / (total - zeros) if zeros < total else None}
 
     def sums(rows):
         return sum(row["total"] for row in rows), sum(row["zeros"] for row in rows)
@@ -360,3 +366,8 @@ def weight_summary(model: nn.Module) -> dict:
     constant = SUBMISSION_HEAD * model.linear.out_features
     return {"tensors": tensors, "conv": ratios(total, zeros), "linear": ratios(*sums(linear)),
             "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros)}
+
+
+def compression_text(part: dict) -> str:
+    """Return the compression in a part of a `weight_summary` with 4 decimals; if all weights are zero it has none."""
+    return f"{part['compression']:.4f}" if part["nonzeros"] else "no bound"

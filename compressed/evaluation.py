@@ -1,5 +1,6 @@
 """Evaluate a network, and renew its BatchNorm statistics."""
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +8,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from compressed import cifar100, threads
+from compressed.errors import BadInput
 
 
 def answers(engine, images: Tensor, size: int) -> Tensor:
     """engine(batch) for `images` (uint8 [N, 3, 32, 32]) in batches of `size`, on every core of a CPU: [N, ...]."""
     def some(batches):
+        found = []
         with torch.inference_mode():
-            return torch.cat([engine(batch) for batch in batches])
+            for batch in batches:
+                threads.go_on()
+                found.append(engine(batch))
+        return torch.cat(found)
     return torch.cat(threads.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
 
 
@@ -30,11 +36,16 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
-    """(mean cross-entropy, number of correct predictions) of a network in eval mode, in float32."""
+    """Return (mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
+
+    Raises BadInput if the loss is not finite: some values of the network are too large, or contradict each other.
+    """
     found, size = logits(network, data.images), batch_size(data.images)
     # summed batch by batch in the order of the images: the same whatever the number of threads
     loss = sum(float(F.cross_entropy(some, labels, reduction="sum"))
                for some, labels in zip(found.split(size), data.labels.split(size)))
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss is {loss}: the network's values cannot be those of a trained one")
     return loss / len(data), int((found.argmax(1) == data.labels).sum())
 
 
@@ -66,6 +77,7 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
     def some(k):
         def images():
             for index, draws in parts[k]:
+                threads.go_on()
                 x, *_ = cifar100.augment(data.images[index], data.labels[index], draws)
                 yield x.contiguous(memory_format=torch.channels_last)
         update_bn(images(), models[k])

@@ -1,11 +1,13 @@
 """Files that are never half written, and are held to their last byte when they are read."""
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import secrets
 import subprocess
-import tempfile
+import tomllib
 from pathlib import Path
 
 import torch
@@ -15,21 +17,23 @@ from compressed.errors import BadInput
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary file beside `path`, open for writing bytes; renamed to `path` once the block ends without an error.
+    """Yield a temporary file in `path`'s folder, open for writing bytes; rename it to `path` after a block without an
+    error.
 
-    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. An
+    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. The
+    file gets the permissions that the umask leaves. A symbolic link stays one: the file it points to is replaced. An
     OSError names `path`, whichever call raised it.
     """
     path, temporary = Path(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+        place = target(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = create_beside(place)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except BaseException as error:
         if temporary:
             with contextlib.suppress(OSError):
@@ -40,17 +44,63 @@ def replacing(path):
         raise
 
 
+def target(path) -> Path:
+    """Return the path behind all symbolic links. Raises OSError if they lead in a circle."""
+    place = Path(os.path.realpath(path))
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return place
+
+
+def create_beside(path: Path) -> tuple[int, Path]:
+    """Create an empty file of a new name in `path`'s folder; return (its open descriptor, its path).
+
+    Not by tempfile.mkstemp: its files are their owner's alone, and not every file system allows the chmod afterwards.
+    """
+    temporary = path.parent / f"{path.name[:50]}.{secrets.token_hex(8)}.tmp"  # of any length: a name has 255 bytes
+    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), temporary
+
+
 def try_to_write(*paths) -> None:
-    """Before long work: raises BadInput if a file could not be written there. Leaves no trace but the folder."""
+    """Before long work: raise BadInput if a file could not be written there. Leaves no trace but the folder."""
     for path in map(Path, paths):
         try:
-            if path.is_dir():
-                raise OSError(0, "it is a folder")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp"):
-                pass
+            if path.exists() and not path.is_file():
+                raise OSError(0, "it is a folder" if path.is_dir() else "it is no regular file")
+            place = target(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = create_beside(place)
+            os.close(handle)
+            os.unlink(temporary)
         except OSError as error:
             raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
+
+
+def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
+    """Before long work: raise BadInput if an output could not be written or would destroy an input or another output.
+
+    outputs: paths of files to be written, of which the first is what the user named and ends in `suffix`, where there
+    is one. inputs: paths that are read. Two paths are the same if they lead to one file, by links too.
+    """
+    outputs, inputs = list(map(Path, outputs)), list(map(Path, inputs))
+    if suffix and outputs[0].suffix != suffix:
+        raise BadInput(f"{outputs[0]}: expected a name that ends in {suffix}")
+    for i, path in enumerate(outputs):
+        for other in inputs:
+            if same_file(path, other):
+                raise BadInput(f"{path} would be written over {other}, which is read; give another place")
+        for other in outputs[:i]:
+            if same_file(path, other):
+                raise BadInput(f"{path} would be written twice, as {other} too; give another place")
+    try_to_write(*outputs)
+
+
+def same_file(path, other) -> bool:
+    """Return whether two paths lead to one file, now or once it is written."""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 @contextlib.contextmanager
@@ -92,14 +142,26 @@ def save_text(text: str, path) -> None:
         file.write(text.encode())
 
 
+def to_json(value, **options) -> str:
+    """Return `json.dumps(value, ...)`. Raises BadInput for NaN and infinity, which Python writes and JSON has not."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError as error:
+        raise BadInput("a figure is not finite, and JSON has no such numbers: is the network a trained one?") from error
+
+
 def save_json(value, path) -> None:
-    save_text(json.dumps(value, indent=1) + "\n", path)
+    save_text(to_json(value, indent=1) + "\n", path)
+
+
+def no_number(text: str):
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def load_json(path) -> dict:
     """The object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=no_number)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
@@ -114,7 +176,7 @@ def load_lines(path) -> list[dict]:
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=no_number)
             good = isinstance(line, dict) and type(line.get("step")) is int
         except (ValueError, RecursionError):
             good = False
@@ -134,7 +196,7 @@ def stage_logs(folder) -> list[Path]:
 def digest(record: dict) -> str:
     """SHA-256 of a record without its own "digest": of its JSON, with sorted keys and no spaces."""
     content = {key: value for key, value in record.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(to_json(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def save_record(record: dict, path) -> None:
@@ -157,9 +219,33 @@ def sha256(path) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a mark if the files differ from it; None outside a git repository."""
+    """Return the commit of this code, with a mark if the files differ from it; None where it has no repository.
+
+    A repository around a copy of this code says nothing about the copy.
+    """
+    root = Path(__file__).resolve().parent.parent
+    # variables such as GIT_DIR, which git sets for its hooks, would name another repository
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, env=variables, capture_output=True, check=True,
+                              encoding="utf-8", errors="surrogateescape").stdout.strip()
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
+        if not same_file(git("rev-parse", "--show-toplevel"), root):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def load_toml(path) -> dict:
+    """Return what a TOML file holds: UTF-8 whatever the locale, with or without a byte-order mark.
+
+    Raises BadInput if it is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as TOML ({error})") from error

@@ -5,35 +5,46 @@ stays PyTorch's.
 """
 import ctypes
 import functools
-import os
 import platform
-import shlex
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 
+from compressed import environment
+from compressed.command_line import say_once
+
 SOURCE = Path(__file__).with_name("kernels.c")
+FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients", "quantize", "rescale")
 FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled functions for values of this type; None without a compiler."""
+    """Return the compiled functions for values of this type; None without a compiler that makes them.
+
+    A compiler that is there and does not work is mentioned on stderr: without it everything takes longer.
+    """
     if dtype not in FLAGS:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, "kernels.so"))
-        # narrower vectors than the widest leave fewer channels over: the stem has 40
-        narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
-        command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fno-trapping-math",
-                   "-fno-math-errno", *narrow, *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
-        try:
+    # narrower vectors than the widest leave fewer channels over: the stem has 40
+    narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder, "kernels.so"))
+            command = [*environment.compiler(), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno",
+                       *narrow, *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-            return ctypes.CDLL(file)  # which leaves Python's lock while it computes
-        except (OSError, subprocess.SubprocessError):
-            return None
+            functions = ctypes.CDLL(file)  # which leaves Python's lock while it computes
+            for name in FUNCTIONS:
+                getattr(functions, name)
+            return functions
+    except Exception as error:  # whatever stands in for a compiler can fail in any way
+        if environment.text("CC") or not isinstance(error, FileNotFoundError):
+            reason = " ".join(str(error).split())[:200]
+            say_once(f"without compiled functions, and slower: the C compiler (CC) does not make them ({reason})")
+        return None
 
 
 C_TYPES = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_float}

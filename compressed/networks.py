@@ -25,6 +25,7 @@ from torch import nn
 
 from compressed.cifar100 import CLASSES
 from compressed.errors import BadInput
+from compressed.files import save_tensors
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
@@ -100,33 +101,87 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 
 # ---- Checkpoint files ----------------------------------------------------------------------------
 
-def load_state(path) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint file, on the CPU, without the prefix "module." that DataParallel leaves.
+WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # {"net": the state dict, "acc": ..., "epoch": ...}
+COUNTERS = ("total_ops", "total_params", "n_averaged")  # what thop and AveragedModel leave; no part of a network
 
-    Nothing in the file is executed (`weights_only=True`). Raises BadInput if the file is missing or damaged or holds
-    anything but a plain state dict.
+
+def load_state(path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint file, on the CPU.
+
+    Dropped are wrappers such as {"net": ..., "epoch": ...}, what DataParallel, AveragedModel and torch.compile put
+    before keys (`module.`, `_orig_mod.`), and the counters of thop and AveragedModel. Nothing in the file is executed
+    (`weights_only=True`). Raises BadInput if the file is missing or damaged or holds no plain state dict.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
     try:
-        # torch does not look at its own checksums
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # opened here: torch takes no name that is no UTF-8
+            # torch does not look at its own checksums
+            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+                raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except BadInput:
         raise
+    except PermissionError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error, ...
         # not in torch's words: they advise to read the file with weights_only=False, which executes what stands in it
         asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it asks for {asked[1]}, which tensors do not need" if asked else "damaged, or another kind of file"
         raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
-                                              for k, v in state.items()):
+    return plain_state(state, path)
+
+
+def plain_state(content, path) -> dict[str, torch.Tensor]:
+    """Return the state dict in what a checkpoint file holds (see `load_state`). `path`: for messages."""
+    if isinstance(content, dict):
+        inside = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+        content = content[inside[0]] if inside else content
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                                for k, v in content.items()):
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
-    plain = {key.removeprefix("module."): value for key, value in state.items()}
-    if len(plain) < len(state):
-        raise BadInput(f"{path}: holds the same key with and without the prefix 'module.'")
+    plain = {}
+    for key, value in content.items():
+        name = key.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if name.rpartition(".")[2] in COUNTERS:
+            continue
+        if name in plain:
+            raise BadInput(f"{path}: holds the same key with and without the prefix 'module.' ({name})")
+        plain[name] = value
     return plain
+
+
+def save_state(state: dict[str, torch.Tensor], path) -> str:
+    """Write a state dict as a checkpoint file (see `files.save_tensors`); return its SHA-256.
+
+    Raises BadInput, and keeps the file that is there, for values that `load_checkpoint` would refuse.
+    """
+    problems = [f"{key} {problem}" for key, value in state.items() if (problem := fault(key, value))]
+    if problems:
+        raise BadInput(f"{path}: not written: {brief(problems)}")
+    return save_tensors(state, path)
+
+
+def half_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict on the CPU in float16, but in float32 every tensor that float16 would damage.
+
+    It would if a value moved by more than 2^-11 (half of float16's last place) of the largest in its row: the weights
+    of an output channel, or a single value where a tensor has one a channel. So a BatchNorm variance above 65,504, or
+    one far below 2^-14, stays what it is.
+    """
+    return {key: halved(value.detach().cpu().contiguous()) for key, value in state.items()}
+
+
+def halved(value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    rows = value.double().reshape(len(value), -1) if value.dim() > 1 else value.double().reshape(-1, 1)
+    off = (value.half().double().reshape(rows.shape) - rows).abs()
+    kept = bool((off <= 2.0**-11 * rows.abs().amax(1, keepdim=True)).all()) if rows.numel() else True
+    return value.half() if kept else value
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -134,28 +189,50 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return not tensor.is_nested and not tensor.is_meta and tensor.layout is torch.strided and tensor.dtype in PLAIN
 
 
-def load_checkpoint(path, network: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
-    """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
+def fault(key: str, value: torch.Tensor) -> str | None:
+    """Return why a tensor cannot be part of a network, or None: the limits of readers and writers alike."""
+    if not is_plain(value):
+        return "is no dense tensor of real numbers"
+    if not torch.isfinite(value.float()).all():
+        return "holds values that are not finite" if value.dtype != torch.float64 else \
+            "holds values that are not finite in float32"
+    if key.endswith("running_var") and (value < 0).any():
+        return "holds a variance below zero"
+    return None
 
-    Strict: raises BadInput, naming what is unknown, missing or misshapen, and every tensor that is not finite. A
-    float16 checkpoint is loaded as float32. `num_batches_tracked` may be missing (it is not used).
+
+def brief(problems: list[str]) -> str:
+    """Return the first three of some problems, and how many there are besides."""
+    return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if problems[3:] else "")
+
+
+def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Module:
+    """Load a state dict into a model, in place; return it in eval mode.
+
+    Strict: raises BadInput, `misfit` and three of the problems, for keys that are unknown, missing or misshapen, and
+    for tensors that no network can have (see `fault`). `num_batches_tracked` may be missing (it is not used).
     """
-    state = load_state(path)
-    model = make(network, num_classes)
     wanted = model.state_dict()
     problems = [f"unknown {key}" for key in state if key not in wanted]
     for key, value in wanted.items():
         if key not in state:
             if not key.endswith("num_batches_tracked"):
                 problems.append(f"missing {key}")
-        elif not is_plain(state[key]):
-            problems.append(f"{key} is no dense tensor of real numbers")
-        elif state[key].shape != value.shape:
+        elif is_plain(state[key]) and state[key].shape != value.shape:
             problems.append(f"{key} is {list(state[key].shape)}, expected {list(value.shape)}")
-        elif not torch.isfinite(state[key].float()).all():
-            problems.append(f"{key} holds values that are not finite")
+        elif problem := fault(key, state[key]):
+            problems.append(f"{key} {problem}")
     if problems:
-        more = f" (and {len(problems) - 3} more)" if problems[3:] else ""
-        raise BadInput(f"{path} does not fit {network} ({num_classes} classes): " + "; ".join(problems[:3]) + more)
+        raise BadInput(f"{misfit}: {brief(problems)}")
     model.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
     return model.eval()
+
+
+def load_checkpoint(path, network: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
+    """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
+
+    Raises BadInput for a file that does not fit to the last key, and for values that cannot be (see `fill`). A float16
+    checkpoint is loaded as float32.
+    """
+    state = load_state(path)
+    return fill(make(network, num_classes), state, f"{path} does not fit {network} ({num_classes} classes)")

@@ -10,11 +10,15 @@ import contextlib
 import ctypes
 import os
 import platform
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
+from compressed import environment
+
 _pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # begins a thread when one is needed
+_stopped = threading.Event()
 
 
 def cores() -> int:
@@ -23,7 +27,7 @@ def cores() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         count = os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, count // environment.processes_here())
 
 
 def describe_machine(device, processes: int = 1) -> dict:
@@ -58,17 +62,33 @@ def keep_memory() -> None:
 
 
 def in_threads(function, parts) -> list:
-    """[function(part) for part in parts], each in a thread of its own (the first in this one), with one core each.
+    """Return [function(part) for part in parts], each in a thread of its own (the first in this one), with one core
+    each.
 
     Autocast, inference mode and the like belong to a thread: `function` enters what it needs. The first error is raised
-    once all are done.
+    once all are done; long work calls `go_on` between two batches, so that an error or Ctrl-C ends it soon.
     """
     first, *others = parts
     waiting = [_pool.submit(function, part) for part in others]
     try:
         return [function(first)] + [each.result() for each in waiting]
+    except BaseException:
+        stop()
+        raise
     finally:
         wait(waiting)  # after an error, too, nobody is still at work on what the caller goes on with
+        _stopped.clear()
+
+
+def stop() -> None:
+    """End the work of all threads at their next `go_on`."""
+    _stopped.set()
+
+
+def go_on() -> None:
+    """Raise KeyboardInterrupt if the work was stopped: only the main thread learns of Ctrl-C by itself."""
+    if _stopped.is_set():
+        raise KeyboardInterrupt
 
 
 def for_each(function, *lists) -> None:

@@ -5,7 +5,6 @@ import os
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +76,7 @@ def test_what_is_saved_comes_back(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"", "not readable as JSON"), (b'{"a": 1', "not readable as JSON"), (b"\xff\xfe{}", "not readable as JSON"),
     (b"[1, 2]", "holds list, expected a JSON object"), (b"null", "holds NoneType"), (b'"text"', "holds str"),
+    (b'{"a": NaN}', "NaN is no number of JSON"), (b'{"a": [-Infinity]}', "-Infinity is no number"),
     (b"[" * 100_000, "not readable as JSON"), (b'{"step": ' + b"9" * 5000 + b"}", "not readable as JSON"),
 ])
 def test_json_that_is_no_object(tmp_path, content, message):
@@ -142,17 +142,145 @@ def test_json_floats_are_exact(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == value
 
 
-def test_the_commit(monkeypatch):
-    def head(command, **options):
-        assert command[:2] == ["git", "describe"] and options["cwd"] == Path(files.__file__).parent
-        assert options["check"]
-        return subprocess.CompletedProcess(command, 0, stdout="0123456789ab-dirty\n")
+# ------------------------------------------------------------------------------------------------- where it is written
 
-    monkeypatch.setattr(subprocess, "run", head)
-    assert files.git_commit() == "0123456789ab-dirty"
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_is_kept_without_a_chmod(tmp_path, monkeypatch, mask, mode):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    def missing(*_, **__):
-        raise FileNotFoundError("git")
+    for name in ("chmod", "fchmod"):  # not every file system has it
+        monkeypatch.setattr(os, name, refused)
+    before = os.umask(mask)
+    try:
+        files.save_text("x", tmp_path / "a.txt")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
 
-    monkeypatch.setattr(subprocess, "run", missing)
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").symlink_to("elsewhere/b.txt")
+    for text in ("new", "newer"):  # of a link that leads nowhere yet, and of one that leads to a file
+        files.check_outputs([tmp_path / "a.txt"])
+        files.save_text(text, tmp_path / "a.txt")
+        assert (tmp_path / "a.txt").is_symlink() and (tmp_path / "elsewhere" / "b.txt").read_text() == text
+    assert names(tmp_path) == ["a.txt", "elsewhere"] and names(tmp_path / "elsewhere") == ["b.txt"]
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("x" * 252 + ".pt", "ü" * 126 + ".pt"):
+        files.check_outputs([tmp_path / name])
+        files.save_text("x", tmp_path / name)
+        assert (tmp_path / name).read_text() == "x"
+    with pytest.raises(BadInput, match="cannot be written"):
+        files.check_outputs([tmp_path / ("x" * 300)])
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder, the current one, with paths of every kind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source.pt").write_text("source")
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "link.pt").symlink_to("source.pt")
+    os.link("source.pt", "hard.pt")
+    (tmp_path / "circle.pt").symlink_to("circle.pt")
+    (tmp_path / "up").symlink_to(".")
+    os.mkfifo("pipe.pt")
+    return names(tmp_path)
+
+
+@pytest.mark.parametrize("outputs, said", [
+    (["source.pt"], "over source.pt, which is read"), (["link.pt"], "over source.pt, which is read"),
+    (["hard.pt"], "over source.pt, which is read"), (["up/source.pt"], "over source.pt, which is read"),
+    (["folder.pt/../source.pt"], "over source.pt, which is read"), (["up/coming.pt"], "over coming.pt, which is read"),
+    (["new.pt", "./new.pt"], "written twice"), (["new.pt", "up/new.pt"], "written twice"),
+    (["new.json"], "ends in .pt"), (["new"], "ends in .pt"), (["new.v1"], "ends in .pt"), (["new.PT"], "ends in .pt"),
+    (["folder.pt"], "it is a folder"), (["pipe.pt"], "it is no regular file"), (["circle.pt"], "cannot be written"),
+    (["source.pt/new.pt"], "cannot be written"), (["/proc/new.pt"], "cannot be written"),
+])
+def test_outputs_that_would_destroy_something_or_cannot_be(places, tmp_path, outputs, said):
+    with pytest.raises(BadInput, match=said) as raised:
+        files.check_outputs(outputs, ["source.pt", "coming.pt", "circle"], suffix=".pt")
+    assert "\n" not in str(raised.value)
+    assert names(tmp_path) == places and (tmp_path / "source.pt").read_text() == "source"
+
+
+def test_outputs_that_are_not_special(places):
+    files.check_outputs(["new.v1.pt", "new.v1.json", "up/other.json"], ["source.pt", "new.v1"], suffix=".pt")
+    with pytest.raises(BadInput, match="/dev/null: cannot be written .it is no regular file"):
+        files.check_outputs(["/dev/null"])
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_has_no_such_numbers(tmp_path, value):
+    (tmp_path / "a.json").write_text("old")
+    for save in (files.save_json, files.save_record):
+        with pytest.raises(BadInput, match="a figure is not finite"):
+            save({"deep": [{"x": value}]}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "old" and names(tmp_path) == ["a.json"]
+
+
+def test_no_writer_goes_around_it():
+    """Every json.dumps of the project is `to_json`, or what follows from values that came from one."""
+    root = files.Path(files.__file__).parent.parent
+    found = {f"{path.relative_to(root)}": path.read_text().count("json.dumps(")
+             for folder in ("compressed", "training", "tools", ".") for path in (root / folder).glob("*.py")}
+    assert {name: count for name, count in found.items() if count} == {
+        "compressed/files.py": 2, "training/main.py": 1, "training/state.py": 1, "quantize.py": 1,
+        "tools/export_onnx.py": 2, "tools/report.py": 1}
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xbc"}')
+    (tmp_path / "a.toml").write_bytes(b'\xef\xbb\xbfa = "\xc3\xbc"\r\n')
+    assert files.load_json(tmp_path / "a.json") == files.load_toml(tmp_path / "a.toml") == {"a": "ü"}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfea", b"a = \xfc", b"a", b"a = 1\na = 2", b"a = " + b"[" * 10_000])
+def test_toml_that_is_none(tmp_path, content):
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(BadInput, match="a.toml: not readable as TOML") as raised:
+        files.load_toml(tmp_path / "a.toml")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(BadInput, match="b.toml: no such file"):
+        files.load_toml(tmp_path / "b.toml")
+
+
+# --------------------------------------------------------------------------------------------------------- the commit
+
+@pytest.fixture
+def copy_of_the_code(tmp_path, monkeypatch):
+    """A folder in which compressed/files.py believes itself to stand."""
+    (tmp_path / "outer" / "copy" / "compressed").mkdir(parents=True)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "outer" / "copy" / "compressed" / "files.py"))
+    return tmp_path / "outer" / "copy"
+
+
+def commit(folder):
+    for words in (["init", "-q"], ["add", "."],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True,
+                          text=True).stdout[:12]
+
+
+def test_an_outer_repositorys_commit_is_not_ours(copy_of_the_code, monkeypatch):
     assert files.git_commit() is None
+    outer = commit(copy_of_the_code.parent)
+    assert files.git_commit() is None
+    monkeypatch.setenv("GIT_DIR", str(copy_of_the_code.parent / ".git"))
+    assert files.git_commit() is None
+    monkeypatch.delenv("GIT_DIR")
+    ours = commit(copy_of_the_code)
+    assert files.git_commit() == ours != outer
+    monkeypatch.setenv("GIT_DIR", str(copy_of_the_code.parent / ".git"))
+    assert files.git_commit() == ours
+    (copy_of_the_code / "compressed" / "new.py").write_text("")
+    subprocess.run(["git", "add", "."], cwd=copy_of_the_code, check=True,
+                   env={name: value for name, value in os.environ.items() if name != "GIT_DIR"})
+    assert files.git_commit() == f"{ours}-dirty"

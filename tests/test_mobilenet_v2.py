@@ -10,7 +10,7 @@ from torch import nn
 
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
-from compressed.networks import load_checkpoint, load_state
+from compressed.networks import half_state, load_checkpoint, load_state, save_state
 from mobilenet_v2 import SUBMISSION, MobileNetV2
 from tools import layers
 
@@ -237,7 +237,62 @@ def test_a_key_with_and_without_its_prefix(small):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda state: {"state_dict": state, "epoch": 3}, lambda state: list(state.values()),
+    lambda state: {"net": state, "acc": 71.2, "epoch": 3}, lambda state: {"state_dict": state, "optimizer": {"lr": 1}},
+    lambda state: {"model_state_dict": state, "epoch": 3}, lambda state: {"model": state},
+    lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+    lambda state: {key.replace("layers.", "layers._orig_mod."): value for key, value in state.items()},
+    lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state.items()},
+    lambda state: state | {"total_ops": torch.zeros(1), "layers.0.conv1.total_params": torch.zeros(1)},
+])
+def test_known_wrappers_prefixes_and_counters_are_dropped(small, wrap):
+    path = small(wrap)
+    assert set(load_state(path)) == set(small.state)
+    assert all(torch.equal(value, small.state[key]) for key, value in small.load(path).state_dict().items())
+
+
+@pytest.mark.parametrize("value", (-1e-30, -1.0, -torch.inf))
+def test_values_that_cannot_be_are_neither_read_nor_written(small, tmp_path, value):
+    def change(state):
+        state["layers.3.bn2.running_var"] = state["layers.3.bn2.running_var"].clone()
+        state["layers.3.bn2.running_var"][1] = value
+
+    path = small(change)
+    with pytest.raises(BadInput, match="layers.3.bn2.running_var holds (a variance below zero|values that are not)"):
+        small.load(path)
+    kept = tmp_path / "kept.pt"
+    kept.write_text("kept")
+    with pytest.raises(BadInput, match="kept.pt: not written: layers.3.bn2.running_var holds"):
+        save_state(torch.load(path, weights_only=True), kept)
+    assert kept.read_text() == "kept"
+    zero = small.load(small(lambda state: state.__setitem__("bn1.running_var", torch.zeros(8))))
+    assert not zero.bn1.running_var.any()  # a channel that never varied
+
+
+def test_a_float64_that_float32_does_not_hold(small):
+    with pytest.raises(BadInput, match="conv1.weight holds values that are not finite in float32"):
+        small.load(small(lambda state: state.__setitem__("conv1.weight", state["conv1.weight"].double() + 1e300)))
+
+
+@pytest.mark.parametrize("key, values", (
+    ("bn1.running_var", [1e5, 1.0]), ("bn1.running_var", [1e-7, 1.0]), ("bn1.weight", [3e-5, 1.0]),
+    ("bn1.bias", [-7e4, 1.0]), ("conv1.weight", [1e5, 1.0]), ("conv1.weight", [3e-8, 0.0])))
+def test_what_float16_would_damage_stays_in_float32(small, tmp_path, key, values):
+    """The first rows of a tensor get these values; every other tensor goes to float16, and all of it comes back."""
+    state = {name: value.clone() for name, value in small.state.items()}
+    for row, value in zip(state[key], values):
+        row.fill_(value)
+    save_state(half_state(state), tmp_path / "half.pt")
+    written = load_state(tmp_path / "half.pt")
+    assert written[key].dtype == torch.float32 and torch.equal(written[key], state[key])
+    others = [value for name, value in written.items() if name != key and value.is_floating_point()]
+    assert others and all(value.dtype == torch.float16 for value in others)
+    assert torch.equal(small.load(tmp_path / "half.pt").state_dict()[key], state[key])
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"weights": state, "epoch": 3}, lambda state: {"net": list(state.values())},
+    lambda state: list(state.values()),
     lambda state: state["linear.bias"],
     lambda state: {3: state["linear.bias"]}, lambda state: state | {"epoch": 3},
 ])
@@ -298,7 +353,7 @@ def test_the_script_without_thop(capsys, monkeypatch):
     assert rows[13][2:] == ["3x3", "dw", "192x1x3x3", "2", "192x16x16", "1,728"]
     assert rows[57][2:] == ["linear", "100x1664", "100", "166,400"]
     for figure in ("58 weight tensors: 3,777,632 conv", "166,400 linear weights (+ 100 biases)", "45,536 BatchNorm",
-                   "3,989,668 parameters in all", "thop is not installed"):
+                   "3,989,668 parameters in all", "without thop's count"):
         assert figure in out
 
 

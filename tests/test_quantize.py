@@ -149,6 +149,42 @@ def test_bad_input(sparse_checkpoint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--out", "same.pt"], "same.pt would be written over same.pt, which is read"),
+    (["--out", "link.pt"], "link.pt would be written over same.pt, which is read"),
+    (["--out", "new.pt", "--teacher", "new.pt"], "new.pt would be written over new.pt, which is read"),
+    (["--out", "t.pt", "--table", "t.json"], "t.json would be written over t.json, which is read"),
+    (["--out", "b.json"], "b.json: expected a name that ends in .pt"), (["--out", "c.mnet"], "ends in .pt"),
+    (["--out", "model.v1"], "ends in .pt"), (["--out", "/dev/null"], "ends in .pt"),
+    (["--out", "folder.pt"], "folder.pt: cannot be written .it is a folder"),
+    (["--out", "quantized.pt", "--epochs", "1"], "quantized.pt would be written twice"),
+    (["--out", "new.pt", "--epochs", "1", "--teacher", "quantized.pt"],
+     "quantized.pt would be written over quantized.pt, which is read"),
+])
+def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("same.pt", "t.json", "quantized.pt"):
+        Path(name).write_text(name)
+    Path("folder.pt").mkdir()
+    Path("link.pt").symlink_to("same.pt")
+    with pytest.raises(BadInput, match=said):
+        quantize.main(["--checkpoint", "same.pt", *words])
+    for name in ("same.pt", "t.json", "quantized.pt"):
+        assert Path(name).read_text() == name
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_bad_input(sparse_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="runs/default/masked.pt: no such checkpoint"):
+        quantize.main([])
+    with pytest.raises(BadInput, match="no bit table 'nowhere'"):
+        quantize.main(["--table", "nowhere", "--checkpoint", str(sparse_checkpoint)])
+    with pytest.raises(BadInput, match="nowhere .*holds no CIFAR-100"):
+        quantize.main(["--data", "nowhere", "--checkpoint", str(sparse_checkpoint)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_training_record(tmp_path):
     assert quantize.training_record(tmp_path / "masked.pt") == []
     save_record({"machine": "m", "train_images": 9, "settings": {"lr": 1}, "more": 0}, tmp_path / "rew.options.json")

@@ -50,7 +50,7 @@ from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import exact_network, folded
-from compressed.files import git_commit, replacing, sha256, try_to_write
+from compressed.files import check_outputs, git_commit, replacing, sha256
 from compressed.formats import Formats
 from compressed.graph import points, weight_layers
 from compressed.mnet import stated_formats
@@ -64,8 +64,11 @@ def needed(name: str):
     """The module onnx or onnxruntime, imported where it is used: only the export needs them."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
+    except Exception as error:  # of another version of numpy or protobuf, anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
+        raise BadInput(f"{name} does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+                       "pip install onnx onnxruntime") from error
 
 
 # ---------------------------------------------------------------------------------------------- graphs, and the network
@@ -273,7 +276,8 @@ class Codes(Graph):
 def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:
     """The metadata: where the model comes from, what is claimed of it, and what its tensors do not show."""
     bits = {name: graph.formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(graph.model)}
-    return {"source": checkpoint.name, "source_sha256": sha256(checkpoint),
+    name = checkpoint.name.encode(errors="backslashreplace").decode()  # the name of a file may be no text
+    return {"source": name, "source_sha256": sha256(checkpoint),
             "accuracy": json.dumps(claim.get("accuracy")), "weight_bits": json.dumps(bits),
             "commit": str(git_commit())}
 
@@ -359,13 +363,11 @@ def main(argv=None) -> int:
     parser.add_argument("--verify", action="store_true",
                         help="run it in onnxruntime on the test set, beside exact_network")
     parser.add_argument("--record", action="store_true", help="--verify, and write the result into the claim")
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".onnx")
-    if out.suffix != ".onnx":
-        raise BadInput(f"--out {out}: expected a name that ends in .onnx")
-    try_to_write(out)
+    check_outputs([out], [checkpoint, claims.claim_path(checkpoint)], suffix=".onnx")
     verify = args.verify or args.record
     if verify:
         needed("onnxruntime")  # before anything is done

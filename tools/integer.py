@@ -23,7 +23,6 @@ network is built. exact_network, which testers.py runs, computes the same whole 
 enough to hold them: both networks must have the same logits to the last bit, and this script compares them.
 """
 import functools
-import json
 import sys
 import threading
 import time
@@ -39,6 +38,7 @@ from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import exact_network
+from compressed.files import to_json
 from compressed.formats import is_folded, signed_bits
 from compressed.mnet import stated_formats, stored_exponent
 
@@ -341,7 +341,7 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="the first N test images alone")
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
     args = parser.parse_args(argv)
@@ -356,7 +356,7 @@ def main(argv=None) -> int:
     if args.record:  # before printing: the reader of a pipe may have gone
         kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
         claims.record(args.checkpoint, "integer", {"data": name} | kept)
-    print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
+    print(to_json(report, indent=1) if args.json else text(report), flush=True)
     if report["identical"] < report["images"]:
         print(f"integer.py: the float network has other logits for {report['images'] - report['identical']} of "
               f"{report['images']} images", file=sys.stderr)

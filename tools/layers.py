@@ -48,7 +48,7 @@ def main(argv=None) -> int:
           f" {sum(p.numel() for p in model.parameters()):,} parameters in all")
     thop = thop_counts(model)
     if thop is None:
-        print("thop is not installed (pip install -r requirements.txt): its count is left out")
+        print("without thop's count: it is not installed, or does not work here (pip install -r requirements.txt)")
     else:  # the submission's 325.4M was a batch of two
         print(f"thop, batch of 1: {thop[0]:,}\nthop, batch of 2: {thop[1]:,}")
     return 0

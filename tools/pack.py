@@ -5,8 +5,7 @@
 """
 from compressed import checkpoints, claims, counting
 from compressed.command_line import command_line, run_script, some_path
-from compressed.errors import BadInput
-from compressed.files import sha256, try_to_write
+from compressed.files import check_outputs, sha256
 from compressed.formats import WORD
 from compressed.mnet import differences, pack, stated_formats, unpack
 
@@ -19,9 +18,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".mnet")
-    if out.suffix != ".mnet":
-        raise BadInput(f"--out {out}: expected a name that ends in .mnet")
-    try_to_write(out)
+    check_outputs([out], [checkpoint, claims.claim_path(checkpoint)], suffix=".mnet")
     model, claim = checkpoints.load(checkpoint)
     sections = pack(model, claim, out)
     found = differences(model, claim, *unpack(out))

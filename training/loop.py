@@ -8,8 +8,8 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from torch import nn
 from compressed import cifar100, threads
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, renew_statistics
-from compressed.files import load_lines, save_tensors, save_text
+from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
+from compressed.networks import half_state, save_state
 from training.cuda_graphs import Graphs
 from training.muon import Muon
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas, fast_on_a_cpu
-from training.state import State, brief, fingerprint, sigterm_noted
+from training.state import State, brief, fingerprint, stop_noted
 
 
 class NoPenalty:
@@ -39,9 +40,8 @@ class NoPenalty:
 
 
 def save_half(model: nn.Module, path) -> None:
-    """The model's state dict in float16: enough for a further stage to start from."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_tensors({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path)
+    """Write the model's state dict in float16, where that does no harm: enough for a further stage to start from."""
+    save_state(half_state(model.state_dict()), path)
 
 
 def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: cifar100.Images | None,
@@ -68,7 +68,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     began()
     plan, saved = stage.plan, time.monotonic()
     with contextlib.ExitStack() as at_end:
-        asked = at_end.enter_context(sigterm_noted())  # the step is finished and the state written
+        asked = at_end.enter_context(stop_noted())  # the step is finished and the state written
         if stage.device.type == "cpu":
             for replica in stage.replicas.models:
                 at_end.enter_context(fast_on_a_cpu(replica))
@@ -85,13 +85,14 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
                 pause = processes.agree(bool(asked) or stage.seconds_here() > max_seconds, stage.device)
                 if i + 1 == plan.epoch_steps:
                     shown.close()
-                    stage.end(epoch, test_data, eval_every)
+                    hurry = signal.SIGINT in asked and stage.progress["step"] < plan.steps
+                    stage.end(epoch, None if hurry else test_data, eval_every)
                 due = pause or processes.agree(time.monotonic() - saved >= save_seconds, stage.device)
                 if due and stage.result is None:
                     stage.save()
                     saved = time.monotonic()
                     if pause:
-                        return stage.leave()
+                        return stage.leave(average=signal.SIGINT not in asked)
     return stage.result
 
 
@@ -113,6 +114,7 @@ class Stage:
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
             folder / f"{name}.state", settings, images=len(data), context=context,
+            data=fingerprint([data.images, data.labels]),  # as many other images are another run
             penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
             masks=None if masks is None else fingerprint(masks.factors),
             teacher=teachers and fingerprint(v for each in self.teachers for v in each.state_dict().values()) or None)
@@ -181,10 +183,11 @@ class Stage:
             if self.masks is not None and model is not None:
                 self.masks.check(model)
 
-    def leave(self) -> None:
-        """After a stop, when the state is written: leave the average, too, and say so."""
+    def leave(self, average: bool) -> None:
+        """After a stop, when the state is written: say so, and leave the average, too, if there is time for it."""
         if self.processes.first:
-            save_half(self.result_so_far(), self.folder / f"{self.name}.average.pt")
+            if average:
+                save_half(self.result_so_far(), self.folder / f"{self.name}.average.pt")
             print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of "
                   f"{self.settings.epochs}, state written to {self.state.folder}; the same command goes on", flush=True)
 
@@ -280,15 +283,16 @@ class Stage:
             self.result = self.finish(self.model if self.average is None else self.average)
             self.check_masks(self.result)
         if test_data is not None and (last or eval_every and (epoch + 1) % eval_every == 0):
-            test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
-            record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
+            with contextlib.suppress(KeyboardInterrupt):  # noted: the line goes without the accuracy
+                test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
+                record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
         if self.penalty.lam is not None:
             record["lambda"] = self.penalty.lam
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.before + self.seconds_here(), 1)}
         self.progress["log"].append(record)
         if self.processes.first:
-            save_text("".join(json.dumps(line) + "\n" for line in self.progress["log"]),
+            save_text("".join(to_json(line) + "\n" for line in self.progress["log"]),
                       self.folder / f"{self.name}.jsonl")
             print(describe(record, self.settings), flush=True)
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -27,11 +26,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
 
-from compressed import cifar100, networks, threads  # noqa: E402
+from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
-from compressed.files import git_commit, held, save_record, save_tensors, save_text, try_to_write  # noqa: E402
-from compressed.networks import load_checkpoint  # noqa: E402
+from compressed.files import git_commit, held, save_record, save_text, try_to_write  # noqa: E402
+from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
@@ -310,7 +309,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
-    with loop.sigterm_noted() as asked:  # in its last step, a stage finishes all the same
+    with loop.stop_noted() as asked:  # in its last step, a stage finishes all the same
         finished = loop.train(
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
             teachers=taught_by, context={"network": args.network}, resume=args.resume, start_epoch=args.start_epoch,
@@ -320,7 +319,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
         return False
     if processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
-        save_tensors(weights, args.run / f"{stage}.pt")
+        save_state(weights, args.run / f"{stage}.pt")
         loop.State(args.run / f"{stage}.state", settings).remove()
         loop.save_half(finished, args.run / f"{stage}.average.pt")
         print(f"{stage}: wrote {args.run / f'{stage}.pt'}", flush=True)
@@ -361,17 +360,31 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
         start, start_epoch = None, 0  # --start is where the first stage began
 
 
+def join_processes(args) -> tuple[loop.Processes, torch.device]:
+    """Find the other processes of torchrun, if there are; return (this one among them, its device)."""
+    rank, count, local = environment.processes()
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not args.no_cuda:
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"LOCAL_RANK is {local}, but there are {torch.cuda.device_count()} CUDA devices: start no "
+                           "more processes than that, or give --no-cuda")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if count > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"the {count} processes do not find each other ({reason}); start them with torchrun"
+                           ) from error
+    return loop.Processes(rank, count), device
+
+
 def main(argv=None) -> int:
     threads.prepare()
     args, by_stage = parse_stages(argv)
     deadline = time.monotonic() + (math.inf if args.max_minutes is None else 60 * args.max_minutes)
-    processes = loop.Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and not args.no_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if processes.count > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    processes, device = join_processes(args)
     try:
         data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")

@@ -9,6 +9,9 @@ from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
 
+STRIDE = 8  # of the network: an image of 8x8 has a last map of one value
+
+
 def setting(default, values, text: str):
     """A field of Settings. values: the function that reads it from a command line, or a tuple of all that it may be."""
     return dataclasses.field(default=default, metadata={"values": values, "help": text})
@@ -87,7 +90,7 @@ def image_sizes(text: str) -> list[tuple[int, float]]:
         parts = [(int(size), float(share)) for size, share in (part.split(":") for part in parts)]
         ends = itertools.accumulate(share for _, share in parts)
         sizes = [(size, end) for (size, _), end in zip(parts, ends)] + [(int(last), 1.0)]
-        good = all(size % 8 == 0 and 8 <= size <= IMAGE_SIZE for size, _ in sizes) and sizes[-1][0] == IMAGE_SIZE
+        good = all(size in range(STRIDE, IMAGE_SIZE + 1, STRIDE) for size, _ in sizes) and sizes[-1][0] == IMAGE_SIZE
         good = good and all(share > 0 for _, share in parts) and sum(share for _, share in parts) < 1
     except ValueError:
         good = False
@@ -140,6 +143,10 @@ class Plan:
             raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so it must be even")
         self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
         self.shares = shares(share, settings.workers)
+        smallest = min(size for size, _ in image_sizes(settings.sizes))
+        if share == 1 and smallest < 2 * STRIDE:
+            raise BadInput(f"a batch of one image at {smallest}x{smallest}: the last maps have one value a channel, "
+                           "and BatchNorm no variance; give a larger --batch-size or other --sizes")
         self.epoch_steps = images // self.batch_size
         self.steps = settings.epochs * self.epoch_steps
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]

@@ -1,9 +1,9 @@
 """What a run says while it runs."""
 import math
-import os
 import sys
 import time
 
+from compressed import environment
 from training.plan import Settings
 
 
@@ -27,7 +27,7 @@ class Progress:
         self.stage, self.epoch, self.later = stage, epoch, later
         self.last, self.at = stage.progress["step"] % stage.plan.epoch_steps, time.monotonic()
         self.seconds, self.bar = seconds if stage.processes.first else math.inf, None
-        if stage.processes.first and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if stage.processes.first and sys.stderr.isatty() and not environment.is_dumb_terminal():
             from tqdm import tqdm
             self.bar = tqdm(total=stage.plan.epoch_steps, initial=self.last, leave=False,
                             desc=f"{stage.name} {epoch + 1}/{stage.settings.epochs}")

@@ -10,10 +10,10 @@ Options have the names of the command line. `true` gives --option, `false` --no-
 values. What is given on a command line stands above the recipe.
 """
 import argparse
-import tomllib
 from pathlib import Path
 
 from compressed.errors import BadInput
+from compressed.files import load_toml
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 STAGES = ("pretrain", "rew", "masked", "quantized")
@@ -35,10 +35,7 @@ def read(name) -> dict[str, dict]:
     Raises BadInput for a file that is no TOML, and for tables that are no stages.
     """
     path = find(name)
-    try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{path}: not readable as TOML ({error})") from error
+    content = load_toml(path)
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
     if unknown := sorted(tables.keys() - set(STAGES)):
         raise BadInput(f"{path}: there is no stage {unknown[0]!r}; known: {', '.join(STAGES)}")

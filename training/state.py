@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from compressed import threads
 from compressed.errors import BadInput
 from compressed.files import load_record, save_record, save_tensors
 
@@ -117,20 +118,33 @@ def fingerprint(tensors) -> str:
 
 
 @contextlib.contextmanager
-def sigterm_noted():
-    """A list that SIGTERM fills, instead of ending the process. At the end the handler before learns of it too.
+def stop_noted():
+    """Yield a list that SIGTERM and Ctrl-C fill with their numbers, instead of ending the process.
 
-    Only the main thread may install a handler; in another one the list stays empty.
+    Evaluations in `threads.in_threads` are cut short by the first Ctrl-C, and everything by the second. At the end the
+    handlers before learn of it too: after Ctrl-C, in the outermost block, that raises KeyboardInterrupt. Only the main
+    thread may install a handler; in another one the list stays empty.
     """
-    arrived = []
+    arrived, before = [], {}
+
+    def note(number, _):
+        if number == signal.SIGINT:
+            if number in arrived:
+                raise KeyboardInterrupt
+            threads.stop()
+        arrived.append(number)
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
     except ValueError:
         yield arrived
         return
     try:
         yield arrived
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if arrived and callable(before):
-            before(signal.SIGTERM, None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, handler in before.items():
+            if number in arrived and callable(handler):
+                handler(number, None)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from compressed import cifar100, networks, threads
+from compressed import cifar100, environment, networks, threads
 from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -115,15 +115,7 @@ def load_micronet(path) -> Micronet:
         if not fits:
             raise BadInput(f"{path}: {key} belongs to no weight of its shape")
         state[weight] = state[weight] * mask
-    model = Micronet()
-    odd = [key for key, value in state.items() if not is_plain(value) or not value.float().isfinite().all()]
-    if odd:
-        raise BadInput(f"{path}: {odd[0]} is no dense tensor of finite numbers")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise BadInput(f"{path} is none of KAIST's networks ({' '.join(str(error).split())[:200]})") from error
-    return model.eval()
+    return networks.fill(Micronet(), state, f"{path} is none of KAIST's networks")
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -172,7 +164,7 @@ def find(folder=None) -> Path:
 
     Raises BadInput if a folder that was given lacks one, or if the download fails or brings something else.
     """
-    given = folder or os.environ.get("TEACHERS_DIR")
+    given = folder or environment.folder("TEACHERS_DIR")
     start = Path(given or FOLDER)
     for name, (digest, _) in KAIST.items():
         if not (start / name).is_file():

@@ -1,0 +1,425 @@
+"""Odd environments, command lines and files: every one ends in one line and a status, and never in a traceback."""
+import contextlib
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import check_model_operations
+import quantize
+import testers
+from compressed import cifar100, command_line, counting, environment, kernels, networks, threads
+from compressed.command_line import run_script
+from compressed.errors import BadInput
+from compressed.evaluation import answers
+from compressed.files import save_tensors
+from tools import divergence, export_onnx, integer, layers, pack
+from training import main as training
+from training import plan, replicas, teachers
+from training.state import stop_noted
+
+ROOT = Path(__file__).resolve().parent.parent
+PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch, tmp_path):
+    """An empty current folder and none of the variables that the project reads."""
+    for name in (*PROCESS, "CC", "CIFAR100_DIR", "TEACHERS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    command_line.say_once.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------- environment variables
+
+@pytest.mark.parametrize("variables, found", [
+    ({}, (0, 1, 0)), ({"WORLD_SIZE": "1"}, (0, 1, 0)), (dict.fromkeys(PROCESS, ""), (0, 1, 0)),
+    (dict.fromkeys(PROCESS, "  "), (0, 1, 0)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
+    ({"RANK": "0", "WORLD_SIZE": " 1 ", "LOCAL_RANK": "0"}, (0, 1, 0)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+     (3, 4, 1)),
+])
+def test_the_processes_of_torchrun(monkeypatch, variables, found):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment.processes() == found and environment.processes_here() == 1
+
+
+WRONG_PROCESSES = [
+    {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "1"}, {"RANK": "x"}, {"RANK": "-1"}, {"RANK": "1.0"}, {"RANK": "1e1"},
+    {"RANK": "²"}, {"RANK": "9" * 5000}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "-2"},
+    {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"LOCAL_RANK": "x"}, {"LOCAL_RANK": "-1"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
+    {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "x"}, {"LOCAL_WORLD_SIZE": "-1"}, {"LOCAL_WORLD_SIZE": "0x2"},
+]
+
+
+def ended(main, argv, capsys) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a script in this process, which ends without a traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: main(argv))
+    return stopped.value.code, *capsys.readouterr()
+
+
+def assert_one_line(status, err, *named):
+    *usage, last = err.splitlines()
+    assert status == 2 and all(word in last for word in named) and len(last) < 1000, err
+    assert all(line.startswith(("usage: ", "  ")) for line in usage), err
+
+
+@pytest.mark.parametrize("variables", WRONG_PROCESSES, ids=str)
+def test_variables_that_contradict_each_other_are_named(monkeypatch, capsys, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined"))
+    status, out, err = ended(training.main, ["--made-up", "100", "--epochs", "1", "--pretrain", "--no-cuda"], capsys)
+    assert_one_line(status, err, "environment variable")
+    assert any(name in err for name in variables) and not out
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+    def late(*_):
+        raise torch.distributed.DistNetworkError("timed out\nC++ stack")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", late)
+    status, out, err = ended(training.main, ["--made-up", "100", "--no-cuda"], capsys)
+    assert_one_line(status, err, "the 2 processes do not find each other (timed out C++ stack)")
+
+
+@pytest.mark.parametrize("name, value", [("CIFAR100_DIR", "nowhere"), ("CIFAR100_DIR", "~/nowhere-at-all"),
+                                         ("CIFAR100_DIR", "a.txt"), ("TEACHERS_DIR", "nowhere"),
+                                         ("CIFAR100_DIR", "/proc/self/mem"), ("TEACHERS_DIR", "/dev/null")])
+def test_folders_that_are_none_are_named_by_their_absolute_path(monkeypatch, capsys, tmp_path, name, value):
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setenv(name, value)
+    main = cifar100.main if name == "CIFAR100_DIR" else teachers.main
+    status, out, err = ended(main, [], capsys)
+    assert_one_line(status, err, name, os.path.abspath(os.path.expanduser(value)))
+
+
+@pytest.mark.parametrize("name, look", [("CIFAR100_DIR", cifar100.find), ("TEACHERS_DIR", teachers.find)])
+def test_an_empty_folder_variable_is_not_set(monkeypatch, name, look):
+    """Then the data are looked for here, and downloaded."""
+    def fetch(url, path, name):
+        raise OSError("no network")
+
+    monkeypatch.setenv(name, "")
+    monkeypatch.setattr(cifar100, "fetch", fetch)
+    with pytest.raises(BadInput, match="cannot download"):
+        look()
+
+
+# ---------------------------------------------------------------------------- helpers that are broken, and not absent
+
+def script(path, text) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda folder: "gcc '", "No closing quotation"), (lambda folder: "no-such-compiler", "no-such-compiler"),
+    (lambda folder: str(folder), "Permission denied"), (lambda folder: "false", "exit status 1"),
+    (lambda folder: script(folder / "cc", "#!/bin/sh\nexit 0\n"), "kernels.so"),
+    (lambda folder: script(folder / "cc", "no script\n"), "Exec format error"),
+    (lambda folder: script(folder / "cc", "#!/bin/sh\nfor last; do :; done; echo x > $last\n"), "kernels.so"),
+    (lambda folder: script(folder / "cc", "#!/bin/sh\nkill -9 $$\n"), "SIGKILL"),
+    (lambda folder: script(folder / "cc", "#!/bin/sh\nfor last; do :; done\n"
+                           "echo 'int x;' | cc -x c - -shared -fPIC -o $last\n"), "batchnorm"),
+])
+def test_a_compiler_that_does_not_work_is_done_without(monkeypatch, tmp_path, capsys, make, said):
+    monkeypatch.setenv("CC", make(tmp_path))
+    for _ in range(2):
+        assert kernels.library.__wrapped__(torch.float32) is None
+    line, = capsys.readouterr().err.splitlines()
+    assert said in line and "C compiler (CC)" in line
+
+
+def test_no_compiler_is_nothing_to_talk_about(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels.library.__wrapped__(torch.float32) is None and capsys.readouterr() == ("", "")
+
+
+def test_no_temporary_folder_is_done_without(monkeypatch, capsys):
+    def none(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", none)
+    assert kernels.library.__wrapped__(torch.float32) is None
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, said", [
+    ("raise RuntimeError('broken\\nhere')", "thop does not work here (RuntimeError: broken here)"),
+    ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"), ("profile = None", "TypeError"),
+    ("raise DeprecationWarning('old')", "DeprecationWarning"), ("def profile(*a, **k): return {}", "KeyError"),
+    ("x = ", "SyntaxError"), ("", "cannot import name")])
+def test_a_thop_that_does_not_work_is_done_without(monkeypatch, tmp_path, capsys, content, said):
+    (tmp_path / "thop.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "thop", raising=False)
+    assert counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")) is None
+    line, = capsys.readouterr().err.splitlines()
+    assert said in line
+    sys.modules.pop("thop", None)
+
+
+@pytest.mark.parametrize("content, said", [("raise RuntimeError('broken')", "does not work here (RuntimeError: broken)"),
+                                           ("import no_such_part_of_it", "no_such_part_of_it")])
+def test_an_onnx_that_does_not_work_is_named(monkeypatch, tmp_path, content, said):
+    (tmp_path / "broken_onnx.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BadInput, match="pip install onnx") as raised:
+        export_onnx.needed("broken_onnx")
+    assert said in str(raised.value)
+    with pytest.raises(BadInput, match="no_such_onnx is not installed"):
+        export_onnx.needed("no_such_onnx")
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+TALK = """
+import sys
+sys.argv[0] = "talk.py"
+from compressed.command_line import run_script
+from compressed.errors import BadInput
+def main():
+    for line in range(100_000):
+        print("caf\\u00e9 \\udce9", line)
+    {end}
+run_script(main)
+"""
+
+
+def talk(end: str, shell: str, **variables) -> subprocess.CompletedProcess:
+    """A script of many lines in a shell command, where it is called "$0" "$1"."""
+    return subprocess.run(["bash", "-o", "pipefail", "-c", shell, sys.executable, TALK.format(end=end)], cwd=ROOT,
+                          capture_output=True, env={**os.environ, **variables}, timeout=60)
+
+
+@pytest.mark.parametrize("shell, end, status, err", [
+    ('"$0" -c "$1" | head -1', "return 0", 141, b""), ('"$0" -c "$1" | head -1', "raise BadInput('x')", 141, b""),
+    ('"$0" -c "$1" | true', "return 2", 141, b""),
+    ('"$0" -c "$1" >&-', "return 0", 0, b""), ('"$0" -c "$1" >&-', "return 2", 2, b""),
+    ('"$0" -c "$1" >&-', "raise BadInput('x')", 2, b"talk.py: x\n"),
+    ('"$0" -c "$1" 2>&- | cat >/dev/null', "raise BadInput('x')", 2, b""),
+    ('"$0" -c "$1" <&- >&- 2>&-', "raise BadInput('x')", 2, b""), ('"$0" -c "$1" <&- >&- 2>&-', "return 0", 0, b""),
+    ('"$0" -c "$1" >/dev/full', "return 0", 2, b"talk.py: [Errno 28] No space left on device\n"),
+    ('"$0" -c "$1" >/dev/full 2>&1', "return 0", 2, b""),
+    ('"$0" -c "$1" >/dev/null', "raise BadInput('caf\\u00e9 \\udce9')", 2, b"talk.py: caf\xc3\xa9 \\udce9\n"),
+])
+def test_streams_that_are_closed_full_or_left(shell, end, status, err):
+    found = talk(end, shell)
+    assert (found.returncode, found.stderr) == (status, err)
+
+
+@pytest.mark.parametrize("variables, first", [
+    ({"PYTHONIOENCODING": "ascii"}, b"caf\\xe9 \\udce9 0"), ({"PYTHONIOENCODING": "latin-1"}, b"caf\xe9 \\udce9 0"),
+    ({"PYTHONIOENCODING": "ascii:strict"}, b"caf\\xe9 \\udce9 0"), ({"PYTHONUTF8": "1"}, b"caf\xc3\xa9 \\udce9 0"),
+    ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, b"caf\\xe9 \\udce9 0")])
+def test_text_that_a_terminal_cannot_show(variables, first):
+    found = talk("return 0", '"$0" -c "$1"', **variables)
+    assert (found.returncode, found.stderr, found.stdout.splitlines()[0]) == (0, b"", first)
+
+
+def test_help_into_a_closed_pipe():
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", '"$0" -m compressed.cifar100 --help | true', sys.executable],
+                           cwd=ROOT, capture_output=True)
+    assert found.returncode in (0, 141) and found.stderr == b""  # 0: all of it fitted in the pipe
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupts
+
+def interrupt_after(seconds: float) -> None:
+    threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+
+@pytest.mark.parametrize("cores", (1, 3))
+def test_ctrl_c_ends_an_evaluation_within_two_seconds(monkeypatch, cores):
+    """Of 30 seconds of work in each thread."""
+    monkeypatch.setattr(threads, "cores", lambda: cores)
+    interrupt_after(0.3)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        answers(lambda batch: (time.sleep(0.1), batch)[1], torch.zeros(300 * cores, 1), 1)
+    assert time.monotonic() - began < 2
+    assert len(answers(lambda batch: batch, torch.zeros(7, 1), 1)) == 7  # and it is forgotten
+
+
+def test_an_error_in_one_thread_ends_the_others_soon(monkeypatch):
+    def engine(batch):
+        time.sleep(0.05)
+        if batch[0] == 299:
+            raise BadInput("this one")
+        return batch
+
+    monkeypatch.setattr(threads, "cores", lambda: 3)
+    began, images = time.monotonic(), torch.arange(300.0)[:, None]
+    images[200] = 299
+    with pytest.raises(BadInput, match="this one"):
+        answers(engine, images, 1)
+    assert time.monotonic() - began < 8  # it waited for the first part, of 5 seconds
+
+
+def test_a_noted_ctrl_c_ends_the_process_only_behind_the_block():
+    inside = []
+    with pytest.raises(KeyboardInterrupt):
+        with stop_noted() as outer:
+            with stop_noted() as asked:
+                os.kill(os.getpid(), signal.SIGINT)
+                inside.append(list(asked))
+            inside.append(list(outer))
+    assert inside == [[signal.SIGINT], [signal.SIGINT]]
+    threads._stopped.clear()
+
+
+def test_a_second_ctrl_c_ends_it_at_once():
+    went_on = False
+    with pytest.raises(KeyboardInterrupt):
+        with stop_noted():
+            os.kill(os.getpid(), signal.SIGINT)
+            with contextlib.suppress(ZeroDivisionError):
+                os.kill(os.getpid(), signal.SIGINT)
+                went_on = True
+    assert not went_on
+    threads._stopped.clear()
+
+
+def test_ctrl_c_in_training_writes_the_state_and_the_same_command_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.25")
+    words = ["--pretrain", "--made-up", "60", "--batch-size", "20", "--epochs", "40", "--sizes", "8:0.97,32",
+             "--mixing", "none", "--augment", "none", "--refresh", "0", "--no-cuda", "--eval-every", "0"]
+    interrupt_after(2.5)
+    status, out, err = ended(training.main, words, capsys)
+    assert status == 130 and err.endswith(": interrupted\n"), (status, out, err)
+    assert "state written to runs/default/pretrain.state" in out
+    assert Path("runs/default/pretrain.state/state.json").is_file() and not Path("runs/default/pretrain.pt").exists()
+    status, out, err = ended(training.main, [*words, "--max-minutes", "0"], capsys)
+    assert status == 0 and "pretrain: goes on at epoch" in out
+
+
+# --------------------------------------------------------------------------------------------------- places and files
+
+def test_a_folder_for_the_data_that_cannot_be_written(monkeypatch, capsys):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/read-only")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
+    status, out, err = ended(cifar100.main, [], capsys)
+    assert_one_line(status, err, "cannot put CIFAR-100 into", "Permission denied", "--data FOLDER")
+
+
+def test_data_that_cannot_be_read(monkeypatch, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).write_bytes(b"")
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(cifar100, "open", refused, raising=False)
+    with pytest.raises(BadInput, match="test: cannot be read .Permission denied"):
+        cifar100.load(tmp_path, "test")
+
+
+def test_a_checkpoint_that_cannot_be_read(monkeypatch, tmp_path):
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "a.pt").write_bytes(b"")
+    monkeypatch.setattr(networks, "open", refused, raising=False)
+    with pytest.raises(BadInput, match="a.pt: cannot be read .Permission denied"):
+        networks.load_state(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_whose_name_is_no_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.pt")
+    save_tensors({"x": torch.ones(2)}, path)
+    assert networks.load_state(path)["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("batch, workers, sizes, good", [
+    (1, 1, "8:0.5,32", False), (1, 4, "8:0.5,32", False), (2, 1, "8:0.5,32", True), (3, 2, "8:0.5,32", True),
+    (1, 1, "16:0.5,32", True), (1, 1, "32", True)])
+def test_one_value_a_channel_has_no_variance(batch, workers, sizes, good):
+    """With a compiler or without: a step of BatchNorm over one value is refused before the first."""
+    settings = plan.Settings(epochs=2, batch_size=batch, sizes=sizes, workers=workers)
+    with contextlib.nullcontext() if good else pytest.raises(BadInput, match="one image at 8x8"):
+        plan.Plan(settings, 10, replicas.Processes(), 1)
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+FILES = {"empty.pt": b"", "text.pt": b"hello", "zip.pt": b"PK\x05\x06" + bytes(18), "json.pt": b"{}", "a.mnet": b"MNET",
+         "empty.mnet": b"", "bom.toml": b"\xef\xbb\xbfdefault = 99", "latin.toml": b"a = '\xe9'", "x.toml": b"x",
+         "list.pt": torch.ones(2), "odd.pt": {"conv1.weight": torch.ones(2)}, "nothing.pt": {}}
+CHECKPOINTS = (*(name for name in FILES if not name.endswith(".toml")), "missing.pt", "folder", "folder/", "loop.pt",
+               "pipe.pt", "/dev/null", "a\nb.pt", "caf\udce9.pt", "x" * 300, "~/x.pt")
+ARGUMENTS = [  # script, words in which F is each of the checkpoints
+    (testers, ["--checkpoint", "F", "--made-up", "10"]), (check_model_operations, ["--checkpoint", "F"]),
+    (quantize, ["--checkpoint", "F", "--out", "out.pt", "--made-up", "10"]), (pack, ["--checkpoint", "F"]),
+    (integer, ["--checkpoint", "F", "--made-up", "10"]), (divergence, ["--teacher", "empty.pt", "--", "F"]),
+    (training, ["--pretrain", "--start", "F", "--made-up", "100", "--no-cuda", "--run", "run"]),
+]
+LINES = [(script, [checkpoint if word == "F" else word for word in words])
+         for script, words in ARGUMENTS for checkpoint in CHECKPOINTS]
+LINES += [(quantize, ["--checkpoint", "odd.pt", "--out", "out.pt", "--made-up", "10", *words]) for words in (
+    ["--table", "x.toml"], ["--table", "latin.toml"], ["--table", "missing.toml"], ["--table", "99"],
+    ["--table", "folder"], ["--out", "out"], ["--out", "out.json"], ["--out", "odd.pt"], ["--out", "pipe.pt"],
+    ["--out", "folder/../odd.pt"])]
+LINES += [(training, ["--recipe", name]) for name in ("x.toml", "latin.toml", "missing", "folder", "bom.toml")]
+LINES += [(layers, ["--network", spec]) for spec in ("x", "x:", "empty.pt:X", "folder:X", "os:path", "x.toml:X",
+                                                     "\0:X")]
+
+
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    for name, content in FILES.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            torch.save(content, folder / name)
+    (folder / "folder").mkdir()
+    (folder / "loop.pt").symlink_to("loop.pt")
+    os.mkfifo(folder / "pipe.pt")
+    return folder
+
+
+@pytest.mark.parametrize("script, words", LINES, ids=lambda part: ascii(" ".join(part)) if isinstance(part, list)
+                         else part.__name__)
+def test_odd_command_lines(script, words, odd_files, monkeypatch, capsys):
+    monkeypatch.chdir(odd_files)
+    before = {path: path.read_bytes() for path in odd_files.iterdir() if path.is_file()}
+    status, out, err = ended(script.main, words, capsys)
+    assert status == 2 and err and "Traceback" not in err and len(err) < 3000
+    assert {path: path.read_bytes() for path in before} == before and not (odd_files / "out.pt").exists()
+
+
+def test_there_are_many():
+    assert len(LINES) + len(WRONG_PROCESSES) >= 150
+
+
+def test_stdout_without_an_encoding(monkeypatch):
+    """Where a notebook or a test has put an object of its own in its place."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: print("é"))
+    assert stopped.value.code is None and sys.stdout.getvalue() == "é\n"
