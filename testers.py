@@ -94,9 +94,12 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
 
 
 def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
-    """{"data", "loss", "correct", "images"}, or nothing where that is impossible; and of the test set "without_duplicates",
-    {"correct", "images"} of those without a near-duplicate in the train set, None if it is not known which these are.
-    Adds to problems what the claim gets wrong."""
+    """Return {"data", "loss", "correct", "images"}, or nothing where that is impossible; add to problems what the claim
+    gets wrong.
+
+    Of the test set "without_duplicates" too: {"correct", "images"} of the images without a near-duplicate in the train
+    set, None if it is not known which these are.
+    """
     try:
         data, name = cifar100.chosen(args, "test")
         loss, correct = evaluate(network, data)

@@ -182,8 +182,9 @@ def test_a_thop_that_does_not_work_is_done_without(monkeypatch, tmp_path, capsys
     sys.modules.pop("thop", None)
 
 
-@pytest.mark.parametrize("content, said", [("raise RuntimeError('broken')", "does not work here (RuntimeError: broken)"),
-                                           ("import no_such_part_of_it", "no_such_part_of_it")])
+@pytest.mark.parametrize("content, said", [
+    ("raise RuntimeError('broken')", "does not work here (RuntimeError: broken)"),
+    ("import no_such_part_of_it", "no_such_part_of_it")])
 def test_an_onnx_that_does_not_work_is_named(monkeypatch, tmp_path, content, said):
     (tmp_path / "broken_onnx.py").write_text(content)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -241,7 +242,8 @@ def test_text_that_a_terminal_cannot_show(variables, first):
 
 
 def test_help_into_a_closed_pipe():
-    found = subprocess.run(["bash", "-o", "pipefail", "-c", '"$0" -m compressed.cifar100 --help | true', sys.executable],
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", '"$0" -m compressed.cifar100 --help | true',
+                            sys.executable],
                            cwd=ROOT, capture_output=True)
     assert found.returncode in (0, 141) and found.stderr == b""  # 0: all of it fitted in the pipe
 

@@ -338,7 +338,8 @@ def test_a_table_of_what_is_not_measured_yet_is_left_out():
     theirs, dense = {"bits": 0}, load_json(ROOT / "record/dense.tested.json")
     counted = {c: [] for c in counting.CONVENTIONS}
     early = {key: part for key, part in claim.items() if key not in ("packed", "integer", "onnx")}
-    all_of, some = (report.tables(report.Measured(each, counted, theirs, dense, [])).keys() for each in (claim, early))
+    all_of, some = (report.tables(report.Measured(each, counted, theirs, dense, []), report.LOGS).keys()
+                     for each in (claim, early))
     assert all_of - some == {"packed", "executed", "accumulators"}
     with pytest.raises(LookupError):
         report.tables(report.Measured(early | {"packed": {}}, counted, theirs, dense, []))
