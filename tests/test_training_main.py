@@ -142,7 +142,8 @@ def test_magnitude_takes_the_penaltys_place():
     args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
     pruning = training.make_penalty(args, MobileNetV2(width=0.5))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
-    assert training.parse([]).updates == 5 and training.parse("--penalty magnitude --updates 9".split()).updates == 9
+    assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
+    assert training.parse("--penalty magnitude --updates 9".split()).updates == 9
     for wrong in ("--lambda 1", "--sparsity-type filter"):
         with pytest.raises(SystemExit):
             training.parse(["--penalty", "magnitude", *wrong.split()])

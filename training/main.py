@@ -13,6 +13,7 @@ The same command again goes on where it was.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import cifar100  # noqa: E402
 import machine  # noqa: E402
-from files import git_commit, held, save_record, save_tensors, try_to_write  # noqa: E402
+from files import git_commit, held, load_record, save_record, save_tensors, try_to_write  # noqa: E402
 from mobilenet_v2 import BadInput, MobileNetV2, load_checkpoint  # noqa: E402
 from scripts import command_line, number, run_script, some_path  # noqa: E402
 from training import loop, magnitude, plan, reweighted_l1, teachers  # noqa: E402
@@ -41,6 +42,8 @@ PEAK_LR["muon"] = PEAK_LR["sgd"]  # of what it leaves to SGD
 # the submission's names of settings
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
+SPARSITY = ("target_sparsity", "sparsity_type", "config_file")  # options that are stated once for a run
+DEFAULT_TARGET = 0.8
 FLAG = argparse.BooleanOptionalAction
 
 
@@ -78,11 +81,12 @@ def sparsity_options(group) -> None:
                        help="loss: added to it; proximal: a soft threshold after every step (default, see METHOD.md); "
                             "magnitude: none, but gradual magnitude pruning to --target-sparsity, to compare with")
     group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5; magnitude: 100)")
+                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5 with a lambda, 20 "
+                            "towards a target; magnitude: 100)")
     group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
-                       help="what penalty and mask act on (irregular). Given, it selects the submission's method: the "
-                            "penalty in the loss, lambda 1e-6; masks from --threshold, or for the others from the "
-                            "ratios of --config-file")
+                       help="what penalty and mask act on (irregular). Given without a target, it selects the "
+                            "submission's method: the penalty in the loss, lambda 1e-6; masks from --threshold, or for "
+                            "the others from the ratios of --config-file")
     group.add_argument("--config-file", metavar="NAME",
                        help="prune ratios of the layers: a TOML file, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
@@ -146,7 +150,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--cooldown belongs to --schedule constant")
     if args.sizes is not None:
         plan.image_sizes(args.sizes)
-    args.updates = args.updates or (100 if args.penalty == "magnitude" else 5)
+    form, lam, _ = strength(args)
+    args.updates = args.updates or (100 if form == "magnitude" else 20 if lam is None else 5)
     return args
 
 
@@ -185,23 +190,67 @@ def pruned_layers(args, model) -> list[str]:
     return reweighted_l1.default_layers(model)
 
 
-def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
-    """The submission's (in the loss, lambda 1e-6) where --sparsity-type is given; else proximal, towards a target."""
+def strength(args) -> tuple[str, float | None, float | None]:
+    """(form, lambda, target) of the penalty; one of the last two is None.
+
+    Without a target, --sparsity-type and --penalty loss mean the submission's: in the loss, lambda 1e-6.
+    """
     lam, target = args.lam, args.target_sparsity
     if args.penalty == "magnitude":
-        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target or 0.8)
+        return "magnitude", None, target or DEFAULT_TARGET
+    form = args.penalty or ("loss" if args.sparsity_type and target is None else "proximal")
     if lam is None and target is None:
-        lam, target = (1e-6, None) if args.sparsity_type else (None, 0.8)
-    form = args.penalty or ("loss" if args.sparsity_type else "proximal")
+        lam, target = (1e-6, None) if args.sparsity_type or form == "loss" else (None, DEFAULT_TARGET)
+    return form, lam, target
+
+
+def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
+    form, lam, target = strength(args)
+    if form == "magnitude":
+        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target)
     return reweighted_l1.ReweightedL1(model, pruned_layers(args, model), args.sparsity_type or "irregular", form,
                                       lam=lam, target=target, eps=args.eps)
 
 
-def make_masks(args, model) -> reweighted_l1.Masks:
+def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
+    """Options of the masked stage: what they leave open of target, kind and layers is as the run's rew stage had it.
+
+    say: called with a line that tells what was taken, and one for every given option that differs. The submission's
+    rules, --sparsity-type without a target but with ratios or a threshold, say all that they need.
+    """
+    path = args.run / "rew.options.json"
+    own = args.target_sparsity is None and (
+        args.sparsity_type == "threshold" or args.sparsity_type and args.config_file)
+    theirs = dict.fromkeys(SPARSITY)
+    if path.is_file():
+        options = parse([])
+        vars(options).update(load_record(path, "give a --run folder that is whole")["options"])
+        theirs |= {"target_sparsity": strength(options)[2], "sparsity_type": options.sparsity_type,
+                   "config_file": options.config_file}
+    given = {name: getattr(args, name) for name in SPARSITY if getattr(args, name) is not None}
+    for name, value in given.items():
+        before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
+        if before not in (None, value):
+            say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
+    args = argparse.Namespace(**vars(args) | ({} if own else theirs | given))
+    if not own and args.target_sparsity is None and (args.sparsity_type is None or "sparsity_type" not in given
+                                                     and args.config_file is None):
+        args.target_sparsity = DEFAULT_TARGET
+    source = f"from {path}" if path.is_file() else f"by default, as there is no {path}"
+    if len(given) < len(SPARSITY) and not own:
+        told = [f"target {args.target_sparsity}" if args.target_sparsity else "the ratios of --config-file",
+                args.sparsity_type or "irregular",
+                f"layers of {args.config_file}" if args.config_file else "all layers but the stem"]
+        say(f"masked: {', '.join(told)}; what was not given is {source}")
+    return args
+
+
+def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
+    """The masks that the options ask for, on the model; say(line) tells how many of their zeros it had already."""
     layers = pruned_layers(args, model)
     if args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in reweighted_l1.GROUPS else "irregular"
-        masks = reweighted_l1.target_masks(model, layers, args.target_sparsity or 0.8, kind)
+        masks = reweighted_l1.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
     elif args.sparsity_type == "threshold":
         masks = reweighted_l1.threshold_masks(model, layers, args.threshold)
     elif args.config_file:
@@ -210,6 +259,9 @@ def make_masks(args, model) -> reweighted_l1.Masks:
     else:
         raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
                        "--config-file, or a --target-sparsity")
+    total, pruned, already = reweighted_l1.already_zero(model, masks)
+    say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
+        f"{already / max(1, pruned):.2%} of them were zero already")
     return reweighted_l1.Masks(model, masks)
 
 
@@ -221,7 +273,7 @@ def refuse_early(stages: list[str], args, device: torch.device) -> None:
         if stage == "rew":
             make_penalty(args, model)
         elif stage == "masked":
-            make_masks(args, model)
+            make_masks(args if "rew" in stages else sparsity_of_run(args), model)
 
 
 def starting_point(stage: str, args) -> MobileNetV2:
@@ -258,7 +310,11 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float) 
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
-    masks = make_masks(args, model) if stage == "masked" else None
+    masks = None
+    if stage == "masked":
+        say = functools.partial(print, flush=True) if processes.first else lambda line: None
+        args = sparsity_of_run(args, say)
+        masks = make_masks(args, model, say)
     taught_by = [teachers.load(path).to(device, memory_format=torch.channels_last) for path in args.teacher]
 
     def began():
