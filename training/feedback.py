@@ -6,8 +6,8 @@ from torch import Tensor
 
 ENDS = 0.75  # the path is at the target when this share of the stage's summed learning rate is spent, and stays there
 STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or after this share of the summed learning rate
-GAIN, AHEAD, SMOOTHING = 10.0, 8, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
-RISE, FALL = 0.3, 0.15  # the most that log lambda rises and falls in a control step
+GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
+RISE, FALL = 0.3, 0.2  # the most that log lambda rises and falls in a control step
 BAND, FADE = 0.002, 0.2  # surplus that is let be; how fast a low is forgotten, a control step
 RANGE = 1e6  # lambda stays within this factor of the one it began with
 FIRST = 0.05  # the first lambda is for the zeros that the path wants when this share of the rate is spent
