@@ -213,35 +213,33 @@ def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualM
 
 
 def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
-    """Options of the masked stage: what they leave open of target, kind and layers is as the run's rew stage had it.
+    """Fill in what the masked stage's options leave open of SPARSITY, as the run's reweighted stage had it.
 
-    say: called with a line that tells what was taken, and one for every given option that differs. The submission's
-    rules, --sparsity-type without a target but with ratios or a threshold, say all that they need.
+    say: called with one line on what was taken from where, and one for every given option that differs. Nothing is
+    filled in where the given options are the submission's rule: --sparsity-type with ratios, or threshold, no target.
     """
     path = args.run / "rew.options.json"
-    own = args.target_sparsity is None and (
-        args.sparsity_type == "threshold" or args.sparsity_type and args.config_file)
     theirs = dict.fromkeys(SPARSITY)
     if path.is_file():
         options = parse([])
-        vars(options).update(load_record(path, "give a --run folder that is whole")["options"])
-        theirs |= {"target_sparsity": strength(options)[2], "sparsity_type": options.sparsity_type,
-                   "config_file": options.config_file}
+        vars(options).update(load_record(path, "give another --run folder")["options"])
+        theirs = {name: getattr(options, name) for name in SPARSITY} | {"target_sparsity": strength(options)[2]}
     given = {name: getattr(args, name) for name in SPARSITY if getattr(args, name) is not None}
     for name, value in given.items():
         before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
         if before not in (None, value):
             say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
-    args = argparse.Namespace(**vars(args) | ({} if own else theirs | given))
-    if not own and args.target_sparsity is None and (args.sparsity_type is None or "sparsity_type" not in given
-                                                     and args.config_file is None):
-        args.target_sparsity = DEFAULT_TARGET
-    source = f"from {path}" if path.is_file() else f"by default, as there is no {path}"
-    if len(given) < len(SPARSITY) and not own:
-        told = [f"target {args.target_sparsity}" if args.target_sparsity else "the ratios of --config-file",
-                args.sparsity_type or "irregular",
-                f"layers of {args.config_file}" if args.config_file else "all layers but the stem"]
-        say(f"masked: {', '.join(told)}; what was not given is {source}")
+    if args.target_sparsity is None and (args.sparsity_type == "threshold" or args.sparsity_type and args.config_file):
+        return args
+    args = argparse.Namespace(**vars(args) | theirs | given)
+    if args.target_sparsity is None and args.config_file is None and "sparsity_type" not in given:
+        args.target_sparsity = DEFAULT_TARGET  # theirs was a lambda
+    if len(given) < len(SPARSITY):
+        target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
+        source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
+        say(f"masked: {f'target {target}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
+            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
+            f"what was not given is {source}")
     return args
 
 
