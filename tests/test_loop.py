@@ -683,7 +683,7 @@ def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, max_seconds=0, **same)
     model = Tiny()
     same["masks"] = Masks(model, target_masks(Tiny(), LAYERS, 0.3))
-    for penalty in (dict(target=0.6), dict(lam=1e-3), dict(target=0.5, eps=0.1), dict(target=0.5, form="loss"),
+    for penalty in (dict(target=0.6), dict(lam=1e-3), dict(target=0.5, eps=0.1), dict(lam=1e-3, form="loss"),
                     dict(target=0.5, kind="filter")):
         changed("penalty", penalty=ReweightedL1(model, LAYERS, **penalty))
     changed("penalty", penalty=ReweightedL1(model, LAYERS[:2], target=0.5))

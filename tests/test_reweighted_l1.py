@@ -187,64 +187,77 @@ def test_no_strength_changes_nothing():
 
 # ---------------------------------------------------------------------------------------------- lambda from a target
 
-def test_lambda_from_the_target_by_hand():
+def test_the_first_lambda_by_hand():
+    """For the zeros that the path wants a twentieth of the stage later: 0.6 - 0.6 (14 / 15)^3 = 11% of five weights."""
     model = one(0.5, -0.1, 0.3, -0.2, 0.4)
     penalty = ReweightedL1(model, ["conv"], target=0.6, eps=0.1)
     penalty.update(2.0)
-    assert penalty.lam == pytest.approx(2 * 0.3 * (0.3 + 0.1) / 2.0)  # q is the third smallest of five
-    penalty.update(0.5)
-    assert penalty.lam == pytest.approx(4 * 0.12)  # a quarter of the learning rates left: four times as strong
-    model.conv.weight.data.view(-1)[1:4] = 0  # the target is reached
-    penalty.update(0.25)
-    assert penalty.lam == pytest.approx(2 * 0.12)
-    penalty.update(0.1)
-    assert penalty.lam == pytest.approx(0.12)
-    penalty.update(0.0)  # no learning rate to come: nothing to divide by
-    assert penalty.lam == pytest.approx(0.12)
-
-
-def test_a_group_counts_with_all_of_its_weights():
-    model = one(*HAND, shape=(2, 2, 1, 2))
-    penalty = ReweightedL1(model, ["conv"], "filter", target=0.5, eps=1.0)
+    assert penalty.lam.item() == pytest.approx(0.1 * (0.1 + 0.1) / (0.05 * 2.0))  # q is the smallest of five
     penalty.update(1.0)
-    assert penalty.lam == pytest.approx(2 * 5 * 6)
-    penalty = ReweightedL1(model, ["conv"], "filter", target=0.51, eps=1.0)
-    penalty.update(1.0)
-    assert penalty.lam == pytest.approx(2 * 13 * 14)
+    assert penalty.lam.item() == pytest.approx(0.2)  # from then on the feedback moves it, and nothing else
+    model.conv.weight.data.zero_()
+    penalty = ReweightedL1(model, ["conv"], target=0.6, eps=0.1)
+    penalty.update(2.0)
+    assert penalty.lam.item() == pytest.approx(0.2)  # q = eps where the zeros are there: never zero
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unopposed_weights_go_as_the_formula_says(kind):
     """Under |w| (|w| + eps) < S lambda an unopposed group is driven to exactly zero, above it is not."""
     model = Net(1).double()
-    penalty = ReweightedL1(model, LAYERS, kind, target=0.4, eps=0.05)
     lrs = [0.1 * (1 - i / 50) for i in range(50)]
+    norms = [group_norms(layer.weight.detach(), kind) for _, layer in weight_layers(model)]
+    q = torch.cat([norm.flatten() for norm in norms]).median().item()
+    penalty = ReweightedL1(model, LAYERS, kind, lam=1.01 * q * (q + 0.05) / sum(lrs), eps=0.05)
     penalty.update(sum(lrs))
-    norms = [group_norms(weight.detach(), kind) for weight in penalty.weights]
     for lr in lrs:
         penalty.shrink(lr)
     zeros = 0
     for norm, weight in zip(norms, penalty.weights):
         assert torch.equal(group_norms(weight, kind) == 0, norm * (norm + penalty.eps) < sum(lrs) * penalty.lam)
         zeros += (weight == 0).sum().item()
-    total = sum(weight.numel() for weight in penalty.weights)
-    assert zeros >= 0.4 * total and zeros < total  # the factor 2 goes beyond the target when nothing opposes
+    assert 0 < zeros < sum(weight.numel() for weight in penalty.weights)
+
+
+def test_with_a_target_the_convolutions_keep_their_norms():
+    """Their weights become zero, the others grow for it; the linear layer has no BatchNorm behind it and shrinks."""
+    model = Net(2)
+    layers = dict(weight_layers(model))
+    model.depthwise.weight.data.zero_()
+    before = {name: layer.weight.norm().item() for name, layer in layers.items()}
+    penalty = ReweightedL1(model, LAYERS, target=0.5)
+    penalty.update(1.0)
+    for _ in range(100):
+        penalty.shrink(0.01)
+    assert penalty.feedback.spent == pytest.approx(1) and penalty.share() > 0.3
+    assert layers["conv"].weight.norm().item() == pytest.approx(before["conv"], rel=1e-3)
+    assert layers["linear"].weight.norm() < 0.99 * before["linear"] and not layers["depthwise"].weight.any()
 
 
 @pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(form="l0", lam=1.0), dict(),
-                                   dict(lam=1.0, target=0.5),
+                                   dict(lam=1.0, target=0.5), dict(form="loss", target=0.5),
                                    dict(lam=1.0, eps=0.0), dict(lam=-1.0), dict(target=0.0), dict(target=1.0)))
 def test_impossible_penalties_are_refused(wrong):
     with pytest.raises(BadInput):
         ReweightedL1(Net(), LAYERS, **wrong)
 
 
-def test_state_goes_into_another_penalty():
-    first = ReweightedL1(Net(0), LAYERS, target=0.5)
+@pytest.mark.parametrize("strength", (dict(target=0.5), dict(lam=0.1)))
+def test_state_goes_into_another_penalty(strength):
+    ours, theirs = Net(0), Net(1)
+    first, second = ReweightedL1(ours, LAYERS, **strength), ReweightedL1(theirs, LAYERS, **strength)
+    second.load_state_dict(first.state_dict())  # before any update
     first.update(1.0)
-    second = ReweightedL1(Net(1), LAYERS, target=0.5)
+    for _ in range(20):
+        first.shrink(0.01)
     second.load_state_dict(first.state_dict())
-    assert second.lam == first.lam and all(map(torch.equal, first.alphas, second.alphas))
+    theirs.load_state_dict(ours.state_dict())
+    for penalty in (first, second):
+        penalty.update(0.8)
+        for _ in range(20):
+            penalty.shrink(0.01)
+    assert second.lam == first.lam > 0 and all(map(torch.equal, first.weights, second.weights))
+    assert first.record() == second.record()
 
 
 # ----------------------------------------------------------------------------------------------------------- masks

@@ -141,7 +141,8 @@ def test_magnitude_takes_the_penaltys_place():
     args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
     pruning = training.make_penalty(args, MobileNetV2(width=0.5))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
-    assert training.parse([]).updates == 5 and training.parse("--penalty magnitude --updates 9".split()).updates == 9
+    assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
+    assert training.parse("--penalty magnitude --updates 9".split()).updates == 9
     for wrong in ("--lambda 1", "--sparsity-type filter"):
         with pytest.raises(SystemExit):
             training.parse(["--penalty", "magnitude", *wrong.split()])
@@ -213,6 +214,60 @@ def test_no_resume_starts_a_stage_again(narrow, capsys):
     save(load("run/pretrain.pt"), Path("again.pt"))
     Path("first.pt").write_bytes(first)
     assert_same(Path("again.pt"), Path("first.pt"))
+
+
+def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
+    """What the masked stage is not given is as the run's reweighted stage had it, and a line says so."""
+    Path("some.toml").write_text('[prune_ratios]\n"layers.5.conv1" = 0.5\nconv2 = 0.5\n')
+    rew = QUICK + " --rew --sparsity-type filter --target-sparsity 0.5 --config-file some.toml"
+    assert run(rew) == 0
+    assert "lambda" in lines("run/rew.jsonl")[0] and "zeros_path" in lines("run/rew.jsonl")[0]  # led to the target
+    capsys.readouterr()
+    assert run(QUICK + " --masked-retrain") == 0
+    out = capsys.readouterr().out
+    assert ("masked: target 0.5, filter, layers of some.toml; what was not given is as run/rew.options.json has it"
+            in out)
+    model = load("run/masked.pt")
+    for name in ("layers.5.conv1", "conv2"):
+        weight = dict(weight_layers(model))[name].weight
+        assert torch.equal(weight == 0, (group_norms(weight, "filter") == 0).expand_as(weight))
+    made = zeros(model)
+    pruned = [made[name] for name in ("layers.5.conv1", "conv2")]
+    assert sum(pruned) == sum(made.values()) > 0 and made["conv1"] == 0
+    total = sum(dict(weight_layers(model))[name].weight.numel() for name in ("layers.5.conv1", "conv2"))
+    assert f"masked: {sum(pruned):,} of {total:,} weights are frozen at zero" in out and "were zero already" in out
+
+    assert run(QUICK + " --masked-retrain --no-resume --sparsity-type irregular --target-sparsity 0.25") == 0
+    out = capsys.readouterr().out
+    assert "--target-sparsity 0.25 as given, though run/rew.options.json has 0.5" in out
+    assert "--sparsity-type irregular as given, though run/rew.options.json has filter" in out
+    assert "masked: target 0.25, irregular, layers of some.toml" in out
+    assert f"zeros {lines('run/masked.jsonl')[0]['zeros'] / lines('run/masked.jsonl')[0]['weights']:.2%}" in out
+
+
+@pytest.mark.parametrize("rew, masked, said", (
+    ("--target-sparsity 0.6", "", "masked: target 0.6, irregular, all layers but the stem; what was not given is as"),
+    ("", "", "masked: target 0.8, irregular, all layers but the stem; what was not given is as"),
+    ("--penalty magnitude --target-sparsity 0.7", "", "masked: target 0.7, irregular"),
+    ("--sparsity-type kernel --target-sparsity 0.5", "--target-sparsity 0.4", "masked: target 0.4, kernel"),
+    ("--sparsity-type irregular", "", "masked: target 0.8, irregular"),  # a lambda has no target to take
+    ("--target-sparsity 0.6", "--sparsity-type threshold", "weights are frozen"),
+    (None, "", "masked: target 0.8, irregular, all layers but the stem; what was not given is by default: there is no"),
+    (None, "--target-sparsity 0.3", "masked: target 0.3, irregular")))
+def test_what_the_mask_takes_over(narrow, capsys, rew, masked, said):
+    args = training.parse((rew or "").split())
+    args.run = Path("run")
+    if rew is not None:
+        args.run.mkdir()
+        options = json.loads(json.dumps(vars(args), default=str))
+        files.save_record({"options": options}, args.run / "rew.options.json")
+    args = training.parse(masked.split())
+    args.run = Path("run")
+    model = MobileNetV2(width=0.5)
+    training.make_masks(training.sparsity_of_run(args, print), model, print)
+    out = capsys.readouterr().out
+    assert said in out and "; 0.00% of them were zero already" in out
+    assert ("as given, though run/rew.options.json has" in out) == (masked not in ("", "--target-sparsity 0.3"))
 
 
 @pytest.mark.parametrize("kind", ("irregular", "column", "kernel", "filter"))

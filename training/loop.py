@@ -33,10 +33,11 @@ from training.state import State, brief, fingerprint, stop_noted
 
 class NoPenalty:
     """In the place of a penalty: nothing pulls."""
-    form, lam = "none", None
+    form = "none"
 
     def update(self, lr_to_come: float) -> None: pass
     def shrink(self, lr: float) -> None: pass
+    def record(self) -> dict: return {}
 
 
 def save_half(model: nn.Module, path) -> None:
@@ -148,6 +149,8 @@ class Stage:
         elif self.progress["step"] and log_path.is_file():
             self.progress["log"] = [line for line in load_lines(log_path) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
+        if not found:
+            self.plan.updates.add(step)  # a stage that is taken up in its middle has a penalty at once
         if step >= self.plan.steps:
             raise BadInput(f"{self.name}: cannot go on at epoch {step / steps:g}: the stage has {epochs}")
         if step and self.processes.first:
@@ -276,7 +279,8 @@ class Stage:
         record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1],
                   "size": plan.sizes[step - 1],
                   "loss": round(loss / plan.epoch_steps, 6), "accuracy": round(correct / plan.epoch_steps, 6),
-                  "zeros": count_zeros(self.model)}
+                  "zeros": count_zeros(self.model),
+                  "weights": sum(module.weight.numel() for _, module in weight_layers(self.model))}
         self.totals.zero_()
         last = step == plan.steps
         if last:
@@ -286,8 +290,7 @@ class Stage:
             with contextlib.suppress(KeyboardInterrupt):  # noted: the line goes without the accuracy
                 test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
-        if self.penalty.lam is not None:
-            record["lambda"] = self.penalty.lam
+        record |= self.penalty.record()
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.before + self.seconds_here(), 1)}
         self.progress["log"].append(record)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
-from compressed.files import git_commit, held, save_record, save_text, try_to_write  # noqa: E402
+from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
 
@@ -41,6 +42,8 @@ PEAK_LR["muon"] = PEAK_LR["sgd"]  # of what it leaves to SGD
 # the submission's names of settings
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
+SPARSITY = ("target_sparsity", "sparsity_type", "config_file")  # options that are stated once for a run
+DEFAULT_TARGET = 0.8
 FLAG = argparse.BooleanOptionalAction
 
 
@@ -80,11 +83,12 @@ def sparsity_options(group) -> None:
                        help="loss: added to it; proximal: a soft threshold after every step (default, see METHOD.md); "
                             "magnitude: none, but gradual magnitude pruning to --target-sparsity, to compare with")
     group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5; magnitude: 100)")
+                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5 with a lambda, 20 "
+                            "towards a target; magnitude: 100)")
     group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
-                       help="what penalty and mask act on (irregular). Given, it selects the submission's method: the "
-                            "penalty in the loss, lambda 1e-6; masks from --threshold, or for the others from the "
-                            "ratios of --config-file")
+                       help="what penalty and mask act on (irregular). Given without a target, it selects the "
+                            "submission's method: the penalty in the loss, lambda 1e-6; masks from --threshold, or for "
+                            "the others from the ratios of --config-file")
     group.add_argument("--config-file", metavar="NAME",
                        help="prune ratios of the layers: a TOML file, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
@@ -154,7 +158,8 @@ def parse(argv=None, *before: str) -> argparse.Namespace:
         parser.error("--cooldown belongs to --schedule constant")
     if args.sizes is not None:
         plan.image_sizes(args.sizes)
-    args.updates = args.updates or (100 if args.penalty == "magnitude" else 5)
+    form, lam, _ = strength(args)
+    args.updates = args.updates or (100 if form == "magnitude" else 20 if lam is None else 5)
     return args
 
 
@@ -210,23 +215,65 @@ def pruned_layers(args, model) -> list[str]:
     return reweighted_l1.default_layers(model)
 
 
-def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
-    """The submission's (in the loss, lambda 1e-6) where --sparsity-type is given; else proximal, towards a target."""
+def strength(args) -> tuple[str, float | None, float | None]:
+    """(form, lambda, target) of the penalty; one of the last two is None.
+
+    Without a target, --sparsity-type and --penalty loss mean the submission's: in the loss, lambda 1e-6.
+    """
     lam, target = args.lam, args.target_sparsity
     if args.penalty == "magnitude":
-        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target or 0.8)
+        return "magnitude", None, target or DEFAULT_TARGET
+    form = args.penalty or ("loss" if args.sparsity_type and target is None else "proximal")
     if lam is None and target is None:
-        lam, target = (1e-6, None) if args.sparsity_type else (None, 0.8)
-    form = args.penalty or ("loss" if args.sparsity_type else "proximal")
+        lam, target = (1e-6, None) if args.sparsity_type or form == "loss" else (None, DEFAULT_TARGET)
+    return form, lam, target
+
+
+def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
+    form, lam, target = strength(args)
+    if form == "magnitude":
+        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target)
     return reweighted_l1.ReweightedL1(model, pruned_layers(args, model), args.sparsity_type or "irregular", form,
                                       lam=lam, target=target, eps=args.eps)
 
 
-def make_masks(args, model) -> reweighted_l1.Masks:
+def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
+    """Fill in what the masked stage's options leave open of SPARSITY, as the run's reweighted stage had it.
+
+    say: called with one line on what was taken from where, and one for every given option that differs. Nothing is
+    filled in where the given options are the submission's rule: --sparsity-type with ratios, or threshold, no target.
+    """
+    path = args.run / "rew.options.json"
+    theirs = dict.fromkeys(SPARSITY)
+    if path.is_file():
+        options = parse([])
+        vars(options).update(load_record(path, "give another --run folder")["options"])
+        theirs = {name: getattr(options, name) for name in SPARSITY} | {"target_sparsity": strength(options)[2]}
+    given = {name: getattr(args, name) for name in SPARSITY if getattr(args, name) is not None}
+    for name, value in given.items():
+        before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
+        if before not in (None, value):
+            say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
+    if args.target_sparsity is None and (args.sparsity_type == "threshold" or args.sparsity_type and args.config_file):
+        return args
+    args = argparse.Namespace(**vars(args) | theirs | given)
+    if args.target_sparsity is None and args.config_file is None and "sparsity_type" not in given:
+        args.target_sparsity = DEFAULT_TARGET  # theirs was a lambda
+    if len(given) < len(SPARSITY):
+        target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
+        source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
+        say(f"masked: {f'target {target}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
+            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
+            f"what was not given is {source}")
+    return args
+
+
+def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
+    """The masks that the options ask for, on the model; say(line) tells how many of their zeros it had already."""
     layers = pruned_layers(args, model)
     if args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in reweighted_l1.GROUPS else "irregular"
-        masks = reweighted_l1.target_masks(model, layers, args.target_sparsity or 0.8, kind)
+        masks = reweighted_l1.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
     elif args.sparsity_type == "threshold":
         masks = reweighted_l1.threshold_masks(model, layers, args.threshold)
     elif args.config_file:
@@ -235,6 +282,9 @@ def make_masks(args, model) -> reweighted_l1.Masks:
     else:
         raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
                        "--config-file, or a --target-sparsity")
+    total, pruned, already = reweighted_l1.already_zero(model, masks)
+    say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
+        f"{already / max(1, pruned):.2%} of them were zero already")
     return reweighted_l1.Masks(model, masks)
 
 
@@ -247,7 +297,7 @@ def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], dev
         if stage == "rew":
             make_penalty(args, model)
         elif stage == "masked":
-            make_masks(args, model)
+            make_masks(args if "rew" in stages else sparsity_of_run(args), model)
 
 
 def starting_point(stage: str, args) -> nn.Module:
@@ -297,7 +347,11 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
     penalty = make_penalty(args, model) if stage == "rew" else None
-    masks = make_masks(args, model) if stage == "masked" else None
+    masks = None
+    if stage == "masked":
+        say = functools.partial(print, flush=True) if processes.first else lambda line: None
+        args = sparsity_of_run(args, say)
+        masks = make_masks(args, model, say)
     taught_by = [teachers.load(path, args.network).to(device, memory_format=torch.channels_last)
                  for path in args.teacher]
 

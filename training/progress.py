@@ -64,4 +64,16 @@ def describe(record: dict, settings: Settings) -> str:
     line += f", train {record['accuracy']:.2%}"
     if "test_accuracy" in record:
         line += f", test {record['test_accuracy']:.2%}"
-    return line + f", zeros {record['zeros']:,}, {record['seconds']:.0f} s"
+    return line + f", {zeros(record)}, {record['seconds']:.0f} s"
+
+
+def zeros(record: dict) -> str:
+    """Word the zeros of an epoch's line: their share, and under a penalty the path's and how many groups."""
+    if "zeros_share" not in record:
+        return f"zeros {record['zeros'] / record['weights']:.2%}"
+    text = f"zeros {record['zeros_share']:.2%} of the pruned layers"
+    if "zeros_path" in record:
+        text += f" (path {record['zeros_path']:.2%})"
+    if "groups" in record:
+        text += f", {record['zero_groups']:,} of {record['groups']:,} {record['kind']}s"
+    return text

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
+from training.feedback import Feedback, first_lambda, quantile
 
 # the dimensions of a [out, in, kh, kw] weight that one group spans
 GROUPS = {"irregular": (), "column": (0,), "kernel": (2, 3), "filter": (1, 2, 3)}
@@ -64,11 +65,9 @@ class ReweightedL1:
     form "proximal":  `shrink(lr)` after every optimizer step soft-thresholds the weights by lr * lambda * alpha. Zeros
                       are exact, and the strength does not depend on how the optimizer rescales gradients.
 
-    Either `lam` is given, or `target`, the wanted share of zeros in these weights; then lambda follows from the
-    weights at every update: with S the sum of the learning rates still to come, an unopposed weight is driven to zero
-    if |w| (|w| + eps) < S lambda, so with q the |w| quantile at the target, lambda = 2 q (q + eps) / S. The factor 2
-    is for the gradient, which opposes. Once the target is reached q is 0, and lambda halves at every further update:
-    enough to hold the zeros, whose alpha is the largest there is, and less and less pull on what survived.
+    Either `lam` is given, or, for the proximal form, `target`: the wanted share of zeros in these weights. Then lambda
+    is moved by feedback (feedback.py), and the convolutions' norms are held: a BatchNorm follows each, so that only the
+    direction of its weights counts, and without an opponent the shrinking would make them ever smaller.
     """
 
     def __init__(self, model: nn.Module, layers, kind="irregular", form="proximal", lam=None, target=None, eps=1e-3):
@@ -78,24 +77,55 @@ class ReweightedL1:
             raise BadInput(f"unknown form of the penalty {form!r}; known: loss, proximal")
         if (lam is None) == (target is None):
             raise BadInput("the penalty needs a lambda or a target sparsity, and not both")
+        if form == "loss" and target is not None:
+            raise BadInput("the penalty in the loss makes no exact zeros, so it cannot be led to a target sparsity: "
+                           "give it a --lambda, or take --penalty proximal")
         if eps <= 0 or (lam is not None and lam < 0) or (target is not None and not 0 < target < 1):
             raise BadInput(f"impossible penalty: lambda {lam}, target sparsity {target}, eps {eps}")
         modules = dict(weight_layers(model))
         self.weights = [modules[name].weight for name in layers]
         self.kind, self.form, self.target, self.eps = kind, form, target, eps
-        self.given = lam
-        self.lam = lam or 0.0
+        self.given, self.feedback = lam, None if target is None else Feedback(target)
         self.alphas: list[Tensor] = []
+        self.norms: Tensor | None = None  # of the convolutions' weights when a stage with a target began
+
+    @property
+    def lam(self) -> float | Tensor:
+        """The strength: the given one, or the feedback's, a 0-dim tensor on the weights' device."""
+        return self.given if self.feedback is None else self.feedback.lam
 
     @torch.no_grad()
     def update(self, lr_to_come: float) -> None:
         """alpha <- 1 / (|w| + eps), of |w| and not of w: the submission's 1 / (w + eps) is singular at w = -eps."""
         norms = [group_norms(weight, self.kind) for weight in self.weights]
         self.alphas = [1 / (norm + self.eps) for norm in norms]
-        if self.target is not None and lr_to_come > 0:
+        if self.feedback is not None and lr_to_come > 0:
+            if self.feedback.begun:
+                self.feedback.total = self.feedback.spent + lr_to_come
+                return
+            wanted = self.feedback.begin(self.share().item(), lr_to_come)
             every = torch.cat([norm.expand_as(weight).flatten() for norm, weight in zip(norms, self.weights)])
-            q = every.kthvalue(max(1, math.ceil(self.target * every.numel()))).values.item()
-            self.lam = 2 * q * (q + self.eps) / lr_to_come if q > 0 else self.lam / 2
+            self.feedback.set(first_lambda(quantile(every, wanted), self.eps, lr_to_come), every.device)
+            self.norms = self.convolution_norms()
+
+    def share(self) -> Tensor:
+        """The share of zeros in the penalised weights, a 0-dim float64 tensor on their device."""
+        kept = torch.stack([weight.bool().sum() for weight in self.weights]).sum()
+        return 1 - kept.double() / sum(weight.numel() for weight in self.weights)
+
+    def convolutions(self) -> list[Tensor]:
+        return [weight for weight in self.weights if weight.dim() == 4]
+
+    def convolution_norms(self) -> Tensor:
+        """[convolutions] 2-norms of their weights."""
+        return torch.stack(torch._foreach_norm(self.convolutions())) if self.convolutions() else torch.zeros(0)
+
+    def hold_norms(self) -> None:
+        """Give the convolutions the norms that they began with: at most doubled at once, zeros stay zeros."""
+        factors = (self.norms / self.convolution_norms().clamp_min(1e-20)).clamp(max=2)
+        factors = torch.where(self.norms > 0, factors, 1)
+        for weight, factor in zip(self.convolutions(), factors.unbind()):
+            weight.mul_(factor)
 
     def loss(self) -> Tensor:
         """lambda * sum alpha |w|, a scalar with a gradient."""
@@ -104,10 +134,10 @@ class ReweightedL1:
 
     @torch.no_grad()
     def shrink(self, lr: float) -> None:
-        """The proximal step, in place: w_g <- w_g max(1 - lr lambda alpha_g / |w_g|, 0)."""
-        strength = lr * self.lam
-        if strength == 0:
+        """The proximal step, in place: w_g <- w_g max(1 - lr lambda alpha_g / |w_g|, 0). With a target, control."""
+        if lr == 0 or self.given == 0:
             return
+        strength = lr * self.lam
         for alpha, weight in zip(self.alphas, self.weights):
             if self.kind == "irregular":
                 # sign(w) max(|w| - t, 0) in two passes: clamping w to [-t, t] gives what is taken away
@@ -116,6 +146,21 @@ class ReweightedL1:
             else:
                 norm = group_norms(weight, self.kind)
                 weight.mul_((1 - strength * alpha / norm.clamp_min(1e-30)).clamp_min_(0))
+        if self.feedback is not None and self.feedback.begun and self.feedback.due(lr):
+            self.hold_norms()
+            self.feedback.control(self.share())
+
+    @torch.no_grad()
+    def record(self) -> dict:
+        """What an epoch's line says: lambda, shares of zeros (measured, and the path's), groups of zeros and of all."""
+        said = {"lambda": float(self.lam), "zeros_share": self.share().item()}
+        if self.feedback is not None:
+            said["zeros_path"] = self.feedback.path
+        if self.kind != "irregular":
+            norms = [group_norms(weight, self.kind) for weight in self.weights]
+            said |= {"zero_groups": sum(int((norm == 0).sum()) for norm in norms),
+                     "groups": sum(norm.numel() for norm in norms), "kind": self.kind}
+        return said
 
     def options(self) -> dict:
         """What it was made with."""
@@ -123,11 +168,14 @@ class ReweightedL1:
                 "weights": sum(weight.numel() for weight in self.weights)}
 
     def state_dict(self) -> dict:
-        return {"lam": self.lam, "alphas": self.alphas}
+        led = {} if self.feedback is None else {"norms": self.norms, "feedback": self.feedback.state_dict()}
+        return {"alphas": self.alphas, **led}
 
     def load_state_dict(self, state: dict) -> None:
-        self.lam = state["lam"]
         self.alphas = [alpha.to(weight.device) for alpha, weight in zip(state["alphas"], self.weights)]
+        if self.feedback is not None:
+            self.norms = state["norms"]
+            self.feedback.load_state_dict(state["feedback"])
 
 
 # ---------------------------------------------------------------- masks: {layer name: bool tensor, True where kept}
@@ -169,6 +217,14 @@ def target_masks(model: nn.Module, layers, target: float, kind: str = "irregular
     every = torch.cat([score.flatten() for score in scores])
     threshold = every.kthvalue(max(1, math.ceil(target * every.numel()))).values
     return {name: score > threshold for name, score in zip(layers, scores)}
+
+
+@torch.no_grad()
+def already_zero(model: nn.Module, masks: dict[str, Tensor]) -> tuple[int, int, int]:
+    """Counts of weights under the masks: (all, pruned by them, pruned and zero before)."""
+    modules, pruned = dict(weight_layers(model)), {name: ~mask for name, mask in masks.items()}
+    already = sum(int((gone & (modules[name].weight == 0)).sum()) for name, gone in pruned.items())
+    return sum(gone.numel() for gone in pruned.values()), sum(int(gone.sum()) for gone in pruned.values()), already
 
 
 class Masks:
