@@ -40,7 +40,7 @@ from compressed.files import (
 )
 from compressed.formats import found_formats
 from compressed.mnet import stored_exponent
-from training import fine_tune, loop, plan
+from training import fine_tune, loop, plan, recipes
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -79,14 +79,18 @@ def made_claim(checkpoint: Path, network: str, claim: dict) -> dict:
         "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
 
 
-def parse(argv=None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
+    parser.add_argument("--recipe", metavar="NAME",
+                        help="options from the table [quantized] of a recipe, as of training/main.py; those given here "
+                             "stand above it (default: recipe.toml in the checkpoint's folder, else none)")
     parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
                         help="sparse float checkpoint (%(default)s)")
     parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
                         help="what is written, a .pt, with its claim F.json beside it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
-                        "the submission's, 6 bits at " + ", ".join(map(str, grids.SIX_BITS)) + " and 8 elsewhere)")
+                        "the submission's, 6 bits at " + ", ".join(map(str, grids.SIX_BITS)) + " and 8 elsewhere; for "
+                        "another network 8 bits)")
     parser.add_argument("--scheme", choices=grids.SCHEMES, default="channel",
                         help="step of the weights: the submission's power of two a layer, a free scale a layer, or a "
                              "free scale per channel (%(default)s)")
@@ -114,7 +118,19 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
                     "(default: as the checkpoint was trained, by its run folder; else plain)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """Return the options: the recipe's, and above them the command line's."""
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    kept = args.checkpoint.parent / "recipe.toml"
+    path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
+    if path is not None:
+        args = parser.parse_args([*recipes.words(recipes.read(path), "quantized", parser), *argv])
+        args.recipe = path
+    return args
 
 
 class Accuracies:

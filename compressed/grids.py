@@ -19,7 +19,11 @@ from compressed.exact_network import folded
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
 from compressed.graph import Tracer, activation_points, neighbours, weight_layers
 
-SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
+# the submission's QBNs, by their places among its 58 layers; every other layer has 8 bits
+SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
+            11: "layers.2.conv3", 14: "layers.3.conv3", 16: "layers.4.conv2", 19: "layers.5.conv2",
+            55: "layers.16.shortcut.0"}
+LAYERS = 58
 SCHEMES = ("power-of-two", "layer", "channel")
 RANGES = ("max", "mse", "logits")
 SHIFT_BITS = 16
@@ -58,39 +62,57 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
     return best
 
 
-def bit_table(option: str | None, model: nn.Module) -> list[int]:
-    """Bits of all layers of a network. None: the submission's table; a number: that many for all; else a TOML file.
+def has_the_submissions_layers(names: list[str]) -> bool:
+    """Return whether a network's layers stand where the submission's bit table looks for them."""
+    return len(names) == LAYERS and all(names[place] == name for place, name in SIX_BITS.items())
 
-    The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
-    anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
-    weights would not be summed exactly).
+
+def layer_kind(layer: nn.Module) -> str:
+    """Return "linear", "depthwise" or "conv"."""
+    return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
+
+
+def bit_table(option: str | None, model: nn.Module) -> list[int]:
+    """Return the bits of a network's layers, in the order of weight_layers.
+
+    option: None: the submission's table for a network with its layers, else 8 bits for all; a number: that many for
+    all; else a TOML file with `default = 8` and a table [bits]: layer names (in quotes), or kinds of layers (conv,
+    depthwise, linear; a name stands above its kind), to bits; in a network with the submission's layers their places,
+    too. Raises BadInput for anything else in it, for an unknown layer, and for widths outside 2 to 8 (activations have
+    at most 8, and wider weights would not be summed exactly).
     """
-    names = [name for name, _ in weight_layers(model)]
+    layers = dict(weight_layers(model))
+    names = list(layers)
+    submissions = has_the_submissions_layers(names)
     if option is None:
-        table = [6 if i in SIX_BITS or i - len(names) in SIX_BITS else 8 for i in range(len(names))]
-    elif option.isdecimal():
-        table = [int(option)] * len(names)
-    else:
-        try:
-            content = tomllib.loads(Path(option).read_text())
-        except OSError as error:
-            raise BadInput(f"no bit table {option!r}: give a number of bits or a TOML file") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise BadInput(f"{option}: not a TOML file ({error})") from error
-        if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
-            raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
-        table = [content.get("default", 8)] * len(names)
-        for key, bits in content.get("bits", {}).items():
-            if key in names:
-                table[names.index(key)] = bits
-            elif key.isdecimal() and int(key) < len(names):
-                table[int(key)] = bits
-            else:
-                raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
-    for name, bits in zip(names, table):
-        if not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise BadInput(f"{bits!r} bits for {name}: expected 2 to 8")
-    return table
+        return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
+    content = {"default": int(option)} if option.isdecimal() else read_table(option)
+    bits = content.get("bits", {})
+    chosen = {name: bits.get(layer_kind(layer), content.get("default", 8)) for name, layer in layers.items()}
+    for key, width in bits.items():
+        if key in layers:
+            chosen[key] = width
+        elif submissions and key.isdecimal() and int(key) < len(names):
+            chosen[names[int(key)]] = width
+        elif key not in ("conv", "depthwise", "linear"):
+            raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
+    for name, width in chosen.items():
+        if type(width) is not int or not 2 <= width <= 8:
+            raise BadInput(f"{width!r} bits for {name}: expected 2 to 8")
+    return list(chosen.values())
+
+
+def read_table(path) -> dict:
+    """Return the content of a bit table's file. Raises BadInput for what is none."""
+    try:
+        content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise BadInput(f"no bit table {path!r}: give a number of bits or a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not a TOML file ({error})") from error
+    if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
+        raise BadInput(f"{path}: expected nothing but `default = 8` and a table [bits]")
+    return content
 
 
 # ---- A network that computes on its grids ---------------------------------------------------------

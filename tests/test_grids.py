@@ -16,7 +16,7 @@ from compressed.formats import code_range, codes, fake_quantize, power_of_two_st
 from compressed.graph import activation_points, neighbours, weight_layers
 from compressed.grids import SCHEMES, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
-from mobilenet_v2 import MobileNetV2
+from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 
 
 def random(*shape, seed=0):
@@ -111,15 +111,29 @@ def test_the_submissions_bits():
 
 
 def test_other_bit_tables(tmp_path):
-    assert bit_table("4") == [4] * 58
+    assert bit_table("4", MobileNetV2()) == [4] * 58
     path = tmp_path / "t.toml"
     path.write_text('default = 7\n[bits]\n"layers.0.conv3" = 5\n57 = 6\nconv1 = 8\n"layers.16.shortcut.0" = 2\n')
-    table = bit_table(str(path))
+    table = bit_table(str(path), MobileNetV2())
     assert (table[3], table[57], table[0], table[55]) == (5, 6, 8, 2) and table.count(7) == 54
     path.write_text("[bits]\n9 = 3\n")
-    assert bit_table(str(path)) == [8] * 9 + [3] + [8] * 48
+    assert bit_table(str(path), MobileNetV2()) == [8] * 9 + [3] + [8] * 48
     path.write_text("")
-    assert bit_table(str(path)) == [8] * 58
+    assert bit_table(str(path), MobileNetV2()) == [8] * 58
+
+
+def test_bit_tables_of_another_network(tmp_path):
+    """By name or kind, and never by the submission's places."""
+    model = SmallMobileNetV2()
+    names = [name for name, _ in weight_layers(model)]
+    assert bit_table(None, model) == [8] * len(names)
+    path = tmp_path / "t.toml"
+    path.write_text('default = 7\n[bits]\ndepthwise = 5\nlinear = 3\n"layers.0.conv2" = 2\n')
+    found = dict(zip(names, bit_table(str(path), model)))
+    assert (found["layers.0.conv2"], found["layers.1.conv2"], found["linear"], found["conv1"]) == (2, 5, 3, 7)
+    path.write_text("[bits]\n3 = 6\n")
+    with pytest.raises(BadInput, match="has no layer '3'"):
+        bit_table(str(path), model)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -127,7 +141,7 @@ def test_other_bit_tables(tmp_path):
     ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6",
                                               "no layer 'layers' .names with dots need quotes"),
     ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
-    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
+    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
     ("[bits", "not a TOML file"), ("[bits]\nconv1 = 6\nconv1 = 7", "not a TOML file"),
 ])
@@ -135,7 +149,7 @@ def test_bit_tables_that_are_wrong(tmp_path, content, message):
     path = tmp_path / "t.toml"
     path.write_text(content)
     with pytest.raises(BadInput, match=message):
-        bit_table(str(path))
+        bit_table(str(path), MobileNetV2())
 
 
 @pytest.mark.parametrize("option, message", [
@@ -144,7 +158,7 @@ def test_bit_tables_that_are_wrong(tmp_path, content, message):
 ])
 def test_bit_tables_that_are_not_there(option, message):
     with pytest.raises(BadInput, match=message):
-        bit_table(option)
+        bit_table(option, MobileNetV2())
 
 
 # ------------------------------------------------------------------------------------------------------- activations
