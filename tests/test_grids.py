@@ -141,7 +141,8 @@ def test_bit_tables_of_another_network(tmp_path):
     ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6",
                                               "no layer 'layers' .names with dots need quotes"),
     ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
-    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
+    ("[bits]\nconv1 = 6.0", "6.0 bits"), 
+    ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
     ("[bits", "not a TOML file"), ("[bits]\nconv1 = 6\nconv1 = 7", "not a TOML file"),
 ])
