@@ -1,4 +1,4 @@
-"""Lambda by feedback: the path and the controller by hand, and stages of a small network that arrive at their target."""
+"""Lambda by feedback: path and controller by hand, and stages of a small network that arrive at their target."""
 import json
 import math
 

@@ -226,7 +226,7 @@ def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
     capsys.readouterr()
     assert run(QUICK + " --masked-retrain") == 0
     out = capsys.readouterr().out
-    assert "masked: target 0.5, filter, layers of some.toml; what was not given is as run/rew.options.json has it" in out
+    assert "masked: target 0.5, filter, layers of some.toml; what was not given is as run/rew.options.json" in out
     model = load("run/masked.pt")
     for name in ("layers.5.conv1", "conv2"):
         weight = dict(weight_layers(model))[name].weight

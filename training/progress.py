@@ -59,4 +59,6 @@ def zeros(record: dict) -> str:
     text = f"zeros {record['zeros_share']:.2%} of the pruned layers"
     if "zeros_path" in record:
         text += f" (path {record['zeros_path']:.2%})"
-    return text + (f", {record['zero_groups']:,} of {record['groups']:,} {record['kind']}s" if "groups" in record else "")
+    if "groups" in record:
+        text += f", {record['zero_groups']:,} of {record['groups']:,} {record['kind']}s"
+    return text
