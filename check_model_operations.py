@@ -43,12 +43,13 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
     """Everything that is printed, in exact integers of bits; plain containers, so it is the JSON output as well."""
     operations = trace(model)
     rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
-    stored, whole, floats = counting.storage(model, formats, density), Fraction(1), float_formats(model)
+    stored = counting.storage(model, formats, density, operations)
+    whole, floats = Fraction(1), float_formats(model)
     totals = {convention: counting.totals(rows[convention]) for convention in CONVENTIONS}
     dense = {convention: counting.totals(counting.count(operations, formats, convention, whole))
              for convention in CONVENTIONS}
     baseline = counting.totals(counting.count(operations, floats, "32-bit", whole))
-    baseline_storage = counting.storage(model, floats, whole)["total"]
+    baseline_storage = counting.storage(model, floats, whole, operations)["total"]
     return {
         "rows": [{"name": same[0].name, "kind": same[0].kind, "outputs": same[0].outputs,
                   "multiplications": sum(same[0].multiplications.values()),

@@ -4,13 +4,14 @@
 
 Storage: a b-bit value counts b/32; a sparse tensor is its non-zeros and one mask bit for every position.
 Operations, for one image: a multiplication or addition counts the larger width of its two inputs/32; the inputs of an
-addition have the width of the accumulator. Source: the challenge's rules and the organisers' counter
-(google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
+addition have the width of the accumulator. Multiplications by zeros do not count where the tensor has a mask that tells
+them; without one its zeros are values like any other (see `layout`). Source: the challenge's rules and the organisers'
+counter (google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
 
 The operations are those that `torch.fx` finds in the network itself; whatever this file has no rule for raises, because
 a skipped layer flatters the score. Where the rules leave a choice, the dearer one is taken and the reason given:
 
-- A dot product of n stored non-zeros is n multiplications and n - 1 additions; padding counts as data.
+- A dot product of n stored values is n multiplications and n - 1 additions; padding counts as data.
 - BatchNorm is, folded, one scale and one shift a channel: a multiplication and an addition for every output element.
 - ReLU is a multiplication of the value *before* it is rounded to the next activation's width, so at full width.
 - A residual addition is an addition at full width, too; an average of n values is n - 1 additions and a multiplication,
@@ -98,8 +99,44 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -
 
 
 # ---- The rules: what an operation multiplies and adds --------------------------------------------
-# Each takes (operation, the formats of its inputs, all formats, convention, density) and returns
+# Each takes (operation, the formats of its inputs, all formats, convention, layout of its weights) and returns
 # ({bits: multiplications}, {bits: additions}, the format of its output until the next activation point).
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight tensor is stored, and what is multiplied: with a mask, its non-zeros; without, all its values.
+
+    terms: those of the dot product of each output channel; their sum is the number of stored values.
+    """
+    masked: bool
+    terms: list[int]
+
+
+def layout(op: Operation, activation: Activation, formats: Formats, density: Fraction | None) -> Layout:
+    """Return the cheaper of two layouts by the score: masked, with its zeros skipped; or dense, with its zeros counted.
+
+    A network is stored once, so that its layout cannot depend on the accumulators: additions count 32 bits here.
+    """
+    weight, bits, positions = op.module.weight, formats.tensors[f"{op.name}.weight"].bits, op.outputs // op.channels
+    layouts = Layout(False, terms_per_channel(weight, Fraction(1))), Layout(True, terms_per_channel(weight, density))
+
+    def cost(each: Layout) -> int:  # the score in units of 1 / (32 x STORAGE_BASE x OPERATIONS_BASE)
+        stored = sum(each.terms) * bits + each.masked * weight.numel()
+        operations = positions * sum(n * max(bits, activation.bits) + max(n - 1, 0) * WORD for n in each.terms)
+        return stored * OPERATIONS_BASE + operations * STORAGE_BASE
+    return min(layouts, key=cost)
+
+
+def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
+    """Return {layer: its layout} of every convolution and linear layer among the operations (from `trace`)."""
+    found, values = {}, {}
+    for op in operations:
+        inputs = [values[key] for key in op.inputs]
+        if op.kind in ("conv", "linear"):
+            found[op.name] = layout(op, inputs[0], formats, density)
+        *_, values[op.key] = RULES[op.kind](op, inputs, formats, "32-bit", found.get(op.name))
+    return found
+
 
 def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     """Terms of the dot product of each output channel: its own non-zeros, or a what-if density of all, rounded up.
@@ -112,12 +149,12 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     return [math.ceil(density * weight[0].numel())] * len(weight)
 
 
-def dot_products(op: Operation, inputs, formats: Formats, convention: str, density):
+def dot_products(op: Operation, inputs, formats: Formats, convention: str, stored: Layout):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
     none for a channel without weights. A bias is one more addition, at 32 bits: its step is not the products'."""
     weight, grid, activation = op.module.weight, formats.tensors[f"{op.name}.weight"], inputs[0]
     product_bits = min(WORD, grid.bits + activation.bits)
-    terms = Counter(terms_per_channel(weight, density))
+    terms = Counter(stored.terms)
     most, positions = max(terms), op.outputs // op.channels
     length = {"32-bit": WORD, "tree": sum_bits(most, product_bits)}.get(convention)
     if convention == "fixed":
@@ -134,7 +171,7 @@ def dot_products(op: Operation, inputs, formats: Formats, convention: str, densi
     return multiplications, additions, Activation(length)
 
 
-def batchnorm(op: Operation, inputs, formats: Formats, convention: str, density):
+def batchnorm(op: Operation, inputs, formats: Formats, convention: str, stored):
     """Folded: the accumulator times the channel's scale, plus its shift. A product of a- and b-bit numbers has a + b
     bits; the shift is added to it at that width, up to 32 (with 16-bit scales in practice always 32). A float16 scale
     counts its 16 bits, although its significand, which is what multiplies, has 11."""
@@ -143,18 +180,18 @@ def batchnorm(op: Operation, inputs, formats: Formats, convention: str, density)
     return Counter({max(inputs[0].bits, scale): op.outputs}), Counter({wide: op.outputs}), Activation(wide)
 
 
-def relu(op: Operation, inputs, formats: Formats, convention: str, density):
+def relu(op: Operation, inputs, formats: Formats, convention: str, stored):
     """One multiplication an element, by the rules, at the width that the value has before it is rounded."""
     return Counter({inputs[0].bits: op.outputs}), Counter(), formats.activation(op.name, signed=False)
 
 
-def residual(op: Operation, inputs, formats: Formats, convention: str, density):
+def residual(op: Operation, inputs, formats: Formats, convention: str, stored):
     """One addition an element; a sum has one bit more than the wider of its inputs, up to 32."""
     bits = WORD if convention == "32-bit" else min(WORD, max(value.bits for value in inputs) + 1)
     return Counter(), Counter({bits: op.outputs}), Activation(bits)
 
 
-def mean(op: Operation, inputs, formats: Formats, convention: str, density):
+def mean(op: Operation, inputs, formats: Formats, convention: str, stored):
     """n values: n - 1 additions, and a multiplication of the sum by 1/n. The sum is as wide as its n inputs need."""
     value, n = inputs[0], op.fan_in
     if convention == "tree":
@@ -166,12 +203,12 @@ def mean(op: Operation, inputs, formats: Formats, convention: str, density):
     return Counter({length: op.outputs}), additions, Activation(length, value.signed)
 
 
-def point(op: Operation, inputs, formats: Formats, convention: str, density):
+def point(op: Operation, inputs, formats: Formats, convention: str, stored):
     """An activation point costs nothing: float32 holds the grid that it rounds to exactly."""
     return Counter(), Counter(), formats.activation(op.name, inputs[0].signed)
 
 
-def image(op: Operation, inputs, formats: Formats, convention: str, density):
+def image(op: Operation, inputs, formats: Formats, convention: str, stored):
     """The network's input, in float32 until a point rounds it. Its normalisation is preprocessing, not counted."""
     return Counter(), Counter(), Activation()
 
@@ -208,20 +245,22 @@ class Row:
 def count(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None = None) -> list[Row]:
     """A row for every operation (from `trace`) that multiplies or adds.
 
-    density: None counts the weights' own non-zeros; 1 counts as if no weight were zero; another fraction, a what-if,
-    that share of every layer's weights, rounded up in each channel. Raises BadInput for an unknown convention, a
-    density that is not in [0, 1], or, naming it, an operation without a rule.
+    density: None counts the weights' own non-zeros, and the zeros of a tensor without a mask (see `layout`); 1 counts
+    as if no weight were zero; another fraction, a what-if, that share of every layer's weights, rounded up in each
+    channel. Raises BadInput for an unknown convention, a density that is not in [0, 1], or, naming it, an operation
+    without a rule.
     """
     if convention not in CONVENTIONS:
         raise BadInput(f"accumulator convention {convention!r} is none of {', '.join(CONVENTIONS)}")
     if density is not None and not 0 <= density <= 1:
         raise BadInput(f"density {density} is not between 0 and 1")
-    rows, values = [], {}
+    rows, values, stored = [], {}, layouts(operations, formats, density)
     for op in operations:
         inputs = [values[key] for key in op.inputs]
         if op.kind not in RULES:
             raise BadInput(f"no counting rule for {op.name} ({op.kind})")
-        multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention, density)
+        multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention,
+                                                                     stored.get(op.name))
         if op.kind not in ("point", "input"):
             rows.append(Row(op.name, op.kind, op.outputs, multiplications, additions))
     return rows
@@ -236,26 +275,26 @@ def totals(rows: list[Row]) -> dict[str, int]:
             "bits": sum(row.bits for row in rows)}
 
 
-def storage(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict[str, int]:
+def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
+            operations: list[Operation] | None = None) -> dict[str, int]:
     """Bits of every value that inference needs, by kind, and "total".
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
-    positions), whichever is shorter. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
+    positions), as `layout` says. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
     tensor, of a channel where channels have their own, of an activation point) counts 32 bits, although the exponent
-    of a power of two would do with 8. density: as in `count`.
+    of a power of two would do with 8. density: as in `count`. operations: `trace` of the model, if it is there already.
     """
-    weights = {f"{name}.weight" for name, _ in weight_layers(model)}
+    stored = layouts(trace(model) if operations is None else operations, formats, density)
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
     for name, parameter in model.named_parameters():
         n, grid = parameter.numel(), formats.tensors[name]
         bits["steps"] += WORD * len(grid.steps) if grid.kind != "what if" else WORD
-        if name in weights:
-            nonzeros = sum(terms_per_channel(parameter, density))
-            sparse = nonzeros * grid.bits + n < n * grid.bits
-            bits["weights"] += (nonzeros if sparse else n) * grid.bits
-            bits["masks"] += n if sparse else 0
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and layer in stored:
+            bits["weights"] += sum(stored[layer].terms) * grid.bits
+            bits["masks"] += n * stored[layer].masked
         else:
-            norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
+            norm = isinstance(model.get_submodule(layer), nn.BatchNorm2d)
             bits["batchnorm" if norm else "biases"] += n * grid.bits
     places = [name for name, module in model.named_modules() if is_point(module)]
     bits["steps"] += WORD * sum(formats.activation(name, True).bits < WORD for name in places)
@@ -287,7 +326,8 @@ def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
 def summary(model: nn.Module, formats: Formats) -> dict:
     """What a claim says of a checkpoint, in plain containers: {"weights": see `weight_summary`, without its tensors;
     "storage": bits by kind; "operations": `totals` by convention; "score": both terms and their sum by convention}."""
-    operations, stored = trace(model), storage(model, formats)
+    operations = trace(model)
+    stored = storage(model, formats, operations=operations)
     by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
     return {"weights": weights, "storage": stored, "operations": by,

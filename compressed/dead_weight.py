@@ -2,7 +2,7 @@
 
 A channel is never read if every weight that would read it is zero; then what computes it is dead. A channel is always
 zero if nothing but zeros reaches it and its shift rounds to the code 0; then what reads it is dead. Each removal can
-make others, so both passes alternate until nothing changes. What is zero is not stored (see counting.storage).
+make others, so both passes alternate until nothing changes. What is zero need not be stored (see counting.layout).
 """
 import torch
 from torch import Tensor, nn

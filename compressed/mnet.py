@@ -15,8 +15,8 @@ All numbers are little-endian; bits are packed with the highest first, each stre
   32         SHA-256 of all bytes before
 
 A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
-are powers of two, and their exponent is a signed byte. A weight tensor is masked where that is shorter, as
-`counting.storage` counts it. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
+are powers of two, and their exponent is a signed byte. A weight tensor is masked where `counting.layout` says so; a
+reader takes either. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
 `num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from classes and width multiplier.
 """
 import hashlib
@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressed import claims, networks
+from compressed import claims, counting, networks
 from compressed.errors import BadInput
 from compressed.files import replacing
 from compressed.formats import Formats, Grid, exponent, found_formats
-from compressed.graph import activation_points, weight_layers
+from compressed.graph import activation_points, trace
 
 MAGIC, VERSION = b"MNET", 1
 HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
@@ -92,7 +92,7 @@ class Reader:
 
 # ------------------------------------------------------------------------------------------------- one tensor and back
 
-def pack_tensor(values: Tensor, grid: Grid, name: str, may_mask: bool) -> dict[str, bytes]:
+def pack_tensor(values: Tensor, grid: Grid, name: str, masked: bool) -> dict[str, bytes]:
     """{"format", "mask", "values"}: the parts of a parameter's record, in their order in the file."""
     if grid.kind == "float16":
         halves = values.half().flatten().numpy().astype("<f2")
@@ -101,8 +101,8 @@ def pack_tensor(values: Tensor, grid: Grid, name: str, may_mask: bool) -> dict[s
         raise BadInput(f"{name} ({grid.kind}) has {grid.bits} bits and {len(grid.steps)} steps: "
                        f"the packed file holds float16, and codes of up to 16 bits with one step a tensor")
     e, codes = stored_exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
-    mask = codes != 0
-    if may_mask and mask.sum() * grid.bits + mask.size < mask.size * grid.bits:
+    if masked:
+        mask = codes != 0
         return {"format": FORMAT.pack(grid.bits | MASKED, e), "mask": np.packbits(mask).tobytes(),
                 "values": to_bits(codes[mask], grid.bits)}
     return {"format": FORMAT.pack(grid.bits, e), "mask": b"", "values": to_bits(codes, grid.bits)}
@@ -141,7 +141,7 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
     """
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
-    weights = {f"{name}.weight" for name, _ in weight_layers(model)}
+    layouts = {f"{name}.weight": each for name, each in counting.layouts(trace(model), formats).items()}
     parts = [("header", HEADER.pack(MAGIC, VERSION, 0, model.linear.out_features, width))]
     for name in activation_points(model):
         activation = formats.activations[name]
@@ -151,8 +151,9 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
                                            stored_exponent(steps[name], name))))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        kind = "weights" if name in weights else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"
-        record = pack_tensor(parameter.detach(), formats.tensors[name], name, may_mask=name in weights)
+        kind = "weights" if name in layouts else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"
+        record = pack_tensor(parameter.detach(), formats.tensors[name], name,
+                             masked=name in layouts and layouts[name].masked)
         parts += zip(("steps", "masks", kind), record.values())
     parts.append(("checksum", hashlib.sha256(b"".join(part for _, part in parts)).digest()))
     data = b"".join(part for _, part in parts)

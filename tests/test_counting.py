@@ -15,6 +15,7 @@ from compressed.counting import (
     CONVENTIONS,
     count,
     fixed_bits,
+    layouts,
     reach,
     score,
     storage,
@@ -522,24 +523,42 @@ def test_storage_by_hand():
     model[1].weight.data.view(-1)[:5] = torch.tensor([1.0, -8, 3, 2, 7])  # 5 of 36 non-zero
     grids = {"1.weight": Grid(4, (1.0,)), "2.weight": Grid(16, (1.0,)), "2.bias": Grid(16, (1.0,)),
              "4.weight": Grid(6, (1.0, 2.0)), "4.bias": Grid(16, (1.0,))}
-    assert storage(model, Formats(grids, activation_bits=8)) == {
+    operations = trace(model, (1, 8, 8))
+
+    def stored(formats, density=None):
+        return storage(model, formats, density, operations)
+    assert stored(Formats(grids, activation_bits=8)) == {
         "weights": 5 * 4 + 8 * 6,  # the second convolution has no zeros: dense, without a mask
         "masks": 36, "batchnorm": 2 * 4 * 16, "biases": 2 * 16,
         "steps": 32 * (6 + 2),  # six for the parameters, one of them for each channel, and two activation points
         "total": 68 + 36 + 128 + 32 + 256}
-    assert storage(model, Formats(grids, activation_bits=8), Fraction(1))["weights"] == 36 * 4 + 48
-    assert storage(model, Formats(grids))["steps"] == 32 * 6
-    floats = storage(model, float_formats(model), Fraction(1))
+    assert stored(Formats(grids, activation_bits=8), Fraction(1))["weights"] == 36 * 4 + 48
+    assert stored(Formats(grids))["steps"] == 32 * 6
+    floats = stored(float_formats(model), Fraction(1))
     assert floats["total"] == 32 * (36 + 8 + 8 + 2) and floats["steps"] == floats["masks"] == 0
 
 
-def test_storage_takes_the_shorter_form():
-    model = nn.Sequential(nn.Conv2d(1, 1, 8, bias=False))
-    for nonzeros in range(65):
-        model[0].weight.data.zero_()
-        model[0].weight.data.view(-1)[:nonzeros] = 1
-        bits = storage(model, Formats({"0.weight": Grid(4)}))
-        assert bits["total"] == min(64 * 4, nonzeros * 4 + 64)
+@pytest.mark.parametrize("side, positions", ((8, 1), (9, 4), (11, 16), (16, 81)))
+def test_zeros_are_stored_with_a_mask_or_counted_as_values(side, positions):
+    """The cheaper by the score: 8 bits a multiplication, 32 an addition; storage and operations follow one choice."""
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(1, 1, 8, bias=False))
+    formats, chosen = Formats({"1.weight": Grid(4)}, activation_bits=8), []
+    for nonzeros in range(1, 65):
+        model[1].weight.data.zero_()
+        model[1].weight.data.view(-1)[:nonzeros] = 1
+        operations = trace(model, (1, side, side))
+        (row,), bits = count(operations, formats, "32-bit"), storage(model, formats, operations=operations)
+        bits["total"] -= bits["steps"]
+        masked = nonzeros * 4 + 64, positions * (nonzeros * 8 + (nonzeros - 1) * 32)
+        dense = 64 * 4, positions * (64 * 8 + 63 * 32)
+        costs = [Fraction(stored, 36_500_000) + Fraction(done, 10_490_000_000) for stored, done in (masked, dense)]
+        assert (bits["total"], row.bits) == (masked if costs[0] < costs[1] else dense)
+        assert layouts(operations, formats)["1"].masked == (bits["masks"] > 0) == (costs[0] < costs[1])
+        chosen.append(costs[0] < costs[1])
+    assert chosen[0] and not chosen[-1] and sum(chosen) >= 48  # the shorter form alone would mask 47
+    for convention in CONVENTIONS:  # the same choice under each
+        (row,) = count(operations, formats, convention)
+        assert sum(row.multiplications.values()) == 64 * positions
 
 
 def test_storage_of_the_network(network):

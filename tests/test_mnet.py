@@ -12,7 +12,7 @@ from compressed.checkpoints import load, read
 from compressed.claims import claim_path
 from compressed.errors import BadInput
 from compressed.files import digest, save_record, save_tensors, sha256
-from compressed.graph import weight_layers
+from compressed.graph import trace, weight_layers
 from compressed.mnet import from_bits, pack, to_bits, unpack, unpack_bytes
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
@@ -99,10 +99,12 @@ def test_sections_are_what_is_counted(tiny):
     counted = counting.storage(model, mnet.stated_formats(model, claim))
     assert sections["total"] == path.stat().st_size == sum(size for kind, size in sections.items() if kind != "total")
     bits, parts = {entry["name"]: entry["bits"] for entry in claim["tensors"]}, []
+    layouts = counting.layouts(trace(model), mnet.stated_formats(model, claim))
     for name, layer in weight_layers(model):
         n, stored, width = layer.weight.numel(), int(layer.weight.count_nonzero()), bits[f"{name}.weight"]
-        masked = stored * width + n < n * width
+        masked = layouts[name].masked
         parts.append((stored * width if masked else n * width, n if masked else 0))
+    assert any(mask for _, mask in parts) and not all(mask for _, mask in parts)
     assert (counted["weights"], counted["masks"]) == tuple(map(sum, zip(*parts)))
     whole = [(-(-values // 8), -(-mask // 8)) for values, mask in parts]  # each filled up to a byte
     assert (sections["weights"], sections["masks"]) == tuple(map(sum, zip(*whole)))
@@ -277,13 +279,16 @@ def test_script(full, tmp_path, monkeypatch, capsys):
     with pytest.raises(BadInput, match="ends in .mnet"):
         main(["--checkpoint", str(path), "--out", str(path)])
     monkeypatch.chdir(tmp_path)
+    save_record(claim | {"counts": {"of": "other rules"}}, claim_path(path))
     assert main(["--checkpoint", str(path), "--out", "network.mnet"]) == 0
     out, file = capsys.readouterr().out, tmp_path / "network.mnet"
+    counts = counting.summary(model, mnet.stated_formats(model, claim))
+    assert "its counts were not those of today's rules; renewed" in out
     assert f"{file.name}: {file.stat().st_size:,} bytes" in out and "32-bit parameters in the file" in out
     recorded = json.loads(claim_path(path).read_text())
     packed_file = {"file": "network.mnet", "bytes": file.stat().st_size, "sha256": sha256(file)}
     assert recorded.pop("digest") == digest(recorded)
-    assert recorded == claim | {"packed": packed_file}
+    assert recorded == claim | {"counts": counts, "packed": packed_file}
     assert load(file)[1]["packed"]["sha256"] == sha256(file)
     again = tmp_path / "again.mnet"  # a packed file can be packed; other names leave the claim alone
     assert main(["--checkpoint", str(file), "--out", str(again)]) == 0

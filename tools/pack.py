@@ -2,6 +2,9 @@
 
     python -m tools.pack                                packs the shipped checkpoint, reads it back, compares, and says
     python -m tools.pack --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
+
+The claim beside the checkpoint gets the packed file's size and SHA-256, and its counts anew if they differ: what is
+packed is what is counted (counting.layout).
 """
 from compressed import checkpoints, claims, counting
 from compressed.command_line import command_line, run_script, some_path
@@ -24,10 +27,14 @@ def main(argv=None) -> int:
     found = differences(model, claim, *unpack(out))
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
+    summary = counting.summary(model, stated_formats(model, claim))
     if claims.claim_path(out).resolve() == claims.claim_path(checkpoint).resolve() and checkpoint.suffix != ".mnet":
         claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
+        if claim.get("counts", summary) != summary:
+            claims.record(checkpoint, "counts", summary)
+            print(f"{claims.claim_path(checkpoint)}: its counts were not those of today's rules; renewed")
 
-    counted = counting.storage(model, stated_formats(model, claim))
+    counted = summary["storage"]
     print(f"{out}: {sections['total']:,} bytes, SHA-256 {sha256(out)}; read back, every value and format is the same")
     print(f"\n{'section':<12}{'bytes':>12}{'counted':>12}{'difference':>12}")
     for kind in ("weights", "masks", "batchnorm", "biases", "steps", "header", "checksum", "total"):

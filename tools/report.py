@@ -23,8 +23,9 @@ from tools import figures
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
-STORED = {"weights": "non-zero weights", "masks": "one mask bit a position", "batchnorm": "BatchNorm scales and shifts",
-          "biases": "biases of the linear layer", "steps": "steps of all grids, at 32 bits", "total": "total"}
+STORED = {"weights": "weights that are stored", "masks": "one mask bit a position",
+          "batchnorm": "BatchNorm scales and shifts", "biases": "biases of the linear layer",
+          "steps": "steps of all grids, at 32 bits", "total": "total"}
 HERE = Path(__file__).resolve().parent.parent
 LOGS = HERE / "record"
 SUBMISSION = 80.12  # its accuracy, in %
