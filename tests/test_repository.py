@@ -342,7 +342,7 @@ def test_a_table_of_what_is_not_measured_yet_is_left_out():
                      for each in (claim, early))
     assert all_of - some == {"packed", "executed", "accumulators"}
     with pytest.raises(LookupError):
-        report.tables(report.Measured(early | {"packed": {}}, counted, theirs, dense, []))
+        report.tables(report.Measured(early | {"packed": {}}, counted, theirs, dense, []), report.LOGS)
 
 
 def test_fill():
