@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from benchmarks import depthwise_shapes, training_speed
+from benchmarks import depthwise_shapes, sparsity_methods, training_speed
 from compressed import kernels
+from compressed.errors import BadInput
 from compressed.files import load_json
 from tools import report
 
@@ -73,3 +74,31 @@ def test_depthwise_shapes(tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     strided = [row["bfloat16"] for row in rows if row["stride"] == 2]
     assert f"{1000 * sum(each['forward'] for each in strided):.2f} +" in last
+
+
+def test_sparsity_methods(tmp_path, capsys, monkeypatch):
+    """A cut run goes on; rows of equal images; the table of means; other options need another file."""
+    file = tmp_path / "methods.json"
+    options = ["--made-up", "60", "--batch-size", "15", "--epochs", "1", "1", "1",
+               "--network", "mobilenet_v2:SmallMobileNetV2?width=0.2",
+               "--sizes", "8:0.5,32", "--seeds", "1", "--targets", "0.5", "--no-cuda", "--runs", str(tmp_path / "runs"),
+               "--json", str(file), "--methods", "one-shot", "magnitude"]
+    with pytest.raises(BadInput, match="stopped; the same command goes on"):
+        sparsity_methods.main([*options, "--max-minutes", "0"])
+    assert sparsity_methods.main(options) == 0
+    rows = load_json(file)["rows"]
+    assert [row["method"] for row in rows] == ["one-shot", "magnitude"] and {row["dense"] for row in rows} == {
+        rows[0]["dense"]}
+    assert rows[0]["zeros_made"] == 0 < rows[1]["zeros_made"] and rows[0]["zeros"] == rows[1]["zeros"]
+    assert "50% zeros, magnitude: " in capsys.readouterr().out
+    before = file.read_bytes()
+    assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
+    with pytest.raises(BadInput, match="holds results of other options"):
+        sparsity_methods.main([*options, "--lambda", "0.5"])
+
+
+def test_means_of_seeds():
+    rows = [{"method": "loss", "target": 0.8, "accuracy": accuracy} for accuracy in (0.5, 0.7)]
+    (method, target, mean, deviation, seeds), = sparsity_methods.means(rows)
+    assert (method, target, seeds) == ("loss", 0.8, 2) and mean == pytest.approx(0.6)
+    assert deviation == pytest.approx(0.02**0.5)

@@ -1,0 +1,139 @@
+"""Compare ways to choose which weights become zero, on equal images, judged on a hold-out.
+
+    python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json     resumes where it was stopped
+
+For each seed one dense network is trained; from it, for each method and target, a second stage makes zeros and a third
+trains on under the mask. All second stages see the same images in the same order, and so do all third ones:
+
+    proximal    reweighted L1 as a soft threshold after every step, lambda by feedback towards the target
+    loss        reweighted L1 added to the loss, with a fixed lambda (--lambda): the textbook's form
+    magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
+    one-shot    the second stage trains on without zeros; the mask takes the smallest weights at once
+
+The mask takes the target share of the smallest weights over all layers but the stem, whatever the method. 45,000 train
+images, 5,000 held out; the accuracy is that of the last epoch's weight average.
+"""
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+from compressed import cifar100
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
+from compressed.files import load_json, load_lines, load_record, save_json, try_to_write
+from training import main as training
+
+METHODS = ("proximal", "loss", "magnitude", "one-shot")
+COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
+          "--clean 0 --eval-every 0 --refresh 5000").split()
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = command_line(__doc__)
+    parser.add_argument("--json", type=some_path, required=True, metavar="F", help="results; added to if it is there")
+    parser.add_argument("--runs", type=some_path, default=Path("runs/sparsity_methods"), metavar="DIR",
+                        help="run folders (%(default)s)")
+    parser.add_argument("--network", default="mobilenet_v2:MobileNetV2?width=0.5", metavar="SPEC", help="(%(default)s)")
+    parser.add_argument("--epochs", nargs=3, type=number(int, 1, 10**4), default=(8, 6, 6), metavar="E",
+                        help="dense, making zeros, masked (8 6 6)")
+    parser.add_argument("--batch-size", type=number(int, 1, 10**6), default=128, metavar="B", help="(%(default)s)")
+    parser.add_argument("--sizes", default="24:0.97,32", metavar="S", help="as of training/main.py (%(default)s)")
+    parser.add_argument("--targets", nargs="+", type=number(float, 0.001, 0.999), default=(0.8, 0.9), metavar="S",
+                        help="shares of zeros (0.8 0.9)")
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=3, metavar="N", help="(%(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(all)")
+    parser.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), default=1e-5, metavar="L",
+                        help="of the penalty in the loss (%(default)s)")
+    parser.add_argument("--max-minutes", type=number(float, 0, 10**6), metavar="M", help="stop after that time")
+    parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    cifar100.add_options(parser)
+    return parser.parse_args(argv)
+
+
+def options_of(method: str, target: float, lam: float) -> list[str]:
+    """Return the second stage's options of training/main.py."""
+    return {"proximal": ["--rew", "--penalty", "proximal", "--target-sparsity", str(target)],
+            "loss": ["--rew", "--penalty", "loss", "--lambda", str(lam)],
+            "magnitude": ["--rew", "--penalty", "magnitude", "--target-sparsity", str(target)],
+            "one-shot": ["--rew", "--penalty", "proximal", "--lambda", "0"]}[method]
+
+
+class Runs:
+    """The stages of all runs, each trained once. Raises BadInput, to be resumed, when the time is over."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.monotonic()
+        self.common = [*COMMON, "--network", args.network, "--sizes", args.sizes,
+                       "--batch-size", str(args.batch_size), *["--no-cuda"] * args.no_cuda,
+                       *(["--made-up", str(args.made_up)] if args.made_up else ["--holdout"]),
+                       *(["--data", str(args.data)] if args.data else [])]
+
+    def train(self, stage: str, folder: Path, epochs: int, *options: str) -> Path:
+        """Train a stage unless it is there; return its weights."""
+        weights = folder / f"{stage}.pt"
+        if not weights.is_file():
+            limit = []
+            if self.args.max_minutes is not None:
+                left = self.args.max_minutes - (time.monotonic() - self.started) / 60
+                limit = ["--max-minutes", str(max(0.0, left))]
+            training.main([*self.common, "--run", str(folder), "--epochs", str(epochs), *limit, *options])
+            if not weights.is_file():
+                raise BadInput("stopped; the same command goes on")
+        return weights
+
+    def measure(self, method: str, target: float, seed: int) -> dict:
+        """Return a row of the results: accuracy on the hold-out, zeros, and how many were there before the mask."""
+        folder = self.args.runs / f"seed-{seed}"
+        own = folder / f"{method}-{target:g}"
+        dense = self.train("pretrain", folder, self.args.epochs[0], "--pretrain", "--turn", "0.01", "--lr", "0.1",
+                           "--seed", str(seed))
+        # what does not depend on the target is trained once
+        second = own if method in ("proximal", "magnitude") else folder / method
+        made = self.train("rew", second, self.args.epochs[1], *options_of(method, target, self.args.lam), "--start",
+                          str(dense), "--turn", "0.01", "--lr", "0.1", "--seed", str(seed))
+        self.train("masked", own, self.args.epochs[2], "--masked-retrain", "--start", str(made), "--target-sparsity",
+                   str(target), "--sparsity-type", "irregular", "--turn", "0.008", "--lr", "0.1", "--seed", str(seed))
+        last, before = load_lines(own / "masked.jsonl")[-1], load_lines(second / "rew.jsonl")[-1]
+        machine = load_record(own / "masked.options.json", "remove the run folder")["machine"]
+        return {"method": method, "target": target, "seed": seed, "accuracy": last["test_accuracy"],
+                "zeros": last["zeros"], "zeros_made": before["zeros"],
+                "dense": load_lines(folder / "pretrain.jsonl")[-1]["test_accuracy"], "machine": machine}
+
+
+def means(rows: list[dict]) -> list[tuple[str, float, float, float, int]]:
+    """Return (method, target, mean accuracy, standard deviation, seeds) of the results."""
+    found = []
+    for target, method in itertools.product(sorted({row["target"] for row in rows}), METHODS):
+        values = [row["accuracy"] for row in rows if (row["method"], row["target"]) == (method, target)]
+        if values:
+            found.append((method, target, statistics.mean(values),
+                          statistics.stdev(values) if len(values) > 1 else 0.0, len(values)))
+    return found
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try_to_write(args.json)
+    about = {"network": args.network, "epochs": list(args.epochs), "batch_size": args.batch_size,
+             "sizes": args.sizes, "lambda": args.lam,
+             "made_up": args.made_up}
+    results = load_json(args.json) if args.json.is_file() else {"about": about, "rows": []}
+    if results.get("about") != about:
+        raise BadInput(f"{args.json} holds results of other options ({results.get('about')}); give another file")
+    runs, done = Runs(args), {(row["method"], row["target"], row["seed"]) for row in results["rows"]}
+    for seed, target, method in itertools.product(range(args.seeds), args.targets, args.methods):
+        if (method, target, seed) in done:
+            continue
+        row = runs.measure(method, target, seed)
+        results["rows"].append(row)
+        save_json(results, args.json)
+        print(f"seed {seed}, {target:.0%} zeros, {method}: {row['accuracy']:.2%} of the hold-out", flush=True)
+    for method, target, mean, deviation, seeds in means(results["rows"]):
+        print(f"{target:.0%} zeros, {method}: {mean:.2%} +- {deviation:.2%} ({seeds} seeds)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
