@@ -168,6 +168,8 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     quantize_activations(model, grids.calibrate(model, images, chosen.activation_bits, start))
     accuracies.after(f"activations at {chosen.activation_bits} bits, {start}", model)
     if chosen.ranges == "logits":
+        print("activation steps: two others are tried at every point, by the logits; on a "
+              "CPU this takes minutes", flush=True)
         grids.choose_steps(model, images, reference)
         accuracies.after("activation steps that the logits prefer", model)
     if chosen.renew:
@@ -232,6 +234,7 @@ def main(argv=None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model = fine_tune.moved(networks.load_checkpoint(args.checkpoint, args.network), device)
     source = sha256(args.checkpoint)
+    print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
     chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
     accuracies = Accuracies(test_data)

@@ -146,6 +146,7 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     cifar100.add_options(parser)
+    parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
     read = checkpoints.read(args.checkpoint)
@@ -160,9 +161,10 @@ def main(argv=None) -> int:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
         print(to_json({"checkpoint": str(read.path), "sha256": read.sha256} | found
-                         | {"tensors": tensors, "counts": summary, "problems": problems}, indent=1))
+                      | {"tensors": tensors, "counts": summary, "problems": problems}, indent=1))
     else:
-        print("\n".join([*accuracy_lines(found), "", *tensor_lines(tensors), "", *total_lines(summary)]), flush=True)
+        rows = [] if args.summary else ["", *tensor_lines(tensors)]
+        print("\n".join([*accuracy_lines(found), *rows, "", *total_lines(summary)]), flush=True)
     for problem in problems:
         print(f"testers.py: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -28,8 +28,8 @@ def whole(name: str, low: int, high: int = 2**31 - 1) -> int | None:
     if value is None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) <= 10 and low <= int(value) <= high):
-        raise BadInput(f"the environment variable {name} is {value!r}, expected a whole number from {low} to {high}; "
-                       + TORCHRUN)
+        raise BadInput(f"the environment variable {name} is {value[:30]!r}, expected a whole number from {low} to "
+                       f"{high}; {TORCHRUN}")
     return int(value)
 
 
@@ -45,7 +45,7 @@ def compiler() -> list[str]:
     try:
         return shlex.split(value)
     except ValueError as error:
-        raise BadInput(f"the environment variable CC is {value!r}, which is no command ({error})") from error
+        raise BadInput(f"the environment variable CC is {value[:200]!r}, which is no command ({error})") from error
 
 
 def processes() -> tuple[int, int, int]:

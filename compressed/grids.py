@@ -287,6 +287,9 @@ def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]
         scale, shift = folded(bn)
         scale = scale * (source.step / step).double().flatten()
         scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
+        factor = normal_factor(scale)  # a power of two, moved between scale and weights: nothing else changes
+        module.weight.div_(factor)
+        ours[-1]["step"], scale = step / factor, scale * factor
         largest = float(scale.abs().max())
         if largest > torch.finfo(torch.float16).max:
             raise BadInput(f"{norm_name}: its folded scale {largest:.3g} does not fit 16 bits")
@@ -299,6 +302,19 @@ def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]
         ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
     order = {name: i for i, name in enumerate(network.state_dict())}
     return network, sorted(ours, key=lambda claim: order[claim["name"]])
+
+
+def normal_factor(scale: Tensor) -> float:
+    """Return the least power of two, 1 for nearly all networks, that lifts scales into float16's normal numbers.
+
+    Below 2^-14 float16 has fewer significant bits the smaller a number is. The largest scale stays below 2^15: where
+    scales are further apart than float16's range, the smallest lose bits all the same.
+    """
+    scale = scale.abs()[scale != 0]
+    if not len(scale) or scale.min() >= 2.0**-14:
+        return 1.0
+    needed, room = (int(torch.frexp(value)[1]) for value in (scale.min(), scale.max()))
+    return 2.0 ** max(0, min(-13 - needed, 15 - room))
 
 
 @torch.no_grad()

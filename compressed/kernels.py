@@ -6,6 +6,7 @@ stays PyTorch's.
 import ctypes
 import functools
 import platform
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,23 +29,28 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """
     if dtype not in FLAGS:
         return None
-    # narrower vectors than the widest leave fewer channels over: the stem has 40
-    narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder, "kernels.so"))
-            command = [*environment.compiler(), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno",
-                       *narrow, *FLAGS[dtype], "-shared", "-fPIC", str(SOURCE), "-o", file]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            functions = ctypes.CDLL(file)  # which leaves Python's lock while it computes
-            for name in FUNCTIONS:
-                getattr(functions, name)
-            return functions
+            return compiled(Path(folder, "kernels.so"), FLAGS[dtype])
     except Exception as error:  # whatever stands in for a compiler can fail in any way
         if environment.text("CC") or not isinstance(error, FileNotFoundError):
-            reason = " ".join(str(error).split())[:200]
-            say_once(f"without compiled functions, and slower: the C compiler (CC) does not make them ({reason})")
+            said = f"it ended with status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else \
+                re.sub(r"\S*/(?=kernels\.so)", "", " ".join(str(error).split()))[-200:]
+            say_once(f"without compiled functions, and slower: the C compiler (CC) does not make them ({said})")
         return None
+
+
+def compiled(file: Path, flags: list[str]) -> ctypes.CDLL:
+    """Compile kernels.c to this file and load it."""
+    # narrower vectors than the widest leave fewer channels over: the stem has 40
+    narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
+    subprocess.run([*environment.compiler(), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow,
+                    *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(file)],
+                   check=True, capture_output=True, timeout=120)
+    functions = ctypes.CDLL(str(file))  # which leaves Python's lock while it computes
+    for name in FUNCTIONS:
+        getattr(functions, name)
+    return functions
 
 
 C_TYPES = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_float}

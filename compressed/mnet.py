@@ -139,6 +139,13 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
     What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
     model, or if anything in them would not come back as it is.
     """
+    with torch.device("meta"):
+        wanted = networks.make(f"mobilenet_v2:MobileNetV2?width={width!r}", model.linear.out_features).state_dict()
+    ours = model.state_dict()
+    other = next((key for key in {**wanted, **ours} if key not in ours or key not in wanted
+                  or ours[key].shape != wanted[key].shape), None)
+    if other is not None:
+        raise BadInput(f"the packed file holds a MobileNetV2 of width {width:g}; this network has another {other}")
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     layouts = {f"{name}.weight": each for name, each in counting.layouts(trace(model), formats).items()}

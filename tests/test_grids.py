@@ -120,6 +120,8 @@ def test_other_bit_tables(tmp_path):
     assert bit_table(str(path), MobileNetV2()) == [8] * 9 + [3] + [8] * 48
     path.write_text("")
     assert bit_table(str(path), MobileNetV2()) == [8] * 58
+    path.write_bytes(b'\xef\xbb\xbf# \xc3\xbc\r\ndefault = 5\r\n')  # as Windows' editors write it
+    assert bit_table(str(path), MobileNetV2()) == [5] * 58
 
 
 def test_bit_tables_of_another_network(tmp_path):
@@ -134,6 +136,33 @@ def test_bit_tables_of_another_network(tmp_path):
     path.write_text("[bits]\n3 = 6\n")
     with pytest.raises(BadInput, match="has no layer '3'"):
         bit_table(str(path), model)
+
+
+@pytest.mark.parametrize("scales, factor", [
+    ([], 1), ([0, 0], 1), ([1, -2], 1), ([2**-14, 60000], 1), ([2**-15, 1], 2), ([-1.9 * 2**-15, 1], 2),
+    ([0, 1.5e-8, 1e-3], 2**12), ([1e-9, 1e-3], 2**16), ([2**-20, 2.0**14.5], 1), ([2**-20, 2**13], 2),
+    ([1e-30, 1e-25], 2**86)])
+def test_scales_are_lifted_into_float16s_normal_numbers(scales, factor):
+    scale = torch.tensor(scales, dtype=torch.float64)
+    assert grids.normal_factor(scale) == factor
+    lifted = scale * factor
+    assert not len(scale) or lifted.abs().max() < 2**16
+    if factor > 1 and len(scale) and scale.abs().max() < 1:  # there was room: 11 bits are left of each
+        assert ((lifted.half().double() - lifted).abs() <= lifted.abs() * 2**-11).all()
+
+
+def test_small_scales_lose_nothing_in_a_shipped_network(fake):
+    """A layer has scales 2^-20 of what they were: its weights become that much smaller, and products are exact."""
+    model, same = copy.deepcopy(fake["layer"]), copy.deepcopy(fake["layer"])
+    model.layers[2].bn3.weight.data.mul_(2**-20)
+    network, tensors = grids.shipped(model, MobileNetV2())
+    expected, stated = grids.shipped(same, MobileNetV2())
+    ours, theirs = network.layers[2], expected.layers[2]
+    product = ours.bn3.weight.double()[:, None, None, None] * ours.conv3.weight.double() * 2**20
+    assert torch.equal(product, theirs.bn3.weight.double()[:, None, None, None] * theirs.conv3.weight.double())
+    step, before = (next(entry["step"] for entry in each if entry["name"] == "layers.2.conv3.weight")
+                    for each in (tensors, stated))
+    assert step < before and ours.bn3.weight.abs().max() > 2**-14
 
 
 @pytest.mark.parametrize("content, message", [

@@ -231,7 +231,7 @@ def test_what_cannot_be_packed(change, line, tmp_path):
 
 
 def test_another_width(tiny, tmp_path):
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="holds a MobileNetV2 of width 1.3; this network has another conv1.weight"):
         pack(tiny[0], tiny[1], tmp_path / "file.mnet", 1.3)
     assert not list(tmp_path.iterdir())
 

@@ -119,6 +119,35 @@ def test_json_holds_the_same(original, run):
     assert row["zeros"] == int((weight == 0).sum())
 
 
+def test_the_summary_leaves_out_the_tensors(original, run):
+    status, out, err = run("--checkpoint", original, "--summary", *MADE_UP)
+    assert (status, err) == (0, "") and "Accuracy: " in out and "Score" not in out and "Weights  " in out
+    assert "layers.3.conv1.weight" not in out and len(out.splitlines()) < 20
+
+
+@pytest.mark.parametrize("value, said", [(1e38, "the loss is"), (-1.0, "holds a variance below zero")])
+def test_values_that_cannot_be(sparse_checkpoint, tmp_path, run, value, said):
+    """A float network that answers nothing is not verified, in JSON either."""
+    state = torch.load(sparse_checkpoint)
+    state["linear.bias" if value > 0 else "bn1.running_var"][0] = value
+    if value > 0:
+        state["linear.weight"].mul_(1e38)
+    save_tensors(state, tmp_path / "a.pt")
+    for words in ((), ("--json",)):
+        status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", *words)
+        assert status == 2 and said in err and "nan" not in out.lower() and "Infinity" not in out
+
+
+def test_a_layer_of_zeros_alone_has_no_compression(sparse_checkpoint, tmp_path, run):
+    state = torch.load(sparse_checkpoint)
+    state["linear.weight"].zero_()
+    save_tensors(state, tmp_path / "a.pt")
+    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", "--summary")
+    assert status == 0 and "no bound" in out
+    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", "--json")
+    assert json.loads(out)["counts"]["weights"]["linear"]["compression"] is None
+
+
 def test_json_names_the_problems_too(shipped, run):
     claim = load_json(shipped.with_suffix(".json"))
     claim["counts"] = {}

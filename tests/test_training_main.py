@@ -203,8 +203,12 @@ def test_the_whole_job_with_the_real_network(capsys):
 def test_no_resume_starts_a_stage_again(narrow, capsys):
     assert run(QUICK + " --pretrain") == 0
     first = Path("run/pretrain.pt").read_bytes()
-    assert run(QUICK + " --pretrain --seed 5") == 0  # it is there
+    assert run(QUICK + " --pretrain") == 0  # it is there
     assert "--no-resume" in capsys.readouterr().out and Path("run/pretrain.pt").read_bytes() == first
+    for other in ("--seed 5", "--network mobilenet_v2:MobileNetV2?width=0.25", "--made-up 40"):
+        with pytest.raises(BadInput, match=f"trained with other options .{other[2:6]}.*--no-resume"):
+            run(QUICK + f" --pretrain {other}")
+    assert Path("run/pretrain.pt").read_bytes() == first
     with pytest.raises(BadInput):
         run(QUICK + " --pretrain --no-resume --schedule constant --cooldown 150")
     assert Path("run/pretrain.pt").read_bytes() == first  # what is refused loses nothing

@@ -6,7 +6,6 @@
     python -m tools.report --check    writes nothing; exit status 2 if a table there is not what it would write
 """
 import dataclasses
-import json
 import re
 import statistics
 from pathlib import Path
@@ -15,7 +14,7 @@ from compressed import checkpoints, claims, counting
 from compressed.command_line import command_line, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_text, stage_logs
+from compressed.files import load_json, load_lines, save_text, stage_logs, to_json
 from compressed.formats import Formats
 from compressed.graph import trace
 from compressed.mnet import stated_formats
@@ -472,7 +471,7 @@ def main(argv=None) -> int:
     history = load_lines(args.logs / "shipped.jsonl") if (args.logs / "shipped.jsonl").is_file() else []
     if args.record:
         history = record(claim, history, args.logs)
-        save_text("".join(json.dumps(line) + "\n" for line in history), args.logs / "shipped.jsonl")
+        save_text("".join(to_json(line) + "\n" for line in history), args.logs / "shipped.jsonl")
     measured = Measured(claim, counted, counting.submission_operations(operations),
                         load_json(args.logs / "dense.tested.json"), history)
     pages = filled_pages(args.pages, tables(measured, args.logs))

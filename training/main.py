@@ -33,6 +33,7 @@ from compressed.errors import BadInput  # noqa: E402
 from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
+from training.state import MACHINE  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
 # what differs between the stages; everything else is a default of loop.Settings
@@ -88,7 +89,8 @@ def sparsity_options(group) -> None:
     group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
                        help="what penalty and mask act on (irregular). Given without a target, it selects the "
                             "submission's method: the penalty in the loss, lambda 1e-6; masks from --threshold, or for "
-                            "the others from the ratios of --config-file")
+                            "the others from the ratios of --config-file. Zeros stay in their places: a filter of "
+                            "zeros costs nothing where zeros are counted, but is not removed from the network")
     group.add_argument("--config-file", metavar="NAME",
                        help="prune ratios of the layers: a TOML file, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
@@ -382,11 +384,40 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
     return not processes.agree(bool(asked), device)
 
 
+# options of a stage that are no settings; under which a finished stage is the one that is asked for
+DECISIVE = {"network": STAGES, "made_up": STAGES, "holdout": STAGES, "teacher": STAGES,
+            **dict.fromkeys(("penalty", "lam", "eps", "updates"), ("rew",)),
+            **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
+            "threshold": ("masked",)}
+
+
+def changed_options(stage: str, args, device: torch.device) -> str:
+    """Word how the options of a finished stage differ from those that are given now; "" if they do not."""
+    path = args.run / f"{stage}.options.json"
+    if not path.is_file():
+        return ""
+    record = load_record(path, "remove it, or give --no-resume")
+    theirs, before = record.get("settings"), record.get("options")
+    if not isinstance(theirs, dict) or not isinstance(before, dict):
+        raise BadInput(f"{path}: not what a stage writes; remove it, or give --no-resume")
+    now = dataclasses.asdict(settings_for(stage, args, device))
+    pairs = {key: (theirs.get(key, value), value) for key, value in now.items() if key not in MACHINE}
+    asked = sparsity_of_run(args, lambda line: None) if stage == "masked" else args
+    options = json.loads(json.dumps(vars(asked), default=str))
+    pairs |= {key: (before.get(key, options[key]), options[key]) for key, stages in DECISIVE.items() if stage in stages}
+    return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new)
+
+
 def run_stages(args, by_stage, data, test, device, processes, deadline: float) -> None:
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
+    others = {stage: changes for stage in there if (changes := changed_options(stage, by_stage[stage], device))}
+    for stage in chosen:
+        if stage in others:
+            raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
+                           "--no-resume to train it again, or another --run folder")
     refuse_early(missing, by_stage, device)
     if missing and processes.first:
         print("\n".join(head_lines(missing, by_stage, data, device, processes)), flush=True)
@@ -403,6 +434,7 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
         if stage in there:
             if processes.first:
                 print(f"{stage}: {args.run / f'{stage}.pt'} is there"
+                      + (f", trained with other options ({others[stage]})" if stage in others else "")
                       + ("; --no-resume trains it again" if chosen else ""), flush=True)
             start, start_epoch = None, 0
             continue

@@ -6,13 +6,13 @@ Candes, Wakin and Boyd, "Enhancing Sparsity by Reweighted L1 Minimization", 2008
 (irregular) or the 2-norm of a group: a column of the layer's [out, in * kh * kw] matrix, a kernel, or a filter.
 """
 import math
-import tomllib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compressed.errors import BadInput
+from compressed.files import load_toml
 from compressed.graph import weight_layers
 from training.feedback import Feedback, first_lambda, quantile
 
@@ -40,8 +40,8 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
         raise BadInput(f"no prune-ratio file {config_file}; in {PROFILES} there are: {known}")
     try:
-        ratios = dict(tomllib.loads(path.read_text())["prune_ratios"])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        ratios = dict(load_toml(path)["prune_ratios"])
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a TOML file with a table [prune_ratios] ({error})") from error
     layers = dict(weight_layers(model))
     for name, ratio in ratios.items():
