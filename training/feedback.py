@@ -8,6 +8,7 @@ ENDS = 0.75  # the path is at the target when this share of the stage's summed l
 STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or after this share of the summed learning rate
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
 RISE, FALL = 0.3, 0.2  # the most that log lambda rises and falls in a control step
+HELD = 0.05  # and the most that it falls once the path is at the target: zeros lost late are not made again
 BAND, FADE = 0.002, 0.2  # surplus that is let be; how fast a low is forgotten, a control step
 RANGE = 1e6  # lambda stays within this factor of the one it began with
 FIRST = 0.05  # the first lambda is for the zeros that the path wants when this share of the rate is spent
@@ -64,7 +65,7 @@ class Feedback:
         ahead = off + AHEAD * self.speed
         surplus = torch.minimum(ahead, self.low - BAND).clamp(min=0)
         move = GAIN * ((-ahead).clamp(min=0) - surplus)
-        lam = self.lam * move.clamp(-FALL, RISE).exp()
+        lam = self.lam * move.clamp(-(FALL if self.path < self.target else HELD), RISE).exp()
         self.lam = lam.clamp(self.first / RANGE, self.first * RANGE)
 
     def state_dict(self) -> dict:
