@@ -8,7 +8,7 @@ ENDS = 0.75  # the path is at the target when this share of the stage's summed l
 STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or after this share of the summed learning rate
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
 RISE, FALL = 0.3, 0.2  # the most that log lambda rises and falls in a control step
-HELD = 0.05  # and the most that it falls once the path is at the target: zeros lost late are not made again
+HELD = 0.05  # and the most that it falls once the path is at the target, for single weights: see Feedback
 BAND, FADE = 0.002, 0.2  # surplus that is let be; how fast a low is forgotten, a control step
 RANGE = 1e6  # lambda stays within this factor of the one it began with
 FIRST = 0.05  # the first lambda is for the zeros that the path wants when this share of the rate is spent
@@ -17,12 +17,16 @@ FIRST = 0.05  # the first lambda is for the zeros that the path wants when this 
 class Feedback:
     """Lead the share of zeros along a path by moving lambda.
 
+    single: whether single weights become zero, and not groups. Of single weights some come back whenever lambda falls,
+           and at small learning rates they are not made zero again: so at the target lambda falls slowly. Groups stay
+           zero until lambda is very low.
     path:  the wanted share now, a float. lam: lambda, a 0-dim float64 tensor on the weights' device; nothing here waits
            for that device. off, speed, low: 0-dim tensors too: the measured share minus the path's, its smoothed change
            a control step, and its latest lows.
     """
 
-    def __init__(self, target: float):
+    def __init__(self, target: float, single: bool = True):
+        self.single = single
         self.target, self.path, self.lam = target, 0.0, torch.zeros((), dtype=torch.float64)
         self.start = self.first = None  # share of zeros and lambda that the path begins with
         self.spent = self.total = 0.0  # learning rate: so far, and of the whole stage
@@ -65,7 +69,8 @@ class Feedback:
         ahead = off + AHEAD * self.speed
         surplus = torch.minimum(ahead, self.low - BAND).clamp(min=0)
         move = GAIN * ((-ahead).clamp(min=0) - surplus)
-        lam = self.lam * move.clamp(-(FALL if self.path < self.target else HELD), RISE).exp()
+        fall = HELD if self.single and self.path >= self.target else FALL
+        lam = self.lam * move.clamp(-fall, RISE).exp()
         self.lam = lam.clamp(self.first / RANGE, self.first * RANGE)
 
     def state_dict(self) -> dict:

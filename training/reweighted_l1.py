@@ -85,7 +85,7 @@ class ReweightedL1:
         modules = dict(weight_layers(model))
         self.weights = [modules[name].weight for name in layers]
         self.kind, self.form, self.target, self.eps = kind, form, target, eps
-        self.given, self.feedback = lam, None if target is None else Feedback(target)
+        self.given, self.feedback = lam, None if target is None else Feedback(target, kind == "irregular")
         self.alphas: list[Tensor] = []
         self.norms: Tensor | None = None  # of the convolutions' weights when a stage with a target began
 
