@@ -30,7 +30,7 @@ def summary(seconds: dict[str, float]) -> list[str]:
     rows["shipped"] = (weights["sparsity"], accuracy["correct"] / accuracy["images"],
                        f"{claim['packed']['bytes']:,}")
     return [f"{'stage':<10}{'zeros':>10}{'accuracy':>10}{'seconds':>10}{'bytes of the packed file':>26}",
-            *(f"{stage:<10}{zeros:>10.2%}{right:>10.2%}{seconds[stage]:>10.0f}{size:>26}"
+            *(f"{stage:<10}{zeros:>10.2%}{right:>10.2%}{seconds[stage]:>10.0f}{size:>26}".rstrip()
               for stage, (zeros, right, size) in rows.items())]
 
 
