@@ -145,7 +145,7 @@ def test_bit_tables_of_another_network(tmp_path):
 def test_scales_are_lifted_into_float16s_normal_numbers(scales, factor):
     scale = torch.tensor(scales, dtype=torch.float64)
     assert grids.normal_factor(scale) == factor
-    lifted = scale * factor
+    lifted = scale * float(factor)
     assert not len(scale) or lifted.abs().max() < 2**16
     if factor > 1 and len(scale) and scale.abs().max() < 1:  # there was room: 11 bits are left of each
         assert ((lifted.half().double() - lifted).abs() <= lifted.abs() * 2**-11).all()
