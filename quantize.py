@@ -41,6 +41,7 @@ from compressed.files import (
     try_to_write,
 )
 from compressed.formats import found_formats
+from compressed.graph import prepare
 from training import fine_tune, loop, plan
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
@@ -71,7 +72,7 @@ def training_record(checkpoint, tuned: bool = False) -> list[dict]:
 
 def made_claim(checkpoint: Path, network: str, claim: dict) -> dict:
     """The claim (see claims.py) with what follows from the file as it was written: digest, counts and logits."""
-    model = networks.load_checkpoint(checkpoint, network)
+    model = prepare(networks.load_checkpoint(checkpoint, network))
     formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
     if problems:
         raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
@@ -213,13 +214,13 @@ def main(argv=None) -> int:
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     try_to_write(args.out, claims.claim_path(args.out))
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    model = fine_tune.moved(networks.load_checkpoint(args.checkpoint, args.network), device)
+    model = fine_tune.moved(prepare(networks.load_checkpoint(args.checkpoint, args.network)), device)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
     chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
     accuracies = Accuracies(test_data)
     model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
     accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
-    network, formats = ship(model, networks.make(args.network), args.scheme, accuracies)
+    network, formats = ship(model, prepare(networks.make(args.network)), args.scheme, accuracies)
     save_tensors(network.state_dict(), args.out)
     last = accuracies.steps[-1]
     claim = formats | {
