@@ -26,7 +26,7 @@ from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, thop_counts
 from compressed.files import to_json
 from compressed.formats import WORD, Formats, float_formats, what_if
-from compressed.graph import activation_points, trace, weight_layers
+from compressed.graph import prepare, read, weight_layers
 
 # ---- Cross-checks --------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def flop_counter(model: nn.Module) -> int:
 
 def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Everything that is printed, in exact integers of bits; plain containers, so it is the JSON output as well."""
-    operations = trace(model)
+    operations = read(model).operations
     rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
     stored = counting.storage(model, formats, density, operations)
     whole, floats = Fraction(1), float_formats(model)
@@ -158,7 +158,7 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
     weights = [f"{name}.weight" for name, _ in weight_layers(model)]
     groups = {"weight tensors": [formats.tensors[name].bits for name in weights],
               "BatchNorm and bias tensors": [g.bits for name, g in formats.tensors.items() if name not in weights],
-              "activation points": [formats.activation(name, True).bits for name in activation_points(model)]}
+              "activation points": [formats.activation(name, True).bits for name in read(model).activation_points]}
     return [f"  {group}: " + ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(found).items()))
             for group, found in groups.items()]
 
@@ -196,7 +196,7 @@ def main(argv=None) -> int:
     source, problems, density, weights = {}, [], None, None
     if args.dense or args.sparsity is not None:
         density = Fraction(1) if args.dense else 1 - args.sparsity
-        model = networks.make()
+        model = prepare(networks.make())
         formats = float_formats(model)
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:

@@ -39,6 +39,7 @@ from compressed.files import (
     stage_logs,
 )
 from compressed.formats import found_formats
+from compressed.graph import prepare
 from compressed.mnet import stored_exponent
 from training import fine_tune, loop, plan, recipes
 
@@ -70,7 +71,7 @@ def training_record(checkpoint, tuned: bool = False) -> list[dict]:
 
 def made_claim(checkpoint: Path, network: str, claim: dict) -> dict:
     """The claim (see claims.py) with what follows from the file as it was written: digest, counts and logits."""
-    model = networks.load_checkpoint(checkpoint, network)
+    model = prepare(networks.load_checkpoint(checkpoint, network))
     formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
     if problems:
         raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
@@ -232,7 +233,7 @@ def main(argv=None) -> int:
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *([args.table] if args.table else [])], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    model = fine_tune.moved(networks.load_checkpoint(args.checkpoint, args.network), device)
+    model = fine_tune.moved(prepare(networks.load_checkpoint(args.checkpoint, args.network)), device)
     source = sha256(args.checkpoint)
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
@@ -240,7 +241,7 @@ def main(argv=None) -> int:
     accuracies = Accuracies(test_data)
     model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
     accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
-    network, formats = ship(model, networks.make(args.network), args.scheme, accuracies)
+    network, formats = ship(model, prepare(networks.make(args.network)), args.scheme, accuracies)
     for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
         stored_exponent(entry.get("step", 1), entry["name"])
     networks.save_state(network.state_dict(), args.out)

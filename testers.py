@@ -20,7 +20,7 @@ from compressed.evaluation import evaluate, without_duplicates
 from compressed.exact_network import exact_network, probe_logits
 from compressed.files import to_json
 from compressed.formats import Formats, exponent, found_formats
-from compressed.graph import neighbours
+from compressed.graph import read as read_graph
 
 
 REORDERED = "not known, the images of this copy are not in the published order"
@@ -33,11 +33,14 @@ def exactness(model, formats: Formats) -> int:
     float64.
     """
     worst = 0
-    for name, (_, source) in neighbours(model).items():
-        grid = formats.tensors[f"{name}.weight"]
+    for branch in read_graph(model).layers:
+        layer = model.get_submodule(branch.name)
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        grid = formats.tensors[f"{branch.name}.weight"]
         if not grid.steps or None in map(exponent, grid.steps):
             return sys.maxsize
-        bounds = counting.reach(grid.codes(model.get_submodule(name).weight), formats.activations[source])
+        bounds = counting.reach(grid.codes(layer.weight), formats.activations[branch.source])
         worst = max(worst, *(max(-low, high) for low, high in bounds))
     return worst
 

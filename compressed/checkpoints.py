@@ -9,6 +9,7 @@ from compressed.command_line import some_path
 from compressed.errors import BadInput
 from compressed.files import sha256
 from compressed.formats import Formats, found_formats
+from compressed.graph import prepare
 from compressed.networks import load_checkpoint
 
 CHECKPOINT = "cifar100_mobilenetv2.pt"
@@ -44,7 +45,7 @@ def read(path) -> Checkpoint:
     if path.suffix == ".mnet":
         model, own = mnet.unpack(path)
     else:
-        model = load_checkpoint(path)
+        model = prepare(load_checkpoint(path))
     digest, found = sha256(path), found_formats(model)
     if claim is None:
         if own is None:

@@ -25,7 +25,7 @@ from torch import nn
 from compressed.errors import BadInput
 from compressed.files import load_record, save_record
 from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
-from compressed.graph import activation_points
+from compressed.graph import read as read_graph
 
 # parts that testers.py does not check, and the command that measured them
 RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py",
@@ -114,7 +114,7 @@ def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, 
             tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
         except BadInput as error:
             problems.append(f"{name}: {error}")
-    wanted = activation_points(model)
+    wanted = read_graph(model).activation_points
     problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
     unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
     problems += [f"{name}: claimed, but not in the network" for name in unknown]

@@ -16,6 +16,11 @@ a skipped layer flatters the score. Where the rules leave a choice, the dearer o
 - ReLU is a multiplication of the value *before* it is rounded to the next activation's width, so at full width.
 - A residual addition is an addition at full width, too; an average of n values is n - 1 additions and a multiplication,
   although a multiplication by 1/16 is a shift.
+- Hard swish is x + 3, two clips, and the multiplications by x and by 1/6: 4 multiplications and an addition an element,
+  as KAIST AI's entry counted it. ReLU6 is two multiplications, a lower and an upper clip; hard sigmoid an addition, two
+  clips and a multiplication; a sigmoid, a transcendental function, one operation (a multiplication).
+- A maximum of n values is n - 1 comparisons, counted as multiplications like a ReLU's. Elements that are moved or
+  concatenated cost nothing.
 - Rounding to an activation's grid is free: the rules need no tally of conversions to a format whose values float32
   holds exactly.
 
@@ -40,7 +45,8 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_once
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, signed_bits
-from compressed.graph import Operation, is_point, trace, weight_layers
+from compressed.graph import Operation, read, weight_layers
+from compressed.operations import is_point
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
@@ -106,10 +112,12 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -
 class Layout:
     """How a weight tensor is stored, and what is multiplied: with a mask, its non-zeros; without, all its values.
 
-    terms: those of the dot product of each output channel; their sum is the number of stored values.
+    terms: those of the dot product of each output channel; their sum is the number of stored values. bias: whether one
+    is added.
     """
     masked: bool
     terms: list[int]
+    bias: bool = False
 
 
 def layout(op: Operation, activation: Activation, formats: Formats, density: Fraction | None) -> Layout:
@@ -118,7 +126,9 @@ def layout(op: Operation, activation: Activation, formats: Formats, density: Fra
     A network is stored once, so that its layout cannot depend on the accumulators: additions count 32 bits here.
     """
     weight, bits, positions = op.module.weight, formats.tensors[f"{op.name}.weight"].bits, op.outputs // op.channels
-    layouts = Layout(False, terms_per_channel(weight, Fraction(1))), Layout(True, terms_per_channel(weight, density))
+    bias = op.module.bias is not None and (density is not None or bool(op.module.bias.any()))
+    layouts = (Layout(False, terms_per_channel(weight, Fraction(1)), bias),
+               Layout(True, terms_per_channel(weight, density), bias))
 
     def cost(each: Layout) -> int:  # the score in units of 1 / (32 x STORAGE_BASE x OPERATIONS_BASE)
         stored = sum(each.terms) * bits + each.masked * weight.numel()
@@ -151,7 +161,8 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
 
 def dot_products(op: Operation, inputs, formats: Formats, convention: str, stored: Layout):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
-    none for a channel without weights. A bias is one more addition, at 32 bits: its step is not the products'."""
+    none for a channel without weights. A bias is one more addition, at 32 bits: its step is not the products'. One of
+    zeros alone, which has gone into the shift of the BatchNorm behind it, is none."""
     weight, grid, activation = op.module.weight, formats.tensors[f"{op.name}.weight"], inputs[0]
     product_bits = min(WORD, grid.bits + activation.bits)
     terms = Counter(stored.terms)
@@ -165,7 +176,7 @@ def dot_products(op: Operation, inputs, formats: Formats, convention: str, store
         sums = tree_additions(n, product_bits) if convention == "tree" else {length: max(n - 1, 0)}
         for bits, count in sums.items():
             additions[bits] += count * channels * positions
-    if op.module.bias is not None:
+    if stored.bias:
         additions[WORD] += op.outputs
         length = WORD
     return multiplications, additions, Activation(length)
@@ -183,6 +194,60 @@ def batchnorm(op: Operation, inputs, formats: Formats, convention: str, stored):
 def relu(op: Operation, inputs, formats: Formats, convention: str, stored):
     """One multiplication an element, by the rules, at the width that the value has before it is rounded."""
     return Counter({inputs[0].bits: op.outputs}), Counter(), formats.activation(op.name, signed=False)
+
+
+def relu6(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """Two multiplications an element: a ReLU's, and as much again for the upper clip."""
+    return Counter({inputs[0].bits: 2 * op.outputs}), Counter(), formats.activation(op.name, signed=False)
+
+
+def plus_three(value: Activation, convention: str) -> tuple[int, int]:
+    """Return (the width at which x + 3 is counted, the width of the sum).
+
+    The conventions are about the length of an accumulator. The sum is none: it has one bit more than x under each.
+    """
+    return WORD if convention == "32-bit" else value.bits, min(WORD, value.bits + 1)
+
+
+def hardswish(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """x min(max(x + 3, 0), 6) / 6: an addition; two clips and the product with x at the sum's width; the multiplication
+    by 1/6 at the product's."""
+    addition, bits = plus_three(inputs[0], convention)
+    wide = min(WORD, inputs[0].bits + bits)
+    multiplications = Counter({bits: 3 * op.outputs})
+    multiplications[wide] += op.outputs
+    return multiplications, Counter({addition: op.outputs}), Activation(wide)
+
+
+def hardsigmoid(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """min(max(x + 3, 0), 6) / 6: an addition; two clips and the multiplication by 1/6 at the sum's width."""
+    addition, bits = plus_three(inputs[0], convention)
+    return Counter({bits: 3 * op.outputs}), Counter({addition: op.outputs}), Activation(bits, False)
+
+
+def sigmoid(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """One operation at the input's width: the rules count a transcendental function as one."""
+    return Counter({inputs[0].bits: op.outputs}), Counter(), Activation(inputs[0].bits, False)
+
+
+def product(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """One multiplication an element; a product of a- and b-bit numbers has a + b bits."""
+    widths = [value.bits for value in inputs]
+    return Counter({max(widths): op.outputs}), Counter(), Activation(min(WORD, sum(widths)), any_signed(inputs))
+
+
+def maximum(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """n values: n - 1 comparisons, each counted as a ReLU is; padding counts as data."""
+    return Counter({inputs[0].bits: (op.fan_in - 1) * op.outputs}), Counter(), inputs[0]
+
+
+def any_signed(values: list[Activation]) -> bool:
+    return any(value.signed for value in values)
+
+
+def free(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """Elements that are moved, concatenated, or passed on cost nothing; nor does the input's normalisation."""
+    return Counter(), Counter(), Activation(max(value.bits for value in inputs), any_signed(inputs))
 
 
 def residual(op: Operation, inputs, formats: Formats, convention: str, stored):
@@ -213,8 +278,11 @@ def image(op: Operation, inputs, formats: Formats, convention: str, stored):
     return Counter(), Counter(), Activation()
 
 
-RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "relu": relu, "add": residual,
-         "mean": mean, "point": point, "input": image}
+RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "relu": relu, "relu6": relu6,
+         "hardswish": hardswish, "hardsigmoid": hardsigmoid, "sigmoid": sigmoid, "add": residual, "product": product,
+         "mean": mean, "max": maximum, "moved": free, "concatenation": free, "nothing": free, "normalisation": free,
+         "point": point, "input": image}
+FREE = "moved", "concatenation", "nothing", "normalisation", "point", "input"
 
 
 # ---- Totals --------------------------------------------------------------------------------------
@@ -261,7 +329,7 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
             raise BadInput(f"no counting rule for {op.name} ({op.kind})")
         multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention,
                                                                      stored.get(op.name))
-        if op.kind not in ("point", "input"):
+        if op.kind not in FREE:
             rows.append(Row(op.name, op.kind, op.outputs, multiplications, additions))
     return rows
 
@@ -277,16 +345,19 @@ def totals(rows: list[Row]) -> dict[str, int]:
 
 def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
             operations: list[Operation] | None = None) -> dict[str, int]:
-    """Bits of every value that inference needs, by kind, and "total".
+    """Bits of every value that inference needs, by kind, and "total": layers that never run are left out.
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
     positions), as `layout` says. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
     tensor, of a channel where channels have their own, of an activation point) counts 32 bits, although the exponent
-    of a power of two would do with 8. density: as in `count`. operations: `trace` of the model, if it is there already.
+    of a power of two would do with 8. density: as in `count`. operations: of `graph.read`, where they are at hand.
     """
-    stored = layouts(trace(model) if operations is None else operations, formats, density)
+    operations = read(model).operations if operations is None else operations
+    stored, used = layouts(operations, formats, density), {op.name for op in operations}
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
     for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in used:
+            continue
         n, grid = parameter.numel(), formats.tensors[name]
         bits["steps"] += WORD * len(grid.steps) if grid.kind != "what if" else WORD
         layer, _, kind = name.rpartition(".")
@@ -296,7 +367,7 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
         else:
             norm = isinstance(model.get_submodule(layer), nn.BatchNorm2d)
             bits["batchnorm" if norm else "biases"] += n * grid.bits
-    places = [name for name, module in model.named_modules() if is_point(module)]
+    places = [op.name for op in operations if op.module is not None and is_point(op.module)]
     bits["steps"] += WORD * sum(formats.activation(name, True).bits < WORD for name in places)
     return bits | {"total": sum(bits.values())}
 
@@ -326,7 +397,7 @@ def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
 def summary(model: nn.Module, formats: Formats) -> dict:
     """What a claim says of a checkpoint, in plain containers: {"weights": see `weight_summary`, without its tensors;
     "storage": bits by kind; "operations": `totals` by convention; "score": both terms and their sum by convention}."""
-    operations = trace(model)
+    operations = read(model).operations
     stored = storage(model, formats, operations=operations)
     by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
@@ -403,7 +474,7 @@ def weight_summary(model: nn.Module) -> dict:
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
     total, zeros = sums(convolutions)
-    constant = SUBMISSION_HEAD * model.linear.out_features
+    constant = SUBMISSION_HEAD * len(weight_layers(model)[-1][1].weight)
     return {"tensors": tensors, "conv": ratios(total, zeros), "linear": ratios(*sums(linear)),
             "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros)}
 

@@ -7,64 +7,103 @@ make others, so both passes alternate until nothing changes. What is zero need n
 import torch
 from torch import Tensor, nn
 
-from compressed.graph import Point, points
+from compressed.exact_network import FUNCTIONS
+from compressed.graph import Branch, Point, read
+
+
+def group_rows(layer: nn.Module, used: Tensor) -> Tensor:
+    """used, bool [out, in of a group], for each group: [in]. An input is read if any output of its group reads it."""
+    groups = getattr(layer, "groups", 1)
+    return used.view(groups, -1, used.shape[1]).any(1).flatten()
 
 
 def reads(layer: nn.Module) -> Tensor:
-    """Which input channels a depthwise or full convolution, or a linear layer, reads: bool [in]."""
-    used = layer.weight != 0
-    if getattr(layer, "groups", 1) > 1:
-        return used.flatten(1).any(1)
-    return used.flatten(2).any(2).any(0) if used.dim() == 4 else used.any(0)
+    """Which input channels a convolution or a linear layer reads: bool [in]."""
+    return group_rows(layer, (layer.weight != 0).flatten(2).any(2) if layer.weight.dim() > 2 else layer.weight != 0)
 
 
 def drop_inputs(layer: nn.Module, dead: Tensor) -> None:
-    if getattr(layer, "groups", 1) > 1:
-        layer.weight[dead] = 0
-    else:
-        layer.weight[:, dead] = 0
+    """Set the weights to zero that read these input channels, bool [in]."""
+    groups, weight = getattr(layer, "groups", 1), layer.weight
+    for rows, part in zip(weight.view(groups, -1, *weight.shape[1:]), dead.view(groups, -1)):
+        rows[:, part] = 0
 
 
-def drop_outputs(layer: nn.Module, norm: nn.BatchNorm2d, dead: Tensor) -> None:
-    for values in (layer.weight, norm.weight, norm.bias):
-        values[dead] = 0
+def drop_outputs(model: nn.Module, branch: Branch, dead: Tensor) -> None:
+    """Set to zero what computes these channels, bool [out], in a layer and its BatchNorm."""
+    for name in {branch.name, branch.norm} - {None}:
+        for values in model.get_submodule(name).parameters():
+            values[dead] = 0
 
 
-def backward(model: nn.Module, order: list[Point]) -> None:
+def moved_from(branch: Branch, used: Tensor, channels: int) -> Tensor:
+    """The source's channels, bool [channels], that stand anywhere in the channels `used` of a "moved" branch."""
+    numbers, size = branch.index[used], branch.elements // channels
+    found = torch.zeros(channels, dtype=torch.bool)
+    found[((numbers[numbers > 0] - 1) // size).unique()] = True
+    return found
+
+
+def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
     """Removes what computes a channel that is never read, from the logits to the image."""
-    read = {order[-1].name: torch.ones(model.linear.out_features, dtype=torch.bool)}
+    needed = {point.name: torch.zeros(point.shape[0], dtype=torch.bool) for point in order}
+    needed[order[-1].name][:] = True
     for point in reversed(order):
         for branch in point.branches:
-            used = read[point.name]
+            used = needed[point.name]
+            if branch.kind == "pixels":
+                continue
+            if branch.kind in ("layer", "norm"):
+                drop_outputs(model, branch, ~used)
             if branch.kind == "layer":
-                layer = model.get_submodule(branch.name)
-                if branch.norm:
-                    drop_outputs(layer, model.get_submodule(branch.norm), ~used)
-                used = reads(layer)
-            read[branch.source] = read[branch.source] | used if branch.source in read else used
+                used = reads(model.get_submodule(branch.name))
+            elif branch.kind == "norm":
+                used = used & (model.get_submodule(branch.norm).weight != 0)
+            elif branch.kind == "moved":
+                used = moved_from(branch, used, len(needed[branch.source]))
+            for source in branch.sources:
+                needed[source] = needed[source] | used
 
 
-def forward(model: nn.Module, order: list[Point], steps: dict[str, float]) -> None:
+def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+    """(the channels in which nothing but zeros reaches a branch, bool; what is added in them: its shift)."""
+    if branch.kind == "layer":
+        layer = model.get_submodule(branch.name)
+        drop_inputs(layer, zero[branch.source])
+        bias = model.get_submodule(branch.norm).bias if branch.norm else layer.bias
+        return ~(layer.weight != 0).flatten(1).any(1), 0.0 if bias is None else bias
+    if branch.kind == "norm":
+        norm = model.get_submodule(branch.norm)
+        norm.weight[zero[branch.source]] = 0
+        return norm.weight == 0, norm.bias
+    if branch.kind == "pixels":
+        return torch.zeros(3, dtype=torch.bool), 0.0  # they may be anything
+    if branch.kind == "product":
+        return zero[branch.source] | zero[branch.other], 0.0
+    if branch.kind == "function":
+        return zero[branch.source], float(FUNCTIONS[branch.function](torch.zeros(1)))
+    if branch.kind == "moved":
+        alive = ~zero[branch.source]
+        size = branch.elements // len(alive)
+        reached = torch.cat((torch.zeros(1, dtype=torch.bool), alive.repeat_interleave(size)))
+        return ~reached[branch.index].view(len(branch.index), -1).any(1), 0.0
+    return zero[branch.source], 0.0
+
+
+def forward(model: nn.Module, order: tuple[Point, ...], steps: dict[str, float]) -> None:
     """Removes what reads a channel that is always zero, from the image to the logits."""
     zero = {}
     for point in order:
-        nothing, shift = [], 0.0
-        for branch in point.branches:
-            if branch.kind == "layer":
-                layer = model.get_submodule(branch.name)
-                drop_inputs(layer, zero[branch.source])
-                nothing.append(~(layer.weight != 0).flatten(1).any(1))
-                shift = shift + (model.get_submodule(branch.norm) if branch.norm else layer).bias
-            else:
-                nothing.append(zero.get(branch.source, torch.zeros(3, dtype=torch.bool)))  # pixels may be anything
+        found, shifts = zip(*(nothing(model, branch, zero) for branch in point.branches))
         if point is order[-1]:
             return
-        code = torch.round(torch.as_tensor(shift) / steps[point.name])
-        zero[point.name] = torch.stack(nothing).all(0) & (code <= 0 if point.activation == "relu" else code == 0)
-        if point.activation == "relu":
+        code = torch.round(torch.as_tensor(sum(shifts)) / steps[point.name])
+        clipped = point.activation != "none"
+        zero[point.name] = torch.stack(found).all(0) & (code <= 0 if clipped else code == 0)
+        if clipped:
             for branch in point.branches:  # a shift below zero is no different from none
-                if branch.norm:
-                    drop_outputs(model.get_submodule(branch.name), model.get_submodule(branch.norm), zero[point.name])
+                if branch.kind in ("layer", "norm"):
+                    drop_outputs(model, branch, zero[point.name])
 
 
 @torch.no_grad()
@@ -78,7 +117,7 @@ def remove(model: nn.Module, activations: list[dict]) -> dict[str, int]:
         return {"weights": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1),
                 "scales and shifts": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() == 1)}
 
-    steps, order, before = {a["name"]: a["step"] for a in activations}, points(model), nonzeros()
+    steps, order, before = {a["name"]: a["step"] for a in activations}, read(model).points, nonzeros()
     last = None
     while last != nonzeros():
         last = nonzeros()

@@ -3,10 +3,12 @@
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
 summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
-those exactly. So a claim is verified to the image, the recorded logits to the last bit, and integer.py computes the
-same logits without a float.
+those exactly. A pointwise function of a code, such as hard swish, is computed in float64 and rounded to the grid of the
+point behind it: a table of codes. So a claim is verified to the image, the recorded logits to the last bit, and
+integer.py computes the same logits without a float.
 """
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +17,34 @@ from torch import Tensor, nn
 from compressed import cifar100, kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
-from compressed.formats import code_range, exponent, fake_quantize
-from compressed.graph import activation_points, points
+from compressed.formats import Activation, code_range, codes, exponent, fake_quantize
+from compressed.graph import read
 
 # ---- The network on its grids --------------------------------------------------------------------
 
-class Quantizer(nn.Module):
-    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys."""
+# On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once.
+FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
+             "sigmoid": torch.sigmoid}
+RELU6 = 6.0
 
-    def __init__(self, bits: int, signed: bool, step: float):
+
+class Quantizer(nn.Module):
+    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys.
+
+    most: an upper clip, in units of the values, as of a ReLU6.
+    """
+
+    def __init__(self, bits: int, signed: bool, step: float, most: float = math.inf):
         super().__init__()
-        self.bits, self.signed, self.step = bits, signed, step
+        self.bits, self.signed, self.step, self.most = bits, signed, step, most
+
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        low, high = code_range(self.bits, self.signed)
+        return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
 
     def forward(self, x):
-        low, high = code_range(self.bits, self.signed)
+        low, high = self.range()
         if x.dtype == torch.bfloat16:
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
         if torch.is_grad_enabled() and x.requires_grad:
@@ -55,18 +71,35 @@ class ScaleShift(nn.Module):
         return x.double().mul_(self.scale).add_(self.shift)
 
 
+class Function(nn.Module):
+    """A pointwise function of values on a grid, in float64: the Quantizer behind it rounds it to codes."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return FUNCTIONS[self.name](x.double())
+
+
+def table(function: str, source: Activation, step: float, target: Activation, target_step: float) -> Tensor:
+    """The code (int32, of the target) of a function of each code of the source, from its lowest on."""
+    values = FUNCTIONS[function](torch.arange(source.low, source.high + 1).double() * step)
+    return codes(values, target_step, target.low, target.high).int()
+
+
 class Rescale(Quantizer):
     """A Quantizer with the ScaleShift before it: one pass over memory where there is a compiler."""
 
     def __init__(self, norm: ScaleShift, behind: Quantizer):
-        super().__init__(behind.bits, behind.signed, behind.step)
+        super().__init__(behind.bits, behind.signed, behind.step, behind.most)
         self.norm = norm
 
     def forward(self, x):
         if not compiled(x):
             return super().forward(self.norm(x))
         x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
-        y, (low, high) = torch.empty_like(x), code_range(self.bits, self.signed)
+        y, (low, high) = torch.empty_like(x), self.range()
         kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift, self.step,
                      float(low), float(high), y)
         return y
@@ -79,10 +112,17 @@ def compiled(x: Tensor) -> bool:
 
 
 class ExactLinear(nn.Linear):
-    """The linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
+    """A linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
 
     def forward(self, x):
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+        return F.linear(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
+
+
+class ExactConv2d(nn.Conv2d):
+    """A convolution whose sums of products are exact in float32, and its bias is added in float64."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, None).double().add_(self.bias.double()[:, None, None])
 
 
 def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -96,7 +136,8 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
 
     Raises BadInput if the list does not name exactly the network's points.
     """
-    known = activation_points(model)
+    graph = read(model)
+    known = graph.activation_points
     named = [a.get("name") for a in activations]
     if sorted(map(str, named)) != sorted(known):
         raise BadInput(f"the activations listed are not the network's {len(known)}: "
@@ -108,22 +149,33 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
             raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
         if a.get("signed") is not known[a["name"]]:
             raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {known[a['name']]}")
-        model.set_submodule(a["name"], Quantizer(bits, a["signed"], float(step)))
+    clipped = {point.name for point in graph.points if point.activation == "relu6"}
+    for a in activations:
+        most = RELU6 if a["name"] in clipped else math.inf
+        model.set_submodule(a["name"], Quantizer(a["bits"], a["signed"], float(a["step"]), most))
 
 
 def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     """A copy of a shipped model that computes as claimed, to the last bit on any machine (see this file's head)."""
-    network = copy.deepcopy(model).eval()
+    network, graph = copy.deepcopy(model).eval(), read(model)
     quantize_activations(network, activations)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            network.set_submodule(name, ScaleShift(module))
-    for point in points(model):
-        if len(point.branches) == 1 and (norm := point.branches[0].norm):
-            both = Rescale(network.get_submodule(norm), network.get_submodule(point.name))
-            network.set_submodule(norm, nn.Identity())
+    for branch in graph.layers:
+        layer = network.get_submodule(branch.name)
+        if branch.norm:
+            network.set_submodule(branch.norm, ScaleShift(network.get_submodule(branch.norm)))
+        elif isinstance(layer, nn.Linear):
+            layer.__class__ = ExactLinear
+        elif layer.bias is not None:
+            layer.__class__ = ExactConv2d
+    for point in graph.points:
+        first = point.branches[0]
+        if first.kind == "function":
+            network.set_submodule(first.name, Function(first.function))
+        elif len(point.branches) == 1 and first.norm and point.name != "logits":
+            both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
+            network.set_submodule(first.norm, nn.Identity())
             network.set_submodule(point.name, both)
-    network.linear.__class__ = ExactLinear
+    network.register_forward_hook(lambda module, inputs, out: out.float())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

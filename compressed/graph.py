@@ -1,193 +1,317 @@
 """The network's graph, found in its own forward pass: the one place that everybody reads who needs to know what follows
 what.
 
-`trace` lists the operations, for whoever counts them. `points` lists the values that are stored, each with the branches
-that are added up to it: quantizer, dead weight, integer network and ONNX model are built along it. Change the table in
-mobilenet_v2.py, or its forward pass, and all of them follow; for an operation that they do not know, they raise.
+`read` lists the operations, for whoever counts them, and the points: the values that are stored, each with the branches
+that are added up to it. Quantizer, dead weight, integer network, packed file and ONNX model are built along them. A
+network whose forward pass has no module where a value is stored gets them by `prepare`. Change the forward pass, and
+all of them follow; for an operation that they do not know, they raise.
 """
 import copy
-import operator
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import functools
+import hashlib
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
-from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
+from compressed.operations import CLIPS, FUNCTIONS, MODULES, Operation, Window, trace, traced
+
+READ_CODES = "conv", "linear", "mean", "max", "product", "concatenation", "moved", *FUNCTIONS  # of what they read
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of every convolution and the linear layer in state-dict order.
+    """(name, module) of every convolution and linear layer in state-dict order.
 
     A layer's position in this list is its index in a bit table: 0 the stem ... 56 the head, 57 the linear layer.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
-# ---- The operations, as they run -----------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation for one image.
-
-    name: the module's name; "layers.0.add" and "mean" for those that are no modules. key: unique, also if shared.
-    kind: a key of RULES. inputs: the keys of the operations whose outputs it reads.
-    fan_in: terms of a dense dot product, or the values that a mean averages. outputs: elements that it makes.
-    channels: of the output. module: the module itself (its weights are looked at when counting), or None.
-    """
-    key: str
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    fan_in: int
-    outputs: int
-    channels: int
-    module: nn.Module | None = field(default=None, repr=False)
-
-
-def is_point(module: nn.Module) -> bool:
-    """Whether values are rounded after this module: an activation, an Identity, or quantize.py's Quantizer for it."""
-    return isinstance(module, (nn.ReLU, nn.Hardswish, nn.Identity)) or hasattr(module, "signed")
-
-
-class Tracer(torch.fx.Tracer):
-    """Follows the forward pass down to the modules that hold no others, whichever class they are of."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        # an empty one passes on
-        return not any(True for _ in module.children()) and not isinstance(module, nn.Sequential)
-
-
-def _kind(node, model: nn.Module) -> str:
-    """The rule that counts a node of the traced graph. Raises BadInput, naming it, if there is none."""
-    kinds = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu",
-             nn.Hardswish: "hardswish", nn.Identity: "point"}
-    if node.op == "placeholder":
-        return "input"
-    if node.op == "call_module":
-        module = model.get_submodule(node.target)
-        for layer, kind in kinds.items():
-            if isinstance(module, layer):
-                return kind
-        if is_point(module):
-            return "point"
-        raise BadInput(f"no counting rule for layer {node.target} ({type(module).__name__})")
-    two_maps = len(node.args) == 2 and all(isinstance(arg, torch.fx.Node) for arg in node.args)
-    if node.target is operator.add and two_maps:
-        return "add"
-    if (node.op, node.target) == ("call_method", "mean") and node.args[1:] == ((2, 3),) and not node.kwargs:
-        return "mean"
-    raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target} with {node.args[1:]})")
-
-
-def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
-    """Every operation of the model for one image of `shape` (channels, height, width), in the order in which they run.
-
-    The graph is that of the model's own `forward`, followed on tensors without data. Raises BadInput, naming it, for
-    anything that has no rule here. The model is left as it was.
-    """
-    from torch.fx.passes.shape_prop import ShapeProp
-
-    copied = copy.deepcopy(model).to("meta").eval()
-    graph = torch.fx.GraphModule(copied, Tracer().trace(copied))
-    kinds = {node: _kind(node, model) for node in graph.graph.nodes if node.op != "output"}
-    ShapeProp(graph).propagate(torch.empty(1, *shape, device="meta"))
-    operations, names = [], {}
-    for node, kind in kinds.items():
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        inputs, out = node.all_input_nodes, node.meta["tensor_meta"].shape
-        if module is not None:
-            names[node] = node.target
-        else:  # named after the module that holds it, as its first input is
-            names[node] = ".".join([*names[inputs[0]].split(".")[:-1], kind]) if inputs else node.name
-        if kind in ("conv", "linear"):
-            fan_in = module.weight[0].numel()
-        else:
-            fan_in = inputs[0].meta["tensor_meta"].shape[2:].numel() if kind == "mean" else 0
-        channels = out[-1] if kind == "linear" else out[1]
-        read = tuple(arg.name for arg in node.args if isinstance(arg, torch.fx.Node))  # x + x reads x twice
-        operations.append(Operation(node.name, names[node], kind, read, fan_in, out.numel(), channels, module))
-    return operations
-
-
 # ---- The values that are stored, and what is added up to them ------------------------------------
 
 @dataclass(frozen=True)
 class Branch:
-    """One term of a value.
+    """One term of a value, each from the codes of the point `source` alone ("product": and of the point `other`).
 
-    kind: "layer", a convolution with its BatchNorm `norm`, or the linear layer (norm None); "unchanged", a point added
-    as it is; "mean", the mean of a point's map of `terms` values; "pixels", the normalised image.
-    name: the layer's, or one made after the module that adds. source: the activation point that is read.
+    kind: "layer", a convolution or linear layer with the BatchNorm `norm` behind it, or None; "norm", a BatchNorm of a
+    point; "unchanged", a point as it is; "mean" and "max", over the `window`, of `terms` values; "function", a
+    pointwise `function`; "product"; "moved", a point's elements at other places (see Operation.index); "pixels", the
+    normalised image.
+    name: the layer's, or one made after the module that adds.
     """
     kind: str
     name: str
     source: str
     norm: str | None = None
     terms: int = 0
+    other: str | None = None
+    function: str | None = None
+    window: Window | None = field(default=None, compare=False)
+    index: Tensor | None = field(default=None, compare=False, repr=False)
+    elements: int = field(default=0, compare=False)  # of the source, where it is moved
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if self.other is None else (self.source, self.other)
 
 
 @dataclass(frozen=True)
 class Point:
     """An activation point: a value that is rounded and stored. The last one, "logits", is not rounded.
 
-    activation: "relu", "hardswish", or "none". signed: it can be below zero.
+    activation: "relu", "relu6" or "none". signed: it can be below zero. shape: of one image's value, channels first.
     """
     name: str
     branches: tuple[Branch, ...]
     activation: str
     signed: bool
+    shape: tuple[int, ...] = field(default=(), compare=False)
 
 
-def points(model: nn.Module, activations: Collection[str] = ("none", "relu")) -> list[Point]:
-    """List all points in the order in which they are computed.
+@dataclass(frozen=True)
+class Graph:
+    """What a network computes: its operations as they run, and its points; the last point is the logits."""
+    operations: tuple[Operation, ...]
+    points: tuple[Point, ...]
 
-    activations: those that the caller can compute. Raises BadInput, naming it, for a point with another one, and for a
-    value that is read unrounded.
-    """
-    found, values = {}, {}  # by name; what each operation gives: a Point, or the branches of one to come
-    for op in trace(model):
-        read = [values[key] for key in op.inputs]
-        if op.kind in ("conv", "linear", "mean") and not isinstance(read[0], Point):
-            raise BadInput(f"{op.name} reads a value that is not rounded: an nn.Identity before it makes it an "
-                           "activation point")
+    @property
+    def activation_points(self) -> dict[str, bool]:
+        """{name: whether it is signed} of the places where an activation is stored, in order."""
+        return {point.name: point.signed for point in self.points[:-1]}
+
+    @property
+    def layers(self) -> list[Branch]:
+        """Every convolution and linear layer with its BatchNorm and what it reads, and every BatchNorm of a point."""
+        return [branch for point in self.points for branch in point.branches if branch.kind in ("layer", "norm")]
+
+    @property
+    def images(self) -> set[str]:
+        """The points that hold the image itself."""
+        return {point.name for point in self.points if point.branches[0].kind == "pixels"}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the list of operations: kinds, names, inputs, shapes, and what else decides what they compute."""
+        names = {op.key: op.name for op in self.operations}
+        lines = [repr((op.kind, op.name, [names[key] for key in op.inputs], op.shape, op.window, op.fan_in,
+                       getattr(op.module, "groups", 1), getattr(op.module, "bias", None) is not None,
+                       [index.tolist() for index in op.index])) for op in self.operations]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Walk:
+    """Finds the points of a list of operations, and where a module is lacking: {key: name of the point to insert}."""
+
+    def __init__(self, operations: list[Operation]):
+        self.readers = {op.key: [] for op in operations}
+        for op in operations:
+            for key in op.inputs:
+                self.readers[key].append(op)
+        self.uses = Counter(op.module for op in operations)
+        self.found, self.lacking, self.values = {}, {}, {}
+        for op in operations:
+            self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
+
+    def value(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
+        """What an operation gives: a point, or the branches of one to come."""
+        value = self.branches(op, read)
+        if isinstance(value, Point):
+            return value
+        own = self.alone(op)
+        if op.kind in CLIPS:
+            return self.point(op, value, own, op.kind)
+        if op.kind == "point" and own and (hasattr(op.module, "signed") or self.stored(op, value)):
+            return self.point(op, value, own)
+        if op.kind != "point" and self.stored(op, value):
+            return self.point(op, value, False)
+        return value
+
+    def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
+        """The branches of an operation's value; where it passes a point on, the point."""
+        if op.kind == "normalisation":
+            raise BadInput(f"{op.name}: the network scales or shifts its input itself, which has no integer form here")
+        if op.kind in READ_CODES and not all(isinstance(each, Point) for each in read):
+            raise AssertionError(f"{op.name} reads a value that is not rounded")
         if op.kind == "input":
-            value = (Branch("pixels", "pixels", "pixels"),)
-        elif op.kind in ("conv", "linear"):
-            value = (Branch("layer", op.name, read[0].name),)
-        elif op.kind == "mean":
-            value = (Branch("mean", op.name, read[0].name, terms=op.fan_in),)
-        elif op.kind == "batchnorm":
-            layer = read[0][-1] if isinstance(read[0], tuple) and len(read[0]) == 1 else None
-            if layer is None or layer.kind != "layer" or layer.norm:
-                raise BadInput(f"{op.name}: expected right after a convolution")
-            value = (Branch("layer", layer.name, layer.source, op.name),)
-        elif op.kind == "add":
-            shortcut = ".".join([*op.name.split(".")[:-1], "shortcut"])
-            value = sum(((Branch("unchanged", shortcut, each.name),) if isinstance(each, Point) else each
-                         for each in read), ())
-        else:  # an activation, or another activation point
-            activation = "none" if op.kind == "point" else op.kind
-            if activation not in activations:
-                raise BadInput(f"{op.name}: {activation} has no rule here")
-            branches = read[0] if isinstance(read[0], tuple) else (Branch("unchanged", op.name, read[0].name),)
-            unsigned = all(branch.kind in ("unchanged", "mean") and not found[branch.source].signed
-                           for branch in branches)
-            signed = getattr(op.module, "signed", op.kind != "relu" and not unsigned)
-            value = found[op.name] = Point(op.name, branches, activation, signed)
-        values[op.key] = value
-    if isinstance(value, Point):
+            return (Branch("pixels", "pixels", "pixels"),)
+        if op.kind in ("conv", "linear"):
+            return (Branch("layer", op.name, read[0].name, window=op.window),)
+        if op.kind in ("mean", "max"):
+            if op.kind == "mean" and op.fan_in & (op.fan_in - 1):
+                raise BadInput(f"{op.name} averages {op.fan_in} values: expected a power of two, whose division is a "
+                               "shift")
+            return (Branch(op.kind, op.name, read[0].name, terms=op.fan_in, window=op.window),)
+        if op.kind in FUNCTIONS:
+            return (Branch("function", op.name, read[0].name, function=op.kind),)
+        if op.kind == "product":
+            return (Branch("product", op.name, read[0].name, other=read[1].name),)
+        if op.kind in ("moved", "concatenation"):
+            return tuple(Branch("moved", f"{op.name}.{i}", each.name, index=index, elements=math.prod(each.shape))
+                         for i, (each, index) in enumerate(zip(read, op.index)))
+        if op.kind == "batchnorm":
+            if folds(read[0]):
+                return (replace(read[0][0], norm=op.name),)
+            return (Branch("norm", op.name, read[0].name, norm=op.name),)
+        if op.kind == "add":
+            shortcut = ".".join([*op.name.split(".")[:-1], "shortcut" + op.name.split("add")[-1]])
+            return sum((self.summand(shortcut + ".1" * (i > 0 and isinstance(read[0], Point)), each)
+                        for i, each in enumerate(read)), ())
+        if isinstance(read[0], Point) and (op.kind in CLIPS or hasattr(op.module, "signed")):
+            return self.summand(op.name, read[0])
+        return read[0]
+
+    def alone(self, op: Operation) -> bool:
+        """Whether an operation is a module, and the only one of it: what is rounded there is rounded nowhere else."""
+        return op.module is not None and self.uses[op.module] == 1
+
+    @staticmethod
+    def summand(name: str, value) -> tuple[Branch, ...]:
+        return (Branch("unchanged", name, value.name),) if isinstance(value, Point) else value
+
+    def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
+        """Whether what an operation gives has to be rounded right behind it: who reads it wants codes."""
+        readers = self.readers[op.key]
+        if value[0].kind == "function" and op.kind in FUNCTIONS:
+            return not (len(readers) == 1 and readers[0].kind == "point")  # the table's entries are codes
+        return len(readers) > 1 or any(each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value)
+                                       for each in readers) or op.kind == "point" and value[0].kind == "function"
+
+    def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
+        """A point behind an operation; own: its module is where values are rounded, otherwise it has to be inserted."""
+        name = op.name if own else "points." + ("image" if op.kind == "input" else op.name.replace(".", "_"))
+        unsigned = activation in CLIPS or all(self.unsigned(branch) for branch in branches)
+        signed = getattr(op.module, "signed", not unsigned) if own else not unsigned
+        if not own:
+            self.lacking[op.key] = name
+        self.found[name] = Point(name, branches, activation, signed, op.shape)
+        return self.found[name]
+
+    def unsigned(self, branch: Branch) -> bool:
+        """Whether a branch cannot be below zero."""
+        if branch.kind == "function":
+            return branch.function != "hardswish"
+        return branch.kind not in ("layer", "norm", "pixels") and not any(self.found[s].signed for s in branch.sources)
+
+
+def folds(value) -> bool:
+    """Whether a BatchNorm of this value is folded into it: a convolution without one."""
+    return isinstance(value, tuple) and len(value) == 1 and value[0].kind == "layer" and value[0].norm is None
+
+
+# ---- Reading a network, and preparing one --------------------------------------------------------
+
+KEPT = "_graph_read"  # the attribute in which a network keeps its graph, with what it was found in
+
+
+def _structure(model: nn.Module) -> list:
+    """What decides a network's graph: its modules, and their plain attributes."""
+    plain = (int, float, str, tuple, type(None))
+    return [(name, module, type(module), {key: value for key, value in vars(module).items()
+                                          if isinstance(value, plain) and key not in ("training", KEPT)})
+            for name, module in model.named_modules()]
+
+
+def read(model: nn.Module) -> Graph:
+    """Return the graph of a network. It is traced once; the network keeps it until one of its modules is changed.
+
+    Raises BadInput, naming it, for an operation without a rule, and where a stored value is no module's output.
+    """
+    kept = vars(model).get(KEPT)
+    if kept and kept[0] == _structure(model):
+        return kept[1]
+    operations = trace(model)
+    walk = _Walk(operations)
+    if walk.lacking:
+        key = next(iter(walk.lacking))
+        name = next(op.name for op in operations if op.key == key)
+        raise BadInput(f"{name} gives a value that has to be rounded, and is read unrounded: graph.prepare inserts the "
+                       "activation points of a network")
+    last = walk.values[_last(operations)]
+    if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
-    return [*found.values(), Point("logits", value, "none", True)]
+    shape = next(op.shape for op in reversed(operations))
+    graph = Graph(tuple(operations), (*walk.found.values(), Point("logits", last, "none", True, shape)))
+    vars(model)[KEPT] = _structure(model), graph
+    return graph
 
 
-def activation_points(model: nn.Module) -> dict[str, bool]:
-    """{name: whether it is signed} of the places where an activation is stored: ReLUs and Identities, in order."""
-    return {point.name: point.signed for point in points(model)[:-1]}
+def _last(operations: list[Operation]) -> str:
+    """The key of the operation that gives the logits: the one that nobody reads."""
+    read_by = {key for op in operations for key in op.inputs}
+    ends = [op for op in operations if op.key not in read_by]
+    if len(ends) > 1:
+        raise BadInput(f"{ends[0].name} is computed, but read by nothing")
+    return ends[0].key
 
 
-def neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """{convolution: (its BatchNorm, the activation point that it reads)}."""
-    return {branch.name: (branch.norm, branch.source) for point in points(model) for branch in point.branches
-            if branch.norm}
+def prepare(model: nn.Module) -> nn.Module:
+    """Return a network in eval mode in which every value that is stored is a module's output.
+
+    That is the model itself if all of its points are modules already, as in our MobileNetV2. Otherwise it is a copy
+    with the same state dict whose forward pass has been rewritten: where a value has to be rounded there is an
+    nn.Identity, or the activation, called points.NAME, and pointwise functions are modules called functions.NAME. The
+    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. Raises BadInput as `read` does.
+    """
+    operations = trace(model.eval())
+    walk = _Walk(operations)
+    loose = [op for op in operations if op.kind in FUNCTIONS and not walk.alone(op)]
+    if not walk.lacking and not loose:
+        return model
+    for taken in ("points", "functions"):
+        if hasattr(model, taken):
+            raise BadInput(f"the network has a part called {taken}, the name of what is inserted: call it otherwise")
+    graph, modules = copy.deepcopy(traced(model)), {}
+    nodes, kinds = {node.name: node for node in graph.nodes}, {op.key: op.kind for op in operations}
+    for key, name in walk.lacking.items():
+        if kinds[key] in CLIPS:
+            modules[name] = _as_module(nodes[key], name, kinds[key])
+        else:
+            modules[name] = nn.Identity()
+            with graph.inserting_after(nodes[key]):
+                inserted = graph.create_node("call_module", name, (nodes[key],))
+            nodes[key].replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
+    for op in loose:
+        name = "functions." + op.name.replace(".", "_")
+        modules[name] = _as_module(nodes[op.key], name, op.kind)
+    network = _rewritten(model, graph, modules)
+    read(network)
+    return network
+
+
+def _as_module(node: fx.Node, name: str, kind: str) -> nn.Module:
+    """Make a node of a traced graph, a clip or a pointwise function, a call of the module `name`; return that."""
+    node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+    return next(layer for layer, own in MODULES.items() if own == kind)()
+
+
+def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> nn.Module:
+    """A copy of a model with more modules, {name: module}, and this graph as its forward pass."""
+    network = copy.deepcopy(model)
+    for name, module in modules.items():
+        holder, _, own = name.partition(".")
+        if not hasattr(network, holder):
+            network.add_module(holder, nn.Module())
+        network.get_submodule(holder).add_module(own, module)
+    graph.lint()
+    forward = type(fx.GraphModule(network, graph)).forward
+    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "traced": graph})
+    return network
+
+
+def activated_norms(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return {BatchNorm: (the nn.ReLU or nn.Hardswish that alone reads it, "relu" or "hardswish")} of any network.
+
+    Each of both runs once. Raises BadInput if the forward pass cannot be followed.
+    """
+    kinds, found = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}, {}
+    nodes = list(traced(model).nodes)
+    once = {node.target: node for node in nodes if node.op == "call_module"
+            and sum(other.target == node.target for other in nodes) == 1}
+    for name, node in once.items():
+        reader = next(iter(node.users), None)
+        if (type(model.get_submodule(name)) is nn.BatchNorm2d and len(node.users) == 1 and reader.target in once
+                and (kind := kinds.get(type(model.get_submodule(reader.target))))):
+            found[name] = reader.target, kind
+    return found

@@ -17,7 +17,8 @@ from compressed.errors import BadInput
 from compressed.evaluation import divided
 from compressed.exact_network import folded
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
-from compressed.graph import Tracer, activation_points, neighbours, weight_layers
+from compressed.graph import read, weight_layers
+from compressed.operations import traced
 
 # the submission's QBNs, by their places among its 58 layers; every other layer has 8 bits
 SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
@@ -123,7 +124,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, x):
         weight = fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits))
-        return self._conv_forward(x, weight, None)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class QuantizedLinear(nn.Linear):
@@ -134,12 +135,16 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
-    """Make every convolution and the linear layer round its weights, with steps from the weights as they are now."""
+    """Make every convolution and linear layer round its weights, with steps from the weights as they are now.
+
+    A free step is absorbed by the BatchNorm behind: a layer without one has a power of two, whatever the scheme.
+    """
     if scheme not in SCHEMES:
         raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    for (_, module), bits in zip(weight_layers(model), table, strict=True):
+    free = {branch.name for branch in read(model).layers if branch.norm and scheme != "power-of-two"}
+    for (name, module), bits in zip(weight_layers(model), table, strict=True):
         weight = module.weight.detach()
-        if scheme == "power-of-two" or isinstance(module, nn.Linear):
+        if name not in free:
             step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits), device=weight.device)
         else:
             step = free_step(weight, bits, channel=scheme == "channel")
@@ -158,7 +163,8 @@ def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[
     one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
     no calibration: its pixels are exactly code * 2^-6.
     """
-    points = activation_points(model)
+    graph = read(model)
+    points = graph.activation_points
     largest = dict.fromkeys(points, 0.0)
     errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
 
@@ -188,7 +194,7 @@ def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[
         step = power_of_two_step(largest[name], bits, signed)
         if ranges == "mse":
             step /= 2 ** int(errors[name].argmin())
-        if name == "image" and bits == 8:
+        if name in graph.images and bits == 8:
             step = 1 / cifar100.STD
         result.append({"name": name, "bits": bits, "signed": signed, "step": step})
     return result
@@ -201,7 +207,7 @@ class Paused:
     """
 
     def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
-        self.graph = torch.fx.GraphModule(network, Tracer().trace(network))
+        self.graph = torch.fx.GraphModule(network, traced(network))
         start, *self.nodes = self.graph.graph.nodes
         self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
                        for batch in images.split(size)]  # of each batch, by node: those that are still read
@@ -215,8 +221,8 @@ class Paused:
                 for node in nodes:
                     with torch.inference_mode():
                         interpreter.env[node] = interpreter.run_node(node)
-                    for read in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[read]
+                    for last in interpreter.user_to_last_uses.get(node, ()):
+                        del interpreter.env[last]
                 found.append(interpreter.env)
             return found
         return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
@@ -237,15 +243,15 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
     these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
     """
-    expected, network = reference.double().log_softmax(1), Paused(model, images)
+    expected, graph, network = reference.double().log_softmax(1), read(model), Paused(model, images)
 
     def divergence() -> float:
         found = network.finish().double().log_softmax(1)
         return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
 
     least = divergence()
-    for name in activation_points(model):
-        if name == "image":
+    for name in graph.activation_points:
+        if name in graph.images:
             continue
         network.reach(name)
         quantizer = model.get_submodule(name)
@@ -269,38 +275,35 @@ def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]
     """
     network.load_state_dict(model.state_dict())
     network.eval()
-    table, ours = neighbours(network), []
-    for (name, source), (_, module) in zip(weight_layers(model), weight_layers(network)):
-        low, high = code_range(source.bits)
-        code = codes(source.weight.detach().float(), source.step, low, high)
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(code * source.step + 0.0)
-            ours.append({"name": f"{name}.weight", "bits": source.bits, "step": float(source.step)})
-            ours.append(store_fixed(module.bias, f"{name}.bias"))
-            continue
-        # a scheme's free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
-        step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
-        module.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
-        ours.append({"name": f"{name}.weight", "bits": source.bits, "step": step})
-        norm_name = table[name][0]
-        bn = network.get_submodule(norm_name)
-        scale, shift = folded(bn)
-        scale = scale * (source.step / step).double().flatten()
-        scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
-        factor = normal_factor(scale)  # a power of two, moved between scale and weights: nothing else changes
-        module.weight.div_(factor)
-        ours[-1]["step"], scale = step / factor, scale * factor
-        largest = float(scale.abs().max())
-        if largest > torch.finfo(torch.float16).max:
-            raise BadInput(f"{norm_name}: its folded scale {largest:.3g} does not fit 16 bits")
-        bn.weight.copy_(scale.half())
-        bn.bias.copy_(shift)
-        bn.running_mean.zero_()
-        bn.running_var.fill_(1 - bn.eps)
-        bn.num_batches_tracked.zero_()
-        ours.append({"name": f"{norm_name}.weight", "bits": 16, "kind": "float16"})
-        ours.append(store_fixed(bn.bias, f"{norm_name}.bias"))
+    ours = []
+    for branch in read(network).layers:
+        layer = network.get_submodule(branch.name)
+        scale = torch.ones(len(layer.weight), dtype=torch.float64)
+        if branch.kind == "layer":
+            source = model.get_submodule(branch.name)
+            code = codes(source.weight.detach().float(), source.step, *code_range(source.bits))
+            # a free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
+            step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
+            layer.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
+            ours.append({"name": f"{branch.name}.weight", "bits": source.bits, "step": step})
+            scale *= (source.step / step).double().flatten()
+            scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
+            if branch.norm:  # a power of two, moved between scale and weights: nothing else changes
+                factor = normal_factor(folded(network.get_submodule(branch.norm))[0] * scale)
+                layer.weight.div_(factor)
+                ours[-1]["step"], scale = step / factor, scale * factor
+            if layer.bias is not None and branch.norm is None:
+                ours.append(store_fixed(layer.bias, f"{branch.name}.bias"))
+        if branch.norm:
+            ours += fold(network.get_submodule(branch.norm), branch.norm, scale, getattr(layer, "bias", None)
+                         if branch.kind == "layer" else None)
+            if branch.kind == "layer" and layer.bias is not None:
+                layer.bias.zero_()  # it went into the shift
+                ours.append({"name": f"{branch.name}.bias", "bits": 1, "step": 1.0})
     order = {name: i for i, name in enumerate(network.state_dict())}
+    unused = {name for name, _ in network.named_parameters()} - {claim["name"] for claim in ours}
+    if unused:
+        raise BadInput(f"{min(unused)} is not used by the forward pass: take it out of the network")
     return network, sorted(ours, key=lambda claim: order[claim["name"]])
 
 
@@ -315,6 +318,22 @@ def normal_factor(scale: Tensor) -> float:
         return 1.0
     needed, room = (int(torch.frexp(value)[1]) for value in (scale.min(), scale.max()))
     return 2.0 ** max(0, min(-13 - needed, 15 - room))
+
+
+def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None) -> list[dict]:
+    """Fold a BatchNorm in place, with the steps that it absorbs and the bias before it; return its tensors' claims."""
+    scale, shift = folded(bn)
+    shift = shift if bias is None else shift + scale * bias.double()
+    scale = torch.where(step == 0, 0.0, scale * step)
+    largest = float(scale.abs().max())
+    if largest > torch.finfo(torch.float16).max:
+        raise BadInput(f"{name}: its folded scale {largest:.3g} does not fit 16 bits")
+    bn.weight.copy_(scale.half())
+    bn.bias.copy_(shift)
+    bn.running_mean.zero_()
+    bn.running_var.fill_(1 - bn.eps)
+    bn.num_batches_tracked.zero_()
+    return [{"name": f"{name}.weight", "bits": 16, "kind": "float16"}, store_fixed(bn.bias, f"{name}.bias")]
 
 
 @torch.no_grad()
@@ -335,30 +354,42 @@ def shorten_scales(model: nn.Module) -> None:
 
     The weights are rounded to the step that is used, so nothing is lost but the freedom of the step.
     """
-    for name, (norm, _) in neighbours(model).items():
-        conv, (scale, _) = model.get_submodule(name), folded(model.get_submodule(norm))
-        conv.step = short_step(conv.step, scale.view_as(conv.step)).float()
+    for branch in read(model).layers:
+        if branch.kind == "layer" and branch.norm:
+            conv, (scale, _) = model.get_submodule(branch.name), folded(model.get_submodule(branch.norm))
+            conv.step = short_step(conv.step, scale.view_as(conv.step)).float()
 
 
 @torch.no_grad()
 def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
-    """Round the BatchNorm shifts of a shipped network, in place, to whole units of their accumulators.
+    """Round the shifts of a shipped network, in place, to whole units of their accumulators: those of its BatchNorms,
+    and the biases of layers without one, but for the logits'.
 
     A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
     the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
     """
     steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
-    for name, (norm, source) in neighbours(network).items():
-        bn, step = network.get_submodule(norm), steps[f"{norm}.bias"]
+    graph = read(network)
+    for branch in graph.layers:
+        owner = network.get_submodule(branch.norm or branch.name)
+        if owner.bias is None or not branch.norm and branch in graph.points[-1].branches:
+            continue
+        step = steps[f"{branch.norm or branch.name}.bias"]
         largest = step * code_range(SHIFT_BITS)[1]
-        for channel, (scale, shift) in enumerate(zip(bn.weight.tolist(), bn.bias.tolist())):
+        unit = steps[branch.source] * (steps[f"{branch.name}.weight"] if branch.kind == "layer" else 1)
+        scales = owner.weight.tolist() if branch.norm else [1] * len(owner.bias)
+        for channel, (scale, shift) in enumerate(zip(scales, owner.bias.tolist())):
             if scale == 0:
                 continue  # nothing is accumulated
-            unit = abs(Fraction(scale)) * steps[f"{name}.weight"] * steps[source]
-            odd = unit.numerator // (unit.numerator & -unit.numerator)
-            grain = odd * max(unit / odd, step)
+            grain = shift_grain(abs(Fraction(scale)) * unit, step)
             limit = largest // grain
-            bn.bias[channel] = float(max(-limit, min(limit, round(Fraction(shift) / grain))) * grain)
+            owner.bias[channel] = float(max(-limit, min(limit, round(Fraction(shift) / grain))) * grain)
+
+
+def shift_grain(unit: Fraction, step: Fraction) -> Fraction:
+    """The smallest number that is a whole number of an accumulator's units and of a stored shift's steps."""
+    odd = unit.numerator // (unit.numerator & -unit.numerator)
+    return odd * max(unit / odd, step)
 
 
 def store_fixed(tensor: Tensor, name: str) -> dict:

@@ -32,7 +32,7 @@ from compressed import claims, counting, networks
 from compressed.errors import BadInput
 from compressed.files import replacing
 from compressed.formats import Formats, Grid, exponent, found_formats
-from compressed.graph import activation_points, trace
+from compressed.graph import read
 
 MAGIC, VERSION = b"MNET", 1
 HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
@@ -148,9 +148,9 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
         raise BadInput(f"the packed file holds a MobileNetV2 of width {width:g}; this network has another {other}")
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
-    layouts = {f"{name}.weight": each for name, each in counting.layouts(trace(model), formats).items()}
-    parts = [("header", HEADER.pack(MAGIC, VERSION, 0, model.linear.out_features, width))]
-    for name in activation_points(model):
+    layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
+    parts = [("header", HEADER.pack(MAGIC, VERSION, 0, read(model).points[-1].shape[0], width))]
+    for name in read(model).activation_points:
         activation = formats.activations[name]
         if activation.bits > 16:
             raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
@@ -227,7 +227,7 @@ def unpack_bytes(data: bytes) -> tuple[nn.Module, dict]:
     with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
         model = networks.make(f"mobilenet_v2:MobileNetV2?width={width!r}", classes)
     tensors, activations, state = [], [], {}
-    for name in activation_points(model):
+    for name in read(model).activation_points:
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
         if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
             raise BadInput(f"activation {name} has the unknown format {kind:#04x}")

@@ -4,7 +4,7 @@ from torch import nn
 
 from compressed import cifar100, grids
 from compressed.formats import code_range
-from compressed.graph import weight_layers
+from compressed.graph import read, weight_layers
 from mobilenet_v2 import MobileNetV2
 
 CLASSES, WIDTH = 7, 0.25
@@ -46,3 +46,8 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
     order = [name for name, _ in model.named_parameters()]
     activations = grids.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
     return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}
+
+
+def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """{convolution: (its BatchNorm, the activation point that it reads)}."""
+    return {branch.name: (branch.norm, branch.source) for branch in read(model).layers if branch.norm}

@@ -13,7 +13,7 @@ from compressed.claims import hold
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import found_formats
-from compressed.graph import activation_points, weight_layers
+from compressed.graph import read, weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 
@@ -47,7 +47,7 @@ def shipped(tmp_path_factory):
     path = tmp_path_factory.mktemp("shipped") / "network.pt"
     save_tensors(model.state_dict(), path)
     activations = [{"name": name, "bits": 8, "signed": bool(SIGNED.fullmatch(name)), "step": 0.0625}
-                   for name in activation_points(model)]
+                   for name in read(model).activation_points]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
     save_record(claim, path.with_suffix(".json"))
     return path, claim

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressed import counting
@@ -26,7 +27,7 @@ from compressed.counting import (
 )
 from compressed.errors import BadInput
 from compressed.formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
-from compressed.graph import activation_points, trace, weight_layers
+from compressed.graph import Operation, read, trace, weight_layers
 from mobilenet_v2 import MobileNetV2
 
 
@@ -77,7 +78,7 @@ def test_network_figures(network, operations):
     assert kinds == {"conv": 57, "batchnorm": 57, "relu": 36, "add": 14, "mean": 1, "linear": 1, "point": 19,
                      "input": 1}
     assert sum(op.outputs for op in operations if op.kind == "batchnorm") == 2_284_288
-    assert len(activation_points(network)) == 55
+    assert len(read(network).activation_points) == 55
     names = [name for name, _ in weight_layers(network)]
     assert [op.name for op in operations if op.kind in ("conv", "linear")] == names
     assert {"layers.0.add", "mean", "layers.16.shortcut.0"} <= {op.name for op in operations}
@@ -339,29 +340,58 @@ def test_other_rules_by_hand():
 def test_unknown_operations_raise_and_are_named():
     class Functional(nn.Module):
         def forward(self, x):
-            return torch.relu(x)
+            return torch.tanh(x)
 
-    class Product(nn.Module):
+    class Square(nn.Module):
         def forward(self, x):
-            return x * x
+            return x ** 2
 
     class Shifted(nn.Module):
         def forward(self, x):
-            return x + 1
+            return x.relu() + 1
 
     class Rows(nn.Module):
         def forward(self, x):
             return x.mean(2)
 
-    for model, name in ((nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), "1 .Sigmoid"), (Functional(), "relu"),
-                        (nn.Sequential(nn.ReLU6()), "0 .ReLU6"), (Product(), "mul"), (Shifted(), "add"),
-                        (Rows(), "mean")):
+    for model, name in ((nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()), "1 .Tanh"), (Functional(), "tanh"),
+                        (nn.Sequential(nn.ELU()), "0 .ELU"), (Square(), "pow"), (Shifted(), "add"), (Rows(), "mean")):
         with pytest.raises(BadInput, match=name):
             trace(model, (1, 4, 4))
     with pytest.raises(BadInput, match="median"):
         count([], Formats({}), "median")
     with pytest.raises(BadInput, match="density"):
         count([], Formats({}), "tree", Fraction(3, 2))
+
+
+def test_pointwise_functions_products_and_maxima_by_hand():
+    class Net(nn.Module):
+        def forward(self, x):
+            scale = F.hardsigmoid(F.hardswish(x)) * torch.sigmoid(x.mean((2, 3), keepdim=True))
+            return torch.cat([F.max_pool2d(scale, 3, 2, 1), F.relu6(x)[:, :, ::2, ::2]], 1)
+
+    def costs(convention):
+        return {row.name: (+row.multiplications, +row.additions)
+                for row in count(trace(Net(), (2, 4, 4)), Formats({}, activation_bits=8), convention)}
+
+    # without points every value has 32 bits; with 8-bit inputs, from here on, the widths by hand
+    assert costs("32-bit")["hardswish"] == ({32: 4 * 32}, {32: 32})
+    assert list(costs("fixed")) == ["hardswish", "hardsigmoid", "mean", "sigmoid", "product", "max", "relu6"]
+
+    def one(kind, *bits, fan_in=0):
+        op = Operation("key", "name", kind, ("a",) * len(bits), fan_in, 10, 2)
+        inputs = [Activation(each) for each in bits]
+        multiplications, additions, out = counting.RULES[kind](op, inputs, Formats({}, activation_bits=8), "tree", None)
+        return multiplications, additions, out.bits
+
+    assert one("hardswish", 8) == ({9: 30, 17: 10}, {8: 10}, 17)  # 8 + 1 bits of x + 3; times x: 17
+    assert one("hardsigmoid", 8) == ({9: 30}, {8: 10}, 9)
+    assert one("sigmoid", 8) == ({8: 10}, {}, 8)
+    assert one("relu6", 22) == ({22: 20}, {}, 8)
+    assert one("product", 8, 6) == ({8: 10}, {}, 14)
+    assert one("max", 8, fan_in=9) == ({8: 80}, {}, 8)
+    for kind in ("moved", "nothing", "concatenation"):
+        assert one(kind, 8, 4)[:2] == ({}, {})
 
 
 # ---- A slow reference: the network executed number by number -------------------------------------
@@ -517,25 +547,25 @@ def test_density_rounds_up_in_each_channel():
 # ---- Storage and score ---------------------------------------------------------------------------
 
 def test_storage_by_hand():
-    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
                                  nn.Conv2d(4, 2, 1, bias=True)))
     model[1].weight.data.zero_()
-    model[1].weight.data.view(-1)[:5] = torch.tensor([1.0, -8, 3, 2, 7])  # 5 of 36 non-zero
+    model[1].weight.data.view(-1)[:5] = torch.tensor([1.0, -8, 3, 2, 7])  # 5 of 108 non-zero
     grids = {"1.weight": Grid(4, (1.0,)), "2.weight": Grid(16, (1.0,)), "2.bias": Grid(16, (1.0,)),
              "4.weight": Grid(6, (1.0, 2.0)), "4.bias": Grid(16, (1.0,))}
-    operations = trace(model, (1, 8, 8))
+    operations = trace(model, (3, 8, 8))
 
     def stored(formats, density=None):
         return storage(model, formats, density, operations)
     assert stored(Formats(grids, activation_bits=8)) == {
         "weights": 5 * 4 + 8 * 6,  # the second convolution has no zeros: dense, without a mask
-        "masks": 36, "batchnorm": 2 * 4 * 16, "biases": 2 * 16,
+        "masks": 108, "batchnorm": 2 * 4 * 16, "biases": 2 * 16,
         "steps": 32 * (6 + 2),  # six for the parameters, one of them for each channel, and two activation points
-        "total": 68 + 36 + 128 + 32 + 256}
-    assert stored(Formats(grids, activation_bits=8), Fraction(1))["weights"] == 36 * 4 + 48
+        "total": 68 + 108 + 128 + 32 + 256}
+    assert stored(Formats(grids, activation_bits=8), Fraction(1))["weights"] == 108 * 4 + 48
     assert stored(Formats(grids))["steps"] == 32 * 6
     floats = stored(float_formats(model), Fraction(1))
-    assert floats["total"] == 32 * (36 + 8 + 8 + 2) and floats["steps"] == floats["masks"] == 0
+    assert floats["total"] == 32 * (108 + 8 + 8 + 2) and floats["steps"] == floats["masks"] == 0
 
 
 @pytest.mark.parametrize("side, positions", ((8, 1), (9, 4), (11, 16), (16, 81)))

@@ -68,7 +68,7 @@ def dense():
     return model
 
 
-ONES = [{"name": name, "step": 0.125} for name in graph.activation_points(MobileNetV2())]
+ONES = [{"name": name, "step": 0.125} for name in graph.read(MobileNetV2()).activation_points]
 
 
 def test_a_dense_network_has_none():

@@ -1,4 +1,5 @@
 """The graph is the forward pass's: another table goes through the whole chain, and what has no rule is named."""
+import copy
 import json
 from pathlib import Path
 
@@ -9,20 +10,19 @@ from torch import nn
 import check_model_operations
 import quantize
 import testers
-from compressed import counting, dead_weight, graph, grids
+from compressed import graph, grids
 from compressed import exact_network as exact
 from compressed.errors import BadInput
-from compressed.formats import found_formats
-from compressed.graph import Branch, Point, points
-from mobilenet_v2 import MobileNetV2, Table
-from small import tiny_network, with_hardswish
+from compressed.graph import Branch, Point, prepare, read
+from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
+from small import with_hardswish
 from tools import export_onnx, integer
 from tools import pack as packed
 from training import main as training
 
 
 def test_the_points_of_a_block_of_each_kind():
-    found = {point.name: point for point in points(MobileNetV2(width=0.5))}
+    found = {point.name: point for point in read(MobileNetV2(width=0.5)).points}
     assert list(found)[:4] == ["image", "relu1", "layers.0.relu1", "layers.0.relu2"]
     assert list(found)[-3:] == ["relu2", "features", "logits"]
     assert found["image"] == Point("image", (Branch("pixels", "pixels", "pixels"),), "none", True)
@@ -38,27 +38,53 @@ def test_the_points_of_a_block_of_each_kind():
 
 def test_quantized_modules_have_the_same_graph():
     model = MobileNetV2(width=0.5).eval()
-    plain = points(model)
+    plain = read(model).points
     grids.quantize_weights(model, grids.bit_table("8", model), "layer")
     exact.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
-                                          for name, signed in graph.activation_points(model).items()])
-    assert [(p.name, p.branches, p.signed) for p in points(model)] == [(p.name, p.branches, p.signed) for p in plain]
+                                          for name, signed in graph.read(model).activation_points.items()])
+    found = read(model).points
+    assert [(p.name, p.branches, p.signed) for p in found] == [(p.name, p.branches, p.signed) for p in plain]
 
 
-def test_hardswish_is_a_signed_point_for_who_asks_and_refused_by_name_elsewhere():
-    model, claim = tiny_network()
-    formats = found_formats(model)
-    operations = graph.trace(with_hardswish(model))
-    found = {point.name: point for point in points(model, ("none", "hardswish"))}
-    assert found["relu1"] == Point("relu1", (Branch("layer", "conv1", "image", "bn1"),), "hardswish", True)
-    assert sum(point.activation == "hardswish" for point in found.values()) == 36 and found["features"].signed
-    for read in (lambda: points(model), lambda: graph.activation_points(model), lambda: graph.neighbours(model),
-                 lambda: counting.count(operations, formats, "tree"), lambda: dead_weight.remove(model, []),
-                 lambda: exact.exact_network(model, claim["activations"]),
-                 lambda: integer.IntegerNetwork.from_checkpoint(model, claim),
-                 lambda: export_onnx.network(None, model)):
-        with pytest.raises(BadInput, match="relu1.*hardswish"):
-            read()
+def test_the_points_of_the_small_network():
+    """A hard swish reads codes and gives codes: there is a point before it and one behind it."""
+    model = SmallMobileNetV2().eval()
+    with pytest.raises(BadInput, match="bn1.*graph.prepare"):
+        read(model)
+    network, x = prepare(model), torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(x), model(x)) and list(network.state_dict()) == list(model.state_dict())
+    assert isinstance(network, SmallMobileNetV2) and prepare(network) is network
+    found = {point.name: point for point in read(network).points}
+    assert list(found)[:4] == ["image", "points.bn1", "points.relu1", "points.layers_0_bn1"]
+    assert found["points.bn1"] == Point("points.bn1", (Branch("layer", "conv1", "image", "bn1"),), "none", True)
+    assert found["points.relu1"] == Point("points.relu1", (
+        Branch("function", "relu1", "points.bn1", function="hardswish"),), "none", True)
+    assert len(found) == 1 + 2 * (1 + 2 * 16) + 16 + 2  # image; two for each hard swish; blocks; features, logits
+
+
+def test_a_network_keeps_its_graph_until_it_is_changed():
+    model = MobileNetV2(width=0.25)
+    found = read(model)
+    assert read(model) is found and read(copy.deepcopy(model)).points == found.points
+    model.load_state_dict(model.state_dict())
+    assert read(model) is found and graph.KEPT not in model.state_dict()
+    model.layers[1].residual = False
+    assert len(read(model).points[7].branches) < len(found.points[7].branches)
+
+
+def test_pairs_of_batchnorm_and_activation_in_any_network():
+    model = MobileNetV2(width=0.25)
+    pairs = graph.activated_norms(model)
+    assert len(pairs) == 36 and pairs["layers.0.bn1"] == ("layers.0.relu1", "relu") and "layers.0.bn3" not in pairs
+    assert graph.activated_norms(with_hardswish(model))["bn1"] == ("relu1", "hardswish")
+
+    class Shared(Odd):
+        def forward(self, x):
+            y = self.bn1(self.conv1(x))
+            return self.between(y) + y
+
+    assert not graph.activated_norms(Shared(nn.ReLU()))  # the sum reads the BatchNorm, too
+    assert not graph.activated_norms(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6())))
 
 
 class Odd(nn.Module):
@@ -75,12 +101,12 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("between, said", (
-    (lambda self, x: x, "conv2 reads a value that is not rounded"),
-    (lambda self, x: self.bn1(self.bn1(x)), "bn1: expected right after"),
-    (lambda self, x: x * 2, "no counting rule for operation mul"), (lambda self, x: torch.sigmoid(x), "sigmoid")))
+    (lambda self, x: x, "conv1 gives a value that has to be rounded"),
+    (lambda self, x: self.bn1(self.bn1(x)), "bn1 is used 2 times"),
+    (lambda self, x: x * 2, "no counting rule for operation mul"), (lambda self, x: torch.tanh(x), "tanh")))
 def test_what_has_no_rule_is_named(between, said):
     with pytest.raises(BadInput, match=said):
-        points(Odd(between))
+        read(Odd(between))
 
 
 def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsys):
@@ -96,7 +122,7 @@ def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsy
     assert quantize.main(["--checkpoint", "run/masked.pt", "--out", "small.pt", "--calibration", "20", "--renew", "40",
                           *options]) == 0
     claim = json.loads(Path("small.json").read_text())
-    assert len(claim["activations"]) == len(graph.activation_points(MobileNetV2())) < 55
+    assert len(claim["activations"]) == len(graph.read(MobileNetV2()).activation_points) < 55
     at = ["--checkpoint", "small.pt"]
     assert packed.main(at) == 0 and testers.main([*at, *options]) == 0
     assert check_model_operations.main([*at, "--summary"]) == 0

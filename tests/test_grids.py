@@ -13,10 +13,11 @@ from compressed import cifar100, grids
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
-from compressed.graph import activation_points, neighbours, weight_layers
+from compressed.graph import read, weight_layers
 from compressed.grids import SCHEMES, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
+from small import layer_neighbours
 
 
 def random(*shape, seed=0):
@@ -194,7 +195,7 @@ def test_bit_tables_that_are_not_there(option, message):
 # ------------------------------------------------------------------------------------------------------- activations
 
 def test_the_55_activation_points():
-    points = activation_points(MobileNetV2())
+    points = read(MobileNetV2()).activation_points
     signs = dict(points)
     assert len(points) == len(signs) == 55
     signed = {"image", *(f"layers.{i}.out" for i in range(17))}
@@ -208,7 +209,7 @@ def seen(model, images):
     """{name: all values at the activation point}, looked at with hooks of our own."""
     values = {}
     hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: values.__setitem__(name, out))
-             for name in activation_points(model)]
+             for name in read(model).activation_points]
     model.eval()((images.float() - 128) / 64)
     for hook in hooks:
         hook.remove()
@@ -232,7 +233,7 @@ def values(sparse_checkpoint, images):
 def test_calibrated_ranges(sparse_checkpoint, images, values, bits, ranges):
     model = load_checkpoint(sparse_checkpoint)
     chosen = calibrate(model, images, bits, ranges)
-    points, finer = activation_points(model), 0
+    points, finer = read(model).activation_points, 0
     assert [entry["name"] for entry in chosen] == list(points)
     assert not any(module._forward_hooks for module in model.modules())
     for entry, (name, signed) in zip(chosen, points.items()):
@@ -316,7 +317,7 @@ def test_steps_that_the_logits_prefer():
 
 def claimed_activations(**changes):
     return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
-            for name, signed in activation_points(MobileNetV2()).items()]
+            for name, signed in read(MobileNetV2()).activation_points.items()]
 
 
 @pytest.mark.parametrize("entry, message", [
@@ -349,7 +350,7 @@ def test_a_quantizer_stands_at_every_point():
     exact_module.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
     values = seen(model, cifar100.made_up(2, 0).images)
     assert len(values) == 55 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
-    for name, signed in activation_points(model).items():
+    for name, signed in read(model).activation_points.items():
         low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
         scaled = values[name] / step
         assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high
@@ -473,8 +474,8 @@ def test_a_dead_channels_scale_makes_no_difference(fake):
 def test_neighbours_are_those_of_the_forward_pass():
     """What a layer reads and what scales it, found by running the network."""
     model = MobileNetV2().eval()
-    table, made, seen = neighbours(model), {}, {}
-    points, norms = activation_points(model), {norm for norm, _ in table.values()}
+    table, made, seen = layer_neighbours(model), {}, {}
+    points, norms = read(model).activation_points, {norm for norm, _ in table.values()}
 
     def see(name):
         def hook(module, inputs, out):
@@ -502,7 +503,7 @@ def test_short_scales(fake):
     before = {name: module.step for name, module in weight_layers(model)[:-1]}
     grids.shorten_scales(model)
     moved = 0
-    for name, (norm, _) in neighbours(model).items():
+    for name, (norm, _) in layer_neighbours(model).items():
         step, old = model.get_submodule(name).step.flatten(), before[name].flatten()
         ratio = step / old
         assert ratio.min() > 1 - 1 / 32 and ratio.max() < 1 + 1 / 32
@@ -512,7 +513,7 @@ def test_short_scales(fake):
     assert moved > 20_000
     network, tensors = grids.shipped(model, MobileNetV2())
     steps = {entry["name"]: entry.get("step") for entry in tensors}
-    for name, (norm, _) in neighbours(model).items():
+    for name, (norm, _) in layer_neighbours(model).items():
         scale = network.get_submodule(norm).weight
         significand = torch.frexp(scale)[0] * 32
         assert torch.equal(significand, significand.round())  # although it is a float16
@@ -531,7 +532,7 @@ def test_shifts_of_whole_units(fake):
     assert grids.round_shifts(network, tensors, activations) is None
     steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
     changed = 0
-    for name, (norm, source) in neighbours(network).items():
+    for name, (norm, source) in layer_neighbours(network).items():
         scale, shift = (p.double() for p in network.get_submodule(norm).parameters())
         old = before.get_submodule(norm).bias.double()
         code, unit = shift / steps[f"{norm}.bias"], scale * steps[f"{name}.weight"] * steps[source]

@@ -19,10 +19,11 @@ from compressed import cifar100, claims
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.files import load_json, save_record, sha256
-from compressed.graph import neighbours, weight_layers
+from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, bit_table
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
+from small import layer_neighbours
 
 
 def ladder(scheme):
@@ -43,7 +44,7 @@ def short_and_whole(path) -> bool:
     model, claim = load_checkpoint(path), load_json(path.with_suffix(".json"))
     steps = {entry["name"]: entry["step"] for entry in claim["tensors"] + claim["activations"] if "step" in entry}
     good = []
-    for name, (norm, source) in neighbours(model).items():
+    for name, (norm, source) in layer_neighbours(model).items():
         scale, shift = (p.detach().double() for p in model.get_submodule(norm).parameters())
         significand = torch.frexp(scale)[0] * 32
         units = shift[scale != 0] / (scale[scale != 0] * steps[f"{name}.weight"] * steps[source])

@@ -21,9 +21,10 @@ from compressed.evaluation import logits
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
 from compressed.formats import Activation, Formats, Grid
-from compressed.graph import neighbours, weight_layers
+from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
+from small import layer_neighbours
 from tools import report
 
 SCRIPT = Path(testers.__file__)
@@ -356,7 +357,7 @@ def test_the_largest_sum(original):
 
     def largest(formats):
         found = []
-        for name, (_, source) in neighbours(model).items():
+        for name, (_, source) in layer_neighbours(model).items():
             codes = (model.get_submodule(name).weight.double() / entry(claim, f"{name}.weight")["step"]).flatten(1)
             extremes = [formats.activations[source].low * codes, formats.activations[source].high * codes]
             found += [torch.maximum(*extremes).sum(1).max(), -torch.minimum(*extremes).sum(1).min()]

@@ -49,10 +49,10 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
-from compressed.exact_network import exact_network, folded
+from compressed.exact_network import RELU6, exact_network, folded, table
 from compressed.files import check_outputs, git_commit, replacing, sha256
 from compressed.formats import Formats
-from compressed.graph import points, weight_layers
+from compressed.graph import Branch, Point, Window, read, weight_layers
 from compressed.mnet import stated_formats
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine, and nothing newer is needed
@@ -77,7 +77,8 @@ class Graph:
     """Nodes and constants under construction. Values are called by their names."""
 
     def __init__(self, model: nn.Module):
-        self.onnx, self.model = needed("onnx"), model
+        self.onnx, self.model, self.read = needed("onnx"), model, read(model)
+        self.shapes = {point.name: point.shape for point in self.read.points}
         self.nodes, self.constants = [], {}
 
     def node(self, operator: str, name: str, *inputs: str, **attributes) -> str:
@@ -93,14 +94,47 @@ class Graph:
         """Attributes of a convolution."""
         layer = self.model.get_submodule(name)
         return {"kernel_shape": layer.kernel_size, "strides": layer.stride, "pads": layer.padding * 2,
-                "group": layer.groups}
+                "group": layer.groups} | ({"dilations": layer.dilation} if layer.dilation != (1, 1) else {})
+
+    def dequantized(self, reader: str, x: str) -> str:
+        """The float32 values of x, for a reader of this name."""
+        return x
+
+    def term(self, branch: Branch, values: dict[str, str]) -> str:
+        """The float32 value [N, C, H, W] of a branch that is no layer."""
+        name, x = branch.name, self.dequantized(branch.name, values[branch.source])
+        if branch.kind == "unchanged":
+            return x
+        if branch.kind == "norm":
+            scale, shift = (part.numpy()[:, None, None] for part in folded(self.model.get_submodule(branch.norm)))
+            scaled = self.node("Mul", f"{name}.scaled", x, self.constant(f"{name}.scale", scale, np.float32))
+            return self.node("Add", f"{name}.sums", scaled, self.constant(f"{name}.shift", shift, np.float32))
+        if branch.kind == "product":
+            return self.node("Mul", f"{name}.products", x, self.dequantized(f"{name}.factor", values[branch.other]))
+        if branch.kind == "moved":
+            return self.moved(branch, x)
+        window, whole = branch.window, branch.window.kernel == self.shapes[branch.source][1:]
+        if branch.kind == "mean" and whole:
+            return self.node("GlobalAveragePool", f"{name}.sums", x)
+        return self.node("AveragePool" if branch.kind == "mean" else "MaxPool", f"{name}.sums", x,
+                         kernel_shape=window.kernel, strides=window.stride, pads=window.padding * 2,
+                         **({"dilations": window.dilation} if branch.kind == "max" else {}))
+
+    def moved(self, branch: Branch, x: str) -> str:
+        """The elements of x at other places: gathered from the flattened map, with a zero put before it."""
+        name, shape = branch.name, [*branch.index.shape, 1, 1][:3]
+        flat = self.node("Flatten", f"{name}.flat", x)
+        padded = self.node("Pad", f"{name}.padded", flat, self.constant(f"{name}.pads", [0, 1, 0, 0], np.int64))
+        places = self.constant(f"{name}.places", branch.index.flatten().numpy(), np.int64)
+        gathered = self.node("Gather", f"{name}.gathered", padded, places, axis=1)
+        return self.node("Reshape", f"{name}.sums", gathered, self.constant(f"{name}.shape", [-1, *shape], np.int64))
 
     def finished(self, about: dict[str, str]):
         """The checked ModelProto. about: its metadata."""
         helper, types = self.onnx.helper, self.onnx.TensorProto
-        network(self, self.model)
+        network(self)
         image = helper.make_tensor_value_info("image", types.UINT8, ["N", 3, IMAGE_SIZE, IMAGE_SIZE])
-        logits = helper.make_tensor_value_info("logits", types.FLOAT, ["N", self.model.linear.out_features])
+        logits = helper.make_tensor_value_info("logits", types.FLOAT, ["N", *self.shapes["logits"]])
         graph = helper.make_graph(self.nodes, "mobilenet_v2", [image], [logits], list(self.constants.values()))
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
                                   producer_name="export_onnx.py")
@@ -109,58 +143,68 @@ class Graph:
         return model
 
 
-def network(graph: "Floats | Codes", model: nn.Module) -> None:
-    """Build the model point by point. Layers come with their BatchNorm; a summand is a layer that goes into a sum."""
+def network(graph: "Floats | Codes") -> None:
+    """Build the model point by point. Layers come with their BatchNorm; values are maps [N, C, H, W], also of 1x1."""
     values = {}
-    for point in points(model):
+    for point in graph.read.points:
         first, *others = point.branches
-        if point.name == "image":
-            values["image"] = graph.image()
+        if first.kind == "pixels":
+            values[point.name] = graph.image(point)
         elif point.name == "logits":
-            graph.linear("logits", values[first.source])
-        elif first.kind == "mean":
-            values[point.name] = graph.mean(point.name, values[first.source])
-        elif others:
-            terms = [graph.summand(each.name, each.norm, values[each.source]) if each.norm
-                     else graph.unchanged(each.name, values[each.source]) for each in point.branches]
-            values[point.name] = graph.sum(point.name, *terms)
+            graph.node("Flatten", "logits", graph.sums(point, values))
+        elif others or first.kind == "layer" and isinstance(graph.model.get_submodule(first.name), nn.Linear):
+            values[point.name] = graph.sum(point, values)
+        elif first.kind == "function":
+            values[point.name] = graph.function(point, values[first.source])
+        elif first.kind == "layer":
+            values[point.name] = graph.point(point, graph.convolution(first, values[first.source]))
         else:
-            values[point.name] = graph.point(point.name,
-                                             graph.convolution(first.name, first.norm, values[first.source]))
+            values[point.name] = graph.point(point, graph.term(first, values))
 
 
 class Floats(Graph):
     """The network in float32, its BatchNorms folded into the convolutions: what 8 bits are compared with for speed."""
 
-    def image(self) -> str:
+    def image(self, point: Point) -> str:
         return self.node("DequantizeLinear", "image.normalised", "image",
                          self.constant("image.step", 1 / cifar100.STD, np.float32),
                          self.constant("image.zero", cifar100.MEAN, np.uint8))
 
-    def convolution(self, name: str, norm: str, x: str) -> str:
-        scale, shift = folded(self.model.get_submodule(norm))
-        weight = self.model.get_submodule(name).weight.detach().double() * scale.view(-1, 1, 1, 1)
-        return self.node("Conv", f"{name}.sums", x, self.constant(f"{name}.weight", weight.numpy(), np.float32),
-                         self.constant(f"{name}.bias", shift.numpy(), np.float32), **self.window(name))
+    def convolution(self, branch: Branch, x: str) -> str:
+        name, layer = branch.name, self.model.get_submodule(branch.name)
+        scale = torch.ones(len(layer.weight))
+        shift = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        if branch.norm:
+            scale, constant = folded(self.model.get_submodule(branch.norm))
+            shift = constant + scale * shift.detach()
+        weight = layer.weight.detach().double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        weight = self.constant(f"{name}.weight", weight.numpy(), np.float32)
+        bias = self.constant(f"{name}.bias", shift.detach().numpy(), np.float32)
+        if isinstance(layer, nn.Linear):
+            return self.node("Gemm", f"{name}.sums", self.node("Flatten", f"{name}.input", x), weight, bias, transB=1)
+        return self.node("Conv", f"{name}.sums", x, weight, bias, **self.window(name))
 
-    summand = convolution
+    def sums(self, point: Point, values: dict[str, str]) -> str:
+        """The sum of a point's branches."""
+        first, *others = [self.convolution(each, values[each.source]) if each.kind == "layer"
+                          else self.term(each, values) for each in point.branches]
+        for i, other in enumerate(others):
+            first = self.node("Add", f"{point.name}.sums" + f".{i}" * (i > 0), first, other)
+        return first
 
-    def unchanged(self, name: str, x: str) -> str:
-        return x
+    def sum(self, point: Point, values: dict[str, str]) -> str:
+        return self.point(point, self.sums(point, values))
 
-    def sum(self, name: str, first: str, second: str) -> str:
-        return self.point(name, self.node("Add", f"{name}.sums", first, second))
+    def point(self, point: Point, x: str) -> str:
+        if point.activation == "relu6":
+            limits = [self.constant(f"{point.name}.{end}", end, np.float32) for end in (0, 6)]
+            return self.node("Clip", point.name, x, *limits)
+        return self.node("Relu", point.name, x) if point.activation == "relu" else x
 
-    def point(self, name: str, x: str) -> str:
-        return self.node("Relu", name, x) if "relu" in name else x
-
-    def mean(self, name: str, x: str) -> str:
-        return self.node("Flatten", name, self.node("GlobalAveragePool", "mean", x))
-
-    def linear(self, name: str, x: str) -> str:
-        weight, bias = (p.detach().numpy() for p in (self.model.linear.weight, self.model.linear.bias))
-        return self.node("Gemm", name, x, self.constant("linear.weight", weight, np.float32),
-                         self.constant("linear.bias", bias, np.float32), transB=1)
+    def function(self, point: Point, x: str) -> str:
+        operator, *alpha = {"hardswish": ["HardSwish"], "hardsigmoid": ["HardSigmoid", 1 / 6],
+                            "sigmoid": ["Sigmoid"]}[point.branches[0].function]
+        return self.node(operator, point.name, x, **dict(zip(["alpha"], alpha)))
 
 
 class Codes(Graph):
@@ -181,8 +225,9 @@ class Codes(Graph):
         for name, activation in self.formats.activations.items():
             if activation.bits != 8:
                 raise BadInput(f"activation {name} has {activation.bits} bits: QuantizeLinear clips to 8")
-        if self.steps["image"] != 1 / cifar100.STD:
-            raise BadInput(f"the image has the step {self.steps['image']}: expected 1/{cifar100.STD}, the pixels' own")
+        for name in self.read.images:
+            if self.steps[name] != 1 / cifar100.STD:
+                raise BadInput(f"the image has the step {self.steps[name]}: expected 1/{cifar100.STD}, the pixels' own")
         for name, layer in weight_layers(model):
             grid = self.formats.tensors[f"{name}.weight"]
             if grid.bits > 8 or len(grid.steps) != 1:
@@ -206,12 +251,28 @@ class Codes(Graph):
         self.grids[name] = self.grids[x]
         return self.node("Transpose", name, x, perm=order)
 
-    def point(self, name: str, x: str) -> str:
-        return self.node("QuantizeLinear", name, x, *self.grid(name, name))
+    def point(self, point: Point, x: str, value: str | None = None) -> str:
+        """The codes of a point's float32 value, called `value`. The upper clip of a ReLU6 is one of codes."""
+        value = value or point.name
+        if point.activation != "relu6":
+            return self.node("QuantizeLinear", value, x, *self.grid(point.name, value))
+        codes = self.node("QuantizeLinear", f"{value}.whole", x, *self.grid(point.name, value))
+        high = min(round(RELU6 / self.steps[point.name]), 255)
+        return self.node("Clip", value, codes, "", self.constant(f"{value}.high", high, np.uint8))
 
-    def image(self) -> str:
-        self.grid("image", "image")
+    def image(self, point: Point) -> str:
+        self.grid(point.name, "image")
         return "image"
+
+    def function(self, point: Point, x: str) -> str:
+        """A pointwise function of codes: a table of 256."""
+        name, branch = point.name, point.branches[0]
+        source, target = (self.formats.activations[each] for each in (branch.source, name))
+        entries = table(branch.function, source, self.steps[branch.source], target, self.steps[name]).numpy()
+        entries = self.constant(f"{name}.table", entries + 128 * target.signed, np.uint8)
+        index = self.node("Cast", f"{name}.index", x, to=self.onnx.TensorProto.INT32)
+        self.grid(name, name)
+        return self.node("Gather", name, entries, index)
 
     # -- layers
 
@@ -220,7 +281,8 @@ class Codes(Graph):
         layer, grid = self.model.get_submodule(name), self.formats.tensors[f"{name}.weight"]
         codes, steps = grid.codes(layer.weight).numpy(), np.full(len(layer.weight), grid.steps[0])
         if norm is None:
-            return codes.astype(np.int8), steps, layer.bias.detach().double().numpy()
+            bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+            return codes.astype(np.int8), steps, bias.double().numpy()
         bn = self.model.get_submodule(norm)
         scale, shift = bn.weight.detach().double().numpy(), bn.bias.detach().double().numpy()
         steps = steps * scale
@@ -237,9 +299,10 @@ class Codes(Graph):
         return self.node("DequantizeLinear", name, self.constant(f"{name}.codes", codes, codes.dtype),
                          self.constant(f"{name}.steps", steps, np.float32), axis=axis)
 
-    def convolution(self, name: str, norm: str, x: str) -> str:
+    def convolution(self, branch: Branch, x: str) -> str:
         """A convolution that is rounded as it is: onnxruntime fuses it with its neighbours to a QLinearConv."""
-        codes, steps, shift = self.values(name, norm)
+        name = branch.name
+        codes, steps, shift = self.values(name, branch.norm)
         units = self.grids[x][0] * steps
         bias = shift / units
         reach = 255 * np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1) + np.abs(bias)
@@ -250,27 +313,38 @@ class Codes(Graph):
                          self.weight(f"{name}.weight", codes, steps, 0),
                          self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **self.window(name))
 
-    def summand(self, name: str, norm: str | None, x: str) -> str:
-        """A 1x1 convolution whose float32 result [N, H, W, out] is not rounded; in float32 its shift is exact, too."""
-        codes, steps, shift = self.values(name, norm)
-        x = self.transposed(x, f"{name}.rows", [0, 2, 3, 1])
-        weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
-        products = self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight)
+    def rows(self, branch: Branch, values: dict[str, str]) -> str:
+        """The float32 value [N, H, W, C] of a branch, not rounded; in float32 its shift is exact, too."""
+        name, x = branch.name, values[branch.source]
+        if branch.kind == "unchanged":
+            return self.dequantized(name, self.transposed(x, f"{name}.rows", [0, 2, 3, 1]))
+        if branch.kind != "layer":
+            return self.node("Transpose", f"{name}.rows", self.term(branch, values), perm=[0, 2, 3, 1])
+        codes, steps, shift = self.values(name, branch.norm)
+        if branch.window in (None, Window((1, 1))) and getattr(self.model.get_submodule(name), "groups", 1) == 1:
+            x = self.transposed(x, f"{name}.rows", [0, 2, 3, 1])
+            weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
+            products = self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight)
+        else:  # as a convolution of floats it would not be exact: its terms are too many
+            codes = self.constant(f"{name}.codes", codes.astype(np.int16) + 128, np.uint8)
+            acc = self.node("ConvInteger", f"{name}.acc", x, codes, self.grids[x][2],
+                            self.constant(f"{name}.zero", 128, np.uint8), **self.window(name))
+            acc = self.node("Transpose", f"{name}.rows", acc, perm=[0, 2, 3, 1])
+            acc = self.node("Cast", f"{name}.acc.float", acc, to=self.onnx.TensorProto.FLOAT)
+            units = self.constant(f"{name}.units", self.grids[x][0] * steps, np.float32)
+            products = self.node("Mul", f"{name}.products", acc, units)
         return self.node("Add", f"{name}.sums", products, self.constant(f"{name}.shift", shift, np.float32))
 
-    def unchanged(self, name: str, x: str) -> str:
-        return self.dequantized(name, self.transposed(x, f"{name}.rows", [0, 2, 3, 1]))
+    def sums(self, point: Point, values: dict[str, str]) -> str:
+        """The sum [N, H, W, C] of a point's branches in float32."""
+        first, *others = [self.rows(branch, values) for branch in point.branches]
+        for i, other in enumerate(others):
+            first = self.node("Add", f"{point.name}.sums" + f".{i}" * (i > 0), first, other)
+        return first
 
-    def sum(self, name: str, first: str, second: str) -> str:
-        codes = self.node("QuantizeLinear", f"{name}.codes", self.node("Add", f"{name}.sums", first, second),
-                          *self.grid(name, f"{name}.codes"))
-        return self.transposed(codes, name, [0, 3, 1, 2])
-
-    def mean(self, name: str, x: str) -> str:
-        return self.point(name, self.node("GlobalAveragePool", "mean.sums", self.dequantized("mean", x)))
-
-    def linear(self, name: str, x: str) -> str:
-        return self.node("Flatten", name, self.summand("linear", None, x))
+    def sum(self, point: Point, values: dict[str, str]) -> str:
+        codes = self.point(point, self.sums(point, values), f"{point.name}.codes")
+        return self.transposed(codes, point.name, [0, 3, 1, 2])
 
 
 def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:

@@ -16,7 +16,9 @@ What is stored for it            width
   multiplier, a channel's        11 bits and a sign, and a shift to the left: the float16 scale of a folded BatchNorm
   addend, a channel's            16 bits signed, and a shift to the left: the BatchNorm's shift, the linear layer's bias
   steps                          a power of two for every tensor and activation point: all shifts follow from them
-The average is the sum of its values: dividing by 16 is 4 more in a shift. Logits are values, all with one power of two.
+The average is the sum of its values: dividing by 16 is 4 more in a shift. A pointwise function of codes, such as hard
+swish, is a table of at most 256 codes. A product, as in squeeze-excitation, is one of codes. Logits are values, all
+with one power of two.
 
 No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the
 network is built. exact_network, which testers.py runs, computes the same whole numbers in floats that are wide
@@ -37,9 +39,10 @@ from compressed import checkpoints, cifar100, claims, counting, graph, threads
 from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
-from compressed.exact_network import exact_network
+from compressed.exact_network import RELU6, exact_network, table
 from compressed.files import to_json
-from compressed.formats import is_folded, signed_bits
+from compressed.formats import Formats, is_folded, signed_bits
+from compressed.graph import Window
 from compressed.mnet import stated_formats, stored_exponent
 
 BATCH = 8  # images: their maps stay in the cache
@@ -76,39 +79,66 @@ def products(codes: Tensor, weight: Tensor) -> Tensor:
     return acc.unflatten(0, codes.shape[:-1])
 
 
-def windows(codes: Tensor, stride: int) -> list[Tensor]:
-    """The nine codes under a 3x3 kernel, row by row, each [N, H/stride, W/stride, C]; outside the map they are 0."""
-    height, width = codes.shape[1:3]
-    codes = F.pad(codes, (0, 0, 1, 1, 1, 1))
-    return [codes[:, y:y + height:stride, x:x + width:stride] for y in range(3) for x in range(3)]
+def windows(codes: Tensor, window: Window, fill: int = 0) -> list[Tensor]:
+    """The codes at each place of a window, row by row, each [N, H', W', C]; outside the map they are `fill`."""
+    codes = F.pad(codes, (0, 0, *[window.padding[1]] * 2, *[window.padding[0]] * 2), value=fill)
+    rows, columns = ([slice(k * d, k * d + n - d * (kernel - 1), s) for k in range(kernel)]
+                     for n, kernel, s, d in zip(codes.shape[1:3], window.kernel, window.stride, window.dilation))
+    return [codes[:, y, x] for y in rows for x in columns]
 
 
-def full_3x3(codes: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """weight int8 [9 x in, out]."""
-    return products(torch.cat(windows(codes, stride), -1), weight)
+def full(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """A convolution. weight int8 [groups, places x in of a group, out of a group]."""
+    parts = windows(codes, window)
+    size = codes.shape[-1] // len(weight)
+    return torch.cat([products(torch.cat([part[..., g * size:(g + 1) * size] for part in parts], -1), one)
+                      for g, one in enumerate(weight)], -1)
 
 
-def depthwise_3x3(codes: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """weight int32 [9, C]."""
-    parts = windows(codes.int(), stride)
+def depthwise(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """weight int32 [places, C]."""
+    parts = windows(codes.int(), window)
     acc = parts[0] * weight[0]
     for part, row in zip(parts[1:], weight[1:]):
         acc.addcmul_(part, row)
     return acc
 
 
-def sum_of_map(codes: Tensor) -> Tensor:
-    return codes.sum((1, 2), dtype=torch.int32)
+def sum_of_window(codes: Tensor, window: Window) -> Tensor:
+    """[N, H', W', C]; of a whole map faster than part by part."""
+    if window.kernel == tuple(codes.shape[1:3]):
+        return codes.sum((1, 2), dtype=torch.int32)[:, None, None]
+    return sum(part.int() for part in windows(codes, window))
 
 
-def layer_sums(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def largest_of_window(codes: Tensor, window: Window, lowest: int) -> Tensor:
+    return functools.reduce(torch.maximum, windows(codes, window, lowest))
+
+
+def product(codes: Tensor, factor: Tensor) -> Tensor:
+    """factor: of the shape of the codes [N, H, W, C], or one for each channel."""
+    return codes.int() * (factor[:, None, None] if factor.dim() < codes.dim() else factor)
+
+
+def looked_up(codes: Tensor, entries: Tensor, low: int) -> Tensor:
+    """entries: int32, of each code from `low` on."""
+    return entries[codes.int() - low]
+
+
+def moved(codes: Tensor, places: Tensor) -> Tensor:
+    """The codes at these places [H, W, C] of an image, counted from 1 in that order; 0 is a zero."""
+    return F.pad(codes.flatten(1), (1, 0))[:, places]
+
+
+def layer_sums(layer: nn.Module, weight: Tensor, window: Window | None) -> Callable[[Tensor], Tensor]:
     """The function from a layer's input codes to its accumulators. weight: its codes, int64, in the layer's shape."""
-    if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
+    if window in (None, Window((1, 1))) and getattr(layer, "groups", 1) == 1:
         return functools.partial(products, weight=weight.flatten(1).to(torch.int8).T)
-    rows, stride = weight.permute(2, 3, 1, 0), layer.stride[0]  # [3, 3, in, out]
-    if layer.groups == 1:
-        return functools.partial(full_3x3, weight=rows.flatten(0, 2).to(torch.int8), stride=stride)
-    return functools.partial(depthwise_3x3, weight=rows.flatten(0, 2).int(), stride=stride)
+    if layer.groups == layer.in_channels == layer.out_channels:
+        return functools.partial(depthwise, weight=weight.flatten(1).T.int().contiguous(), window=window)
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # [out, places x in of a group]
+    rows = rows.view(layer.groups, -1, rows.shape[1]).transpose(1, 2)
+    return functools.partial(full, weight=rows.to(torch.int8), window=window)
 
 
 # ------------------------------------------------------------------------------------------------ the integer network
@@ -119,15 +149,19 @@ def lowest_bit(x: Fraction) -> int:
 
 
 class Branch:
-    """One term of a value: sums(codes of `source`) x multiplier + addend, a channel at a time.
+    """One term of a value: sums(codes of its sources) x multiplier + addend, a channel at a time.
+
+    kind: see graph.Branch.
 
     reach: (lowest, highest) accumulator of each channel. scale, shift: the real numbers for which multiplier and addend
     stand; `align` makes those, the integers scale / 2^e and shift / 2^e.
     """
 
-    def __init__(self, name: str, source: str, sums: Callable[[Tensor], Tensor], reach: list[tuple[int, int]],
+    def __init__(self, of: graph.Branch, sums: Callable[..., Tensor], reach: list[tuple[int, int]],
                  scale: list[Fraction], shift: list[Fraction]):
-        self.name, self.source, self.sums, self.reach, self.scale, self.shift = name, source, sums, reach, scale, shift
+        self.name, self.kind, self.source, self.sources = of.name, of.kind, of.source, of.sources
+        self.sums, self.reach, self.scale, self.shift = sums, reach, scale, shift
+        name = self.name
         worst = max(max(-low, high) for low, high in reach)
         if worst >= 2**31:
             raise BadInput(f"{name}: sums of products up to {worst:,} may overflow the 32-bit accumulator")
@@ -144,7 +178,7 @@ class Branch:
         return largest
 
     def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
-        acc = self.sums(codes[self.source])
+        acc = self.sums(*(codes[source] for source in self.sources))
         if watch is not None:
             watch(self.name, acc)
         return acc.to(self.multiplier.dtype).mul_(self.multiplier).add_(self.addend)
@@ -157,12 +191,14 @@ class Point:
     Raises BadInput if the value could overflow 64 bits.
     """
 
-    def __init__(self, name: str, branches: list[Branch], step: Fraction | None = None, low: int = 0, high: int = 0):
-        self.name, self.branches, self.low, self.high = name, branches, low, high
+    def __init__(self, of: graph.Point, branches: list[Branch], step: Fraction | None = None, low: int = 0,
+                 high: int = 0):
+        self.name, self.branches, self.low, self.high = of.name, branches, low, high
+        self.layout, name = (*of.shape[1:], of.shape[0]), of.name  # channels last
         self.dtype = torch.int8 if low < 0 else torch.uint8
         halves = [step / 2 if step else Fraction(0)] * len(branches[0].scale)
         parts = zip(halves, *(part for branch in branches for part in (branch.scale, branch.shift)))
-        self.exponents = [min(lowest_bit(x) for x in channel if x) for channel in parts]
+        self.exponents = [min((lowest_bit(x) for x in channel if x), default=0) for channel in parts]
         if step is None:
             self.exponents = [min(self.exponents)] * len(halves)  # logits are compared with each other
         halves = [int(half * Fraction(2) ** -e) for half, e in zip(halves, self.exponents)]
@@ -178,10 +214,10 @@ class Point:
 
     def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
         """int32 or int64, times 2^exponent of the channel."""
-        value = self.branches[0].value(codes, watch)
-        for branch in self.branches[1:]:
-            value += branch.value(codes, watch)
-        return value
+        first, *others = (branch.value(codes, watch).reshape(-1, *self.layout) for branch in self.branches)
+        for other in others:
+            first += other
+        return first
 
     def round(self, value: Tensor) -> Tensor:
         """The codes, uint8 or int8. Writes over the value.
@@ -191,6 +227,71 @@ class Point:
         odd = (value >> self.shift).bitwise_and_(1)
         value = value.add_(odd).add_(self.half - 1).bitwise_right_shift_(self.shift)
         return value.clamp_(self.low, self.high).to(self.dtype)
+
+
+class Builder:
+    """Makes the branches of an integer network from a model's stored values; steps, shapes: of all points, by name."""
+
+    def __init__(self, model: nn.Module, formats: Formats, steps: dict[str, Fraction], shapes: dict[str, tuple]):
+        self.model, self.formats, self.steps, self.shapes = model, formats, steps, shapes
+
+    def branch(self, of: graph.Branch, point: graph.Point) -> Branch:
+        if of.kind == "layer":
+            return self.layer(of)
+        if of.kind == "pixels":
+            unit = Fraction(1, cifar100.STD)
+            return Branch(of, lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
+        activation, step, channels = self.formats.activations[of.source], self.steps[of.source], point.shape[0]
+        low, high, shift = activation.low, activation.high, [Fraction(0)] * channels
+        if of.kind == "norm":
+            scale, shift = self.scales(of.norm)
+            return Branch(of, lambda codes: codes, [(low, high)] * channels, [step * a for a in scale], shift)
+        sums = {"mean": functools.partial(sum_of_window, window=of.window),
+                "max": functools.partial(largest_of_window, window=of.window, lowest=low),
+                "product": product}.get(of.kind, lambda codes: codes)
+        if of.kind == "mean":
+            low, high, step = of.terms * low, of.terms * high, step / of.terms
+        elif of.kind == "product":
+            other = self.formats.activations[of.other]
+            ends = [a * b for a in (low, high) for b in (other.low, other.high)]
+            low, high, step = min(ends), max(ends), step * self.steps[of.other]
+        elif of.kind == "moved":
+            sums = functools.partial(moved, places=self.places(of))
+        elif of.kind == "function":
+            entries = table(of.function, activation, float(step), self.formats.activations[point.name],
+                            float(self.steps[point.name]))
+            sums, step = functools.partial(looked_up, entries=entries, low=low), self.steps[point.name]
+            low, high = int(entries.min()), int(entries.max())
+        return Branch(of, sums, [(low, high)] * channels, [step] * channels, shift)
+
+    def layer(self, of: graph.Branch) -> Branch:
+        module, grid = self.model.get_submodule(of.name), self.formats.tensors[f"{of.name}.weight"]
+        if len(grid.steps) != 1:
+            raise BadInput(f"{of.name}.weight has {len(grid.steps)} steps, expected one")
+        unit = Fraction(2) ** stored_exponent(grid.steps[0], f"{of.name}.weight") * self.steps[of.source]
+        scale, shift = [Fraction(1)] * len(module.weight), [Fraction(0)] * len(module.weight)
+        if module.bias is not None:
+            shift = list(map(Fraction, module.bias.tolist()))
+        if of.norm:
+            if any(shift):
+                raise BadInput(f"{of.name}: its bias is not folded into the shift of {of.norm}")
+            scale, shift = self.scales(of.norm)
+        weight = grid.codes(module.weight)
+        reach = counting.reach(weight, self.formats.activations[of.source])
+        return Branch(of, layer_sums(module, weight, of.window), reach, [unit * a for a in scale], shift)
+
+    def scales(self, norm: str) -> tuple[list[Fraction], list[Fraction]]:
+        """Scale and shift of each channel of a folded BatchNorm."""
+        bn = self.model.get_submodule(norm)
+        if not is_folded(bn):
+            raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
+        return list(map(Fraction, bn.weight.tolist())), list(map(Fraction, bn.bias.tolist()))
+
+    def places(self, of: graph.Branch) -> Tensor:
+        """Where the elements of a "moved" branch come from, channels last on both sides: as `moved` counts them."""
+        shape = self.shapes[of.source]
+        numbers = torch.arange(1, of.elements + 1).view(*shape[1:], shape[0]).movedim(-1, 0).flatten()
+        return F.pad(numbers, (1, 0))[of.index].movedim(0, -1)
 
 
 class IntegerNetwork:
@@ -210,7 +311,7 @@ class IntegerNetwork:
         Raises BadInput if they do not fit each other, or are not what 8-bit codes with steps that are powers of two and
         accumulators of 32 bits can hold.
         """
-        formats, points = stated_formats(model, claim), []
+        formats, points, read = stated_formats(model, claim), [], graph.read(model)
         widths = {name: grid.bits for name, grid in formats.tensors.items()}
         widths |= {f"activation {name}": activation.bits for name, activation in formats.activations.items()}
         vectors = {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
@@ -219,42 +320,15 @@ class IntegerNetwork:
             raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
         step = {entry["name"]: Fraction(2) ** stored_exponent(entry.get("step"), f"activation {entry['name']}")
                 for entry in claim["activations"]}
-
-        def layer(name: str, norm: str | None, source: str) -> Branch:
-            module, grid = model.get_submodule(name), formats.tensors[f"{name}.weight"]
-            if len(grid.steps) != 1:
-                raise BadInput(f"{name}.weight has {len(grid.steps)} steps, expected one")
-            unit = Fraction(2) ** stored_exponent(grid.steps[0], f"{name}.weight") * step[source]
-            scale, shift = [unit] * len(module.weight), module.bias
-            if norm:
-                bn = model.get_submodule(norm)
-                if not is_folded(bn):
-                    raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
-                scale, shift = [unit * Fraction(a) for a in bn.weight.tolist()], bn.bias
-            weight = grid.codes(module.weight)
-            reach = counting.reach(weight, formats.activations[source])
-            return Branch(name, source, layer_sums(module, weight), reach, scale, list(map(Fraction, shift.tolist())))
-
-        def branch(each: graph.Branch, channels: int | None) -> Branch:
-            if each.kind == "layer":
-                return layer(each.name, each.norm, each.source)
-            if each.kind == "pixels":
-                unit = Fraction(1, cifar100.STD)
-                return Branch(each.name, each.source, lambda codes: codes, [(0, 255)] * 3, [unit] * 3,
-                              [-cifar100.MEAN * unit] * 3)
-            activation, n = formats.activations[each.source], each.terms or 1
-            return Branch(each.name, each.source, sum_of_map if each.kind == "mean" else lambda codes: codes,
-                          [(n * activation.low, n * activation.high)] * channels, [step[each.source] / n] * channels,
-                          [Fraction(0)] * channels)
-
-        channels = {}
-        for point in graph.points(model):
-            branches = [branch(each, channels.get(each.source)) for each in point.branches]
-            channels[point.name] = len(branches[0].scale)
-            if point.name == "logits":
-                return cls(points, Point("logits", branches))
-            activation = formats.activations[point.name]
-            points.append(Point(point.name, branches, step[point.name], activation.low, activation.high))
+        build = Builder(model, formats, step, {point.name: point.shape for point in read.points})
+        for point in read.points[:-1]:
+            activation, high = formats.activations[point.name], None
+            if point.activation == "relu6":
+                high = round(Fraction(RELU6) / step[point.name])
+            points.append(Point(point, [build.branch(each, point) for each in point.branches], step[point.name],
+                                activation.low, activation.high if high is None else min(activation.high, high)))
+        last = read.points[-1]
+        return cls(points, Point(last, [build.branch(each, last) for each in last.branches]))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, watch: Callable[[str, Tensor], None] | None = None) -> Tensor:
@@ -263,16 +337,16 @@ class IntegerNetwork:
 
     @torch.inference_mode()
     def codes(self, images: Tensor, watch=None) -> dict[str, Tensor]:
-        """The codes at every activation point and the pixels: {name: uint8 or int8 [N, H, W, C] (features: [N, C])}."""
+        """The codes at every activation point and the pixels: {name: uint8 or int8 [N, H, W, C] or [N, C]}."""
         codes = {"pixels": images.permute(0, 2, 3, 1).contiguous()}
         for point in self.points:
             codes[point.name] = point.round(point.value(codes, watch))
         return codes
 
     def layers(self) -> list[Branch]:
-        """What sums products or values: convolutions, the linear layer, the mean, in the order in which they run."""
+        """What sums products or values: convolutions, linear layers, means, in the order in which they run."""
         branches = [branch for point in (*self.points, self.logits) for branch in point.branches]
-        return [branch for branch in branches if isinstance(branch.sums, functools.partial) or branch.name == "mean"]
+        return [branch for branch in branches if branch.kind in ("layer", "mean")]
 
 
 # ---------------------------------------------------------------------------------------- beside the float network

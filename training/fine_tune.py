@@ -24,7 +24,7 @@ from compressed.errors import BadInput
 from compressed.exact_network import Quantizer, folded, quantize_activations
 from compressed.files import git_commit, load_record, save_record, save_tensors, sha256
 from compressed.formats import code_range
-from compressed.graph import activation_points, neighbours, weight_layers
+from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, reweighted_l1, teachers
 
@@ -65,32 +65,33 @@ class LearnedQuantizer(Quantizer):
     """An activation's Quantizer whose step is a trained power of two."""
 
     def __init__(self, quantizer: Quantizer):
-        super().__init__(quantizer.bits, quantizer.signed, quantizer.step)
+        super().__init__(quantizer.bits, quantizer.signed, quantizer.step, quantizer.most)
         self.log_step = nn.Parameter(torch.tensor(math.log2(quantizer.step)))
 
     def forward(self, x):
         step = straight_through(self.log_step.round(), self.log_step).exp2()
-        return Rounded.apply(x.float(), step, *code_range(self.bits, self.signed))
+        return Rounded.apply(x.float(), step, *self.range())
 
     def plain(self) -> Quantizer:
-        return Quantizer(self.bits, self.signed, 2.0 ** round(float(self.log_step)))
+        return Quantizer(self.bits, self.signed, 2.0 ** round(float(self.log_step)), self.most)
 
 
 class LearnedConv2d(grids.QuantizedConv2d):
     """A convolution that rounds its weights to trained steps.
 
     norm: a list of the BatchNorm behind it, where the product of its scale with the step has to be short; else empty.
-    rounded: whether the step is a power of two.
+    whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
     """
+    whole = False
 
     def forward(self, x):
-        log_step = straight_through(self.log_step.round(), self.log_step) if self.rounded else self.log_step
-        step = log_step.exp2()
+        step = self.log_step
+        step = (straight_through(step.round(), step) if self.whole else step).exp2()
         if self.norm:
             scale = folded(self.norm[0])[0].view_as(step)
             short = grids.short_step(step, scale).to(step)
             step = straight_through(short, step)
-        return self._conv_forward(x, Rounded.apply(self.weight, step, *code_range(self.bits)), None)
+        return self._conv_forward(x, Rounded.apply(self.weight, step, *code_range(self.bits)), self.bias)
 
 
 class LearnedLinear(grids.QuantizedLinear):
@@ -106,31 +107,34 @@ def learn_steps(model: nn.Module, scheme: str) -> None:
 
     The image's step stays: its pixels stand on their grid exactly.
     """
-    norms = neighbours(model)
+    graph = read(model)
+    norms = {branch.name: branch.norm for branch in graph.layers}
     for name, layer in weight_layers(model):
         layer.log_step = nn.Parameter(layer.step.detach().log2())
         if isinstance(layer, nn.Linear):
             layer.__class__ = LearnedLinear
         else:
             # in a list, which hides the module from named_modules: it is registered where it belongs
-            layer.norm = [model.get_submodule(norms[name][0])] if scheme == "channel" else []
-            layer.rounded = scheme == "power-of-two"
+            norm = norms[name]
+            layer.norm = [model.get_submodule(norm)] if norm and scheme == "channel" else []
+            layer.whole = norm is None or scheme == "power-of-two"
             layer.__class__ = LearnedConv2d
-    for name in activation_points(model):
-        if name != "image":
+    for name in graph.activation_points:
+        if name not in graph.images:
             model.set_submodule(name, LearnedQuantizer(model.get_submodule(name)))
 
 
 @torch.no_grad()
 def fix_steps(model: nn.Module, scheme: str) -> None:
     """Make trained steps plain values again, in place, each where the forward pass had rounded it to."""
+    graph = read(model)
     for _, layer in weight_layers(model):
-        exact = isinstance(layer, nn.Linear) or scheme == "power-of-two"
+        exact = scheme == "power-of-two" or getattr(layer, "whole", True)
         layer.step = (layer.log_step.round() if exact else layer.log_step).detach().exp2()
         layer.__class__ = grids.QuantizedLinear if isinstance(layer, nn.Linear) else grids.QuantizedConv2d
         del layer.log_step
         layer.norm = []
-    for name in activation_points(model):
+    for name in graph.activation_points:
         if isinstance(quantizer := model.get_submodule(name), LearnedQuantizer):
             model.set_submodule(name, quantizer.plain())
     if scheme == "channel":
@@ -229,7 +233,8 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
     if record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen):
         raise BadInput(f"{tuning.file} was fine-tuned from another checkpoint or with other options; --no-resume "
                        "fine-tunes again")
-    content, points = load_state(tuning.file), activation_points(model)
+    model = prepare(model)
+    content, points = load_state(tuning.file), read(model).activation_points
     try:
         steps = {name: content.pop(f"{name}.step") for name in (*dict(weight_layers(model)), *points)}
         model.load_state_dict(content)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from compressed import threads
-from compressed.graph import points
-from training.batchnorm import ACTIVATIONS, BatchNorm
+from compressed.errors import BadInput
+from compressed.graph import activated_norms
+from training.batchnorm import BatchNorm
 from training.depthwise import Depthwise
 
 
@@ -104,11 +105,10 @@ def fast_on_a_cpu(model: nn.Module):
     """
     changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
     norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(Exception):  # a network that cannot be followed keeps its activations
-        for point in points(model, ACTIVATIONS):
-            if point.activation != "none" and len(point.branches) == 1 and point.branches[0].norm:
-                norms[model.get_submodule(point.branches[0].norm)] = point.activation
-                changed.append((model.get_submodule(point.name), nn.Identity))
+    with contextlib.suppress(BadInput):  # a network that cannot be followed keeps its activations
+        for norm, (activation, kind) in activated_norms(model).items():
+            norms[model.get_submodule(norm)] = kind
+            changed.append((model.get_submodule(activation), nn.Identity))
     changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
                 for norm, activation in norms.items()]
     before = [(module, type(module)) for module, _ in changed]
