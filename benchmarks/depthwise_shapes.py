@@ -19,7 +19,7 @@ from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
 from compressed.threads import describe_machine, prepare
 from mobilenet_v2 import MobileNetV2
-from training.depthwise import Convolve
+from training.cpu_kernels import Convolve
 
 COMPILED = "bfloat16 compiled"
 VARIANTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, COMPILED: torch.bfloat16}

@@ -167,7 +167,7 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
         mark()
         return marks
 
-    with loop.fast_on_a_cpu(model) if device.type == "cpu" else contextlib.nullcontext():
+    with cpu_kernels.fast_on_a_cpu(model) if device.type == "cpu" else contextlib.nullcontext():
         for step in range(1 + steps):
             marks = one_step(step, wait=True)
             if step:  # the first one warms up

@@ -29,7 +29,7 @@ static inline number store(float value) { return value; }
  *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between
  */
 
-enum { NONE, RELU, HARDSWISH }; /* in the order of ACTIVATIONS in training/batchnorm.py */
+enum { NONE, RELU, HARDSWISH }; /* in the order of ACTIVATIONS in training/cpu_kernels.py */
 
 /* Call with a constant h, and each call is compiled for that h alone: no loop over values holds a branch. */
 #define FOR_ONE_ACTIVATION static inline __attribute__((always_inline))

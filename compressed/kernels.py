@@ -1,4 +1,4 @@
-"""kernels.c, compiled: what training/batchnorm.py, training/depthwise.py and exact_network.py call on a CPU.
+"""kernels.c, compiled: what training/cpu_kernels.py and exact_network.py call on a CPU.
 
 The C compiler is called once a process (CC, options and all, or cc; a second or two). Where there is none, everything
 stays PyTorch's.

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from compressed import threads
-from training.replicas import Processes, Replicas, fast_on_a_cpu, shares
+from training.cpu_kernels import fast_on_a_cpu
+from training.replicas import Processes, Replicas, shares
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 4, 5, 7, 16, 26, 50, 51))

@@ -23,11 +23,12 @@ from compressed.evaluation import evaluate, renew_statistics
 from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
 from compressed.networks import half_state, save_state
+from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
 from training.muon import Muon
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
-from training.replicas import Processes, Replicas, fast_on_a_cpu
+from training.replicas import Processes, Replicas
 from training.state import State, brief, fingerprint, stop_noted
 
 

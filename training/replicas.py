@@ -5,7 +5,6 @@ Every share is normalised by its own statistics (Hoffer et al. 2017, "ghost batc
 statistics are the mean of all. So P processes of W workers compute what one process of P W workers does, but for
 rounding.
 """
-import contextlib
 import copy
 import dataclasses
 
@@ -14,10 +13,6 @@ import torch.distributed as dist
 from torch import nn
 
 from compressed import threads
-from compressed.errors import BadInput
-from compressed.graph import activated_norms
-from training.batchnorm import BatchNorm
-from training.depthwise import Depthwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,28 +89,3 @@ class Replicas:
         if count > 1:
             torch._foreach_mul_(statistics, 1 / count)
             self.spread()
-
-
-@contextlib.contextmanager
-def fast_on_a_cpu(model: nn.Module):
-    """Within it, a step avoids what is slow on a CPU. The results are the same, but for rounding, or better.
-
-    Depthwise convolutions, and BatchNorm with the ReLU or hard swish behind it where the graph says which belong
-    together, are compiled functions where there is a compiler (depthwise.py, batchnorm.py).
-    """
-    changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
-    norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(BadInput):  # a network that cannot be followed keeps its activations
-        for norm, (activation, kind) in activated_norms(model).items():
-            norms[model.get_submodule(norm)] = kind
-            changed.append((model.get_submodule(activation), nn.Identity))
-    changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
-                for norm, activation in norms.items()]
-    before = [(module, type(module)) for module, _ in changed]
-    for module, other in changed:
-        module.__class__ = other
-    try:
-        yield
-    finally:
-        for module, own in before:
-            module.__class__ = own

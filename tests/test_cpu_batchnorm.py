@@ -10,8 +10,8 @@ from torch import nn
 from compressed import kernels
 from mobilenet_v2 import MobileNetV2
 from small import with_hardswish
-from training import batchnorm
-from training.replicas import fast_on_a_cpu
+from training import cpu_kernels
+from training.cpu_kernels import fast_on_a_cpu
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
@@ -26,7 +26,7 @@ def pair(channels: int, activation: str) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d
     nn.init.normal_(norm.bias)
     nn.init.normal_(norm.running_mean)
     ours = copy.deepcopy(norm)
-    ours.__class__, ours.activation = batchnorm.BatchNorm, activation
+    ours.__class__, ours.activation = cpu_kernels.BatchNorm, activation
     return norm.double(), ours
 
 
@@ -115,7 +115,7 @@ def test_a_step_of_the_network_is_the_same_without_a_compiler(activation, precis
             kinds = [type(module) for module in model.modules()]
             with fast_on_a_cpu(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
                 assert not any(isinstance(module, activation) for module in model.modules())
-                fused = [module.activation for module in model.modules() if isinstance(module, batchnorm.BatchNorm)]
+                fused = [module.activation for module in model.modules() if isinstance(module, cpu_kernels.BatchNorm)]
                 out = model(x)
                 out.float().logsumexp(1).mean().backward()
             assert [type(module) for module in model.modules()] == kinds

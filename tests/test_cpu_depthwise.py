@@ -6,8 +6,7 @@ from torch import nn
 
 from compressed import kernels
 from mobilenet_v2 import MobileNetV2
-from training.depthwise import MOST, Convolve, Depthwise
-from training.replicas import fast_on_a_cpu
+from training.cpu_kernels import LARGEST_MAP, Convolve, Depthwise, fast_on_a_cpu
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
@@ -16,7 +15,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 @compiled
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("stride", (1, 2))
-@pytest.mark.parametrize("shape", ((2, 16, 1, 1), (3, 40, 24, 24), (1, 17, 5, 8), (2, 23, 6, 3), (1, 31, MOST, 2)))
+@pytest.mark.parametrize("shape", ((2, 16, 1, 1), (3, 40, 24, 24), (1, 17, 5, 8), (2, 23, 6, 3),
+                                   (1, 31, LARGEST_MAP, 2)))
 def test_it_is_a_depthwise_convolution(shape, stride, dtype):
     """Channels that fill their blocks and that do not, odd and even sides, and the strides' last positions."""
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def test_it_takes_what_fits_and_leaves_the_rest(monkeypatch):
                        (nn.Conv2d(32, 32, 3, 1, 1, padding_mode="circular", **wide), 8),
                        (nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), 8),
                        (nn.Conv2d(32, 32, 3, 1, 1, **wide).double(), 8),
-                       (nn.Conv2d(32, 32, 3, 1, 1, **wide), MOST + 1)):
+                       (nn.Conv2d(32, 32, 3, 1, 1, **wide), LARGEST_MAP + 1)):
         x = torch.randn(2, conv.in_channels, side, side, dtype=conv.weight.dtype)
         plain = conv(x)
         with fast_on_a_cpu(conv):
@@ -67,5 +67,5 @@ def test_it_takes_what_fits_and_leaves_the_rest(monkeypatch):
         assert type(conv) is nn.Conv2d and not taken
     conv = nn.Conv2d(32, 32, 3, 1, 1, **wide)
     with fast_on_a_cpu(conv):
-        conv(torch.randn(2, 32, MOST, 2))
+        conv(torch.randn(2, 32, LARGEST_MAP, 2))
     assert taken == ["depthwise"]

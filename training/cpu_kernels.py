@@ -1,0 +1,141 @@
+"""Training functions for a CPU, compiled from kernels.c: BatchNorm with its activation, and depthwise convolution.
+
+With a ReLU, PyTorch's BatchNorm and activation take 13 passes over memory where 8 are enough; a third of a bfloat16
+step is such passes. And oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution, least of all
+with a stride (benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step.
+Where there is no C compiler, everything stays PyTorch's.
+"""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressed import kernels
+from compressed.errors import BadInput
+from compressed.graph import activated_norms
+
+ACTIVATIONS = "none", "relu", "hardswish"  # in the order of kernels.c
+MOST_CHANNELS = 4096  # of a BatchNorm: its sums are on the stack
+LEAST_CHANNELS = 16  # of a depthwise convolution: as many are computed side by side
+LARGEST_MAP = 64  # its height and width: both planes of a block of channels are on the stack
+
+
+# ---- BatchNorm with the activation behind it -----------------------------------------------------
+
+class Normalise(torch.autograd.Function):
+    """(x, weight, bias, mean near which x lies, eps, index in ACTIVATIONS) -> (y, mean, biased variance)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, origin, eps, activation):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, (mean, var, a, b) = torch.empty_like(x), (torch.empty_like(weight) for _ in range(4))
+        kernels.call("batchnorm", x, x.numel() // x.shape[1], x.shape[1], weight, bias, origin, eps, activation,
+                     y, mean, var, a, b)
+        ctx.save_for_backward(x, mean, var, a, b)
+        ctx.options = eps, activation
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, *constants = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias = torch.empty_like(x), *(torch.empty_like(constants[0]) for _ in range(2))
+        kernels.call("batchnorm_gradients", x, x.numel() // x.shape[1], x.shape[1], *constants, *ctx.options, dy, dx,
+                     dweight, dbias)
+        return dx, dweight, dbias, None, None, None
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """A BatchNorm2d of maps on a CPU, with the `activation` behind it, one of ACTIVATIONS."""
+    activation = "none"
+
+    def forward(self, x):
+        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        if not self.training or self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
+            y = super().forward(x)
+            return y if self.activation == "none" else getattr(F, self.activation)(y, inplace=True)
+        y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps,
+                                       ACTIVATIONS.index(self.activation))
+        rows = x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * (rows / max(1, rows - 1)), momentum)
+        return y
+
+
+# ---- Depthwise convolution -----------------------------------------------------------------------
+
+class Convolve(torch.autograd.Function):
+    """(x [N, C, H, W], weight [C, 1, 3, 3] in float32, stride) -> [N, C, ceil(H / stride), ceil(W / stride)]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        x = x.contiguous(memory_format=torch.channels_last)
+        (images, channels, *size), taps = x.shape, weight.flatten(1).t().contiguous()
+        y = torch.empty(images, channels, *((side - 1) // stride + 1 for side in size), dtype=x.dtype,
+                        memory_format=torch.channels_last)
+        kernels.call("depthwise", x, images, *size, channels, taps, stride, y)
+        ctx.save_for_backward(x, taps)
+        ctx.stride = stride
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        (images, channels, *size), dx, dtaps = x.shape, torch.empty_like(x), torch.zeros_like(taps)
+        kernels.call("depthwise_gradients", x, images, *size, channels, taps, ctx.stride, dy, dx, dtaps)
+        return dx, dtaps.t().reshape(channels, 1, 3, 3), None
+
+
+class Depthwise(nn.Conv2d):
+    """A depthwise Conv2d of maps on a CPU. Where kernels.c does not fit, PyTorch's, in float32 if it has a stride."""
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether it is one that kernels.c computes, in float32 weights."""
+        return (conv.groups == conv.in_channels == conv.out_channels >= LEAST_CHANNELS and conv.kernel_size == (3, 3)
+                and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1) and conv.dilation == (1, 1)
+                and conv.padding_mode == "zeros" and conv.bias is None and conv.weight.dtype == torch.float32)
+
+    def forward(self, x):
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        if self.fits(self) and max(x.shape[2:]) <= LARGEST_MAP and kernels.library(dtype):
+            return Convolve.apply(x.to(dtype), self.weight, self.stride[0])
+        if not autocast or max(self.stride) == 1:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(dtype)
+
+
+# ---- Their use -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def fast_on_a_cpu(model: nn.Module):
+    """Train with the functions of this file within the block: the model's modules change their class, and get it back.
+
+    Depthwise convolutions become Depthwise; a BatchNorm2d becomes a BatchNorm, with the ReLU or hard swish behind it
+    where the graph says that nothing else reads between them. Weights, state-dict keys and, but for rounding, results
+    are the same.
+    """
+    changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
+    norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
+    with contextlib.suppress(BadInput):  # a network that cannot be followed keeps its activations
+        for norm, (activation, kind) in activated_norms(model).items():
+            norms[model.get_submodule(norm)] = kind
+            changed.append((model.get_submodule(activation), nn.Identity))
+    changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
+                for norm, activation in norms.items()]
+    before = [(module, type(module)) for module, _ in changed]
+    for module, other in changed:
+        module.__class__ = other
+    try:
+        yield
+    finally:
+        for module, own in before:
+            module.__class__ = own
