@@ -34,7 +34,7 @@ from compressed import cifar100, kernels, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
 from mobilenet_v2 import MobileNetV2
-from training import loop, teachers
+from training import cpu_kernels, loop, teachers
 from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
