@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressed import cifar100, counting
+from compressed import cifar100, counting, graph
 from compressed import exact_network as exact
 from compressed.errors import BadInput
 from compressed.files import load_json
@@ -284,11 +284,13 @@ def test_what_is_seen_is_within_the_bounds(tiny):
 def test_overflow_is_refused(tiny):
     one = [Fraction(1)]
     with pytest.raises(BadInput, match="32-bit accumulator"):
-        Branch("wide", "x", None, [(-2**31, 0)], one, one)
-    widest = Branch("widest", "x", None, [(1 - 2**31, 2**31 - 1)], [Fraction(2**32 - 1)], [Fraction(0)])
-    assert Point("fits", [widest], Fraction(2)).bits == 64
+        Branch(graph.Branch("layer", "wide", "x"), None, [(-2**31, 0)], one, one)
+    widest = Branch(graph.Branch("layer", "widest", "x"), None, [(1 - 2**31, 2**31 - 1)], [Fraction(2**32 - 1)],
+                    [Fraction(0)])
+    point = graph.Point("wide", (), "none", True, (1,))
+    assert Point(point, [widest], Fraction(2)).bits == 64
     with pytest.raises(BadInput, match="may need 65 bits"):
-        Point("wide", [widest, widest], Fraction(2))
+        Point(point, [widest, widest], Fraction(2))
     model, claim = tiny_network()
     next(a for a in claim["activations"] if a["name"] == "layers.1.out")["step"] = 2.0**-60
     with pytest.raises(BadInput, match=r"layers.1.out: its aligned sums may need \d+ bits"):

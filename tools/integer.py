@@ -81,7 +81,7 @@ def products(codes: Tensor, weight: Tensor) -> Tensor:
 
 def windows(codes: Tensor, window: Window, fill: int = 0) -> list[Tensor]:
     """The codes at each place of a window, row by row, each [N, H', W', C]; outside the map they are `fill`."""
-    codes = F.pad(codes, (0, 0, *[window.padding[1]] * 2, *[window.padding[0]] * 2), value=fill)
+    codes = F.pad(codes, (0, 0, *[window.padding[1]] * 2, *[window.padding[0]] * 2), value=fill or None)
     rows, columns = ([slice(k * d, k * d + n - d * (kernel - 1), s) for k in range(kernel)]
                      for n, kernel, s, d in zip(codes.shape[1:3], window.kernel, window.stride, window.dilation))
     return [codes[:, y, x] for y in rows for x in columns]
