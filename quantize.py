@@ -69,7 +69,7 @@ def training_record(checkpoint, tuned: bool = False) -> list[dict]:
     return stages
 
 
-def made_claim(checkpoint: Path, network: str, claim: dict) -> dict:
+def made_claim(checkpoint: Path, claim: dict, network: str = networks.DEFAULT) -> dict:
     """The claim (see claims.py) with what follows from the file as it was written: digest, counts and logits."""
     model = prepare(networks.load_checkpoint(checkpoint, network))
     formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
@@ -259,7 +259,7 @@ def main(argv=None) -> int:
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
                     "training": training_record(args.checkpoint, tuned=tuning is not None)}}
-    save_record(made_claim(args.out, args.network, claim), claims.claim_path(args.out))
+    save_record(made_claim(args.out, claim, args.network), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 
