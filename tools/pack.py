@@ -3,7 +3,7 @@
     python -m tools.pack                                packs the shipped checkpoint, reads it back, compares, and says
     python -m tools.pack --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
 """
-from compressed import checkpoints, claims, counting
+from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import sha256, try_to_write
@@ -14,6 +14,7 @@ from compressed.mnet import differences, pack, stated_formats, unpack
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, None)
     parser.add_argument("--out", type=some_path, metavar="F.mnet",
                         help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
@@ -22,9 +23,9 @@ def main(argv=None) -> int:
     if out.suffix != ".mnet":
         raise BadInput(f"--out {out}: expected a name that ends in .mnet")
     try_to_write(out)
-    model, claim = checkpoints.load(checkpoint)
+    model, claim = checkpoints.load(checkpoint, args.network)
     sections = pack(model, claim, out)
-    found = differences(model, claim, *unpack(out))
+    found = differences(model, claim, *unpack(out, claim.get("network", {}).get("spec")))
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
     if claims.claim_path(out).resolve() == claims.claim_path(checkpoint).resolve() and checkpoint.suffix != ".mnet":
