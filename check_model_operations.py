@@ -22,14 +22,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressed import checkpoints, claims, counting, networks
+from compressed import checkpoints, claims, counting, kaist, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, thop_counts
 from compressed.files import sha256
 from compressed.formats import WORD, Formats, float_formats, found_formats, what_if
 from compressed.graph import prepare, read, weight_layers
-from training import teachers
 
 # ---- Cross-checks --------------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ def share(text: str) -> Fraction:
     return value
 
 
-AUTHORS = ("by the convention of its authors, KAIST AI (see training/teachers.py): {parameters:,.2f} parameters and "
+AUTHORS = ("by the convention of its authors, KAIST AI (see compressed/kaist.py): {parameters:,.2f} parameters and "
            "{operations:,.0f} operations of 32 bits, score {score:.5f}; they publish 0.00562")
 
 
@@ -184,7 +183,7 @@ def published(checkpoint) -> checkpoints.Checkpoint | None:
     """One of KAIST AI's published networks, known by its suffix .t7; None for any other file."""
     if checkpoint.suffix != ".t7":
         return None
-    model = prepare(teachers.load_micronet(checkpoint))
+    model = prepare(kaist.load_micronet(checkpoint))
     return checkpoints.Checkpoint(checkpoint, sha256(checkpoint), model, None, found_formats(model), [])
 
 
@@ -218,8 +217,8 @@ def main(argv=None) -> int:
         read = published(checkpoint) or checkpoints.read(checkpoint, args.network)
         model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
         source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": read.sha256}
-        if isinstance(model, teachers.Micronet):
-            source["authors"] = AUTHORS.format(**teachers.authors_count(model))
+        if isinstance(model, kaist.Micronet):
+            source["authors"] = AUTHORS.format(**kaist.authors_count(model))
         claim_file = claims.claim_path(checkpoint)
         if claim is not None:
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without

@@ -258,7 +258,8 @@ def prepare(model: nn.Module) -> nn.Module:
     That is the model itself if all of its points are modules already, as in our MobileNetV2. Otherwise it is a copy
     with the same state dict whose forward pass has been rewritten: where a value has to be rounded there is an
     nn.Identity, or the activation, called points.NAME, and pointwise functions are modules called functions.NAME. The
-    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. Raises BadInput as `read` does.
+    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. A functional dropout is gone from
+    it. Raises BadInput as `read` does.
     """
     operations = trace(model.eval())
     walk = _Walk(operations)
@@ -302,7 +303,7 @@ def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module])
         network.get_submodule(holder).add_module(own, module)
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
-    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "traced": graph})
+    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "prepared_graph": graph})
     return network
 
 

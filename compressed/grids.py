@@ -21,6 +21,7 @@ from compressed.graph import read, weight_layers
 from compressed.operations import traced
 
 SIX_BITS = (3, 5, 8, 10, 11, 14, 16, 19, -3)  # the submission's QBNs, of 58 layers; every other layer has 8
+SUBMISSION_LAYERS = 58
 SCHEMES = ("power-of-two", "layer", "channel")
 RANGES = ("max", "mse", "logits")
 SHIFT_BITS = 16
@@ -60,15 +61,17 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
 
 
 def bit_table(option: str | None, model: nn.Module) -> list[int]:
-    """Bits of all layers of a network. None: the submission's table; a number: that many for all; else a TOML file.
+    """Return the bits of all layers of a network.
 
-    The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
+    option: None for the submission's table, or 8 for all where the number of layers is not the submission's; a number,
+    that many for all; else a TOML file. The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
     anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
     weights would not be summed exactly).
     """
     names = [name for name, _ in weight_layers(model)]
     if option is None:
-        table = [6 if i in SIX_BITS or i - len(names) in SIX_BITS else 8 for i in range(len(names))]
+        six = SIX_BITS if len(names) == SUBMISSION_LAYERS else ()
+        table = [6 if i in six or i - len(names) in six else 8 for i in range(len(names))]
     elif option.isdecimal():
         table = [int(option)] * len(names)
     else:

@@ -89,8 +89,8 @@ def traced(model: nn.Module) -> fx.Graph:
 
     Raises BadInput if the forward pass cannot be followed, because it depends on values.
     """
-    if hasattr(type(model), "traced"):
-        return type(model).traced
+    if hasattr(type(model), "prepared_graph"):
+        return type(model).prepared_graph
     try:
         return Tracer().trace(model)
     except BadInput:
