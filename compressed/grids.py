@@ -64,9 +64,9 @@ def bit_table(option: str | None, model: nn.Module) -> list[int]:
     """Return the bits of all layers of a network.
 
     option: None for the submission's table, or 8 for all where the number of layers is not the submission's; a number,
-    that many for all; else a TOML file. The file has `default = 8` and a table [bits] of layer names (in quotes), or indices, to bits. Raises BadInput for
-    anything else in it, for an unknown layer and for widths outside 2 to 8 (activations have at most 8, and wider
-    weights would not be summed exactly).
+    that many for all; else a TOML file, with `default = 8` and a table [bits] of layer names (in quotes), or indices,
+    to bits. Raises BadInput for anything else in it, for an unknown layer and for widths outside 2 to 8 (activations
+    have at most 8, and wider weights would not be summed exactly).
     """
     names = [name for name, _ in weight_layers(model)]
     if option is None:
