@@ -4,6 +4,7 @@
     python check_model_operations.py --checkpoint F    another one; its claim, if it has one, is F with the suffix .json
     python check_model_operations.py --sparsity 0.5    what if: the architecture alone, half of every layer's weights 0
     python check_model_operations.py --dense           what if: the architecture alone, no weight zero
+    python check_model_operations.py --checkpoint F.t7 one of the networks that KAIST AI published
 
 The widths of weights are found by looking at the values and held against the claim. A claim below what the values need,
 or about another file, is an error: it is named and the exit status is 2. Widths of activations cannot be seen in a
@@ -20,12 +21,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressed import checkpoints, claims, counting, networks
+from compressed import checkpoints, claims, counting, kaist, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, thop_counts
-from compressed.files import to_json
-from compressed.formats import WORD, Formats, float_formats, what_if
+from compressed.files import sha256, to_json
+from compressed.formats import WORD, Formats, float_formats, found_formats, what_if
 from compressed.graph import prepare, read, weight_layers
 
 # ---- Cross-checks --------------------------------------------------------------------------------
@@ -175,6 +176,18 @@ def share(text: str) -> Fraction:
     return value
 
 
+AUTHORS = ("by the convention of its authors, KAIST AI (see compressed/kaist.py): {parameters:,.2f} parameters and "
+           "{operations:,.0f} operations of 32 bits, score {score:.5f}; they publish 0.00562")
+
+
+def published(checkpoint) -> checkpoints.Checkpoint | None:
+    """One of KAIST AI's published networks, known by its suffix .t7; None for any other file."""
+    if checkpoint.suffix != ".t7":
+        return None
+    model = prepare(kaist.load_micronet(checkpoint))
+    return checkpoints.Checkpoint(checkpoint, sha256(checkpoint), model, None, found_formats(model), [])
+
+
 def parse(argv) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every operation")
@@ -183,6 +196,7 @@ def parse(argv) -> argparse.Namespace:
     checkpoints.add_option(alone)
     alone.add_argument("--sparsity", type=share, help="what if: this share of every layer's weights is zero")
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
+    networks.add_option(parser, None)
     parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N",
                         help="what if: every layer's weights have N bits")
     parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",
@@ -196,14 +210,16 @@ def main(argv=None) -> int:
     source, problems, density, weights = {}, [], None, None
     if args.dense or args.sparsity is not None:
         density = Fraction(1) if args.dense else 1 - args.sparsity
-        model = prepare(networks.make())
+        model = prepare(networks.make(args.network or networks.DEFAULT))
         formats = float_formats(model)
         source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
     else:
         checkpoint = args.checkpoint
-        read = checkpoints.read(checkpoint)
+        read = published(checkpoint) or checkpoints.read(checkpoint, args.network)
         model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
         source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": read.sha256}
+        if isinstance(model, kaist.Micronet):
+            source["authors"] = AUTHORS.format(**kaist.authors_count(model))
         claim_file = claims.claim_path(checkpoint)
         if claim is not None:
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without

@@ -75,7 +75,8 @@ def made_claim(checkpoint: Path, claim: dict, network: str = networks.DEFAULT) -
     formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
     if problems:
         raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
-    return {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)} | claim | {
+    return {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint),
+            "network": claims.network(network, model)} | claim | {
         "counts": counting.summary(model, formats),
         "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
 

@@ -8,12 +8,13 @@ Weights and activations are quantized as claimed, in arithmetic that is exact on
 claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
+import math
 import sys
 
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, counting, threads
+from compressed import checkpoints, cifar100, claims, counting, networks, threads
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
@@ -24,6 +25,20 @@ from compressed.graph import read as read_graph
 
 
 REORDERED = "not known, the images of this copy are not in the published order"
+
+
+def sums_without_layers(model, formats: Formats, steps: dict[str, float]) -> int:
+    """The largest value, in its finest unit, of a point that only adds or multiplies other points: in float32, too."""
+    worst = 0
+    for point in read_graph(model).points:
+        units, largest = [], []
+        for branch in point.branches:
+            sources = [formats.activations[name] for name in branch.sources if name in formats.activations]
+            units.append(math.prod(steps[name] for name in branch.sources if name in steps))
+            largest.append(units[-1] * math.prod(max(-each.low, each.high) for each in sources))
+        if not {"layer", "norm", "function", "pixels", "mean"} & {branch.kind for branch in point.branches}:
+            worst = max(worst, int(sum(largest) / min(units)))
+    return worst
 
 
 def exactness(model, formats: Formats) -> int:
@@ -81,7 +96,8 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
         network = read.model.to(memory_format=torch.channels_last)
         return network, ["no claim beside it: evaluated in float32, widths as found in the values"]
     network = exact_network(read.model, claim.get("activations", []))
-    bound = exactness(read.model, read.formats)
+    steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
+    bound = max(exactness(read.model, read.formats), sums_without_layers(read.model, read.formats, steps))
     if bound > 2**24:
         problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
     same = probe_logits(network) == claim.get("probe_logits")
@@ -148,11 +164,12 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, None)
     cifar100.add_options(parser)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
-    read = checkpoints.read(args.checkpoint)
+    read = checkpoints.read(args.checkpoint, args.network)
     claim, problems = read.claim, read.problems
     network, lines = held_to_claim(read)
     if not args.json:  # at once: the images take a while

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from compressed import cifar100, kernels, threads
+from compressed import cifar100, kaist, kernels, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
 from mobilenet_v2 import MobileNetV2
@@ -95,7 +95,7 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
         kernels.library = lambda dtype: None
     torch.manual_seed(0)
     model = MobileNetV2().to(device, memory_format=torch.channels_last)
-    teacher = teachers.fold_batchnorm(teachers.Micronet().eval()).to(device, memory_format=torch.channels_last)
+    teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
     marks = []
 
     def mark(_):

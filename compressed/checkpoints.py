@@ -5,12 +5,13 @@ from pathlib import Path
 from torch import nn
 
 from compressed import claims, mnet
+from compressed.cifar100 import CLASSES
 from compressed.command_line import some_path
 from compressed.errors import BadInput
 from compressed.files import sha256
 from compressed.formats import Formats, found_formats
 from compressed.graph import prepare
-from compressed.networks import load_checkpoint
+from compressed.networks import DEFAULT, followed, load_checkpoint
 
 CHECKPOINT = "cifar100_mobilenetv2.pt"
 SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
@@ -33,9 +34,24 @@ class Checkpoint:
     problems: list[str]
 
 
-def read(path) -> Checkpoint:
+def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str, int]:
+    """(specification, number of classes) of the network of a state dict: the claim's, else the one that is given."""
+    stated = (claim or {}).get("network")
+    if stated is None:
+        return network or DEFAULT, CLASSES
+    spec, classes = (stated.get("spec"), stated.get("classes")) if isinstance(stated, dict) else (None, None)
+    if not isinstance(spec, str) or type(classes) is not int or not 1 <= classes < 2**16:
+        raise BadInput(f"{beside}: \"network\" holds no specification and number of classes")
+    try:
+        return followed(spec, network), classes
+    except BadInput as error:
+        raise BadInput(f"{beside}: {error}") from error
+
+
+def read(path, network: str | None = None) -> Checkpoint:
     """A checkpoint of either kind, a state dict or a packed .mnet. The claim is the .json beside it.
 
+    network: the specification of a network whose claim states none; one that it states must be the same.
     A packed file states its formats itself: they are the claim if there is no .json, and must be those of the .json if
     there is one. Raises BadInput if a file cannot be read at all, or the claim was altered since it was written.
     """
@@ -43,9 +59,11 @@ def read(path) -> Checkpoint:
     claim = claims.read(beside) if beside.exists() else None
     own, problems = None, []
     if path.suffix == ".mnet":
-        model, own = mnet.unpack(path)
+        model, own = mnet.unpack(path, network)
     else:
-        model = prepare(load_checkpoint(path))
+        model = prepare(load_checkpoint(path, *_stated(claim, beside, network)))
+        if claim is not None and "network" in claim and (other := claims.other_network(claim["network"], model)):
+            problems.append(f"{beside}: {other}")
     digest, found = sha256(path), found_formats(model)
     if claim is None:
         if own is None:
@@ -66,12 +84,12 @@ def read(path) -> Checkpoint:
     return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
 
 
-def load(path) -> tuple[nn.Module, dict]:
+def load(path, network: str | None = None) -> tuple[nn.Module, dict]:
     """(model, claim) of a checkpoint that fits its claim, for scripts that compute with both or record what they found.
 
     Raises BadInput for anything else, and if there is no claim.
     """
-    checkpoint = read(path)
+    checkpoint = read(path, network)
     if checkpoint.claim is None:
         raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; "
                        "quantize.py writes one")

@@ -1,6 +1,7 @@
 """The claim beside a checkpoint (F.json beside F.pt): reading it, and holding the checkpoint's values against it.
 
     sha256               of the checkpoint file
+    network              {"spec", "classes", "mean", "std" of the input, "graph": digest}; without it, the default one
     accuracy             {"data", "correct", "images", "loss"}, and accuracy_by_step, what each step of quantize.py left
                          (accuracy: and "without_duplicates", {"correct", "images"}, see cifar100.near_duplicates)
     tensors              [{"name", "bits", "step" (or "kind": "float16")}]: the format of every parameter
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from compressed.cifar100 import MEAN, STD
 from compressed.errors import BadInput
 from compressed.files import load_record, save_record
 from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
@@ -55,6 +57,22 @@ def record(checkpoint, key: str, value: dict) -> None:
     """Set one key of the claim beside a checkpoint, whatever else has changed there in the meantime."""
     recordable(checkpoint)
     save_record(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
+
+
+def network(spec: str, model: nn.Module) -> dict:
+    """What a claim says of a network: how it is made, what it is given, and the digest of what it computes."""
+    graph = read_graph(model)
+    return {"spec": spec, "classes": graph.points[-1].shape[0], "mean": MEAN, "std": STD, "graph": graph.digest}
+
+
+def other_network(stated: dict, model: nn.Module) -> str | None:
+    """A line if the network that was made is not the one that is stated; else None."""
+    made = network(stated.get("spec"), model)
+    differing = [key for key in made if stated.get(key) != made[key]]
+    if not differing:
+        return None
+    return (f"it is of another network than {made['spec']} makes here: " + ", ".join(
+        f"{key} {stated.get(key)} and not {made[key]}" for key in differing))
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:

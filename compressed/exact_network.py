@@ -137,6 +137,9 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     Raises BadInput if the list does not name exactly the network's points.
     """
     graph = read(model)
+    if graph.normalised:
+        raise BadInput("the network scales or shifts its input itself, which has no integer form here: take that out "
+                       "of the forward pass, and train with (pixel - 128) / 64")
     known = graph.activation_points
     named = [a.get("name") for a in activations]
     if sorted(map(str, named)) != sorted(known):

@@ -91,6 +91,12 @@ class Graph:
         """The points that hold the image itself."""
         return {point.name for point in self.points if point.branches[0].kind == "pixels"}
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the network scales or shifts its input itself, instead of taking pixels as cifar100.normalise makes
+        them: it can be counted, but has no integer form here."""
+        return any(op.kind == "normalisation" for op in self.operations)
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the list of operations: kinds, names, inputs, shapes, and what else decides what they compute."""
@@ -131,7 +137,7 @@ class _Walk:
     def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
         """The branches of an operation's value; where it passes a point on, the point."""
         if op.kind == "normalisation":
-            raise BadInput(f"{op.name}: the network scales or shifts its input itself, which has no integer form here")
+            return (replace(read[0][0], name=op.name),)
         if op.kind in READ_CODES and not all(isinstance(each, Point) for each in read):
             raise AssertionError(f"{op.name} reads a value that is not rounded")
         if op.kind == "input":
@@ -180,7 +186,7 @@ class _Walk:
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
         """A point behind an operation; own: its module is where values are rounded, otherwise it has to be inserted."""
-        name = op.name if own else "points." + ("image" if op.kind == "input" else op.name.replace(".", "_"))
+        name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         unsigned = activation in CLIPS or all(self.unsigned(branch) for branch in branches)
         signed = getattr(op.module, "signed", not unsigned) if own else not unsigned
         if not own:
@@ -252,7 +258,8 @@ def prepare(model: nn.Module) -> nn.Module:
     That is the model itself if all of its points are modules already, as in our MobileNetV2. Otherwise it is a copy
     with the same state dict whose forward pass has been rewritten: where a value has to be rounded there is an
     nn.Identity, or the activation, called points.NAME, and pointwise functions are modules called functions.NAME. The
-    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. Raises BadInput as `read` does.
+    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. A functional dropout is gone from
+    it. Raises BadInput as `read` does.
     """
     operations = trace(model.eval())
     walk = _Walk(operations)
@@ -296,7 +303,7 @@ def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module])
         network.get_submodule(holder).add_module(own, module)
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
-    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "traced": graph})
+    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "prepared_graph": graph})
     return network
 
 

@@ -4,9 +4,15 @@ All numbers are little-endian; bits are packed with the highest first, each stre
 
   bytes      content
   4          "MNET"
-  1, 1       version, 1; and a 0
+  1, 1       version; and a 0
   2          classes                                      unsigned
+             version 1, our MobileNetV2
   8          width multiplier of the network              float64
+             version 2, any network
+  2, ...     its specification (see networks.py)          length unsigned, UTF-8
+  4, 4       input normalisation: a pixel from 0 to 255 becomes (pixel - mean) / deviation      float32
+  32         digest of its graph (graph.Graph.digest)
+             both
   2 each     the activation points, in network order      format, exponent of the step
   ...        the parameters, in state-dict order          format, exponent of the step (2 bytes), and then
                if masked      a bit a position, 1 where the code is not zero; the codes of those positions alone
@@ -17,7 +23,13 @@ All numbers are little-endian; bits are packed with the highest first, each stre
 A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
 are powers of two, and their exponent is a signed byte. A weight tensor is masked where `counting.layout` says so; a
 reader takes either. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
-`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from classes and width multiplier.
+`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from the network.
+
+The values of a tensor stand in row-major order, a convolution's as [out, in, height, width]. Network order is that in
+which the forward pass computes, `Graph.activation_points`; state-dict order is that of `named_parameters()`. Our
+MobileNetV2 has 55 points: the image; the ReLU of the stem; for each of 17 blocks both ReLUs and the output; the ReLU of
+the head; the pooled features. Its parameters are conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2,
+bn2, conv3, bn3 and, where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
 """
 import hashlib
 import struct
@@ -28,14 +40,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressed import claims, counting, networks
+from compressed import cifar100, claims, counting, networks
 from compressed.errors import BadInput
 from compressed.files import replacing
 from compressed.formats import Formats, Grid, exponent, found_formats
-from compressed.graph import read
+from compressed.graph import prepare, read
 
-MAGIC, VERSION = b"MNET", 1
-HEADER, FORMAT = struct.Struct("<4sBBHd"), struct.Struct("<Bb")
+MAGIC, VERSIONS = b"MNET", (1, 2)
+HEADER, WIDTH, LENGTH, INPUT = (struct.Struct(form) for form in ("<4sBBH", "<d", "<H", "<ff32s"))
+FORMAT = struct.Struct("<Bb")
 BITS, SIGNED, HALF, MASKED = 0x1F, 0x20, 0x40, 0x80
 CHECKSUM = 32
 
@@ -133,23 +146,42 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
 
 # --------------------------------------------------------------------------------------------------- the file and back
 
-def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, int]:
-    """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
+def header(model: nn.Module, claim: dict, width: float) -> bytes:
+    """The header: of version 1 if that can say which network it is. width: where the claim does not say it."""
+    stated, graph = claim.get("network", {}), read(model)
+    spec = stated.get("spec", f"{networks.DEFAULT}?width={width!r}")
+    classes = graph.points[-1].shape[0]
+    if (width := networks.width(spec)) is not None:
+        return HEADER.pack(MAGIC, 1, 0, classes) + WIDTH.pack(width)
+    text = spec.encode()
+    return (HEADER.pack(MAGIC, 2, 0, classes) + LENGTH.pack(len(text)) + text
+            + INPUT.pack(cifar100.MEAN, cifar100.STD, bytes.fromhex(graph.digest)))
 
-    What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
-    model, or if anything in them would not come back as it is.
-    """
+
+def check_width(model: nn.Module, width: float) -> None:
+    """Raise BadInput if a network is no MobileNetV2 of this width: a claim without a network is of one."""
     with torch.device("meta"):
-        wanted = networks.make(f"mobilenet_v2:MobileNetV2?width={width!r}", model.linear.out_features).state_dict()
+        wanted = networks.make(f"{networks.DEFAULT}?width={width!r}", read(model).points[-1].shape[0]).state_dict()
     ours = model.state_dict()
     other = next((key for key in {**wanted, **ours} if key not in ours or key not in wanted
                   or ours[key].shape != wanted[key].shape), None)
     if other is not None:
         raise BadInput(f"the packed file holds a MobileNetV2 of width {width:g}; this network has another {other}")
+
+
+def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, int]:
+    """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
+
+    width: of a MobileNetV2 whose claim does not say which network it is. What was packed is unpacked and compared
+    before a byte is written. Raises BadInput if the claim does not fit the model, or if anything in them would not come
+    back as it is.
+    """
+    if "network" not in claim:
+        check_width(model, width)
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
-    parts = [("header", HEADER.pack(MAGIC, VERSION, 0, read(model).points[-1].shape[0], width))]
+    parts = [("header", header(model, claim, width))]
     for name in read(model).activation_points:
         activation = formats.activations[name]
         if activation.bits > 16:
@@ -165,7 +197,7 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
     parts.append(("checksum", hashlib.sha256(b"".join(part for _, part in parts)).digest()))
     data = b"".join(part for _, part in parts)
 
-    returned, own = unpack_bytes(data)
+    returned, own = unpack_bytes(data, claim.get("network", {}).get("spec"))
     problems = differences(model, claim, returned, own)
     if problems:
         raise BadInput("the packed file cannot hold " + ", ".join(problems))
@@ -196,36 +228,60 @@ def format_differences(claim: dict, other: dict) -> list[str]:
     return found
 
 
-def unpack(path) -> tuple[nn.Module, dict]:
-    """(the model in eval mode, its formats as a claim has them: {"tensors", "activations"}) of a packed file.
+def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
+    """(the model in eval mode, its formats as a claim has them: {"tensors", "activations", and "network" in version 2})
+    of a packed file.
 
+    network: the specification that it has to be of, if it is given; it must be for code other than this repository's.
     Raises BadInput, and nothing else, if the file is missing, foreign, cut, damaged, or of another version.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        return unpack_bytes(Path(path).read_bytes())
+        return unpack_bytes(Path(path).read_bytes(), network)
     except OSError as error:
         raise BadInput(f"{path}: not readable ({error.strerror})") from error
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
 
-def unpack_bytes(data: bytes) -> tuple[nn.Module, dict]:
+def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict]:
+    """(the network that a header names, without values; {"network": what the claim says of it} in version 2)."""
+    _, version, _, classes = HEADER.unpack(reader.take(HEADER.size))
+    if version not in VERSIONS:
+        raise BadInput(f"a packed network of version {version}; this program reads versions 1 and 2")
+    if not classes:
+        raise BadInput("a network without classes")
+    if version == 1:
+        (width,) = WIDTH.unpack(reader.take(WIDTH.size))
+        if not 0 < width <= 8:
+            raise BadInput(f"a network with the width multiplier {width}")
+        spec = f"{networks.DEFAULT}?width={width!r}"
+    else:
+        try:
+            spec = reader.take(*LENGTH.unpack(reader.take(LENGTH.size))).decode()
+        except UnicodeDecodeError as error:
+            raise BadInput("the name of its network is no text") from error
+    spec = networks.followed(spec, network)
+    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
+        model = networks.make(spec, classes)
+    model = prepare(model)
+    if version == 1:
+        return model, {}
+    mean, std, digest = INPUT.unpack(reader.take(INPUT.size))
+    stated = {"spec": spec, "classes": classes, "mean": mean, "std": std, "graph": digest.hex()}
+    if problem := claims.other_network(stated, model):
+        raise BadInput(problem)
+    return model, {"network": stated}
+
+
+def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, dict]:
     if data[:len(MAGIC)] != MAGIC:
         raise BadInput("not a packed network (.mnet): it does not begin with MNET")
     if len(data) < HEADER.size + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
         raise BadInput("damaged or cut: its SHA-256 is not the one at its end")  # before anything in it is believed
     reader = Reader(data[:-CHECKSUM])
-    _, version, _, classes, width = HEADER.unpack(reader.take(HEADER.size))
-    if version != VERSION:
-        raise BadInput(f"a packed network of version {version}; this program reads version {VERSION}")
-    if not classes:
-        raise BadInput("a network without classes")
-    if not 0 < width <= 8:
-        raise BadInput(f"a network with the width multiplier {width}")
-    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
-        model = networks.make(f"mobilenet_v2:MobileNetV2?width={width!r}", classes)
+    model, stated = stated_network(reader, network)
     tensors, activations, state = [], [], {}
     for name in read(model).activation_points:
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
@@ -243,4 +299,4 @@ def unpack_bytes(data: bytes) -> tuple[nn.Module, dict]:
             state[f"{name}.running_var"] = torch.full((norm.num_features,), 1 - norm.eps)
             state[f"{name}.num_batches_tracked"] = torch.tensor(0)
     model.load_state_dict(state, assign=True)
-    return model.eval(), {"tensors": tensors, "activations": activations}
+    return model.eval(), stated | {"tensors": tensors, "activations": activations}

@@ -34,10 +34,12 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 
 # ---- Specifications ------------------------------------------------------------------------------
 
-def add_option(parser) -> None:
-    parser.add_argument("--network", metavar="SPEC", default=DEFAULT,
+def add_option(parser, default: str | None = DEFAULT) -> None:
+    """Add --network. default: None where the checkpoint's claim may say it."""
+    stated = "%(default)s" if default else f"default: what the checkpoint's claim says, else {DEFAULT}"
+    parser.add_argument("--network", metavar="SPEC", default=default,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
-                             "(%(default)s)")
+                             f"({stated})")
 
 
 def _module(place: str, spec: str):
@@ -97,6 +99,27 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise BadInput(f"--network {spec}: {name} returns {type(network).__name__}, expected an nn.Module")
     return network
+
+
+def width(spec: str) -> float | None:
+    """The width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
+    what, _, text = spec.partition("?")
+    arguments = _arguments(text, spec)
+    found = arguments.pop("width", 1.3)
+    return float(found) if what == DEFAULT and not arguments and isinstance(found, (int, float)) else None
+
+
+def followed(spec: str, given: str | None) -> str:
+    """Return the specification that a file states, if its code may be run: this repository's own, or what is given.
+
+    given: the user's --network, or None. Raises BadInput, naming both, if they differ, and for foreign code that the
+    user has not asked for: reading a file must not run what it names.
+    """
+    if given is not None and (spec != given and (width(spec) is None or width(spec) != width(given))):
+        raise BadInput(f"it is of the network {spec}, and not of {given}")
+    if given is None and not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
+        raise BadInput(f"it is of the network {spec}: to run that code, say --network {spec}")
+    return spec
 
 
 # ---- Checkpoint files ----------------------------------------------------------------------------

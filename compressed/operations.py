@@ -89,8 +89,8 @@ def traced(model: nn.Module) -> fx.Graph:
 
     Raises BadInput if the forward pass cannot be followed, because it depends on values.
     """
-    if hasattr(type(model), "traced"):
-        return type(model).traced
+    if hasattr(type(model), "prepared_graph"):
+        return type(model).prepared_graph
     try:
         return Tracer().trace(model)
     except BadInput:
@@ -195,6 +195,8 @@ def _kind(node: fx.Node, module: nn.Module | None, results: dict) -> str:
     if node.op in ("placeholder", "get_attr"):
         return {"placeholder": "input", "get_attr": "constant"}[node.op]
     if not isinstance(results[node], Tensor):
+        if isinstance(results[node], (tuple, list)) and any(isinstance(part, Tensor) for part in results[node]):
+            raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target}): it gives several")
         return "size"  # x.size(0), x.shape
     if module is not None:
         kind = next((kind for layer, kind in MODULES.items() if isinstance(module, layer)), None)

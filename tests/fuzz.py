@@ -34,6 +34,7 @@ import quantize  # noqa: E402
 from compressed import (
     checkpoints,  # noqa: E402
     cifar100,  # noqa: E402
+    kaist,  # noqa: E402
     mnet,  # noqa: E402
 )
 from compressed.command_line import command_line, number, run_script  # noqa: E402
@@ -133,7 +134,7 @@ class Kinds:
         save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
         (folder / "run" / "masked.jsonl").write_bytes((folder / "run" / "fuzz.jsonl").read_bytes())
         self.images(folder / "set")
-        micronet = teachers.Micronet().state_dict()
+        micronet = kaist.Micronet().state_dict()
         micronet["linear.mask"] = torch.ones_like(micronet["linear.weight"])
         save_tensors(micronet, folder / "teacher.t7")
         parts = {f"state part {part}": (state / name, self.load_state, False)

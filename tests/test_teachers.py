@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import cifar100
+from compressed import cifar100, kaist
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.files import save_tensors
@@ -26,7 +26,7 @@ def random_state(pruned=("layers.3.conv1", "linear")) -> dict:
     """A state dict as the files hold it: pruned layers have a mask beside the weight."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        state = teachers.Micronet().state_dict()
+        state = kaist.Micronet().state_dict()
         for name in pruned:
             state[f"{name}.mask"] = (torch.rand_like(state[f"{name}.weight"]) < 0.7).float()
         for key, value in state.items():
@@ -68,7 +68,7 @@ def test_the_script_finds_all_four_and_their_mean(capsys, monkeypatch):
 
 
 def test_the_network_is_the_published_one():
-    model = teachers.Micronet()
+    model = kaist.Micronet()
     assert sum(p.numel() for p in model.parameters()) == 485_330
     assert len(model.layers) == 16 and model.linear.in_features == 114
     assert [block.conv2.stride[0] for block in model.layers] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1]
@@ -80,17 +80,17 @@ def test_its_normalisation():
     assert not {"scale", "shift"} & teachers.Micronet().state_dict().keys()  # a run's state fingerprints what is in it
     pixels = torch.tensor([0, 77, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     seen = []
-    model = teachers.Micronet().eval()
+    model = kaist.Micronet().eval()
     model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(cifar100.normalise(pixels))
-    wanted = [(value / 255 - mean) / std for value, mean, std in zip((0, 77, 255), teachers.MEAN, teachers.STD)]
+    wanted = [(value / 255 - mean) / std for value, mean, std in zip((0, 77, 255), kaist.MEAN, kaist.STD)]
     assert torch.allclose(seen[0][0, :, 5, 5], torch.tensor(wanted), atol=1e-5)
 
 
 def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
     state = random_state()
     save_tensors(state, Path("some.t7"))
-    plain = teachers.load_micronet("some.t7")
+    plain = kaist.load_micronet("some.t7")
     assert torch.equal(plain.linear.weight, state["linear.weight"] * state["linear.mask"])
     folded = teachers.load("some.t7")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
@@ -99,7 +99,7 @@ def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
     with torch.no_grad():
         assert torch.allclose(plain(x), folded(x), rtol=1e-3, atol=1e-4)
     save_tensors({f"module.{key}": value for key, value in state.items()}, Path("parallel.t7"))
-    assert torch.equal(teachers.load_micronet("parallel.t7").linear.weight, plain.linear.weight)
+    assert torch.equal(kaist.load_micronet("parallel.t7").linear.weight, plain.linear.weight)
 
 
 def test_ours_is_a_teacher_too(sparse_checkpoint):

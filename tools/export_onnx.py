@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, threads
+from compressed import checkpoints, cifar100, claims, networks, threads
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
@@ -431,6 +431,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, None)
     cifar100.add_options(parser)
     parser.add_argument("--out", type=some_path, metavar="F.onnx",
                         help="what is written (default: the checkpoint's name)")
@@ -447,7 +448,7 @@ def main(argv=None) -> int:
         needed("onnxruntime")  # before anything is done
     if args.record:
         claims.recordable(checkpoint)
-    model, claim = checkpoints.load(checkpoint)
+    model, claim = checkpoints.load(checkpoint, args.network)
     graph = Codes(model, claim)
     content = graph.finished(about(checkpoint, claim, graph)).SerializeToString()
     with replacing(out) as file:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import checkpoints, cifar100, claims, counting, graph, threads
+from compressed import checkpoints, cifar100, claims, counting, graph, networks, threads
 from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
@@ -414,6 +414,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, None)
     cifar100.add_options(parser)
     parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
     parser.add_argument("--json", action="store_true", help="everything as JSON")
@@ -421,7 +422,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.record:
         claims.recordable(args.checkpoint)  # before anything is done
-    model, claim = checkpoints.load(args.checkpoint)
+    model, claim = checkpoints.load(args.checkpoint, args.network)
     network = IntegerNetwork.from_checkpoint(model, claim)
     data, name = cifar100.chosen(args, "test")
     floats = exact_network(model, claim["activations"])

@@ -6,7 +6,7 @@
 The claim beside the checkpoint gets the packed file's size and SHA-256, and its counts anew if they differ: what is
 packed is what is counted (counting.layout).
 """
-from compressed import checkpoints, claims, counting
+from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_path
 from compressed.files import check_outputs, sha256
 from compressed.formats import WORD
@@ -16,15 +16,16 @@ from compressed.mnet import differences, pack, stated_formats, unpack
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, None)
     parser.add_argument("--out", type=some_path, metavar="F.mnet",
                         help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".mnet")
     check_outputs([out], [checkpoint, claims.claim_path(checkpoint)], suffix=".mnet")
-    model, claim = checkpoints.load(checkpoint)
+    model, claim = checkpoints.load(checkpoint, args.network)
     sections = pack(model, claim, out)
-    found = differences(model, claim, *unpack(out))
+    found = differences(model, claim, *unpack(out, claim.get("network", {}).get("spec")))
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
     summary = counting.summary(model, stated_formats(model, claim))

@@ -1,0 +1,131 @@
+"""KAIST AI's published networks: the challenge's 2nd and 3rd place on CIFAR-100, and how their authors count them.
+
+Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressed import cifar100, counting
+from compressed.errors import BadInput
+from compressed.graph import trace, weight_layers
+from compressed.networks import is_plain, load_state
+
+# output width, number of blocks, stride of the first
+STAGES = ((20, 2, 1), (36, 1, 2), (36, 1, 1), (56, 3, 1), (80, 1, 2), (80, 4, 1), (88, 1, 2), (96, 2, 1), (114, 1, 1))
+STEM_WIDTH, EXPANSION = 32, 2.5
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of RGB / 255, as their authors trained with
+
+
+def swish(x: Tensor) -> Tensor:
+    """Hard swish, in place where nobody asks for a gradient: a teacher is evaluated at every step of its student."""
+    return F.hardswish(x, inplace=not torch.is_grad_enabled())
+
+
+class Block(nn.Module):
+    """Inverted residual with hard swish and, where the stride is 1, squeeze and excitation and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        hidden = int(EXPANSION * in_channels)
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        # stored with stride 2 too, but used with stride 1 alone
+        self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
+        self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
+        self.residual = stride == 1
+        self.shortcut = nn.Sequential()
+        if self.residual and in_channels != out_channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                                          nn.BatchNorm2d(out_channels))
+
+    def forward(self, x):
+        out = swish(self.bn1(self.conv1(x)))
+        out = swish(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if not self.residual:
+            return out
+        excited = self.fc2(swish(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
+        return out * excited + self.shortcut(x)
+
+
+class Micronet(nn.Module):
+    """KAIST's network: [N, 3, 32, 32] images as cifar100.normalise makes them -> [N, 100] logits."""
+
+    def __init__(self, num_classes: int = 100):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, STEM_WIDTH, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM_WIDTH)
+        blocks, channels = [], STEM_WIDTH
+        for width, repeats, stride in STAGES:
+            for i in range(repeats):
+                blocks.append(Block(channels, width, stride if i == 0 else 1))
+                channels = width
+        self.layers = nn.Sequential(*blocks)
+        self.linear = nn.Linear(channels, num_classes)
+        # from (pixel - 128) / 64 to (pixel / 255 - mean) / deviation
+        scale = torch.tensor([cifar100.STD / 255 / s for s in STD])
+        shift = torch.tensor([(cifar100.MEAN / 255 - m) / s for m, s in zip(MEAN, STD)])
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
+
+    def forward(self, x):
+        out = swish(self.bn1(self.conv1(x * self.scale + self.shift)))
+        return self.linear(self.layers(out).mean((2, 3)))
+
+
+def load_micronet(path) -> Micronet:
+    """KAIST's network from one of its files, in eval mode: the weight of a pruned layer is `weight` times `mask`.
+
+    Raises BadInput if the file is missing, damaged, or of another network.
+    """
+    state = load_state(path)
+    for key in [key for key in state if key.endswith(".mask")]:
+        mask, weight = state.pop(key), key.removesuffix("mask") + "weight"
+        fits = weight in state and is_plain(mask) and is_plain(state[weight]) and state[weight].shape == mask.shape
+        if not fits:
+            raise BadInput(f"{path}: {key} belongs to no weight of its shape")
+        state[weight] = state[weight] * mask
+    model = Micronet()
+    odd = [key for key, value in state.items() if not is_plain(value) or not value.float().isfinite().all()]
+    if odd:
+        raise BadInput(f"{path}: {odd[0]} is no dense tensor of finite numbers")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise BadInput(f"{path} is none of KAIST's networks ({' '.join(str(error).split())[:200]})") from error
+    return model.eval()
+
+
+def authors_count(model: Micronet) -> dict[str, float]:
+    """Return {"parameters", "operations", "score"} of a published network as its authors count it, in 32-bit units.
+
+    Everything that is stored has 16 bits, and every weight a mask bit; a BatchNorm is a bias alone. Multiplications
+    have 16 bits, additions 32. Hard swish is 4 multiplications and an addition, and neither the scaling by squeeze and
+    excitation nor a residual addition counts. They publish 0.0056215; the same digits but for the last two come of
+    this list, which counts what runs: their own counts the squeeze and excitation of strided blocks, too, which never
+    runs.
+    """
+    weights = [module.weight for _, module in weight_layers(model)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    biases = [module.bias for _, module in weight_layers(model) if module.bias is not None] + [n.bias for n in norms]
+    parameters = sum(int(w.count_nonzero()) / 2 + w.numel() / 32 for w in weights) + sum(map(len, biases)) / 2
+    multiplications = additions = 0
+    for op in trace(model):
+        if op.kind in ("conv", "linear"):
+            terms, positions = op.module.weight.flatten(1).count_nonzero(1), op.outputs // op.channels
+            multiplications += int(terms.sum()) * positions
+            additions += int((terms - 1).clamp(min=0).sum()) * positions + op.outputs  # and a bias
+        elif op.kind == "hardswish":
+            multiplications, additions = multiplications + 4 * op.outputs, additions + op.outputs
+        elif op.kind == "sigmoid":
+            multiplications += op.outputs
+        elif op.kind == "mean":
+            multiplications, additions = multiplications + op.outputs, additions + (op.fan_in - 1) * op.outputs
+    operations = multiplications / 2 + additions
+    return {"parameters": parameters, "operations": operations,
+            "score": parameters / counting.STORAGE_BASE + operations / counting.OPERATIONS_BASE}
