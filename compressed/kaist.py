@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressed import cifar100, counting
 from compressed.errors import BadInput
 from compressed.graph import trace, weight_layers
-from compressed.networks import is_plain, load_state
+from compressed.networks import fill, is_plain, load_state
 
 # output width, number of blocks, stride of the first
 STAGES = ((20, 2, 1), (36, 1, 2), (36, 1, 1), (56, 3, 1), (80, 1, 2), (80, 4, 1), (88, 1, 2), (96, 2, 1), (114, 1, 1))
@@ -90,15 +90,7 @@ def load_micronet(path) -> Micronet:
         if not fits:
             raise BadInput(f"{path}: {key} belongs to no weight of its shape")
         state[weight] = state[weight] * mask
-    model = Micronet()
-    odd = [key for key, value in state.items() if not is_plain(value) or not value.float().isfinite().all()]
-    if odd:
-        raise BadInput(f"{path}: {odd[0]} is no dense tensor of finite numbers")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise BadInput(f"{path} is none of KAIST's networks ({' '.join(str(error).split())[:200]})") from error
-    return model.eval()
+    return fill(Micronet(), state, f"{path} is none of KAIST's networks")
 
 
 def authors_count(model: Micronet) -> dict[str, float]:
