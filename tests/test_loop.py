@@ -20,7 +20,7 @@ from torch import nn
 
 from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.files import save_record, save_tensors
+from compressed.files import load_json, save_record, save_tensors
 from compressed.graph import weight_layers
 from training import loop, plan, progress
 from training.loop import Processes, Settings
@@ -653,7 +653,7 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     left = torch.load(tmp_path / "stage.average.pt", weights_only=True)
     state = loop.State(tmp_path / "stage.state", None)
     average = state.read("average")
-    assert all(value.dtype == torch.float16 for value in left.values() if value.is_floating_point())
+    assert all(value.dtype == torch.float16 for value in left.values() if value.dim() > 1)  # vectors where it fits
     for name in LAYERS:
         assert torch.equal(left[f"{name}.weight"], average[f"{name}.weight"].half())
     zeros, count = (sum(f(left[f"{name}.weight"]) for name in LAYERS)
@@ -696,6 +696,20 @@ def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     changed("masks", masks=None)
     assert loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, **same) is not None
     changed("masks", masks=Masks(model, target_masks(Tiny(), LAYERS, 0.4)))
+
+
+def test_as_many_other_images_are_another_run(tmp_path, monkeypatch):
+    """A hold-out split in place of made-up images, say; states of before, which do not name theirs, go on."""
+    assert stage(tmp_path, max_seconds=0)[0] is None
+    before = (tmp_path / "stage.state" / "state.json").read_bytes()
+    monkeypatch.setitem(globals(), "TRAIN", cifar100.made_up(len(TRAIN), 5, classes=10))
+    with pytest.raises(BadInput, match="other settings .data "):
+        stage(tmp_path, max_seconds=0)
+    assert (tmp_path / "stage.state" / "state.json").read_bytes() == before
+    record = load_json(tmp_path / "stage.state" / "state.json")
+    del record["settings"]["data"]
+    save_record(record, tmp_path / "stage.state" / "state.json")
+    assert stage(tmp_path)[0] is not None
 
 
 def damaged_list(folder):
