@@ -80,7 +80,7 @@ class Runs:
                 limit = ["--max-minutes", str(max(0.0, left))]
             training.main([*self.common, "--run", str(folder), "--epochs", str(epochs), *limit, *options])
             if not weights.is_file():
-                raise BadInput("stopped; the same command goes on")
+                raise BadInput("stopped; the same command resumes it")
         return weights
 
     def measure(self, method: str, target: float, seed: int) -> dict:

@@ -83,7 +83,7 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
                "--network", "mobilenet_v2:SmallMobileNetV2?width=0.2",
                "--sizes", "8:0.5,32", "--seeds", "1", "--targets", "0.5", "--no-cuda", "--runs", str(tmp_path / "runs"),
                "--json", str(file), "--methods", "one-shot", "magnitude"]
-    with pytest.raises(BadInput, match="stopped; the same command goes on"):
+    with pytest.raises(BadInput, match="stopped; the same command resumes it"):
         sparsity_methods.main([*options, "--max-minutes", "0"])
     assert sparsity_methods.main(options) == 0
     rows = load_json(file)["rows"]

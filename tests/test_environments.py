@@ -321,7 +321,7 @@ def test_ctrl_c_in_training_writes_the_state_and_the_same_command_goes_on(monkey
     assert Path("runs/default/pretrain.state/state.json").is_file() and not Path("runs/default/pretrain.pt").exists()
     monkeypatch.setattr(Progress, "step", lambda *_: None)
     status, out, err = ended(training.main, [*words, "--max-minutes", "0"], capsys)
-    assert status == 0 and "pretrain: goes on at epoch 2 of 3" in out and "stopped at epoch 1.50" in out
+    assert status == 0 and "pretrain: resumes at epoch 2 of 3" in out and "stopped at epoch 1.50" in out
 
 
 # --------------------------------------------------------------------------------------------------- places and files

@@ -521,10 +521,10 @@ def test_sigterm_ends_the_step_and_the_run_goes_on(tmp_path, monkeypatch, capsys
         result, _ = stage(tmp_path, "proximal", save_seconds=1e9)
     assert result is None and signal.getsignal(signal.SIGTERM) is before
     out = capsys.readouterr().out
-    assert f"stopped at epoch {step / 3:.2f} of 3" in out and "the same command goes on" in out
+    assert f"stopped at epoch {step / 3:.2f} of 3" in out and "the same command resumes it" in out
     assert state_of(tmp_path)["progress"]["step"] == step and len(log(tmp_path) if step > 2 else []) == step // 3
     result, model = stage(tmp_path, "proximal", save_seconds=1e9)
-    assert f"goes on at epoch {step // 3 + 1} of 3" in capsys.readouterr().out
+    assert f"resumes at epoch {step // 3 + 1} of 3" in capsys.readouterr().out
     assert_same(result, whole("proximal")[0])
     assert_same(model, whole("proximal")[1])
     assert log(tmp_path) == whole("proximal")[2]
@@ -667,7 +667,7 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     result, _ = stage(tmp_path, model=model, start_epoch=4 / 3)
     assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]  # the first was there before
     assert result is not None
-    with pytest.raises(BadInput, match="cannot go on at epoch 3: the stage has 3"):
+    with pytest.raises(BadInput, match="cannot resume at epoch 3: the stage has 3"):
         stage(tmp_path / "late", start_epoch=3)
 
 

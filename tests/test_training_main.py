@@ -196,7 +196,7 @@ def test_the_whole_job_with_the_real_network(capsys):
     capsys.readouterr()
     times = {path: path.stat().st_mtime_ns for path in Path("run").iterdir()}
     assert run(command) == 0
-    assert capsys.readouterr().out.count("is there") == 3
+    assert capsys.readouterr().out.count(".pt exists") == 3
     assert times == {path: path.stat().st_mtime_ns for path in Path("run").iterdir()}
 
 
@@ -342,7 +342,7 @@ def test_a_stage_is_taken_up_from_its_average_alone(narrow, capsys):
     Path("run/pretrain.average.pt").rename("kept.pt")
     log = Path("run/pretrain.jsonl").read_text()
     assert run(command + " --start kept.pt --start-epoch 1.5", "new") == 0
-    assert "goes on at epoch 2 of 2" in capsys.readouterr().out
+    assert "resumes at epoch 2 of 2" in capsys.readouterr().out
     assert [line["epoch"] for line in lines("new/pretrain.jsonl")] == [2] and log.count("\n") == 1
 
 
@@ -374,7 +374,7 @@ def test_a_budget_stops_cleanly_and_the_same_command_goes_on(narrow, capsys):
     stops = 0
     while not Path("run/masked.pt").exists():
         assert run(QUICK + " --max-minutes 0") == 0
-        stops += capsys.readouterr().out.count("the same command goes on")
+        stops += capsys.readouterr().out.count("the same command resumes it")
         assert stops < 7
     assert stops == 3  # two steps a stage: one stop in each
     for stage in training.STAGES:
@@ -412,8 +412,8 @@ def test_the_real_command_is_ended_and_goes_on_bit_for_bit(number, code, real_ru
     process.send_signal(number)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == code and not Path("run/pretrain.pt").exists()
-    assert ("the same command goes on" in out) == (code == 0)
-    assert "goes on at epoch" in (again := script(options)).stdout and again.returncode == 0
+    assert ("the same command resumes it" in out) == (code == 0)
+    assert "resumes at epoch" in (again := script(options)).stdout and again.returncode == 0
     assert_same(Path("run/pretrain.pt"), real_run["folder"] / "pretrain.pt")
     assert lines("run/pretrain.jsonl") == lines(real_run["folder"] / "pretrain.jsonl")
 

@@ -1,9 +1,9 @@
-"""Training functions for a CPU, compiled from kernels.c: BatchNorm with its activation, and depthwise convolution.
+"""Train faster on a CPU with functions compiled from kernels.c: BatchNorm with activation, and depthwise convolution.
 
-With a ReLU, PyTorch's BatchNorm and activation take 13 passes over memory where 8 are enough; a third of a bfloat16
-step is such passes. And oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution, least of all
-with a stride (benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step.
-Where there is no C compiler, everything stays PyTorch's.
+PyTorch's BatchNorm with a ReLU takes 13 passes over memory where 8 are enough, and such passes are a third of a
+bfloat16 step. oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution, least of all with a
+stride (benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step. Without a C
+compiler, PyTorch's own functions are used.
 """
 import contextlib
 
@@ -16,15 +16,19 @@ from compressed.errors import BadInput
 from compressed.graph import activated_norms
 
 ACTIVATIONS = "none", "relu", "hardswish"  # in the order of kernels.c
-MOST_CHANNELS = 4096  # of a BatchNorm: its sums are on the stack
-LEAST_CHANNELS = 16  # of a depthwise convolution: as many are computed side by side
-LARGEST_MAP = 64  # its height and width: both planes of a block of channels are on the stack
+MOST_CHANNELS = 4096  # of a BatchNorm, whose sums are kept on the stack
+LEAST_CHANNELS = 16  # of a depthwise convolution, which computes so many channels at a time
+LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which is kept on the stack for some channels
 
 
 # ---- BatchNorm with the activation behind it -----------------------------------------------------
 
 class Normalise(torch.autograd.Function):
-    """(x, weight, bias, mean near which x lies, eps, index in ACTIVATIONS) -> (y, mean, biased variance)."""
+    """Normalise a batch and apply the activation.
+
+    (x, weight, bias, origin, eps, index in ACTIVATIONS) -> (y, mean, biased variance). origin: values near the means,
+    such as the running means; sums are taken relative to them to lose no digits.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, origin, eps, activation):
@@ -48,7 +52,7 @@ class Normalise(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """A BatchNorm2d of maps on a CPU, with the `activation` behind it, one of ACTIVATIONS."""
+    """Compute BatchNorm2d and the following `activation`, one of ACTIVATIONS, on a CPU."""
     activation = "none"
 
     def forward(self, x):
@@ -70,7 +74,10 @@ class BatchNorm(nn.BatchNorm2d):
 # ---- Depthwise convolution -----------------------------------------------------------------------
 
 class Convolve(torch.autograd.Function):
-    """(x [N, C, H, W], weight [C, 1, 3, 3] in float32, stride) -> [N, C, ceil(H / stride), ceil(W / stride)]."""
+    """Convolve x [N, C, H, W] depthwise with weight [C, 1, 3, 3] (float32), with a zero border of one pixel.
+
+    (x, weight, stride) -> [N, C, ceil(H / stride), ceil(W / stride)].
+    """
 
     @staticmethod
     def forward(ctx, x, weight, stride):
@@ -93,11 +100,14 @@ class Convolve(torch.autograd.Function):
 
 
 class Depthwise(nn.Conv2d):
-    """A depthwise Conv2d of maps on a CPU. Where kernels.c does not fit, PyTorch's, in float32 if it has a stride."""
+    """Compute a depthwise Conv2d on a CPU with kernels.c; where that does not fit, with PyTorch.
+
+    PyTorch computes convolutions with a stride in float32 then, because it is slow in bfloat16.
+    """
 
     @staticmethod
     def fits(conv: nn.Conv2d) -> bool:
-        """Whether it is one that kernels.c computes, in float32 weights."""
+        """Return True if kernels.c can compute this convolution."""
         return (conv.groups == conv.in_channels == conv.out_channels >= LEAST_CHANNELS and conv.kernel_size == (3, 3)
                 and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1) and conv.dilation == (1, 1)
                 and conv.padding_mode == "zeros" and conv.bias is None and conv.weight.dtype == torch.float32)
@@ -117,15 +127,15 @@ class Depthwise(nn.Conv2d):
 
 @contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
-    """Train with the functions of this file within the block: the model's modules change their class, and get it back.
+    """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
 
-    Depthwise convolutions become Depthwise; a BatchNorm2d becomes a BatchNorm, with the ReLU or hard swish behind it
-    where the graph says that nothing else reads between them. Weights, state-dict keys and, but for rounding, results
-    are the same.
+    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm. The latter includes the following
+    ReLU or hard swish if, by the network's graph, nothing else reads the value between them. Weights and state-dict
+    keys stay the same, and results differ by rounding only.
     """
     changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
     norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(BadInput):  # a network that cannot be followed keeps its activations
+    with contextlib.suppress(BadInput):  # if the graph cannot be read, the activations stay separate
         for norm, (activation, kind) in activated_norms(model).items():
             norms[model.get_submodule(norm)] = kind
             changed.append((model.get_submodule(activation), nn.Identity))

@@ -1,30 +1,30 @@
-"""Steps on a CUDA device as one launch each.
+"""Record training steps as CUDA graphs, so that each step is one launch.
 
-A step of this network is thousands of kernels of a few microseconds each: launched one by one, the GPU waits for the
-CPU most of the time. A CUDA graph records the launches once and repeats them in one.
+A step of this network consists of thousands of kernels of a few microseconds each. Launched one by one, they keep the
+GPU waiting for the CPU most of the time. A CUDA graph records the launches once and replays them as one.
 """
 import torch
 
 
 class Graphs:
-    """Steps recorded as CUDA graphs, one for each kind of step.
+    """Record and replay one CUDA graph for each kind of step.
 
-    learn(inputs, kind): a step, all of it on the device and without a wait for it; what it changes lives on. inputs: a
-    tuple of tensors, always of the same shapes.
+    learn(inputs, kind): function that makes a step. It runs on the device only, never waits for it, and changes tensors
+    in place that exist as long as the graphs. inputs: tuple of tensors, of the same shapes at every step.
     """
 
     def __init__(self, learn, device: torch.device):
         self.learn, self.stream, self.graphs, self.inputs = learn, torch.cuda.Stream(device), {}, None
 
     def step(self, kind, inputs: tuple) -> None:
-        """learn(inputs, kind). The first step of a kind is run as it is (it compiles and allocates), then recorded."""
+        """Make the step learn(inputs, kind). The first of a kind runs without a graph, as it compiles and allocates."""
         if self.inputs is None:
             self.inputs = tuple(torch.empty_like(each) for each in inputs)
         for mine, theirs in zip(self.inputs, inputs):
             mine.copy_(theirs)
         before = torch.cuda.current_stream()
         self.stream.wait_stream(before)
-        with torch.cuda.stream(self.stream):  # autograd remembers streams: what is recorded has to begin on one
+        with torch.cuda.stream(self.stream):  # autograd remembers streams, so all steps have to run on the recording's
             if kind not in self.graphs:
                 self.graphs[kind] = None
                 self.learn(self.inputs, kind)
@@ -35,8 +35,9 @@ class Graphs:
         before.wait_stream(self.stream)
 
     def record(self, kind) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step of this kind; recording does not execute it."""
         graph = torch.cuda.CUDAGraph()
-        # one at a time is replayed, and nothing of it is read afterwards: all may use the same memory
+        # graphs are replayed one at a time, and their temporary tensors are not read afterwards: they share memory
         pool = next((each.pool() for each in self.graphs.values() if each is not None), None)
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             self.learn(self.inputs, kind)
@@ -44,13 +45,13 @@ class Graphs:
 
 
 class Streams:
-    """Work on streams of its own: kernels too small to fill the device run at the same time, in a graph at least."""
+    """Run work on several CUDA streams, so that kernels too small to fill the device overlap, at least in a graph."""
 
     def __init__(self, count: int = 8):
         self.streams = [torch.cuda.Stream() for _ in range(count)]
 
     def for_each(self, function, items: list) -> None:
-        """function(item) for each, dealt to the streams; what comes next waits for all."""
+        """Call function(item) for every item, distributed over the streams; later work waits for all of them."""
         now = torch.cuda.current_stream()
         for k, stream in enumerate(self.streams):
             stream.wait_stream(now)

@@ -1,66 +1,68 @@
-"""Lambda by feedback: it moves by how far the measured share of zeros is from a path to the target (METHOD.md)."""
+"""Adjust lambda by feedback, so that the measured share of zeros follows a path to the target (see METHOD.md)."""
 import math
 
 import torch
 from torch import Tensor
 
-ENDS = 0.75  # the path is at the target when this share of the stage's summed learning rate is spent, and stays there
-STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or after this share of the summed learning rate
-GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
-RISE, FALL = 0.3, 0.2  # the most that log lambda rises and falls in a control step
-HELD = 0.05  # and the most that it falls once the path is at the target, for single weights: see Feedback
-BAND, FADE = 0.002, 0.2  # surplus that is let be; how fast a low is forgotten, a control step
-RANGE = 1e6  # lambda stays within this factor of the one it began with
-FIRST = 0.05  # the first lambda is for the zeros that the path wants when this share of the rate is spent
+# "Spent" is the sum of the learning rates of the steps made, as a share of the sum over the whole stage.
+ENDS = 0.75  # the path reaches the target when this share is spent, and stays there
+STEPS, PART = 8, 1 / 200  # there is a control step after so many training steps, or when this share is spent
+GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; prediction horizon in control steps; of the speed's EMA
+RISE, FALL = 0.3, 0.2  # largest rise and fall of log lambda in a control step
+HELD = 0.05  # largest fall once the path is at the target, for single weights (see Feedback)
+BAND, FADE = 0.002, 0.2  # surplus of zeros that is tolerated; rate per control step at which a low is forgotten
+RANGE = 1e6  # lambda stays within this factor of its first value
+FIRST = 0.05  # the first lambda is chosen for the share of zeros that the path wants when this share is spent
 
 
 class Feedback:
-    """Lead the share of zeros along a path by moving lambda.
+    """Adjust lambda so that the share of zeros follows a path.
 
-    single: whether single weights become zero, and not groups. Of single weights some come back whenever lambda falls,
-           and at small learning rates they are not made zero again: so at the target lambda falls slowly. Groups stay
-           zero until lambda is very low.
-    path:  the wanted share now, a float. lam: lambda, a 0-dim float64 tensor on the weights' device; nothing here waits
-           for that device. off, speed, low: 0-dim tensors too: the measured share minus the path's, its smoothed change
-           a control step, and its latest lows.
+    single: True if single weights become zero, False for groups. Whenever lambda falls, some single weights become
+            non-zero, and at small learning rates they do not return to zero; so at the target lambda may only fall
+            slowly. Groups stay zero until lambda is very low.
+    path:   the share of zeros wanted now, a float.
+    lam:    lambda, a 0-dim float64 tensor on the weights' device. No method waits for that device.
+    off, speed, low: 0-dim tensors: the measured share minus `path`, its smoothed change per control step, and its
+            recent minimum.
     """
 
     def __init__(self, target: float, single: bool = True):
         self.single = single
         self.target, self.path, self.lam = target, 0.0, torch.zeros((), dtype=torch.float64)
-        self.start = self.first = None  # share of zeros and lambda that the path begins with
-        self.spent = self.total = 0.0  # learning rate: so far, and of the whole stage
-        self.steps, self.rate = 0, 0.0  # since the last control step: training steps, learning rate
+        self.start = self.first = None  # share of zeros at the start of the path, and the first lambda
+        self.spent = self.total = 0.0  # sums of learning rates: of the steps made, and of the whole stage
+        self.steps, self.rate = 0, 0.0  # since the last control step: training steps, and the sum of their rates
 
     @property
     def begun(self) -> bool:
         return self.start is not None
 
     def begin(self, share: float, lr_to_come: float) -> float:
-        """Lay the path from a share of zeros; return the share that it wants a twentieth of the stage later."""
+        """Start the path at the present share of zeros; return the share that it wants when FIRST is spent."""
         self.start, self.total = min(share, self.target), self.spent + lr_to_come
         self.path = self.start
         return self.at(FIRST)
 
     def set(self, lam: float, device) -> None:
-        """Take this lambda to begin with."""
+        """Set the first lambda."""
         self.first = lam
         self.lam = torch.tensor(lam, dtype=torch.float64, device=device)
         self.off, self.speed, self.low = (torch.zeros_like(self.lam) for _ in range(3))
 
     def at(self, part: float) -> float:
-        """The path: S - (S - s0) (1 - min(u / ENDS, 1))^3, with u the spent share of the learning rate."""
+        """Return the path S - (S - s0) (1 - min(u / ENDS, 1))^3, where u = `part` is the share that is spent."""
         return self.target - (self.target - self.start) * (1 - min(part / ENDS, 1)) ** 3
 
     def due(self, lr: float) -> bool:
-        """Count a training step with this learning rate; return whether a control step is due after it."""
+        """Count a training step with this learning rate; return True if a control step is due after it."""
         self.spent, self.steps, self.rate = self.spent + lr, self.steps + 1, self.rate + lr
-        if self.total:  # where the stage was made longer, the path waits and does not go back
+        if self.total:  # if the stage was made longer, the path waits instead of going back
             self.path = max(self.path, self.at(self.spent / self.total))
         return self.steps >= STEPS or self.rate >= PART * self.total
 
     def control(self, share: Tensor) -> None:
-        """Move lambda, given the measured share of zeros (0-dim, float64)."""
+        """Make a control step: adjust lambda to the measured share of zeros (0-dim, float64)."""
         self.steps, self.rate = 0, 0.0
         off = share - self.path
         self.speed = torch.lerp(self.speed, off - self.off, SMOOTHING)
@@ -81,11 +83,14 @@ class Feedback:
 
 
 def first_lambda(q: float, eps: float, lr_to_come: float) -> float:
-    """The lambda that drives unopposed weights up to the size q to zero within the first FIRST of the stage."""
-    q = max(q, eps)  # there is something to multiply where the zeros are there already
+    """Return the lambda at which weights up to the size q are zero when FIRST is spent, if the loss does not oppose it.
+
+    lr_to_come: sum of the learning rates of the stage.
+    """
+    q = max(q, eps)  # lambda must not be 0 if the wanted zeros exist already: feedback multiplies it
     return q * (q + eps) / (FIRST * lr_to_come)
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The value that this share of `values` does not exceed."""
+    """Return the value that this share of `values` does not exceed."""
     return values.kthvalue(max(1, math.ceil(share * values.numel()))).values.item()

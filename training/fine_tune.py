@@ -173,7 +173,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     """Train a network on its grids, in place: weights, BatchNorms and steps; zeros stay zero. Return it.
 
     Leaves tuning.file, and what it was made of in quantized.options.json, with `steps_before`, the accuracies found
-    before it. Raises BadInput if it was stopped: the same call goes on.
+    before it. Raises BadInput if it was stopped: the same call resumes it.
     """
     settings, file, device = tuning.settings, tuning.file, train_data.labels.device
 
@@ -199,7 +199,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                           teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen))
     if finished is None:
-        raise BadInput("fine-tuning was stopped; the same command goes on")
+        raise BadInput("fine-tuning was stopped; the same command resumes it")
     fix_steps(finished, chosen.scheme)
     save_tensors(with_steps(finished), file)
     loop.State(file.with_suffix(".state"), settings).remove()

@@ -1,8 +1,9 @@
-"""One training loop for every stage: step, schedule, weight average, evaluation, state, resume.
+"""Train a network: the one loop of all stages, with schedule, weight average (EMA), evaluation, saving and resuming.
 
-The stages (dense, reweighted, masked, quantized) differ in what they pass in, not in the loop. All randomness of a
-step follows from (seed, stage, step), and the learning rate from the step alone, so the state of a run is its tensors
-and one number: a run that was killed at any moment goes on from its last state, on a CPU bit for bit.
+The stages (dense, reweighted, masked, quantized) differ in the arguments that they pass to `train`, not in the loop.
+All random numbers of a step follow from (seed, stage, step), and its learning rate from the step alone. So the state of
+a run is its tensors and the number of steps made: a run that is killed at any moment resumes from its last saved state,
+and on a CPU the result is the same to the last bit.
 """
 import contextlib
 import copy
@@ -33,7 +34,7 @@ from training.state import State, brief, fingerprint, stop_noted
 
 
 class NoPenalty:
-    """In the place of a penalty: nothing pulls."""
+    """Stand in for a penalty where a stage has none: every method does nothing."""
     form = "none"
 
     def update(self, lr_to_come: float) -> None: pass
@@ -42,7 +43,7 @@ class NoPenalty:
 
 
 def save_half(model: nn.Module, path) -> None:
-    """Write the model's state dict in float16, where that does no harm: enough for a further stage to start from."""
+    """Write the model's state dict in float16 where that is exact enough for another stage to start from."""
     save_state(half_state(model.state_dict()), path)
 
 
@@ -51,18 +52,18 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
           prepare=lambda model, epoch: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
           eval_every: int = 1, save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
           later: float = 0, processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
-    """Train `model` in place; return the finished model (its average where one is kept), or None if time ran out.
+    """Train `model` in place; return the result (the weight average if there is one), or None if it was stopped.
 
-    name:     of the stage and its files: FOLDER/NAME.jsonl (a line an epoch), FOLDER/NAME.state/ while it runs, and
-              FOLDER/NAME.average.pt, what the stage would give as it is (float16), wherever it was stopped.
+    name:     name of the stage. Its files: FOLDER/NAME.jsonl (one line per epoch), FOLDER/NAME.state/ (while it runs)
+              and, after a stop, FOLDER/NAME.average.pt (float16: the result as if the stage had ended there).
     penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
-    masks:    Masks on `model`, applied after every step and checked whenever something is written.
-    teachers: models in eval mode whose logits are distilled on the same mixed images, always at 32x32.
-    prepare:  called with the model and the epoch, from 0, before the epoch's first step: to set modes.
-    context:  what else decides the result (plain values): a state is only resumed under the same.
-    start_epoch: where the stage is taken up if there is no state: by weights alone, with fresh momentum.
-    later:    the work (Plan.work) of the stages that follow, for the time that is left.
-    began:    called once nothing stands against the stage any more, before its first step.
+    masks:    Masks on `model`, applied after every step and checked before anything is written.
+    teachers: models in eval mode. Their logits for the same mixed images, always at 32x32, are distilled.
+    prepare:  function of (model, epoch from 0), called before each epoch's first step; it may set train or eval modes.
+    context:  further plain values that decide the result. A state is resumed only if they are equal.
+    start_epoch: epoch at which to begin if there is no saved state, with the given weights and zero momentum.
+    later:    work (see Plan.work) of the stages that follow in this run; it is needed to show the time left.
+    began:    function called when everything is checked, before the first step.
     """
     stage = Stage(name, model, train_data, settings, Path(folder), penalty, penalty_updates, masks, teachers, context,
                   processes)
@@ -70,7 +71,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     began()
     plan, saved = stage.plan, time.monotonic()
     with contextlib.ExitStack() as at_end:
-        asked = at_end.enter_context(stop_noted())  # the step is finished and the state written
+        asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
         if stage.device.type == "cpu":
             for replica in stage.replicas.models:
                 at_end.enter_context(fast_on_a_cpu(replica))
@@ -99,7 +100,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
 
 
 class Stage:
-    """A stage under way: a model with everything that goes with it, and how far it is."""
+    """Hold a running stage: the model, its optimizer, average, penalty, masks and teachers, and its progress."""
 
     def __init__(self, name, model, data, settings, folder, penalty, penalty_updates, masks, teachers, context,
                  processes):
@@ -116,24 +117,25 @@ class Stage:
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
             folder / f"{name}.state", settings, images=len(data), context=context,
-            data=fingerprint([data.images, data.labels]),  # as many other images are another run
+            data=fingerprint([data.images, data.labels]),  # the same number of other images is another run
             penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
             masks=None if masks is None else fingerprint(masks.factors),
             teacher=teachers and fingerprint(v for each in self.teachers for v in each.state_dict().values()) or None)
-        # dynamic=False: a schedule of sizes has few, and each is worth kernels of its own
+        # dynamic=False: a stage has few image sizes, and kernels compiled for one size are faster
         self.stepped = [torch.compile(model, dynamic=False) if settings.compile else model, *self.replicas.models[1:]]
-        # what a graph records is all on this device, the learning rate too
+        # a CUDA graph can only record work on the device: no other process, and the learning rate in a tensor
         recordable = (self.device.type == "cuda" and processes.count == 1 and self.penalty.form != "loss"
                       and settings.optimizer != "adam")
         self.graphs = Graphs(self.learn_on_one, self.device) if recordable else None
-        self.rates = {}  # {factor: the learning rate times it, on the device}
+        self.rates = {}  # {factor: tensor on the device that holds the learning rate times this factor}
         self.result = None  # the finished model
-        self.first_steps = 0  # made by this process
+        self.first_steps = 0  # steps made by this process since it started
 
-    # -- from one state to the next
+    # -- resume, save, stop
 
     def resume(self, wanted: bool, start_epoch: float) -> None:
-        """Go on from the state in the folder, or begin, at `start_epoch`. Raises BadInput if the state does not fit."""
+        """Resume the state in the folder; if there is none, begin at `start_epoch`. Raises BadInput if it does not fit.
+        """
         steps, log_path = self.plan.epoch_steps, self.folder / f"{self.name}.jsonl"
         self.progress = {"step": round(start_epoch * steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
         if not wanted and self.processes.first:
@@ -145,19 +147,20 @@ class Stage:
                 for key, part in self.parts.items():
                     part.load_state_dict(contents[key])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise BadInput(f"{self.state.folder} is of another network ({brief(error)}); --no-resume starts the "
-                               "stage again") from error
+                raise BadInput(f"{self.state.folder} holds the state of another network ({brief(error)}); --no-resume "
+                               "starts the stage again") from error
         elif self.progress["step"] and log_path.is_file():
             self.progress["log"] = [line for line in load_lines(log_path) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
         if not found:
-            self.plan.updates.add(step)  # a stage that is taken up in its middle has a penalty at once
+            self.plan.updates.add(step)  # a stage that begins in its middle needs the penalty's weights at once
         if step >= self.plan.steps:
-            raise BadInput(f"{self.name}: cannot go on at epoch {step / steps:g}: the stage has {epochs}")
+            raise BadInput(f"{self.name}: cannot resume at epoch {step / steps:g}: the stage has {epochs}")
         if step and self.processes.first:
-            print(f"{self.name}: goes on at epoch {step // steps + 1} of {epochs}", flush=True)
-        # sums over the epoch's steps of loss and accuracy, kept on the device: reading them would wait for it
-        sums = [self.progress["loss"], self.progress["correct"]]  # of all processes: each goes on with its share
+            print(f"{self.name}: resumes at epoch {step // steps + 1} of {epochs}", flush=True)
+        # Sums of loss and accuracy over the epoch's steps stay on the device, because reading them waits for it.
+        # The saved ones are sums over all processes, so each process resumes with its share.
+        sums = [self.progress["loss"], self.progress["correct"]]
         self.totals = torch.tensor(sums, dtype=torch.float64, device=self.device) / self.processes.count
         self.before, self.started = self.progress["seconds"], time.monotonic()
         self.model.train()
@@ -166,7 +169,8 @@ class Stage:
         return time.monotonic() - self.started
 
     def read_totals(self) -> list[float]:
-        """The epoch's sums of loss and accuracy over all processes. Raises BadInput if the loss is not finite."""
+        """Return the epoch's sums of loss and accuracy over all processes. Raises BadInput if the loss is not finite.
+        """
         totals = self.totals.clone()
         self.processes.add([totals])
         loss, correct = totals.tolist()
@@ -176,6 +180,7 @@ class Stage:
         return [loss, correct]
 
     def save(self) -> None:
+        """Write the state, after a check of the masks."""
         self.progress["loss"], self.progress["correct"] = self.read_totals()
         self.progress["seconds"] = self.before + self.seconds_here()
         self.check_masks(self.model, self.average)
@@ -183,27 +188,30 @@ class Stage:
             self.state.save(self.progress, {key: part.state_dict() for key, part in self.parts.items()})
 
     def check_masks(self, *models) -> None:
+        """Raise AssertionError if a masked weight of one of the models is not zero."""
         for model in models:
             if self.masks is not None and model is not None:
                 self.masks.check(model)
 
     def leave(self, average: bool) -> None:
-        """After a stop, when the state is written: say so, and leave the average, too, if there is time for it."""
+        """Print where the stage was stopped, after its state was saved; with `average`, write NAME.average.pt first."""
         if self.processes.first:
             if average:
                 save_half(self.result_so_far(), self.folder / f"{self.name}.average.pt")
             print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of "
-                  f"{self.settings.epochs}, state written to {self.state.folder}; the same command goes on", flush=True)
+                  f"{self.settings.epochs}, state written to {self.state.folder}; the same command resumes it",
+                  flush=True)
 
     # -- the method
 
     def begin(self, epoch: int) -> None:
+        """Prepare an epoch: bring the replicas up to date and draw the order of the images."""
         self.replicas.follow()
         order = cifar100.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
         self.order = order.to(self.device)
 
     def step(self, epoch: int, i: int) -> None:
-        """Step i of an epoch: gradients of every share, optimizer, penalty, masks, average."""
+        """Make step i of an epoch: gradients of all shares, optimizer, penalty, masks, weight average."""
         plan, settings, step = self.plan, self.settings, epoch * self.plan.epoch_steps + i
         lr = plan.lrs[step]
         for group in self.optimizer.param_groups:
@@ -214,7 +222,7 @@ class Stage:
         draws = cifar100.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                               crop=settings.augment != "none", trivial=settings.augment == "trivial",
                               mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
-        kind = self.turn(step), plan.sizes[step]
+        kind = self.teacher_of(step), plan.sizes[step]
         if self.graphs is None:
             self.learn(lambda k: self.batch(index[plan.shares[k]], draws[plan.shares[k]]), kind)
         else:
@@ -228,7 +236,8 @@ class Stage:
         self.progress["step"] = step + 1
 
     def rate(self, lr: float, factor: float):
-        """Return lr times factor: as a number, or for recorded steps in a tensor of the device that is kept."""
+        """Return lr * factor: a number, or with CUDA graphs always the same tensor, because a graph reads its address.
+        """
         if self.graphs is None:
             return lr * factor
         if factor not in self.rates:
@@ -236,12 +245,15 @@ class Stage:
         return self.rates[factor].fill_(lr * factor)
 
     def batch(self, index, draws) -> tuple:
-        """(mixed images, labels, labels of the partners, lam)."""
+        """Return (mixed images, labels, labels of the mixing partners, lam); see cifar100.augment."""
         x, *others = cifar100.augment(self.data.images[index], self.data.labels[index], draws)
         return x.contiguous(memory_format=torch.channels_last), *others
 
     def learn(self, batch, kind) -> None:
-        """Gradients of every share, of the images batch(k), then the optimizer's step."""
+        """Compute the gradients of every share k from batch(k), then make the optimizer's step.
+
+        kind: (index of the teacher or None, image size), see `gradients`.
+        """
         for replica in self.replicas.models:
             replica.zero_grad(set_to_none=True)
         self.totals += sum(threads.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
@@ -253,12 +265,15 @@ class Stage:
     def learn_on_one(self, inputs, kind) -> None:
         self.learn(lambda k: inputs, kind)
 
-    def gradients(self, k: int, x, labels, others, lam, turn: int | None, size: int):
-        """Forward and backward of a share in its replica; its part of the batch's mean (loss, accuracy)."""
+    def gradients(self, k: int, x, labels, others, lam, teacher: int | None, size: int):
+        """Run forward and backward of share k in its replica; return its part of the batch's mean [loss, accuracy].
+
+        teacher: index of the one to distil from; None: all of them.
+        """
         settings, weight = self.settings, len(x) / self.plan.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             with torch.no_grad():
-                taught = [each(x).float() for each in (self.teachers if turn is None else [self.teachers[turn]])]
+                taught = [each(x).float() for each in (self.teachers if teacher is None else [self.teachers[teacher]])]
             logits = self.stepped[k](resized(x, size)).float()
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
         if taught:
@@ -269,12 +284,12 @@ class Stage:
             target = torch.where(lam >= 0.5, labels, others)
             return weight * torch.stack([loss.detach().double(), (logits.argmax(1) == target).double().mean()])
 
-    def turn(self, step: int) -> int | None:
-        """Which of the teachers has its turn at a step; None: all of them teach (or there is none)."""
+    def teacher_of(self, step: int) -> int | None:
+        """Return the index of the teacher of a step; None if all of them teach, or there is none."""
         return step % len(self.teachers) if self.teachers and self.settings.teaching == "turns" else None
 
     def end(self, epoch: int, test_data, eval_every: int) -> None:
-        """An epoch's line, with the accuracy where it is wanted; after the last epoch, the result."""
+        """Write and print an epoch's log line, with the test accuracy if it is due; after the last, set `result`."""
         plan, step = self.plan, self.progress["step"]
         loss, correct = self.read_totals()
         record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1],
@@ -288,7 +303,7 @@ class Stage:
             self.result = self.finish(self.model if self.average is None else self.average)
             self.check_masks(self.result)
         if test_data is not None and (last or eval_every and (epoch + 1) % eval_every == 0):
-            with contextlib.suppress(KeyboardInterrupt):  # noted: the line goes without the accuracy
+            with contextlib.suppress(KeyboardInterrupt):  # stop_noted keeps it; the line is written without accuracy
                 test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
         record |= self.penalty.record()
@@ -301,12 +316,15 @@ class Stage:
             print(describe(record, self.settings), flush=True)
 
     def result_so_far(self) -> nn.Module:
-        """A copy of what the stage would give if it ended here."""
+        """Return a copy of the model that the stage would return if it ended now."""
         return self.finish(copy.deepcopy(self.model if self.average is None else self.average))
 
     @torch.no_grad()
     def finish(self, result: nn.Module) -> nn.Module:
-        """Make the average (or the model itself) a stage's result, with the model's zeros and statistics of its own."""
+        """Turn the weight average (or the model itself) into the stage's result, in place; return it in eval mode.
+
+        It gets the model's zeros, and BatchNorm statistics re-estimated for its weights.
+        """
         if result is not self.model:  # a weight that became zero is only nearly zero in the average
             for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(self.model)):
                 ours.weight.mul_(theirs.weight != 0)
@@ -317,9 +335,9 @@ class Stage:
 
 
 def make_optimizer(settings: Settings, model: nn.Module, masks=None):
-    """Return the optimizer of a model's weights; if its grids have trained steps, together with Adam for those.
+    """Return the optimizer of a model's weights. If quantization steps are trained too, Adam is added for those.
 
-    Weight decay on the weights of convolutions and the linear layer; none on BatchNorm, biases and steps.
+    Weight decay acts on the weights of convolutions and the linear layer, not on BatchNorm, biases and steps.
     """
     weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("log_step")]
     steps = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("log_step")]
@@ -333,7 +351,7 @@ def make_optimizer(settings: Settings, model: nn.Module, masks=None):
 
 
 class Together:
-    """Several optimizers as one."""
+    """Combine several optimizers behind the interface of one."""
 
     def __init__(self, optimizers: list):
         self.optimizers = optimizers
@@ -355,6 +373,7 @@ class Together:
 
 
 def weight_optimizer(settings: Settings, weights: list, masks=None) -> torch.optim.Optimizer:
+    """Return the optimizer that the settings name, for these parameters."""
     if settings.optimizer == "muon":
         kept = dict(zip(masks.weights, masks.factors)) if masks else {}
         dtype = getattr(torch, settings.precision)
@@ -370,30 +389,33 @@ def weight_optimizer(settings: Settings, weights: list, masks=None) -> torch.opt
 
 
 def generator_for(seed: int, *names) -> torch.Generator:
-    """The CPU generator that belongs to a seed and a name, such as (stage, "step", 7)."""
+    """Return a CPU generator seeded by a hash of the seed and the names, such as (stage, "step", 7)."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def averaged(model: nn.Module) -> list:
-    """The tensors of a model that a weight average is of: parameters and BatchNorm statistics."""
+    """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics."""
     return [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
 
 
 def update_average(average: list, model: list, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place, of `averaged` tensors."""
+    """Set average <- decay * average + (1 - decay) * model in place. Both are lists as `averaged` returns them."""
     threads.for_each(lambda a, m: torch._foreach_lerp_(a, m, 1 - decay), average, model)
 
 
 def average_decay(settings: Settings, step: int) -> float:
-    """Of the weight average at a step: a memory of 3% of the steps made, or what the settings say, short at first."""
+    """Return the decay of the weight average (EMA) at `step`; by default it averages over the last 3% of the steps.
+
+    A fixed decay from the settings is warmed up: (1 + step) / (10 + step) as long as that is smaller.
+    """
     if settings.average is None:
         return 1 - 1 / max(1, 0.03 * (step + 1))
     return min(settings.average, (1 + step) / (10 + step))
 
 
 def resized(x, size: int):
-    """A finished batch at another size, antialiased."""
+    """Return a batch of normalised images scaled to size x size, with antialiasing."""
     if size == x.shape[-1]:
         return x
     x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
@@ -401,18 +423,18 @@ def resized(x, size: int):
 
 
 def mixed_cross_entropy(logits, labels, others, lam, smoothing):
-    """Mean over the batch of lam CE(label) + (1 - lam) CE(partner's label), a lam for every image."""
+    """Return the batch's mean of lam CE(label) + (1 - lam) CE(partner's label); every image has its own lam."""
     first = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     second = F.cross_entropy(logits, others, reduction="none", label_smoothing=smoothing)
     return (lam * first + (1 - lam) * second).mean()
 
 
 def distillation(logits, taught: list, temperature: float):
-    """Hinton, Vinyals and Dean 2015: T^2 KL(the teachers' mean || student), all softened by T."""
+    """Return T^2 KL(mean of the teachers || student), all softened by the temperature T (Hinton et al. 2015)."""
     target = sum((each / temperature).softmax(1) for each in taught) / len(taught)
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
 
 def count_zeros(model: nn.Module) -> int:
-    """Zeros among the weights of all convolutions and the linear layer."""
+    """Return the number of zeros among the weights of all convolutions and the linear layer."""
     return sum(int((module.weight == 0).sum()) for _, module in weight_layers(model))

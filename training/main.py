@@ -1,14 +1,14 @@
-"""Train a network on CIFAR-100 to a sparse one, in three stages; with no stage named, every stage that is missing.
+"""Train a sparse network on CIFAR-100 in three stages: dense, reweighted L1, masked. Finished stages are not repeated.
 
-    python training/main.py                    dense pretraining, reweighted L1, mask and masked retraining
+    python training/main.py                    all stages that the run folder lacks
     python training/main.py --rew              one stage (--pretrain, --rew, --masked-retrain)
     python training/main.py --recipe NAME      with the options of training/recipes/NAME.toml
     torchrun --nproc-per-node 2 training/main.py ...
 
-What METHOD.md explains is computed in reweighted_l1.py; the loop of all stages is in loop.py. A run folder holds
-  STAGE.options.json    the resolved options                 STAGE.jsonl    a line an epoch
-  STAGE.state/          what a resume needs, while it runs   STAGE.pt       the weights, once it is finished
-The same command again goes on where it was.
+METHOD.md explains the method. reweighted_l1.py computes it, and loop.py is the training loop. A run folder holds
+  STAGE.options.json    the resolved options                   STAGE.jsonl    a log, one line per epoch
+  STAGE.state/          what a resume needs, until it is done  STAGE.pt       the weights of the finished stage
+If a run was stopped, the same command resumes it.
 """
 import argparse
 import contextlib
@@ -36,14 +36,14 @@ from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # 
 from training.state import MACHINE  # noqa: E402
 
 STAGES = ("pretrain", "rew", "masked")
-# what differs between the stages; everything else is a default of loop.Settings
+# defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"sgd": {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}, "adam": dict.fromkeys(STAGES, 1e-3)}
-PEAK_LR["muon"] = PEAK_LR["sgd"]  # of what it leaves to SGD
-# the submission's names of settings
+PEAK_LR["muon"] = PEAK_LR["sgd"]  # for the parameters that Muon leaves to SGD
+# {option of the submission: the same setting here}
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
-SPARSITY = ("target_sparsity", "sparsity_type", "config_file")  # options that are stated once for a run
+SPARSITY = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
 DEFAULT_TARGET = 0.8
 FLAG = argparse.BooleanOptionalAction
 
@@ -53,84 +53,85 @@ def stage_options(group) -> None:
     group.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
     group.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
-    group.add_argument("--recipe", metavar="NAME", help="options of all stages from a TOML file, or by its name in "
-                       "training/recipes; those given here stand above it (default: the run folder's, else none)")
+    group.add_argument("--recipe", metavar="NAME", help="TOML file with options of all stages, or its name in "
+                       "training/recipes; the command line overrides it (default: the run folder's, else none)")
     group.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
-                       help="(%(default)s)")
+                       help="run folder (%(default)s)")
     group.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
-                       help="checkpoint that the first stage starts from, by default the stage before; a folder "
-                            "STAGE.state: the weights of that running stage as they are")
+                       help="checkpoint that the first stage starts from (default: the stage before); a folder "
+                            "STAGE.state means the latest saved weights of that unfinished stage")
     group.add_argument("--start-epoch", type=number(float, 0, 10**6), default=0, metavar="E",
-                       help="take the stage up there, from the weights of --start: if its state is lost")
-    group.add_argument("--resume", action=FLAG, default=True, help="go on from the state in the run folder (default)")
+                       help="begin at this epoch with the weights of --start, for a stage whose state is lost")
+    group.add_argument("--resume", action=FLAG, default=True, help="resume the state in the run folder (default)")
     group.add_argument("--max-minutes", type=number(float, 0, 10**9), metavar="M",
-                       help="stop cleanly after that time, state written; the same command goes on")
+                       help="save the state and stop after that time; the same command resumes the run")
     group.add_argument("--show-seconds", type=number(float, 0, 10**9), default=60, metavar="S",
-                       help="print a line this often where there is no terminal (%(default)s)")
+                       help="seconds between lines of progress, if stderr is no terminal (%(default)s)")
     group.add_argument("--save-seconds", type=number(float, 0, 10**9), default=60, metavar="S",
-                       help="write the state this often (%(default)s)")
+                       help="seconds between saves of the state (%(default)s)")
     group.add_argument("--eval-every", type=number(int, 0, 10**6), default=1, metavar="E",
-                       help="epochs between accuracies; 0: at the stage's end alone (%(default)s)")
+                       help="epochs between evaluations; 0: only after the last epoch (%(default)s)")
 
 
 def sparsity_options(group) -> None:
     group.add_argument("--target-sparsity", type=number(float, 0.001, 0.999), metavar="S",
-                       help="wanted share of zeros in the pruned layers, in place of a lambda (0.8)")
+                       help="wanted share of zeros in the pruned layers; lambda is adjusted to reach it (0.8)")
     group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
-                       help="strength of the penalty, in place of a target")
+                       help="fixed strength of the penalty, instead of --target-sparsity")
     group.add_argument("--eps", type=number(float, 1e-9, 1), default=1e-3,
-                       help="of alpha = 1 / (|w| + eps) (%(default)s)")
+                       help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
     group.add_argument("--penalty", choices=("loss", "proximal", "magnitude"),
-                       help="loss: added to it; proximal: a soft threshold after every step (default, see METHOD.md); "
-                            "magnitude: none, but gradual magnitude pruning to --target-sparsity, to compare with")
+                       help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
+                            "METHOD.md); magnitude: no penalty, gradual magnitude pruning to --target-sparsity, as a "
+                            "baseline")
     group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="updates of alpha, or of the zeros for magnitude, at equal distances (5 with a lambda, 20 "
-                            "towards a target; magnitude: 100)")
+                       help="number of updates of alpha, or with magnitude of the zeros, at equal distances (with a "
+                            "lambda 5, with a target 20, with magnitude 100)")
     group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
-                       help="what penalty and mask act on (irregular). Given without a target, it selects the "
-                            "submission's method: the penalty in the loss, lambda 1e-6; masks from --threshold, or for "
-                            "the others from the ratios of --config-file. Zeros stay in their places: a filter of "
-                            "zeros costs nothing where zeros are counted, but is not removed from the network")
+                       help="groups of weights that become zero together (irregular: single weights). Given without a "
+                            "target, it selects the submission's method: the penalty in the loss, lambda 1e-6, and "
+                            "masks from --threshold or, for groups, from the ratios of --config-file. A filter of "
+                            "zeros is counted as zeros, but not removed from the network")
     group.add_argument("--config-file", metavar="NAME",
-                       help="prune ratios of the layers: a TOML file, or its name in training/profile/")
+                       help="TOML file with the layers' prune ratios, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
-                       help="of --sparsity-type threshold (%(default)s)")
+                       help="with --sparsity-type threshold: smaller weights are pruned (%(default)s)")
 
 
 def machine_options(group) -> None:
     group.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="of the forward pass; auto: bfloat16 on CUDA and on CPUs that multiply it")
-    group.add_argument("--compile", action=FLAG, help="torch.compile the network (default: on CUDA)")
+                       help="precision of the forward pass; auto: bfloat16 on CUDA and on CPUs that support it")
+    group.add_argument("--compile", action=FLAG, help="compile the network with torch.compile (default: on CUDA)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
-                       help="threads of a process on a CPU, each with a share of its batch (default: the cores)")
+                       help="threads of a process on a CPU, among which its batch is divided (default: one per core)")
 
 
 def submission_options(group) -> None:
     for option, name in NAMES.items():
         plan.add_option(group, option, name, text="--" + name)
-    group.add_argument("--warmup", action=FLAG, default=True, help="or none")
-    group.add_argument("--mixup", action=FLAG, help="--mixing mixup, or none")
-    group.add_argument("--smooth", action=FLAG, default=True, help="label smoothing, or none")
+    group.add_argument("--warmup", action=FLAG, default=True, help="use the warm-up, or none")
+    group.add_argument("--mixup", action=FLAG, help="--mixing mixup, or --mixing none")
+    group.add_argument("--smooth", action=FLAG, default=True, help="use label smoothing, or none")
     group.add_argument("--no-tricks", action="store_true",
-                       help="no mixing, smoothing, warm-up or schedule, whatever else is given")
-    group.add_argument("--arch", choices=("mobilenetv2",), help="there is one")
-    group.add_argument("--depth", type=int, choices=(17,), help="blocks")
+                       help="no mixing, label smoothing, warm-up or schedule, whatever other options say")
+    group.add_argument("--arch", choices=("mobilenetv2",), help="has no effect: there is one architecture")
+    group.add_argument("--depth", type=int, choices=(17,), help="has no effect: the network has 17 blocks")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     parser.usage = "python training/main.py [--pretrain | --rew | --masked-retrain] [options]"
-    parser.epilog = ("Two defects of the original are mended: its weights were 1 / (w + eps) with signed w, singular\n"
-                     "near -eps (here |w|), and its reweighted stage never stepped the cosine schedule (here all do).")
+    parser.epilog = ("Two defects of the submission are fixed: it computed alpha = 1 / (w + eps) with signed w,\n"
+                     "singular near -eps (here |w|), and its reweighted stage never stepped the cosine schedule.")
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
     networks.add_option(parser)
     cifar100.add_options(parser.add_argument_group("data"))
     sparsity_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
-                       help="checkpoints whose logits are distilled on the same images: ours, or KAIST AI's (see "
-                            "teachers.py), such as " + next(iter(teachers.KAIST)))
+                       help="checkpoints to distil from: ours, or KAIST AI's (see teachers.py), such as "
+                            + next(iter(teachers.KAIST)))
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
         f"{stage} {EPOCHS[stage]}, {PEAK_LR['sgd'][stage]}" for stage in STAGES) + "; lr of adam 0.001")
@@ -142,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None, *before: str) -> argparse.Namespace:
-    """Return the options of a command line; `before` are words that stand below it, as those of a recipe."""
+    """Return the options of a command line. before: words that it overrides, such as those of a recipe."""
     parser = make_parser()
     args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
     if args.pretrain + args.rew + args.masked_retrain > 1:
@@ -166,9 +167,9 @@ def parse(argv=None, *before: str) -> argparse.Namespace:
 
 
 def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespace]]:
-    """Return the options of the whole run and of each stage: the recipe's, and above them the command line's.
+    """Return the options of the whole run and of each stage: those of the recipe, overridden by the command line.
 
-    The recipe is that of --recipe, or the one that the run folder was begun with; it is args.recipe, a path or None.
+    The recipe is that of --recipe, or the one with which the run folder was begun; args.recipe is its path or None.
     """
     args = parse(argv)
     kept = args.run / "recipe.toml"
@@ -183,7 +184,8 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
 
 
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
-    """The settings of a stage on a device: what was given, the stage's defaults, and --no-tricks above all."""
+    """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
+    """
     chosen = plan.given(args)
     epochs = chosen.setdefault("epochs", EPOCHS[stage])
     chosen.setdefault("lr", PEAK_LR[args.optimizer or "sgd"][stage])
@@ -209,6 +211,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
 
 
 def pruned_layers(args, model) -> list[str]:
+    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
     if args.config_file:
         layers = list(reweighted_l1.prune_ratios(args.config_file, model))
         if not layers:
@@ -218,9 +221,9 @@ def pruned_layers(args, model) -> list[str]:
 
 
 def strength(args) -> tuple[str, float | None, float | None]:
-    """(form, lambda, target) of the penalty; one of the last two is None.
+    """Return (form, lambda, target) of the penalty; lambda or target is None.
 
-    Without a target, --sparsity-type and --penalty loss mean the submission's: in the loss, lambda 1e-6.
+    Without a target, --sparsity-type and --penalty loss select the submission's penalty: in the loss, lambda 1e-6.
     """
     lam, target = args.lam, args.target_sparsity
     if args.penalty == "magnitude":
@@ -232,6 +235,7 @@ def strength(args) -> tuple[str, float | None, float | None]:
 
 
 def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
+    """Return the penalty that the options select, on the model."""
     form, lam, target = strength(args)
     if form == "magnitude":
         return magnitude.GradualMagnitude(model, pruned_layers(args, model), target)
@@ -240,10 +244,11 @@ def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualM
 
 
 def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
-    """Fill in what the masked stage's options leave open of SPARSITY, as the run's reweighted stage had it.
+    """Return the masked stage's options, with those of SPARSITY that are not given taken from the reweighted stage.
 
-    say: called with one line on what was taken from where, and one for every given option that differs. Nothing is
-    filled in where the given options are the submission's rule: --sparsity-type with ratios, or threshold, no target.
+    say: function that gets one line on what was taken from where, and one for every given option that differs. Nothing
+    is taken if the options select the submission's rule: without a target, --sparsity-type threshold, or any type with
+    --config-file.
     """
     path = args.run / "rew.options.json"
     theirs = dict.fromkeys(SPARSITY)
@@ -271,7 +276,7 @@ def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
 
 
 def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
-    """The masks that the options ask for, on the model; say(line) tells how many of their zeros it had already."""
+    """Return the masks that the options select, on the model. say(line) gets how many of their zeros existed before."""
     layers = pruned_layers(args, model)
     if args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in reweighted_l1.GROUPS else "irregular"
@@ -291,7 +296,7 @@ def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
 
 
 def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], device: torch.device) -> None:
-    """Raises BadInput, before hours of the first stage, for options that one of them cannot use."""
+    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options."""
     for stage in stages:
         args = by_stage[stage]
         model = networks.make(args.network)
@@ -303,13 +308,16 @@ def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], dev
 
 
 def starting_point(stage: str, args) -> nn.Module:
-    """The model that a stage starts from: --start, the stage before, or (for --rew, with a warning) random weights."""
+    """Return the model from which a stage starts: --start, the stage before, or random weights.
+
+    Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
+    """
     if args.start and args.start.is_dir():
         model = networks.make(args.network)
         try:
             model.load_state_dict(loop.State(args.start, None).read("weights"))
         except RuntimeError as error:
-            raise BadInput(f"{args.start}: the state of another network") from error
+            raise BadInput(f"{args.start}: holds the state of another network") from error
         return model
     if args.start:
         return load_checkpoint(args.start, args.network)
@@ -327,7 +335,7 @@ def starting_point(stage: str, args) -> nn.Module:
 
 
 def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str]:
-    """Return what is about to be trained: device, network, images, stages with their steps, run folder."""
+    """Return lines that say what will be trained: device, network, images, run folder, and the steps of each stage."""
     parts, args = [], by_stage[stages[0]]
     for stage in stages:
         settings = settings_for(stage, by_stage[stage], device)
@@ -342,9 +350,9 @@ def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str
 
 
 def run_stage(stage: str, args, data, test, device, processes, deadline: float, later: float = 0) -> bool:
-    """Train one stage and write its weights; later: the work of the stages behind it.
+    """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    Return False if that was all for now: the time ran out, or SIGTERM came.
+    deadline: time.monotonic() at which to stop. later: work (see Plan.work) of the stages that follow.
     """
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
@@ -365,7 +373,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
-    with loop.stop_noted() as asked:  # in its last step, a stage finishes all the same
+    with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
             stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
             teachers=taught_by, context={"network": args.network}, resume=args.resume, start_epoch=args.start_epoch,
@@ -384,7 +392,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
     return not processes.agree(bool(asked), device)
 
 
-# options of a stage that are no settings; under which a finished stage is the one that is asked for
+# {option that is no setting but decides a result: the stages whose result it decides}
 DECISIVE = {"network": STAGES, "made_up": STAGES, "holdout": STAGES, "teacher": STAGES,
             **dict.fromkeys(("penalty", "lam", "eps", "updates"), ("rew",)),
             **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
@@ -392,7 +400,7 @@ DECISIVE = {"network": STAGES, "made_up": STAGES, "holdout": STAGES, "teacher": 
 
 
 def changed_options(stage: str, args, device: torch.device) -> str:
-    """Word how the options of a finished stage differ from those that are given now; "" if they do not."""
+    """Return as text how the options of a finished stage differ from the present ones; "" if they are equal."""
     path = args.run / f"{stage}.options.json"
     if not path.is_file():
         return ""
@@ -409,6 +417,7 @@ def changed_options(stage: str, args, device: torch.device) -> str:
 
 
 def run_stages(args, by_stage, data, test, device, processes, deadline: float) -> None:
+    """Train the chosen stages, by default all that the run folder lacks, one after the other."""
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
@@ -433,7 +442,7 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
     for stage in chosen or STAGES:
         if stage in there:
             if processes.first:
-                print(f"{stage}: {args.run / f'{stage}.pt'} is there"
+                print(f"{stage}: {args.run / f'{stage}.pt'} exists"
                       + (f", trained with other options ({others[stage]})" if stage in others else "")
                       + ("; --no-resume trains it again" if chosen else ""), flush=True)
             start, start_epoch = None, 0
@@ -443,11 +452,11 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
         later = sum(work[other] for other in missing[missing.index(stage) + 1:])
         if not run_stage(stage, options, data, test, device, processes, deadline, later):
             break
-        start, start_epoch = None, 0  # --start is where the first stage began
+        start, start_epoch = None, 0  # --start is for the first stage only
 
 
 def join_processes(args) -> tuple[loop.Processes, torch.device]:
-    """Find the other processes of torchrun, if there are; return (this one among them, its device)."""
+    """Connect to the other processes of torchrun, if there are any; return (Processes, the device of this one)."""
     rank, count, local = environment.processes()
     device = torch.device("cpu")
     if torch.cuda.is_available() and not args.no_cuda:

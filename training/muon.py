@@ -1,9 +1,9 @@
-"""Muon for the weights of convolutions that mix channels, and Nesterov SGD for all others.
+"""Optimize convolutions that mix channels with Muon, and all other parameters with Nesterov SGD.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": a weight matrix moves along the nearest
 semi-orthogonal matrix to its momentum, so that directions with small gradients move as far as those with large ones.
-Here a BatchNorm follows every convolution, and only the direction of its weights counts. So a step turns it by so many
-radians (`turn`, at the peak rate) and keeps the norm, and weight decay has nothing to do.
+Here a BatchNorm follows every convolution, so only the direction of a convolution's weights matters. A step therefore
+rotates the weights by a given angle (`turn`, at the peak learning rate) and keeps their norm; weight decay is not used.
 """
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,18 @@ from compressed import threads
 from training.cuda_graphs import Streams
 
 MOMENTUM = 0.95
-# The quintic that Jordan found. Three of his five iterations bring singular values above 0.02 near one (0.7 to 1.2);
-# the step points nearly where that of five would.
+# Jordan's quintic polynomial. Three iterations instead of his five bring singular values above 0.02 to 0.7 to 1.2, and
+# the direction of the step is nearly the same.
 ITERATIONS, A, B, C = 3, 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(matrix: Tensor, dtype=torch.float32) -> Tensor:
-    """A matrix [m, n] with the same singular vectors and singular values near one (Newton-Schulz iterations)."""
+    """Return a matrix [m, n] with the same singular vectors, and singular values near one (Newton-Schulz iterations).
+
+    dtype: of the iterations; the result has that of `matrix`.
+    """
     x = (matrix / matrix.norm().clamp(min=1e-20)).to(dtype)
-    x = x.t() if len(x) > x.shape[1] else x  # the smaller Gram matrix
+    x = x.t() if len(x) > x.shape[1] else x  # the smaller of the two Gram matrices
     for _ in range(ITERATIONS):
         gram = x @ x.t()
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
@@ -28,16 +31,19 @@ def orthogonal(matrix: Tensor, dtype=torch.float32) -> Tensor:
 
 
 def mixes_channels(weight: Tensor) -> bool:
-    """Of a convolution [out, in, height, width] that is not depthwise; the linear layer has no BatchNorm behind it."""
+    """Return True for the weight [out, in, height, width] of a convolution that is not depthwise.
+
+    The linear layer has no BatchNorm behind it, so its norm matters, and it is left to SGD.
+    """
     return weight.dim() == 4 and weight.shape[1] > 1
 
 
 class Muon(torch.optim.SGD):
-    """Steps on the parameters of a model.
+    """Update a model's parameters: Muon for weights that mix channels, SGD for the others.
 
-    turn: radians that a step turns a channel-mixing weight by, at the learning rate `lr`; in proportion at any other.
-    kept: {weight: 1 where it is trained and 0 where it is pruned}; a step stays within. dtype: of the
-    iterations; bfloat16 is enough where it is fast.
+    turn:  angle in radians by which a step rotates a weight at the learning rate `lr`; proportional at other rates.
+    kept:  {weight: mask tensor, 1 where trained and 0 where pruned}; a step changes no pruned value.
+    dtype: of the Newton-Schulz iterations; bfloat16 is exact enough.
     """
 
     def __init__(self, weights: list[nn.Parameter], lr: float, turn: float, weight_decay: float,
@@ -49,7 +55,7 @@ class Muon(torch.optim.SGD):
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
                          lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.ratio, self.kept, self.dtype, self.streams = turn / lr if lr else 0.0, kept, dtype, None
-        # the costly ones first, so that threads that take every n-th have about the same to do
+        # the most expensive first: every thread takes every n-th, and so all have about the same amount of work
         self.turned.sort(key=lambda p: -p.numel() * min(len(p), p[0].numel()))
 
     @torch.no_grad()
@@ -62,10 +68,11 @@ class Muon(torch.optim.SGD):
         else:
             threads.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
         for weight in moved:
-            weight.grad = None  # SGD passes over it
+            weight.grad = None  # SGD skips parameters without a gradient
         super().step()
 
     def turn(self, weight: Tensor, length: float) -> None:
+        """Rotate a weight by `length` radians in the direction of its orthogonalized momentum; keep its norm."""
         gradient, kept = weight.grad, self.kept.get(weight)
         if kept is not None:
             gradient = gradient * kept
@@ -77,6 +84,6 @@ class Muon(torch.optim.SGD):
         if kept is not None:
             step = step * kept
         norm = weight.norm().clamp(min=1e-20)
-        step -= weight * ((step * weight).sum() / norm**2)  # what would only lengthen or shorten the weight
+        step -= weight * ((step * weight).sum() / norm**2)  # without the part that only scales the weight
         weight.sub_(step * (length * norm / step.norm().clamp(min=1e-20)))
         weight.mul_(norm / weight.norm().clamp(min=1e-20))

@@ -1,4 +1,4 @@
-"""What a stage is to do: its settings, and what follows from them for every step."""
+"""Define the settings of a stage, and compute from them the batches, learning rate and image size of every step."""
 import dataclasses
 import itertools
 import math
@@ -9,62 +9,62 @@ from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
 
-STRIDE = 8  # of the network: an image of 8x8 has a last map of one value
+STRIDE = 8  # total stride of the network: an 8x8 image ends in feature maps of 1x1
 
 
 def setting(default, values, text: str):
-    """A field of Settings. values: the function that reads it from a command line, or a tuple of all that it may be."""
+    """Return a field of Settings. values: its argparse type, or a tuple of its choices; text: its help."""
     return dataclasses.field(default=default, metadata={"values": values, "help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result of a stage. A state is only resumed under equal settings (but see training/state.py)."""
-    epochs: int = setting(dataclasses.MISSING, number(int, 1, 10**6), "of a stage")
-    batch_size: int = setting(512, number(int, 1, 10**6), "images a step, of all processes together")
+    """Hold all settings that decide the result of a stage; training/state.py says which of them a resume may change."""
+    epochs: int = setting(dataclasses.MISSING, number(int, 1, 10**6), "epochs of a stage")
+    batch_size: int = setting(512, number(int, 1, 10**6), "images per step, over all processes")
     optimizer: str = setting("sgd", ("sgd", "adam", "muon"),
                              "Nesterov SGD, momentum 0.9; AdamW; or Muon for convolutions and SGD for the rest")
     turn: float = setting(0.01, number(float, 0, 1),
-                          "with muon: radians that a step turns a convolution's weights by, at the peak learning rate")
+                          "with muon: angle in radians by which a step turns a convolution's weights, at the peak rate")
     lr: float = setting(0.4, number(float, 0, 100), "peak learning rate")
     schedule: str = setting("cosine", ("cosine", "default", "constant"),
-                            "cosine to zero; default: x0.1 at 1/2 and 3/4; constant, and --cooldown")
-    warmup_epochs: float = setting(5, number(float, 0, 10**6), "linear warm-up, a quarter of the stage at most")
+                            "cosine: to zero; default: x0.1 at 1/2 and 3/4; constant: see --cooldown")
+    warmup_epochs: float = setting(5, number(float, 0, 10**6), "epochs of linear warm-up, at most a quarter of all")
     cooldown: float = setting(0, number(float, 0, 10**6),
-                              "with constant: epochs at the end in which it falls linearly to zero")
-    weight_decay: float = setting(5e-4, number(float, 0, 1), "none on BatchNorm and biases")
-    smoothing: float = setting(0.1, number(float, 0, 1), "of the labels; by default none beside a teacher")
+                              "with --schedule constant: last epochs, in which the rate falls linearly to zero")
+    weight_decay: float = setting(5e-4, number(float, 0, 1), "weight decay; BatchNorm and biases have none")
+    smoothing: float = setting(0.1, number(float, 0, 1), "label smoothing; default with --teacher: 0")
     augment: str = setting("trivial", ("trivial", "plain", "none"),
-                           "TrivialAugment, crop and flip; crop and flip; nothing")
-    mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: a draw for every image")
-    alpha: float = setting(0.3, number(float, 0.01, 1000), "of mixup's Beta distribution")
-    clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
-    sizes: str = setting("32", str, "image sizes by share of a stage: 24:0.6,32 scales 60%% of the batches to 24x24")
+                           "trivial: TrivialAugment, crop and flip; plain: crop and flip")
+    mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: mixup or CutMix, drawn for every image")
+    alpha: float = setting(0.3, number(float, 0.01, 1000), "parameter of mixup's Beta distribution")
+    clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, that train without mixing")
+    sizes: str = setting("32", str, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
-                                    "decay of the weight average a step (a memory of 3%% of the steps); 0: none")
+                                    "decay of the weight average, EMA (default: over 3%% of the steps); 0: no average")
     refresh: int = setting(10_000, number(int, 0, 10**6),
-                           "train images that renew the BatchNorm statistics of a result; 0: none")
-    distill: float = setting(0.9, number(float, 0, 1), "the teachers' weight in the loss")
-    temperature: float = setting(4.0, number(float, 0.01, 1000), "of the distillation")
+                           "train images to re-estimate BatchNorm statistics from before evaluation; 0: keep them")
+    distill: float = setting(0.9, number(float, 0, 1), "weight D of the distillation loss; that of the labels is 1 - D")
+    temperature: float = setting(4.0, number(float, 0.01, 1000), "temperature of the distillation")
     teaching: str = setting("turns", ("turns", "mean"),
-                            "several teachers: one a step in turn, or the mean of their probabilities")
-    seed: int = setting(0, number(int, 0, 2**62), "of everything that is drawn")
+                            "several teachers: one per step in turn, or the mean of their probabilities")
+    seed: int = setting(0, number(int, 0, 2**62), "seed of all random numbers")
     step_rate: float = setting(1e-3, number(float, 0, 1),
-                               "of trained steps of grids: octaves that Adam moves one at a time, at the peak rate")
+                               "Adam's learning rate for trained quantization steps, in octaves, at the peak rate")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
-    workers: int = 1  # threads of a process, each with a share of its batch
+    workers: int = 1  # threads of a process; each computes a share of the process's batch
 
 
 def add_options(parser, names, **defaults) -> None:
-    """An option for each of these settings, None where it is not given and `defaults` has no other default."""
+    """Add an option for each of these settings. One that is not given is None, or its value in `defaults`."""
     for field in dataclasses.fields(Settings):
         if field.name in names:
             add_option(parser, "--" + field.name.replace("_", "-"), field.name, defaults.get(field.name))
 
 
 def add_option(parser, option: str, name: str, default=None, text: str | None = None) -> None:
-    """The option for the setting `name`. text: its help, in place of the setting's own and its default."""
+    """Add the option for the setting `name`. text: its help, instead of the setting's own help and default."""
     field = next(field for field in dataclasses.fields(Settings) if field.name == name)
     values = field.metadata["values"]
     shown = field.default if default is None else default
@@ -74,16 +74,16 @@ def add_option(parser, option: str, name: str, default=None, text: str | None = 
 
 
 def given(args) -> dict:
-    """{setting: value} of all whose options were given."""
+    """Return {setting: value} of all settings whose options were given."""
     names = (field.name for field in dataclasses.fields(Settings))
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def image_sizes(text: str) -> list[tuple[int, float]]:
-    """[(size, until what share of the stage)] of a schedule such as "24:0.6,32": 60% of the steps at 24x24, then 32x32.
+    """Return [(size, share of the stage at which it ends)] of a schedule of image sizes.
 
-    Sizes are multiples of the network's stride, 8; each but the last has a share, and the last is the images' own size,
-    32. Raises BadInput for anything else.
+    "24:0.6,32" means 60% of the steps at 24x24, then 32x32. Sizes are multiples of the network's stride, 8. Each but
+    the last has a share, and the last is the images' own size, 32. Raises BadInput for anything else.
     """
     try:
         *parts, last = text.split(",")
@@ -101,7 +101,7 @@ def image_sizes(text: str) -> list[tuple[int, float]]:
 
 
 def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -> float:
-    """Learning rate of a step (from 0 to steps - 1): linear warm-up, then the schedule over what is left."""
+    """Return the learning rate of a step (0 to steps - 1): linear warm-up, then the schedule over the other steps."""
     warmup = round(settings.warmup_epochs * epoch_steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -117,7 +117,7 @@ def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -
 
 
 def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
-    """Whether the rate has been constant, but for the warm-up, before this step, under a state's settings."""
+    """Return True if, after warm-up, the learning rate was constant up to `step` under these settings of a state."""
     epochs, cooldown = settings.get("epochs"), settings.get("cooldown", 0)
     if settings.get("schedule") != "constant" or type(epochs) is not int or type(cooldown) not in (int, float):
         return False
@@ -125,11 +125,15 @@ def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
 
 
 class Plan:
-    """Batches, learning rates and image sizes of a stage, step by step.
+    """Compute batches, learning rates and image sizes of all steps of a stage.
 
-    mine: this process's slice of a batch; shares: slices of that, one for each worker. epoch_steps, steps: of an epoch,
-    of the stage (what does not fill a batch waits for another epoch's order). lrs, sizes: of every step. updates: the
-    steps at which the penalty is updated. Raises BadInput for batches that cannot be.
+    mine:        slice of a batch that this process trains on; shares: slices of `mine`, one for each worker.
+    epoch_steps, steps: number of steps of an epoch and of the stage. Images that do not fill a batch are left out; each
+                 epoch has another order.
+    lrs, sizes:  learning rate and image size of every step.
+    updates:     set of the steps at which the penalty is updated.
+
+    Raises BadInput for batches that cannot be divided or trained on.
     """
 
     def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
@@ -155,14 +159,15 @@ class Plan:
         self.updates = {round(i * self.steps / updates) for i in range(updates)}
 
     def mixing(self, epoch: int) -> str:
-        """How images are mixed in an epoch: not at all in the last ones."""
+        """Return how images are mixed in an epoch: as the settings say, or "none" in the last ones (see `clean`)."""
         last = round(self.settings.clean * self.settings.epochs)
         return "none" if epoch >= self.settings.epochs - last else self.settings.mixing
 
     def work(self, step: int = 0) -> int:
-        """Return the pixels of all images of the steps from this one on: what a step costs is in proportion."""
+        """Return the number of pixels in all steps from this one on. The time of a step is proportional to its pixels.
+        """
         return self.batch_size * sum(size**2 for size in self.sizes[step:])
 
     def work_of(self, step: int) -> int:
-        """Return the pixels of one step."""
+        """Return the number of pixels in one step."""
         return self.batch_size * self.sizes[step] ** 2

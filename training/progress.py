@@ -1,4 +1,4 @@
-"""What a run says while it runs."""
+"""Show the progress of a training run, and word its log lines."""
 import math
 import sys
 import time
@@ -7,20 +7,20 @@ from compressed import environment
 from training.plan import Settings
 
 
-FIRST = 50  # steps after which the time left is shown for the first time: compilation and caches are behind it by then
+FIRST = 50  # steps after which progress is first shown: compilation and cold caches no longer distort the speed
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text, in the unit that fits: "40 s", "25 min", "7.3 h"."""
+    """Return a time as text in a suitable unit: "40 s", "25 min", "7.3 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Progress:
-    """An epoch's progress: a bar on a terminal, elsewhere a line every `seconds`.
+    """Show an epoch's progress: a bar on a terminal, otherwise a line every `seconds`.
 
-    later: the work (see Plan.work) of the stages that follow in this run.
+    later: work (see Plan.work) of the stages that follow in this run, for the time left.
     """
 
     def __init__(self, stage, epoch: int, seconds: float, later: float = 0):
@@ -34,10 +34,10 @@ class Progress:
             self.seconds = 0.5
 
     def step(self, done: int) -> None:
-        """Show how far the run is, if it is time to; `done` of the epoch's steps are made."""
+        """Show the progress if it is time to. done: number of the epoch's steps that are made."""
         now = time.monotonic()
         first = self.stage.first_steps == FIRST and self.stage.processes.first
-        if now - self.at < self.seconds and not first:  # reading the totals waits for the device: seldom
+        if now - self.at < self.seconds and not first:  # seldom, because reading the totals waits for the device
             return
         stage, plan, epochs = self.stage, self.stage.plan, self.stage.settings.epochs
         rate = (done - self.last) / (now - self.at)
@@ -55,11 +55,13 @@ class Progress:
         self.last, self.at = done, now
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def describe(record: dict, settings: Settings) -> str:
+    """Return an epoch's log record as a line of text."""
     line = f"{record['stage']} epoch {record['epoch']}/{settings.epochs}: loss {record['loss']:.4f}"
     line += f", train {record['accuracy']:.2%}"
     if "test_accuracy" in record:
@@ -68,7 +70,7 @@ def describe(record: dict, settings: Settings) -> str:
 
 
 def zeros(record: dict) -> str:
-    """Word the zeros of an epoch's line: their share, and under a penalty the path's and how many groups."""
+    """Return the zeros of an epoch's record as text: their share and, with a penalty, the wanted share and groups."""
     if "zeros_share" not in record:
         return f"zeros {record['zeros'] / record['weights']:.2%}"
     text = f"zeros {record['zeros_share']:.2%} of the pruned layers"

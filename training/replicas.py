@@ -1,9 +1,8 @@
-"""A batch in shares: one for every worker thread of every process, each with gradients and BatchNorm statistics of its
-own.
+"""Divide a batch among workers and processes (data parallelism), and combine their gradients and BatchNorm statistics.
 
-Every share is normalised by its own statistics (Hoffer et al. 2017, "ghost batch normalization"); the running
-statistics are the mean of all. So P processes of W workers compute what one process of P W workers does, but for
-rounding.
+Every worker, a thread of a process, computes one share of the batch in its replica of the model. A share is normalised
+by its own statistics ("ghost batch normalization", Hoffer et al. 2017), and the running statistics are the mean over
+all shares. So P processes with W workers compute the same as one process with P * W workers, up to rounding.
 """
 import copy
 import dataclasses
@@ -17,7 +16,7 @@ from compressed import threads
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among those of `torchrun`; alone by default."""
+    """Identify this process among those of `torchrun`; by default there is only one."""
     rank: int = 0
     count: int = 1
 
@@ -26,7 +25,7 @@ class Processes:
         return self.rank == 0
 
     def agree(self, flag: bool, device) -> bool:
-        """True everywhere if it is true anywhere."""
+        """Return True in all processes if `flag` is true in any of them."""
         if self.count == 1:
             return flag
         value = torch.tensor(float(flag), device=device)
@@ -34,7 +33,7 @@ class Processes:
         return bool(value)
 
     def add(self, tensors: list[torch.Tensor]) -> None:
-        """The sum over all processes, in place."""
+        """Replace every tensor by its sum over all processes, in place."""
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
@@ -43,9 +42,9 @@ class Processes:
 
 
 def shares(count: int, parts: int) -> list[slice]:
-    """`count` images in `parts` shares, as equal as can be with an even number in each: mixing pairs neighbours.
+    """Return slices that divide `count` images into `parts` shares, as equal as possible, and fewer for few images.
 
-    Fewer parts where there are not two images for each.
+    All shares but the last have an even number of images, at least two, because mixing pairs neighbours.
     """
     pairs, parts = -(-count // 2), max(1, min(parts, count // 2))
     ends = [2 * (pairs * k // parts) for k in range(parts)] + [count]
@@ -53,7 +52,7 @@ def shares(count: int, parts: int) -> list[slice]:
 
 
 class Replicas:
-    """A model and copies that share its weights: each has gradients and BatchNorm statistics of its own."""
+    """Hold a model and copies of it that share its weights; each has its own gradients and BatchNorm statistics."""
 
     def __init__(self, model: nn.Module, count: int):
         self.models = [model]
@@ -66,19 +65,20 @@ class Replicas:
         self.statistics = [[b for b in each.buffers() if b.is_floating_point()] for each in self.models]
 
     def follow(self) -> None:
-        """Give the copies the model's statistics and modes."""
+        """Copy the model's BatchNorm statistics and train or eval modes to the replicas."""
         self.spread()
         for replica in self.models[1:]:
             for theirs, ours in zip(replica.modules(), self.models[0].modules()):
                 theirs.training = ours.training
 
     def spread(self) -> None:
+        """Copy the model's BatchNorm statistics to the replicas."""
         for statistics in self.statistics[1:]:
             torch._foreach_copy_(statistics, self.statistics[0])
 
     @torch.no_grad()
     def gather(self, processes: Processes) -> None:
-        """After each has gone backward: the model gets the sum of the gradients, and all get the mean statistics."""
+        """After all backward passes, sum the gradients into the model and average the BatchNorm statistics of all."""
         gradients = [p.grad for p in self.weights[0] if p.grad is not None]
         statistics = self.statistics[0]
         for weights, theirs in zip(self.weights[1:], self.statistics[1:]):

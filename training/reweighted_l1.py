@@ -1,4 +1,4 @@
-"""Reweighted L1: the penalty, its updates, and the masks that follow from it. METHOD.md derives what is computed here.
+"""Apply the reweighted L1 penalty to a model, and make the masks that freeze its zeros. METHOD.md derives the formulas.
 
     minimise  f(w) + lambda * sum_g alpha_g |w_g|,    alpha_g <- 1 / (|w_g| + eps) every T epochs
 
@@ -22,14 +22,15 @@ PROFILES = Path(__file__).resolve().parent / "profile"
 
 
 def group_norms(weight: Tensor, kind: str) -> Tensor:
-    """Norms of a weight's groups, shaped to broadcast against it. A linear weight counts as a 1x1 convolution."""
+    """Return the norms of a weight's groups, shaped to broadcast against it. A linear layer is a 1x1 convolution here.
+    """
     four = weight if weight.dim() == 4 else weight[:, :, None, None]
     norms = torch.linalg.vector_norm(four, dim=GROUPS[kind], keepdim=True) if GROUPS[kind] else four.abs()
     return norms if weight.dim() == 4 else norms[:, :, 0, 0]
 
 
 def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
-    """{layer name: share of the layer to prune} from a TOML file; the layers with ratio 0, or absent, stay dense.
+    """Return {layer name: share of its weights to prune} from a TOML file, without the layers whose ratio is 0.
 
     `config_file` is a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput
     for a missing or damaged file, a layer that the model lacks, and a ratio outside [0, 1).
@@ -53,21 +54,21 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
 
 
 def default_layers(model: nn.Module) -> list[str]:
-    """Every layer but the stem, whose 1,080 weights see the image itself and cost little: it stays dense."""
+    """Return the names of all layers but the stem. Its 1,080 weights read the image itself and cost little."""
     return [name for name, _ in weight_layers(model)][1:]
 
 
 class ReweightedL1:
-    """The penalty on some of a model's weights, in one of two forms.
+    """Apply the penalty to the weights of some layers of a model, in one of two forms.
 
-    form "loss":      the textbook's: `loss()` is added to the objective, the optimizer does the rest. Weights become
-                      small, never zero; a threshold turns the small ones into zeros afterwards.
-    form "proximal":  `shrink(lr)` after every optimizer step soft-thresholds the weights by lr * lambda * alpha. Zeros
-                      are exact, and the strength does not depend on how the optimizer rescales gradients.
+    form "loss":      `loss()` is added to the training loss, and the optimizer takes its gradient. Weights become small
+                      but never zero; a threshold turns the small ones into zeros afterwards.
+    form "proximal":  `shrink(lr)`, called after every optimizer step, soft-thresholds the weights by lr * lambda *
+                      alpha. Zeros are exact, and the strength does not depend on how the optimizer scales gradients.
 
-    Either `lam` is given, or, for the proximal form, `target`: the wanted share of zeros in these weights. Then lambda
-    is moved by feedback (feedback.py), and the convolutions' norms are held: a BatchNorm follows each, so that only the
-    direction of its weights counts, and without an opponent the shrinking would make them ever smaller.
+    Give either `lam` or, for the proximal form, `target`, the wanted share of zeros in these weights. With a target,
+    lambda is adjusted by feedback (feedback.py), and the convolutions keep their norms: a BatchNorm follows each of
+    them, so the loss does not depend on the norm and would not stop the penalty from making it ever smaller.
     """
 
     def __init__(self, model: nn.Module, layers, kind="irregular", form="proximal", lam=None, target=None, eps=1e-3):
@@ -87,16 +88,19 @@ class ReweightedL1:
         self.kind, self.form, self.target, self.eps = kind, form, target, eps
         self.given, self.feedback = lam, None if target is None else Feedback(target, kind == "irregular")
         self.alphas: list[Tensor] = []
-        self.norms: Tensor | None = None  # of the convolutions' weights when a stage with a target began
+        self.norms: Tensor | None = None  # norms of the convolutions' weights at the start of a stage with a target
 
     @property
     def lam(self) -> float | Tensor:
-        """The strength: the given one, or the feedback's, a 0-dim tensor on the weights' device."""
+        """Return lambda: the given number or, with a target, the current one, a 0-dim tensor on the weights' device."""
         return self.given if self.feedback is None else self.feedback.lam
 
     @torch.no_grad()
     def update(self, lr_to_come: float) -> None:
-        """alpha <- 1 / (|w| + eps), of |w| and not of w: the submission's 1 / (w + eps) is singular at w = -eps."""
+        """Set alpha <- 1 / (|w| + eps). lr_to_come: sum of the learning rates of the steps that are left.
+
+        It is |w| and not w, because the submission's 1 / (w + eps) is singular at w = -eps.
+        """
         norms = [group_norms(weight, self.kind) for weight in self.weights]
         self.alphas = [1 / (norm + self.eps) for norm in norms]
         if self.feedback is not None and lr_to_come > 0:
@@ -109,38 +113,43 @@ class ReweightedL1:
             self.norms = self.convolution_norms()
 
     def share(self) -> Tensor:
-        """The share of zeros in the penalised weights, a 0-dim float64 tensor on their device."""
+        """Return the share of zeros in the penalised weights, a 0-dim float64 tensor on their device."""
         kept = torch.stack([weight.bool().sum() for weight in self.weights]).sum()
         return 1 - kept.double() / sum(weight.numel() for weight in self.weights)
 
     def convolutions(self) -> list[Tensor]:
+        """Return the penalised weights of convolutions."""
         return [weight for weight in self.weights if weight.dim() == 4]
 
     def convolution_norms(self) -> Tensor:
-        """[convolutions] 2-norms of their weights."""
+        """Return the 2-norms of the convolutions' weights, [number of convolutions]."""
         return torch.stack(torch._foreach_norm(self.convolutions())) if self.convolutions() else torch.zeros(0)
 
     def hold_norms(self) -> None:
-        """Give the convolutions the norms that they began with: at most doubled at once, zeros stay zeros."""
+        """Scale the convolutions' weights back to their norms at the start, by a factor of 2 at most. Zeros stay zero.
+        """
         factors = (self.norms / self.convolution_norms().clamp_min(1e-20)).clamp(max=2)
         factors = torch.where(self.norms > 0, factors, 1)
         for weight, factor in zip(self.convolutions(), factors.unbind()):
             weight.mul_(factor)
 
     def loss(self) -> Tensor:
-        """lambda * sum alpha |w|, a scalar with a gradient."""
+        """Return lambda * sum alpha |w|, a scalar with a gradient."""
         return self.lam * sum((alpha * group_norms(weight, self.kind)).sum()
                               for alpha, weight in zip(self.alphas, self.weights))
 
     @torch.no_grad()
     def shrink(self, lr: float) -> None:
-        """The proximal step, in place: w_g <- w_g max(1 - lr lambda alpha_g / |w_g|, 0). With a target, control."""
+        """Make the proximal step in place: w_g <- w_g max(1 - lr lambda alpha_g / |w_g|, 0).
+
+        With a target, also adjust lambda whenever a control step is due.
+        """
         if lr == 0 or self.given == 0:
             return
         strength = lr * self.lam
         for alpha, weight in zip(self.alphas, self.weights):
             if self.kind == "irregular":
-                # sign(w) max(|w| - t, 0) in two passes: clamping w to [-t, t] gives what is taken away
+                # sign(w) max(|w| - t, 0) = w - clamp(w, -t, t), which needs only two passes over memory
                 threshold = alpha * strength
                 weight.sub_(torch.minimum(torch.maximum(weight, -threshold), threshold))
             else:
@@ -152,7 +161,11 @@ class ReweightedL1:
 
     @torch.no_grad()
     def record(self) -> dict:
-        """What an epoch's line says: lambda, shares of zeros (measured, and the path's), groups of zeros and of all."""
+        """Return the penalty's fields of an epoch's log line.
+
+        lambda; the share of zeros, measured (zeros_share) and wanted (zeros_path); the number of groups, and of groups
+        of zeros.
+        """
         said = {"lambda": float(self.lam), "zeros_share": self.share().item()}
         if self.feedback is not None:
             said["zeros_path"] = self.feedback.path
@@ -163,7 +176,7 @@ class ReweightedL1:
         return said
 
     def options(self) -> dict:
-        """What it was made with."""
+        """Return the arguments of the constructor as plain values."""
         return {"kind": self.kind, "form": self.form, "lambda": self.given, "target": self.target, "eps": self.eps,
                 "weights": sum(weight.numel() for weight in self.weights)}
 
@@ -182,14 +195,14 @@ class ReweightedL1:
 
 @torch.no_grad()
 def threshold_masks(model: nn.Module, layers, threshold: float) -> dict[str, Tensor]:
-    """The submission's rule: what is smaller than the threshold (it used 1e-4) goes."""
+    """Return masks that prune all weights smaller than the threshold, the submission's rule (it used 1e-4)."""
     modules = dict(weight_layers(model))
     return {name: modules[name].weight.abs() >= threshold for name in layers}
 
 
 @torch.no_grad()
 def ratio_masks(model: nn.Module, ratios: dict[str, float], kind: str) -> dict[str, Tensor]:
-    """In every layer, the given share of its groups goes: those with the smallest norms."""
+    """Return masks that prune, in every layer, the given share of its groups: those with the smallest norms."""
     modules = dict(weight_layers(model))
     masks = {}
     for name, ratio in ratios.items():
@@ -204,7 +217,7 @@ def ratio_masks(model: nn.Module, ratios: dict[str, float], kind: str) -> dict[s
 
 @torch.no_grad()
 def target_masks(model: nn.Module, layers, target: float, kind: str = "irregular") -> dict[str, Tensor]:
-    """One threshold for all layers, such that at least the target share of their weights goes.
+    """Return masks by one threshold for all layers, chosen so that at least the target share of weights is pruned.
 
     Groups are ranked by the root mean square of their weights, so that large groups do not win by size.
     """
@@ -221,17 +234,17 @@ def target_masks(model: nn.Module, layers, target: float, kind: str = "irregular
 
 @torch.no_grad()
 def already_zero(model: nn.Module, masks: dict[str, Tensor]) -> tuple[int, int, int]:
-    """Counts of weights under the masks: (all, pruned by them, pruned and zero before)."""
+    """Return three counts of the masked layers' weights: (all, pruned by the masks, pruned and zero already)."""
     modules, pruned = dict(weight_layers(model)), {name: ~mask for name, mask in masks.items()}
     already = sum(int((gone & (modules[name].weight == 0)).sum()) for name, gone in pruned.items())
     return sum(gone.numel() for gone in pruned.values()), sum(int(gone.sum()) for gone in pruned.values()), already
 
 
 class Masks:
-    """Masks held on a model: `apply()` makes every pruned weight zero again, whatever the optimizer did to it.
+    """Keep the pruned weights of a model at zero: `apply()` sets them to zero after an optimizer step moved them.
 
-    Mask bugs are silent, so the masks are checked when they are made (known layers, right shapes, binary) and
-    `check()` looks at the weights themselves; the loop calls it whenever it writes a file.
+    Mask bugs are silent. So the masks are checked when they are made (known layers, right shapes, binary), and the
+    training loop calls `check()`, which looks at the weights themselves, before it writes a file.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor]):
@@ -251,11 +264,12 @@ class Masks:
 
     @torch.no_grad()
     def apply(self) -> None:
+        """Set all pruned weights of the model to zero, in place."""
         torch._foreach_mul_(self.weights, self.factors)
 
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
-        """Raises AssertionError if a pruned weight of `model` (this one, or its average) is not exactly zero."""
+        """Raise AssertionError if a pruned weight of `model` (the masked model or its average) is not exactly zero."""
         modules = dict(weight_layers(model))
         for name, factor in zip(self.names, self.factors):
             if (modules[name].weight * (1 - factor)).count_nonzero():
@@ -263,6 +277,6 @@ class Masks:
 
 
 def zero_masks(model: nn.Module, layers) -> dict[str, Tensor]:
-    """The masks that keep a sparse model's zeros where they are."""
+    """Return masks that prune the weights of these layers that are zero now."""
     modules = dict(weight_layers(model))
     return {name: modules[name].weight.detach() != 0 for name in layers}

@@ -1,4 +1,4 @@
-"""A stage's state in a folder: what a run that was ended at any moment goes on from."""
+"""Save and load the state of a stage in a folder, so that a run that was killed at any moment can be resumed."""
 import contextlib
 import dataclasses
 import hashlib
@@ -14,31 +14,35 @@ from compressed import threads
 from compressed.errors import BadInput
 from compressed.files import load_record, save_record, save_tensors
 
-# Where and how a stage is computed may change on the way: the result is then the same but for rounding.
+# Settings of where and how a stage is computed. A resume may change them: the result differs by rounding only.
 MACHINE = ("precision", "compile", "workers")
-# How long a stage is may change while its learning rate is still constant.
+# Settings of a stage's length. A resume may change them as long as the learning rate is still constant.
 LENGTH = ("epochs", "cooldown", "sizes")
 AGAIN = "--no-resume starts the stage again"
 
 
 class State:
-    """One file a part (weights, average, optimizer, penalty), and state.json.
+    """Keep a state as one file per part (weights, average, optimizer, penalty) and state.json.
 
-    state.json names the files of one moment with their SHA-256, carries a digest of itself, and is renamed into place
-    after they are written; whatever it does not name is left over from a kill and removed at the next save.
+    state.json names the files that belong together, with their SHA-256, and holds a digest of itself. It is renamed
+    into place after they are written. A file that it does not name is left over from a killed process, and the next
+    save removes it.
     """
 
     def __init__(self, folder: Path, settings, **others):
-        """`settings`, a dataclass, and `others` decide the result: they must be equal for a resume, but for MACHINE."""
+        """Take all that decides the result, `settings` (a dataclass) and `others`: a resume needs equal values.
+
+        Those in MACHINE are exempt.
+        """
         self.folder = folder
         everything = (dataclasses.asdict(settings) if settings else {}) | others
         self.settings = json.loads(json.dumps({key: value for key, value in everything.items() if key not in MACHINE}))
 
     def load(self, device, constant=None) -> tuple[dict, dict] | None:
-        """(progress, {part: contents}), or None if there is nothing to resume.
+        """Return (progress, {part: contents}), or None if there is no state.
 
-        constant: (settings, step) -> whether the learning rate is constant up to this step under these settings; under
-        the old ones and the new ones, a resume may change LENGTH.
+        constant: function (settings, step) -> True if the learning rate is constant up to this step. Where it is, under
+        the saved settings and the new ones, those in LENGTH may differ. Raises BadInput for any other difference.
         """
         if not (self.folder / "state.json").is_file():
             return None
@@ -49,14 +53,14 @@ class State:
         free = constant and set(changed) <= set(LENGTH) and constant(theirs, step) and constant(self.settings, step)
         if changed and not free:
             told = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
-            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to go on, "
-                           "or --no-resume to start it again, or another --run folder"
+            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to resume "
+                           "it, or --no-resume to start it again, or another --run folder"
                            + "; its length may change only while the learning rate is constant"
                            * (set(changed) <= set(LENGTH)))
         return record["progress"], {part: self.read(part, device) for part in record["files"]}
 
     def read(self, part: str, device="cpu") -> dict:
-        """The contents of one part, such as "weights" or "average"."""
+        """Return the contents of one part, such as "weights" or "average". Raises BadInput if missing or damaged."""
         record = self.record()
         if part not in record["files"]:
             raise BadInput(f"{self.folder}: the state has no {part}")
@@ -70,10 +74,10 @@ class State:
         try:
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:
-            raise BadInput(f"{path}: not what a stage writes ({type(error).__name__}); {AGAIN}") from error
+            raise BadInput(f"{path}: not part of a stage's state ({type(error).__name__}); {AGAIN}") from error
 
     def record(self) -> dict:
-        """state.json, checked: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
+        """Return the checked state.json: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
         path = self.folder / "state.json"
         record = load_record(path, AGAIN)
         progress, files, sums, settings = (record.get(key) for key in ("progress", "files", "sums", "settings"))
@@ -85,10 +89,11 @@ class State:
         good = good and all(type(progress.get(key)) in (int, float) and math.isfinite(progress[key])
                             for key in ("loss", "correct", "seconds"))
         if not good:
-            raise BadInput(f"{path}: not the list of a state; {AGAIN}")
+            raise BadInput(f"{path}: not the state.json of a stage; {AGAIN}")
         return record
 
     def save(self, progress: dict, parts: dict) -> None:
+        """Write progress (plain values) and parts ({part: state dict}); then remove the files of the state before."""
         files = {part: f"{part}-{progress['step']}.pt" for part in parts}
         sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
         save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings},
@@ -98,6 +103,7 @@ class State:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
+        """Delete the state and its folder."""
         if self.folder.is_dir():
             (self.folder / "state.json").unlink(missing_ok=True)  # first: it must not name what is gone
             for path in self.folder.iterdir():
@@ -106,11 +112,12 @@ class State:
 
 
 def brief(error: Exception) -> str:
+    """Return an error's message on one line, cut to 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def fingerprint(tensors) -> str:
-    """A digest of the values of tensors, for a state to know masks and teachers by."""
+    """Return a digest of the values of tensors, by which a state recognises its data, masks and teachers."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -119,11 +126,11 @@ def fingerprint(tensors) -> str:
 
 @contextlib.contextmanager
 def stop_noted():
-    """Yield a list that SIGTERM and Ctrl-C fill with their numbers, instead of ending the process.
+    """Yield a list to which SIGTERM and Ctrl-C append their signal numbers, instead of ending the process.
 
-    Evaluations in `threads.in_threads` are cut short by the first Ctrl-C, and everything by the second. At the end the
-    handlers before learn of it too: after Ctrl-C, in the outermost block, that raises KeyboardInterrupt. Only the main
-    thread may install a handler; in another one the list stays empty.
+    The first Ctrl-C cuts evaluations in `threads.in_threads` short, and the second raises KeyboardInterrupt. At the end
+    of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C the outermost
+    block so ends with KeyboardInterrupt. Only the main thread can install handlers; in others the list stays empty.
     """
     arrived, before = [], {}
 

@@ -1,13 +1,14 @@
-"""Networks to distil from: our own checkpoints, and those that KAIST AI published (ver2, the challenge's 3rd entry).
+"""Load teachers for distillation: our own checkpoints, or KAIST AI's (ver2, the challenge's 3rd entry).
 
     python -m training.teachers [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
 
-Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon). They were trained on
-CIFAR-100's train set alone, so what is distilled from them still is. Their authors chose the epoch by test accuracy; a
-result that is distilled from them has to say so. The files are looked for in --folder, then in the environment variable
-TEACHERS_DIR, then in ./data.teachers, and downloaded to the last.
+KAIST's networks are from the repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
+They were trained on CIFAR-100's train set only, so a network that is distilled from them has seen no other images. But
+their authors chose the epoch by test accuracy, and a result that is distilled from them has to say so. The files are
+searched in --folder, then in the environment variable TEACHERS_DIR, then in ./data.teachers. If the first two are not
+given, they are downloaded to the last.
 
-A teacher takes the images that the student sees, normalised as cifar100.normalise does and of 32x32 pixels.
+A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
 """
 import http.client
 import os
@@ -33,11 +34,11 @@ KAIST = {
     "micronet_v2_pr_30.t7": ("8fd49c2eb657f59ca5a6beae81492108269f55eb65f1bf5c70fe5204f6ca855e", 8108),
     "micronet_v2_pr_45.t7": ("11e8aa8aec8f30da327f5690fe63ef0878ea428ad0c284159fbfa6d470e18577", 8080),
     "micronet_v2_pr_60.t7": ("c578f599a064319ea704d592e926947276bd46c71083136afb71d36d3424114c", 8004)}
-MEAN_OF_ALL = 8188  # the mean of the softmax of all four
+MEAN_OF_ALL = 8188  # correct predictions of the mean of all four networks' softmax
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into the convolution before it, in place: a network that is only evaluated needs none."""
+    """Fold every BatchNorm into the convolution before it, in place; return the model. Only for evaluation."""
     for module in list(model.modules()):
         names = [name for name, _ in module.named_children()]
         for conv_name, bn_name in zip(names, names[1:]):
@@ -49,9 +50,10 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def load(path, network: str | None = None) -> nn.Module:
-    """The teacher in a checkpoint file, in eval mode, its BatchNorms folded.
+    """Return the teacher in a checkpoint file, in eval mode, with its BatchNorms folded.
 
-    It is one of KAIST's networks by its name or suffix, else one of this specification, else of the default one.
+    A file with a name from KAIST or the suffix .t7 is one of KAIST's networks; if it is not there, `find` looks for it.
+    Any other is read as the network of this specification and, if it does not fit, as the default network.
     """
     path = Path(path)
     if path.name in KAIST and not path.is_file():
@@ -63,7 +65,7 @@ def load(path, network: str | None = None) -> nn.Module:
 
 
 def ours(path, network: str | None) -> nn.Module:
-    """The checkpoint's network: keys and shapes tell whether it is this one or the default one."""
+    """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
     try:
         return networks.load_checkpoint(path, network or networks.DEFAULT)
     except BadInput:
@@ -72,15 +74,16 @@ def ours(path, network: str | None) -> nn.Module:
         try:
             return networks.load_checkpoint(path, networks.DEFAULT)
         except BadInput as error:
-            raise BadInput(f"{error}; nor is it a network of {network}") from error
+            raise BadInput(f"{error}; it is no network of {network} either") from error
 
 
 # ---------------------------------------------------------------------------------------------- find and download
 
 def find(folder=None) -> Path:
-    """The folder of KAIST's four files: `folder`, else TEACHERS_DIR, else ./data.teachers, downloaded if missing.
+    """Return the folder of KAIST's four files: `folder`, else TEACHERS_DIR, else ./data.teachers.
 
-    Raises BadInput if a folder that was given lacks one, or if the download fails or brings something else.
+    Files that ./data.teachers lacks are downloaded. Raises BadInput if one of the first two is given and lacks a file,
+    if a download fails, or if a file is not the published one.
     """
     given = folder or environment.folder("TEACHERS_DIR")
     start = Path(given or FOLDER)
@@ -120,7 +123,7 @@ def main(argv=None) -> int:
     correct = int((total.argmax(1) == test.labels).sum())
     print(f"mean of all four: {correct:,} of {len(test):,} (expected {MEAN_OF_ALL:,})")
     if wrong:
-        raise BadInput(f"{', '.join(wrong)}: not the accuracy that was measured before")
+        raise BadInput(f"{', '.join(wrong)}: the accuracy differs from the expected one")
     return 0
 
 

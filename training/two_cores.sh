@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The run that two CPU cores can carry, in pieces: the same command goes on where it was, on this machine or another.
+# A whole training run on two CPU cores, in pieces: the same command resumes a stage, on this machine or another.
 #
-#   bash training/two_cores.sh pretrain --max-minutes 150   the dense trunk: constant rate, 24x24, four teachers, no end of its own
-#   bash training/two_cores.sh rew                          reweighted L1, from the trunk
-#   bash training/two_cores.sh sparse                       the mask, and a cooldown of 5 epochs as well: the first network to ship
+#   bash training/two_cores.sh pretrain --max-minutes 150   dense training: constant rate, 24x24, four teachers, open-ended
+#   bash training/two_cores.sh rew                          reweighted L1, from the dense weights
+#   bash training/two_cores.sh sparse                       the mask and a cooldown of 5 epochs: the first network to ship
 #   bash training/two_cores.sh masked                       masked retraining, from the network that was shipped last
-#   bash training/two_cores.sh freed                        that network with its zeros set free: the dense baseline, which learnt as long
+#   bash training/two_cores.sh freed                        that network trained on without a mask: the dense baseline
 #
-# On a GPU the same words with larger batches and more epochs (--batch-size 256 --epochs 122 ...: record/README.md).
-# RUN is the run folder (runs/two-cores); sparse, masked and freed say which of their own is to be shipped, and how. As often as it was
-# shipped, masked begins again: the rate rises, falls to zero, and leaves a better network to ship and to start from.
-# What was measured before it, and how far it is: record/README.md.
+# On a GPU, the same commands with larger batches and more epochs (--batch-size 256 --epochs 122 ...: record/README.md).
+# RUN is the run folder (runs/two-cores). sparse, masked and freed have run folders of their own, and print the command that ships the result.
+# masked can be repeated after each shipping: the rate rises, falls to zero, and leaves a better network to ship and to start from.
+# Results, and the probes before it: record/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
