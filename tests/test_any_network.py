@@ -8,11 +8,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import check_model_operations
+import testers
 import user_networks
-from compressed import cifar100, claims, counting, dead_weight, grids, mnet, networks
+from compressed import cifar100, checkpoints, claims, counting, dead_weight, grids, mnet, networks
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import FUNCTIONS, Quantizer, exact_network, quantize_activations, table
+from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
 from compressed.graph import prepare, read, weight_layers
 from compressed.mnet import stated_formats
@@ -83,6 +85,30 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
         mnet.unpack(path)
     with pytest.raises(BadInput, match="and not of mobilenet_v2:SmallMobileNetV2"):
         mnet.unpack(path, "mobilenet_v2:SmallMobileNetV2")
+
+
+def test_a_claim_says_which_network_it_is_of(tmp_path):
+    spec, path = f"{FILE}:Excited", tmp_path / "network.pt"
+    _, network, claim = shipped(spec, 10)
+    save_tensors(network.state_dict(), path)
+    save_record(claim | {"sha256": sha256(path)}, path.with_suffix(".json"))
+    read_back = checkpoints.read(path, spec)
+    assert not read_back.problems and read(read_back.model).points == read(network).points
+    with pytest.raises(BadInput, match="network.json: it is of the network .*Excited: to run that code, say --network"):
+        checkpoints.read(path)
+    with pytest.raises(BadInput, match="network.json: it is of the network .*Excited, and not of .*Mobile"):
+        checkpoints.read(path, f"{FILE}:Mobile")
+    wrong = claim["network"] | {"graph": "0" * 64}
+    save_record(claim | {"sha256": sha256(path), "network": wrong}, path.with_suffix(".json"))
+    (problem,) = checkpoints.read(path, spec).problems
+    assert "another network than" in problem and "graph 0000" in problem
+
+    steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
+    formats = stated_formats(network, claim)
+    assert 2**8 < testers.sums_without_layers(network, formats, steps) < 2**24
+    product = next(branch for point in read(network).points for branch in point.branches if branch.kind == "product")
+    steps[product.other] *= 2.0**-30  # finer than what is added to it by more than a float32 holds
+    assert testers.sums_without_layers(network, formats, steps) > 2**24
 
 
 @pytest.mark.parametrize("spec, classes", SPECS.items(), ids=[spec.split(":")[1] for spec in SPECS])
