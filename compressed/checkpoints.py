@@ -1,4 +1,4 @@
-"""A checkpoint with its claim: the one place where every script gets both from, held against each other."""
+"""Read a checkpoint together with its claim, and check one against the other. Every script reads them here."""
 import dataclasses
 from pathlib import Path
 
@@ -18,13 +18,16 @@ SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
 
 def add_option(parser) -> None:
     parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
-                        help=f"a state dict with its claim beside it, or a packed .mnet (default: {CHECKPOINT})")
+                        help=f"state dict with its claim (.json) next to it, or a packed .mnet (default: {CHECKPOINT})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`model` in eval mode; `claim` beside it, or None; `formats` as claimed, or as found in the values without a
-    claim; `problems`, a line for everything in which file and claim contradict each other."""
+    """Hold what `read` found in a checkpoint file.
+
+    model: in eval mode. claim: None if there is none. formats: as claimed or, without a claim, as found in the values.
+    problems: one line for each contradiction between file and claim.
+    """
     path: Path
     sha256: str
     model: nn.Module
@@ -34,10 +37,10 @@ class Checkpoint:
 
 
 def read(path) -> Checkpoint:
-    """A checkpoint of either kind, a state dict or a packed .mnet. The claim is the .json beside it.
+    """Read a state dict or a packed .mnet, and its claim, the .json next to it; return a Checkpoint.
 
-    A packed file states its formats itself: they are the claim if there is no .json, and must be those of the .json if
-    there is one. Raises BadInput if a file cannot be read at all, or the claim was altered since it was written.
+    A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
+    Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """
     path, beside = Path(path), claims.claim_path(path)
     claim = claims.read(beside) if beside.exists() else None
@@ -67,10 +70,7 @@ def read(path) -> Checkpoint:
 
 
 def load(path) -> tuple[nn.Module, dict]:
-    """(model, claim) of a checkpoint that fits its claim, for scripts that compute with both or record what they found.
-
-    Raises BadInput for anything else, and if there is no claim.
-    """
+    """Return (model, claim) of a checkpoint. Raises BadInput if it contradicts its claim or has none."""
     checkpoint = read(path)
     if checkpoint.claim is None:
         raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; "
