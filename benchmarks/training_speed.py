@@ -11,7 +11,7 @@ Ours is also measured with images of 24x24, with one of KAIST's networks as a te
 compiled functions (kernels.c). On a CPU both loops are also measured while another process keeps two threads busy.
 Every measurement runs in a new process, because the loops configure the memory allocator differently. Rounds alternate,
 and the result is the median of the rounds' ratios, because other load on the machine slows all loops alike. Only the
-ratios can be compared between machines.
+ratios are meaningful.
 
 Last come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
 and on a CPU in one thread.
