@@ -50,7 +50,7 @@ FOR_ONE_ACTIVATION float gradient(long h, float z, float dy) {
     return z <= -3 ? 0 : above;
 }
 
-enum { ROWS = 64, MOST = 4096 }; /* rows that are summed in floats before the sums are added in doubles; largest number of channels */
+enum { ROWS = 64, MOST = 4096 }; /* rows summed in floats at a time; largest number of channels */
 
 /* Sum `first`, and its product with `second`, over all rows, for each channel: in floats within a block of rows, and
  * in doubles over the blocks. */
