@@ -1,10 +1,9 @@
-"""The 17 depthwise convolutions of the network, channels-last, forward and backward, in both precisions; and as
-kernels.c computes them on a CPU.
+"""Time the network's 17 depthwise convolutions, forward and backward: bfloat16, float32 and, on a CPU, kernels.c.
 
     python -m benchmarks.depthwise_shapes [--batch-size B] [--rounds 10] [--json F]
 
-Which kernel is fast depends on all of these: oneDNN has no fast bfloat16 kernel for the input's gradient where there is
-a stride.
+All are channels-last. The fastest variant depends on shape, stride and direction: oneDNN, for example, has no fast
+bfloat16 kernel for the input's gradient of a convolution with a stride.
 """
 import statistics
 import time
@@ -26,7 +25,7 @@ VARIANTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, COMPILED: torc
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """(channels, side of the input, stride) of every block's depthwise convolution."""
+    """Return (channels, height and width of the input, stride) of every block's depthwise convolution."""
     found, side = [], IMAGE_SIZE
     for block in MobileNetV2().layers:
         conv = block.conv2
@@ -36,7 +35,7 @@ def shapes() -> list[tuple[int, int, int]]:
 
 
 def measure(name: str, channels: int, side: int, stride: int, batch: int, device, rounds: int) -> tuple[float, float]:
-    """Median seconds (forward, backward) of a variant after two calls that are not counted."""
+    """Return the median seconds (forward, backward) of a variant, after two calls that are not counted."""
     dtype = VARIANTS[name]
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
     x = x.to(memory_format=torch.channels_last).requires_grad_()

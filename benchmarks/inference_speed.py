@@ -1,20 +1,19 @@
-"""Inference on the CPU: PyTorch float32, onnxruntime float32, and onnxruntime's 8-bit kernels, side by side in one run.
+"""Compare inference speed on the CPU: PyTorch in float32, onnxruntime in float32, and onnxruntime's 8-bit kernels.
 
     python -m benchmarks.inference_speed [--checkpoint F] [--batches 1 32 128] [--threads 2] [--json F]
 
-Every engine goes from uint8 pixels to logits, with the same number of threads. Rounds alternate between the engines and
-the median of a round's ratio counts: whatever else runs on the machine slows all of them. For a batch of one image the
-latency is printed as well. Then onnxruntime's own profile: the kernels that ran and what each costs, so that one sees
-that 8-bit kernels really run; and what each kind of layer costs in float and in 8 bits, all that belongs to it
-included.
+Every engine computes logits from uint8 pixels with the same number of threads. Rounds alternate between the engines,
+and the result is the median of the rounds' ratios, because other load on the machine slows all engines alike. Then
+onnxruntime's profile shows which kernels ran and what each costs (so one sees that 8-bit kernels are used), and what
+each kind of layer costs in float and in 8 bits.
 
   torch        MobileNetV2 in eval mode, eager, channels-last
   torch fused  BatchNorm folded into the convolutions
   onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
   onnx 8-bit   export_onnx.Codes
 
-What was tried for the 8-bit graph on an EPYC with VNNI (onnxruntime 1.32, 2 threads), in images/s beside the one we had
-then:
+Variants of the 8-bit graph that were tried on an EPYC with VNNI (onnxruntime 1.32, 2 threads): images/s as a ratio to
+the graph of that time, and why the variant was not taken:
   projections as convolutions, rounded before the residual sum   1.07 to 1.25   not our definition
   expansions as matrix products, too                             0.63 to 0.79   float32 between, exact shifts
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels

@@ -1,17 +1,17 @@
-"""Compare ways to choose which weights become zero, on equal images, judged on a hold-out.
+"""Compare pruning methods by their hold-out accuracy after equal training.
 
-    python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json     resumes where it was stopped
+    python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json     resumes if it was stopped
 
-For each seed one dense network is trained; from it, for each method and target, a second stage makes zeros and a third
-trains on under the mask. All second stages see the same images in the same order, and so do all third ones:
+For each seed one dense network is trained. From it, for each method and target, a second stage makes zeros, and a third
+one retrains under the mask. All methods see the same images in the same order:
 
     proximal    reweighted L1 as a soft threshold after every step, lambda by feedback towards the target
-    loss        reweighted L1 added to the loss, with a fixed lambda (--lambda): the textbook's form
+    loss        reweighted L1 added to the loss, with a fixed lambda (--lambda)
     magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
-    one-shot    the second stage trains on without zeros; the mask takes the smallest weights at once
+    one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
 
-The mask takes the target share of the smallest weights over all layers but the stem, whatever the method. 45,000 train
-images, 5,000 held out; the accuracy is that of the last epoch's weight average.
+For every method the mask prunes the target share of smallest weights over all layers but the stem. Training uses 45,000
+images and 5,000 are held out; the accuracy is that of the last epoch's weight average.
 """
 import argparse
 import itertools

@@ -1,18 +1,20 @@
-"""Training throughput beside the plain loop, on this machine, in this run.
+"""Compare the training speed of training/loop.py with that of an ordinary PyTorch loop ("plain"), in one run.
 
     python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--precision P] [--alone] [--json F]
 
-The plain loop is what most repositories have: a DataLoader with two workers and torchvision's crop, flip and
-normalisation, NCHW float32, SGD. Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device,
-whole batches augmented there, channels-last, bfloat16 where the processor has it, torch.compile on CUDA, on a CPU a
-thread with a share of the batch for each core. Both train the same network with the same augmentation and batch on the
-same images. Then ours once more with images of 24x24; taught by one of KAIST's networks; and on a CPU, without the
-compiled functions (kernels.c), and both loops beside another process that keeps two threads busy. Every
-measurement has a process of its own: the allocator is told something else in each. Rounds alternate and the median
-ratio counts, so that whatever else runs on the machine slows all; only the ratios mean anything.
+The plain loop has a DataLoader with two workers, torchvision's crop, flip and normalisation, NCHW float32, and SGD.
+Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
+channels-last, bfloat16 where the processor has it, torch.compile on CUDA, and on a CPU one thread per core, among which
+the batch is divided. Both train the same network with the same augmentation and batch size on the same images.
 
-Then a step by part, with the full augmentation (crop, flip, TrivialAugment, mixing), the network eager, on a CPU in one
-thread.
+Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher and, on a CPU, without the
+compiled functions (kernels.c). On a CPU both loops are also measured while another process keeps two threads busy.
+Every measurement runs in a new process, because the loops configure the memory allocator differently. Rounds alternate,
+and the result is the median of the rounds' ratios, because other load on the machine slows all loops alike. Only the
+ratios are meaningful.
+
+Last come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
+and on a CPU in one thread.
 """
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""A checkpoint with its claim: the one place where every script gets both from, held against each other."""
+"""Read a checkpoint together with its claim, and check one against the other. Every script reads them here."""
 import dataclasses
 from pathlib import Path
 
@@ -19,13 +19,16 @@ SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
 
 def add_option(parser) -> None:
     parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
-                        help=f"a state dict with its claim beside it, or a packed .mnet (default: {CHECKPOINT})")
+                        help=f"state dict with its claim (.json) next to it, or a packed .mnet (default: {CHECKPOINT})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`model` in eval mode; `claim` beside it, or None; `formats` as claimed, or as found in the values without a
-    claim; `problems`, a line for everything in which file and claim contradict each other."""
+    """Hold what `read` found in a checkpoint file.
+
+    model: in eval mode. claim: None if there is none. formats: as claimed or, without a claim, as found in the values.
+    problems: one line for each contradiction between file and claim.
+    """
     path: Path
     sha256: str
     model: nn.Module
@@ -35,7 +38,7 @@ class Checkpoint:
 
 
 def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str, int]:
-    """(specification, number of classes) of the network of a state dict: the claim's, else the one that is given."""
+    """Return (specification, number of classes) of a state dict's network: the claim's, else the one that is given."""
     stated = (claim or {}).get("network")
     if stated is None:
         return network or DEFAULT, CLASSES
@@ -49,11 +52,11 @@ def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str,
 
 
 def read(path, network: str | None = None) -> Checkpoint:
-    """A checkpoint of either kind, a state dict or a packed .mnet. The claim is the .json beside it.
+    """Read a state dict or a packed .mnet, and its claim, the .json next to it; return a Checkpoint.
 
     network: the specification of a network whose claim states none; one that it states must be the same.
-    A packed file states its formats itself: they are the claim if there is no .json, and must be those of the .json if
-    there is one. Raises BadInput if a file cannot be read at all, or the claim was altered since it was written.
+    A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
+    Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """
     path, beside = Path(path), claims.claim_path(path)
     claim = claims.read(beside) if beside.exists() else None
@@ -85,10 +88,7 @@ def read(path, network: str | None = None) -> Checkpoint:
 
 
 def load(path, network: str | None = None) -> tuple[nn.Module, dict]:
-    """(model, claim) of a checkpoint that fits its claim, for scripts that compute with both or record what they found.
-
-    Raises BadInput for anything else, and if there is no claim.
-    """
+    """Return (model, claim) of a checkpoint. Raises BadInput if it contradicts its claim or has none."""
     checkpoint = read(path, network)
     if checkpoint.claim is None:
         raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; "

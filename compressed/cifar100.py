@@ -1,12 +1,14 @@
-"""CIFAR-100 as uint8 tensors on the device; augmentation of whole batches there, with a draw for every image.
+"""Load CIFAR-100 as uint8 tensors on the device, and augment whole batches there, every image with its own parameters.
 
-    python -m compressed.cifar100 [--data FOLDER]      finds (or downloads) the set, checks it, prints what it found
+    python -m compressed.cifar100 [--data FOLDER]      finds (or downloads) the data set, checks it, prints a summary
 
-Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The set is looked for in --data, then in
-the environment variable CIFAR100_DIR, then in ./data.cifar100, and downloaded to the last if no folder is named.
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The data set is searched in --data, then in
+the environment variable CIFAR100_DIR, then in ./data.cifar100. If the first two are not given, it is downloaded to the
+last.
 
-A training step: parameters are drawn for the whole batch first (`draw`) and then applied to images (`augment`). A
-process of several draws for the global batch and applies its slice, so that it gets what one process would.
+A training step first draws random parameters for the whole batch (`draw`) and then applies them to the images
+(`augment`). One of several processes draws for the whole batch and applies its slice, so that all processes together
+compute what a single one would.
 """
 import csv
 import dataclasses
@@ -49,7 +51,7 @@ FINGERPRINT = {"train": "6d2a03c47c105e4c34d3a2ff16c2803e8df0e5d6fa0c631e46663a3
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """`images` uint8 [N, 3, 32, 32] (RGB, 0 to 255) and their `labels` int64 [N], on one device."""
+    """Hold `images`, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and their `labels`, int64 [N], on one device."""
     images: torch.Tensor
     labels: torch.Tensor
 
@@ -60,10 +62,10 @@ class Images:
 # ---------------------------------------------------------------------------------------------- find and download
 
 def find(folder=None) -> Path:
-    """The folder that holds the files `train` and `test`: `folder`, else CIFAR100_DIR, else ./data.cifar100.
+    """Return the folder that holds the files `train` and `test`: `folder`, else CIFAR100_DIR, else ./data.cifar100.
 
-    Each may be that folder or its parent. Downloads only if neither of the first two is given and ./data.cifar100 has
-    no set. Raises BadInput if a folder that was given has none, or if the download fails.
+    Each may also name the parent of that folder. Downloads only if neither of the first two is given and
+    ./data.cifar100 lacks the files. Raises BadInput if a given folder lacks them, or if the download fails.
     """
     given = folder or environment.folder("CIFAR100_DIR")
     start = Path(given or FOLDER)
@@ -79,8 +81,8 @@ def find(folder=None) -> Path:
 def download(folder: Path) -> Path:
     """Download the published archive, check its MD5, and unpack train, test and meta to `folder`/cifar-100-python.
 
-    Everything happens in a temporary folder beside `folder`, which goes away even after an error: nothing half done is
-    left. Raises BadInput without a network or if the archive is not the published one.
+    Works in a temporary folder next to `folder`, which is removed even after an error, so no partial file is left.
+    Returns the folder of the files. Raises BadInput without a network or if the archive is not the published one.
     """
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".",
@@ -92,7 +94,7 @@ def download(folder: Path) -> Path:
 
 
 def download_through(scratch: Path, folder: Path) -> Path:
-    """`download` with its temporary folder."""
+    """Do the work of `download`, with `scratch` as the temporary folder."""
     archive = scratch / "archive"
     try:
         fetch(URL, archive, "CIFAR-100")
@@ -103,7 +105,7 @@ def download_through(scratch: Path, folder: Path) -> Path:
     (folder / SET).mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         for name in ("meta", "test", "train"):
-            # Members are read by their names and written to ours: a path in the archive decides nothing.
+            # Members are read by known names and written to known paths: the archive cannot choose where files go.
             with tar.extractfile(f"{SET}/{name}") as source, open(scratch / name, "wb") as target:
                 shutil.copyfileobj(source, target)
             os.replace(scratch / name, folder / SET / name)
@@ -111,7 +113,7 @@ def download_through(scratch: Path, folder: Path) -> Path:
 
 
 def fetch(url: str, path: Path, name: str) -> None:
-    """Download a file, with a progress bar of that name on a terminal."""
+    """Download `url` to `path`; on a terminal, show a progress bar labelled `name`."""
     from tqdm import tqdm
 
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
@@ -123,6 +125,7 @@ def fetch(url: str, path: Path, name: str) -> None:
 
 
 def file_md5(path) -> str:
+    """Return the MD5 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -130,7 +133,7 @@ def file_md5(path) -> str:
 # -------------------------------------------------------------------------------------------------- read and check
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and numpy arrays; any other name in the file raises, so nothing runs."""
+    """Unpickle only containers, numbers, strings and numpy arrays; raise for any other name, so that no code runs."""
 
     reconstruct = np.empty(0).__reduce__()[0]
     ALLOWED = {("numpy.core.multiarray", "_reconstruct"): reconstruct,  # numpy 1, which wrote the published files
@@ -142,13 +145,14 @@ class ArraysOnly(pickle.Unpickler):
         try:
             return self.ALLOWED[module, name]
         except KeyError:
-            raise BadInput(f"it asks for {module}.{name}, which the published files do not") from None
+            raise BadInput(f"it refers to {module}.{name}, which the published files do not") from None
 
 
 def read(path) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8 [N, 3, 32, 32], labels int64 [N]) of a file `train` or `test`, in the file's order, unchecked.
+    """Return (images uint8 [N, 3, 32, 32], labels int64 [N]) of a file `train` or `test`, in the file's order.
 
-    Raises BadInput if the file is damaged or is another kind of file; executes nothing that stands in it.
+    Does not check that they are those of CIFAR-100 (`load` does), and executes no code in the file. Raises BadInput if
+    the file is damaged or is another kind of file.
     """
     try:
         with open(path, "rb") as file:
@@ -171,21 +175,22 @@ def read(path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
-    """SHA-256 of (label byte, 3072 CHW pixel bytes) of every image; sorted, they are the same in any order."""
+    """Return the SHA-256 of (label byte, 3072 CHW pixel bytes) of every image."""
     return [hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in zip(images, labels.tolist())]
 
 
 def fingerprint(digests: list[bytes]) -> str:
+    """Return a hash of a set of images that does not depend on their order."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def load(folder=None, split: str = "train", device="cpu") -> Images:
-    """The images of a split, in canonical order, on the device.
+    """Return the images of a split, in canonical order, on the device.
 
-    "train" 50,000; "test" 10,000; "fit" and "holdout" cut the train set into 45,000 and 5,000 images, 50 a class in
-    the holdout. Canonical order is the order of the images' digests: copies of the set whose files are ordered
-    differently give the same tensors, so a seed gives the same run, and it is as good as random within a class.
-    Raises BadInput if there is no set (see `find`) or it is not CIFAR-100 to the last pixel.
+    "train" has 50,000 images and "test" 10,000; "fit" and "holdout" divide the train set into 45,000 and 5,000 images,
+    with 50 images of each class in the holdout. Canonical order is the order of the images' digests. Copies of the data
+    set in another order so give the same tensors, and the same training for a seed; the order is as good as random.
+    Raises BadInput if no data set is found (see `find`), or if it is not CIFAR-100 to the last pixel.
     """
     if split not in ("train", "test", "fit", "holdout"):
         raise BadInput(f"split {split!r} is none of train, test, fit, holdout")
@@ -193,7 +198,7 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
     path = find(folder) / file
     images, labels = read(path)
     keys = digests(images, labels)
-    # The fingerprint costs little beside the digests and settles nearly every case; MD5 has the last word.
+    # The fingerprint is cheap once the digests are there, and MD5 is needed only if it differs.
     if fingerprint(keys) != FINGERPRINT[file] and file_md5(path) != MD5[file]:
         raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images "
                        "(neither the published MD5 nor the same content in another order)")
@@ -208,9 +213,9 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
 def near_duplicates(folder=None) -> torch.Tensor | None:
     """Return which test images, bool [N] in canonical order, have a near-duplicate in the train set; None if unknown.
 
-    Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of Near-Duplicates", J. Imaging 2020 (ciFAIR): 891
-    images, judged by people. Their list counts in the order of the published file; a copy in another order, which has
-    another MD5, does not tell which images these are.
+    There are 891 of them, judged by people: Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of
+    Near-Duplicates", J. Imaging 2020 (ciFAIR). Their list has indices into the published file, so it cannot be used
+    with a copy in another order, which has another MD5.
     """
     path = find(folder) / "test"
     if file_md5(path) != MD5["test"]:
@@ -222,14 +227,15 @@ def near_duplicates(folder=None) -> torch.Tensor | None:
 
 
 def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
-    """n synthetic images that a small network can learn: a smooth pattern for each class, plus noise from `seed`.
+    """Return n synthetic images that a small network can learn, for tests and quick runs.
 
-    The patterns are the same for every seed, so that two seeds give a train and a test set. For tests and quick runs.
+    They are a smooth pattern for each class plus noise from `seed`. The patterns are the same for every seed, so two
+    seeds give a train set and a test set.
     """
     patterns = torch.randn(classes, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     patterns = F.interpolate(patterns, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n)[torch.randperm(n, generator=generator)] % classes  # as many of each class as can be
+    labels = torch.arange(n)[torch.randperm(n, generator=generator)] % classes  # classes as equal in size as possible
     noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     images = (128 + 50 * patterns[labels] + 25 * noise).clamp(0, 255).to(torch.uint8)
     return Images(images.to(device), labels.to(device))
@@ -238,29 +244,31 @@ def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
 # --------------------------------------------------------------------------------------- the data of a command line
 
 def add_options(parser, made_up: bool = True) -> None:
-    """--data; and, if wanted, what `chosen` takes in place of the published sets."""
+    """Add --data and, with `made_up`, --holdout and --made-up, which select other images (see `chosen`)."""
     parser.add_argument("--data", type=some_path, metavar="DIR",
                         help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download to ./data.cifar100)")
     if made_up:
         parser.add_argument("--holdout", action="store_true",
-                            help="45,000 of the train images in place of the train set, 5,000 in place of the test set")
+                            help="train on 45,000 of the train images and test on the other 5,000")
         parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
-                            help="N made-up images in place of the train set, a fifth of that for the test set")
+                            help="train on N synthetic images and test on a fifth as many (at least 100)")
 
 
 def option_words(args) -> list[str]:
-    """Return the options of `add_options` as words of a command line, for another script."""
+    """Return the options of `add_options` as words of another script's command line."""
     return [*(["--data", str(args.data)] if args.data else []), *["--holdout"] * args.holdout,
             *(["--made-up", str(args.made_up)] if args.made_up else [])]
 
 
-FIRST_IMAGES = ("N of the test images alone: the first in the order of their SHA-256, which is the same for every copy "
-                "of the set, and no order of labels")
+FIRST_IMAGES = ("use only N of the test images: the first in the order of their SHA-256, which is the same for every "
+                "copy of the data set, and mixes the classes")
 
 
 def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
-    """Return (images, their name) of "train" or "test", as the options say; of args.images, the first in canonical
-    order (see `load`)."""
+    """Return (images, their name) of the split "train" or "test", as the options say.
+
+    If args.images is set, only so many: the first in canonical order (see `load`).
+    """
     if args.made_up:
         count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
         data, name = made_up(count, seed, device=device), "made up"
@@ -274,14 +282,14 @@ def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
 
 # ------------------------------------------------------------------------------------------------------ normalise
 
-# Within a tenth of the set's own statistics (means 129.3 124.1 112.4, deviations 68.2 65.4 70.4), and every
-# normalised pixel is exactly a signed 8-bit code times 2^-6: quantizing the network's input costs nothing. The
-# BatchNorm after the stem absorbs the difference.
+# Close to the data set's statistics (means 129.3 124.1 112.4, standard deviations 68.2 65.4 70.4; the BatchNorm after
+# the stem absorbs the difference). Every normalised pixel is exactly a signed 8-bit code times 2^-6, so quantizing the
+# network's input loses nothing.
 MEAN, STD = 128, 64
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 3, 32, 32] -> float32 of the same shape, (pixel - 128) / 64: multiples of 1/64 from -2 to 127/64."""
+    """Return (pixel - 128) / 64 of uint8 [N, 3, 32, 32], as float32: multiples of 1/64 from -2 to 127/64."""
     return images.float().sub_(MEAN).mul_(1 / STD)
 
 
@@ -296,10 +304,10 @@ BINS = 31
 
 
 def magnitude_table() -> torch.Tensor:
-    """float32 [14, 31]: the strengths of each operation, from none to full, in its own unit (TrivialAugment, wide).
+    """Return the 31 strengths of each operation, from none to full: float32 [14, 31] (TrivialAugment, wide).
 
-    Shears in pixels a pixel, translations in pixels, rotation in degrees, the four blends as a change of the factor
-    1, Posterize in bits that stay, Solarize as a threshold.
+    Units: shears in pixels per pixel, translations in pixels, rotation in degrees, Brightness to Sharpness as a change
+    of the blending factor 1, Posterize in bits that are kept, Solarize as a threshold.
     """
     table = torch.zeros(len(OPS), BINS)
     table[[SHEAR_X, SHEAR_Y, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS]] = torch.linspace(0, 0.99, BINS)
@@ -316,9 +324,10 @@ MIXINGS = ("none", "mixup", "cutmix", "both")
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """What `augment` does to each of `count` images; a tensor with one row an image, or None for a step that is off.
+    """Hold the random parameters with which `augment` changes each of `count` images.
 
-    `draws[a:b]` are the draws of the images a to b of the batch.
+    Each field is a tensor with one row per image, or None if that step is off. `draws[a:b]` are the parameters of the
+    images a to b - 1 of the batch.
     """
     count: int
     top: torch.Tensor | None = None  # int64 [N], 0 to 8: the crop's corner in the image padded by 4
@@ -326,9 +335,9 @@ class Draws:
     flip: torch.Tensor | None = None  # bool [N]
     op: torch.Tensor | None = None  # int64 [N]: an index in OPS
     magnitude: torch.Tensor | None = None  # float32 [N], signed
-    lam: torch.Tensor | None = None  # float32 [N]: how much of the label is the image's own
-    weight: torch.Tensor | None = None  # float32 [N]: how much of a pixel outside the box is its own
-    box: torch.Tensor | None = None  # int64 [N, 4]: top, bottom, left, right of what the partner's pixels replace
+    lam: torch.Tensor | None = None  # float32 [N]: weight of the image's own label; the partner's has 1 - lam
+    weight: torch.Tensor | None = None  # float32 [N]: weight of the image's own pixels outside the box
+    box: torch.Tensor | None = None  # int64 [N, 4]: top, bottom, left, right of the box with the partner's pixels
 
     def __len__(self):
         return self.count
@@ -336,21 +345,21 @@ class Draws:
     def __getitem__(self, part: slice) -> "Draws":
         start, stop, step = part.indices(self.count)
         if step != 1 or self.lam is not None and (start % 2 or stop % 2 and stop != self.count):
-            raise ValueError(f"draws[{start}:{stop}:{step}] would part an image from its partner in mixing")
+            raise ValueError(f"draws[{start}:{stop}:{step}] would separate an image from its mixing partner")
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "count"}
         return Draws(max(0, stop - start), **{k: None if v is None else v[start:stop] for k, v in tensors.items()})
 
 
 def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = False, mixing: str = "none",
          mixup_alpha: float = 0.3, cutmix_alpha: float = 1.0, mix_probability: float = 1.0) -> Draws:
-    """Independent draws for each of n images, on the generator's device.
+    """Draw independent augmentation parameters for each of n images, on the generator's device.
 
-    `crop`: random crop and flip. `trivial`: TrivialAugment. `mixing`: none, mixup, cutmix, or both (each image is
-    mixed one way or the other, evenly); an image is mixed at all with `mix_probability`. The shares are drawn from
-    Beta(alpha, alpha). Raises BadInput for a mixing, alpha or probability that does not exist.
+    crop: random crop and flip. trivial: TrivialAugment. mixing: none, mixup, cutmix, or both (either with probability
+    1/2 for each image). An image is mixed with `mix_probability`, with a share drawn from Beta(alpha, alpha). Raises
+    BadInput for an unknown mixing and an impossible alpha or probability.
 
-    Prefer a generator on the CPU, for CUDA training too: a run then draws the same on either, and `trivial_augment`
-    knows without waiting for the GPU which images an operation gets.
+    Prefer a generator on the CPU, even for CUDA training: the draws are then the same on both, and `trivial_augment`
+    can assign images to operations without waiting for the GPU.
     """
     if mixing not in MIXINGS:
         raise BadInput(f"mixing {mixing!r} is none of {', '.join(MIXINGS)}")
@@ -364,7 +373,7 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         return torch.randint(below, (n, *shape), generator=generator, device=device)
 
     def beta(alpha):
-        # What torch.distributions.Beta calls, which takes no generator. float64: small alphas come close to 0 and 1.
+        # torch.distributions.Beta calls this too, but takes no generator. float64: small alphas give values near 0, 1.
         shape = torch.full((n, 2), alpha, dtype=torch.float64, device=device)
         return torch._sample_dirichlet(shape, generator)[:, 0]
 
@@ -378,8 +387,8 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         cut = integers(2).bool() if mixing == "both" else torch.full((n,), mixing == "cutmix", device=device)
         mixed = torch.rand(n, generator=generator, device=device) < mix_probability
         lam = torch.where(cut, beta(cutmix_alpha), beta(mixup_alpha)).where(mixed, 1.0)
-        # CutMix (Yun et al. 2019): a box of the share 1 - lam around any pixel, cut off at the border; the label then
-        # follows the box as it really is. Where nothing is cut the box is empty.
+        # CutMix (Yun et al. 2019): a box with the share 1 - lam of the area around a random pixel, clipped at the
+        # border; lam is then recomputed from the clipped box. Without CutMix the box is empty.
         half = torch.where(cut, 0.5 * (1 - lam).sqrt() * IMAGE_SIZE, 0.0).long()[:, None]
         centre = integers(IMAGE_SIZE, 2)
         low, high = (centre - half).clamp(min=0), (centre + half).clamp(max=IMAGE_SIZE)
@@ -390,17 +399,18 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
 
 
 def epoch_order(n: int, generator: torch.Generator) -> torch.Tensor:
-    """A random permutation of n images, int64 [n], on the generator's device."""
+    """Return a random permutation of n images, int64 [n], on the generator's device."""
     return torch.randperm(n, generator=generator, device=generator.device)
 
 
 # --------------------------------------------------------------------------------------------------------- augment
 
 def augment(images: torch.Tensor, labels: torch.Tensor, draws: Draws):
-    """A training batch: crop and flip, TrivialAugment, normalise, mix, as the draws say. All on the images' device.
+    """Return a training batch: images cropped, flipped, TrivialAugmented, normalised and mixed by the given draws.
 
-    images uint8 [N, 3, 32, 32], labels int64 [N] -> (x float32 [N, 3, 32, 32], labels [N], labels of the partners [N],
-    lam float32 [N]); the loss of an image is lam * loss(label) + (1 - lam) * loss(partner's label).
+    images uint8 [N, 3, 32, 32], labels int64 [N] -> (x float32 [N, 3, 32, 32], labels [N], labels of the mixing
+    partners [N], lam float32 [N]), all on the images' device. The loss of an image is
+    lam * loss(label) + (1 - lam) * loss(partner's label).
     """
     if len(draws) != len(images):
         raise ValueError(f"{len(draws)} draws for {len(images)} images")
@@ -409,7 +419,7 @@ def augment(images: torch.Tensor, labels: torch.Tensor, draws: Draws):
 
 
 def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """A random 32x32 crop of each image padded with 4 black pixels, flipped or not: uint8 [N, 3, 32, 32] -> same."""
+    """Crop 32x32 pixels of each image padded with 4 black pixels, and flip some: uint8 [N, 3, 32, 32] -> the same."""
     if draws.top is None:
         return images
     top, left, flip = (t.to(images.device, non_blocking=True) for t in (draws.top, draws.left, draws.flip))
@@ -420,18 +430,19 @@ def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def pick(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """[N, C, H, W] -> [N, C, 32, 32]: pixel (y, x) of image n is the one at its row [n, y, x] and column [n, y, x]."""
+    """Gather pixels, [N, C, H, W] -> [N, C, 32, 32]: pixel (y, x) of image n is that at rows, columns[n, y, x]."""
     index = (rows * images.shape[3] + columns).flatten(1)[:, None]
     picked = images.flatten(2).gather(2, index.expand(-1, images.shape[1], -1))
     return picked.unflatten(2, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 def trivial_augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """One operation of its own strength for each image: uint8 [N, 3, 32, 32] -> the same.
+    """Apply one operation with its own strength to each image: uint8 [N, 3, 32, 32] -> the same.
 
-    Müller and Hutter, "TrivialAugment", ICCV 2021; operations and ranges are torchvision's TrivialAugmentWide (31
-    strengths, nearest pixel, black outside). The 14 operations are three families, and each family takes its images in
-    one go. The lists of images are made where the draws are: no wait for the GPU if they are on the CPU.
+    Müller and Hutter, "TrivialAugment", ICCV 2021. Operations and ranges are those of torchvision's TrivialAugmentWide
+    (31 strengths, nearest pixel, black outside). The operations but Identity form three families, and each family
+    processes its images at once. The lists of images are made on the draws' device: if that is the CPU, nothing waits
+    for the GPU.
     """
     if draws.op is None:
         return images
@@ -446,20 +457,20 @@ def trivial_augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     return out
 
 
-# The families take images uint8 [N, 3, 32, 32], op and magnitude [N, 1, 1], and return images.
+# The families take images uint8 [N, 3, 32, 32], op and magnitude [N, 1, 1], and return the changed images.
 
 
 def warp(images, op, magnitude):
-    """ShearX, ShearY, TranslateX, TranslateY, Rotate: where each pixel comes from, in one affine map an image."""
+    """Apply ShearX, ShearY, TranslateX, TranslateY or Rotate, as one affine map of pixel positions per image."""
     def only(wanted, value):
         return torch.where(op == wanted, value, 0.0)
 
     centre = (IMAGE_SIZE - 1) / 2
-    x = torch.arange(IMAGE_SIZE, device=images.device) - centre  # around the centre, where rotation has its pivot
+    x = torch.arange(IMAGE_SIZE, device=images.device) - centre  # relative to the centre of rotation
     y = x[:, None]
     angle = only(ROTATE, magnitude.deg2rad())
     shear_x, shear_y = only(SHEAR_X, magnitude), only(SHEAR_Y, magnitude)
-    # Shears leave the image's first edge in place, 16 pixels from the centre. Translations are whole pixels.
+    # Shears keep the image's top or left edge in place, 16 pixels from the centre. Translations are whole pixels.
     source_x = angle.cos() * x - angle.sin() * y + shear_x * (y + IMAGE_SIZE / 2) - only(TRANSLATE_X, magnitude.trunc())
     source_y = angle.sin() * x + angle.cos() * y + shear_y * (x + IMAGE_SIZE / 2) - only(TRANSLATE_Y, magnitude.trunc())
     columns, rows = (source_x + centre).round().long(), (source_y + centre).round().long()
@@ -469,12 +480,12 @@ def warp(images, op, magnitude):
 
 
 def blend(images, op, magnitude):
-    """Brightness, Color, Contrast, Sharpness: away from (or towards) black, grey, mean grey, a blurred image."""
+    """Apply Brightness, Color, Contrast or Sharpness: move away from (or towards) black, grey, mean grey or a blur."""
     op, magnitude = op[:, None], magnitude[:, None]  # [N, 1, 1, 1]
     x = images.float()
     grey = (0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).floor_()
-    # The blur weighs a pixel's eight neighbours 1/13 and itself 5/13; the border, short of neighbours, stays as it is.
-    # By shifts and not by a convolution, because sums of whole numbers are exact under autocast too.
+    # The blur weights a pixel's eight neighbours by 1/13 and the pixel itself by 5/13; border pixels stay unchanged.
+    # It uses shifts instead of a convolution, because sums of whole numbers are exact under autocast too.
     rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
     square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     blurred = x.clone()
@@ -486,19 +497,19 @@ def blend(images, op, magnitude):
 
 
 def relevel(images, op, magnitude):
-    """Posterize, Solarize, AutoContrast, Equalize: a table of 256 new levels for each channel of each image."""
+    """Apply Posterize, Solarize, AutoContrast or Equalize, by a table of 256 new levels per channel of each image."""
     pixels = images.flatten(2).long()
     level = torch.arange(256, device=images.device)
     low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
     flat = low == high
 
-    posterized = level & -(2 ** (8 - magnitude.clamp(2, 8)).long())  # clamp: Solarize's thresholds are no bits
+    posterized = level & -(2 ** (8 - magnitude.clamp(2, 8)).long())  # clamp: of other operations
     solarized = torch.where(level >= magnitude, 255 - level, level)
     stretched = ((level - low) / ((high - low).float() * (1 / 255)).masked_fill(flat, 1)).clamp(0, 255).long()
     stretched = torch.where(flat, level, stretched)
 
-    # Equalize is Pillow's: a level goes to how many pixels are darker, in steps of a 255th of all those that are not
-    # the brightest.
+    # Equalize as in Pillow: a level's new value is the number of darker pixels divided by a 255th of the number of all
+    # pixels that are not the brightest.
     count = torch.zeros(*pixels.shape[:2], 256, dtype=torch.long, device=images.device)
     count.scatter_add_(2, pixels, torch.ones_like(pixels))
     darker = count.cumsum(2) - count
@@ -513,11 +524,11 @@ def relevel(images, op, magnitude):
 
 
 def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
-    """mixup (Zhang et al. 2018) or CutMix of each image with its neighbour, 0 with 1, 2 with 3, and so on.
+    """Mix each image with its neighbour (0 with 1, 2 with 3, ...) by mixup (Zhang et al. 2018) or CutMix.
 
     x float32 [N, C, 32, 32] and labels int64 [N] -> (mixed x, labels, labels of the partners, lam float32 [N]). The
-    last image of an odd batch is its own partner. The batch is a random permutation already, so neighbours are as
-    random as any partner, and a pair never straddles two processes.
+    last image of an odd batch is its own partner. Batches are in random order, so a neighbour is as good as a random
+    partner, and it is always in the same process.
     """
     if draws.lam is None:
         return x, labels, labels, torch.ones(len(x), device=x.device)

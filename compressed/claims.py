@@ -1,21 +1,22 @@
-"""The claim beside a checkpoint (F.json beside F.pt): reading it, and holding the checkpoint's values against it.
+"""Read and write the claim of a checkpoint (F.json next to F.pt), and check the checkpoint's values against it.
 
-    sha256               of the checkpoint file
+    sha256               SHA-256 of the checkpoint file
     network              {"spec", "classes", "mean", "std" of the input, "graph": digest}; without it, the default one
-    accuracy             {"data", "correct", "images", "loss"}, and accuracy_by_step, what each step of quantize.py left
-                         (accuracy: and "without_duplicates", {"correct", "images"}, see cifar100.near_duplicates)
+    accuracy             {"data", "correct", "images", "loss"}, and if known "without_duplicates": {"correct", "images"}
+                         (see cifar100.near_duplicates)
+    accuracy_by_step     the accuracy after each step of quantize.py
     tensors              [{"name", "bits", "step" (or "kind": "float16")}]: the format of every parameter
     activations          [{"name", "bits", "signed", "step"}]: the format of every activation point
     counts               zeros, storage, operations and score (see counting.summary)
-    dead_weight_removed  how many non-zero values could not reach a logit, and were set to zero
-    probe_logits         logits of a fixed made-up batch (exact.probe_images), to the last bit
+    dead_weight_removed  how many non-zero values had no effect on the logits and were set to zero
+    probe_logits         logits of a fixed synthetic batch (probe_images), to the last bit
     packed               file, bytes and SHA-256 of the packed file (tools.pack adds it)
     integer              accuracy and accumulators of the integer network (tools.integer --record adds it)
     onnx                 accuracy and agreement of the ONNX model in onnxruntime (tools.export_onnx --record adds it)
     made_by              command, commit, machine, and the training stages behind it
-    digest               SHA-256 of all of the above (files.digest): the rest is at least what was written
+    digest               SHA-256 of all of the above (files.digest), which shows whether the claim was altered
 
-The checkers believe the checkpoint, not its maker: whatever can be seen in the values is looked for there.
+The checkers trust the checkpoint and not its claim: whatever the values show is determined from the values.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -37,16 +38,17 @@ RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "py
 
 
 def claim_path(checkpoint) -> Path:
+    """Return the path of a checkpoint's claim: the same name with the suffix .json."""
     return Path(checkpoint).with_suffix(".json")
 
 
 def read(path) -> dict:
-    """The claim in a file. Raises BadInput if it is missing, damaged, or not as it was written."""
+    """Return the claim in a file. Raises BadInput if it is missing, damaged, or altered since it was written."""
     return load_record(path, "restore it, or write it again with quantize.py")
 
 
 def recordable(checkpoint) -> None:
-    """Raises BadInput if there is no claim beside the checkpoint to which `record` could add something."""
+    """Raise BadInput if the checkpoint has no claim to which `record` could add something."""
     if Path(checkpoint).suffix == ".mnet":
         raise BadInput(f"{checkpoint}: results are recorded in the claim of the .pt beside it; give that one")
     if not claim_path(checkpoint).is_file():
@@ -54,7 +56,7 @@ def recordable(checkpoint) -> None:
 
 
 def record(checkpoint, key: str, value: dict) -> None:
-    """Set one key of the claim beside a checkpoint, whatever else has changed there in the meantime."""
+    """Set one key of a checkpoint's claim, and keep all other keys as the file has them now."""
     recordable(checkpoint)
     save_record(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
 
@@ -76,7 +78,10 @@ def other_network(stated: dict, model: nn.Module) -> str | None:
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:
-    """The claim's list `key` by name. Raises BadInput if an entry has no name, a name twice, or no 1 to 32 bits."""
+    """Return the entries of the claim's list `key`, by name.
+
+    Raises BadInput if a name is missing or occurs twice, or if an entry's bits are not 1 to 32.
+    """
     found = {}
     listed = claim.get(key)
     if not isinstance(listed, list):
@@ -93,7 +98,7 @@ def entries(claim: dict, key: str, path) -> dict[str, dict]:
 
 
 def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
-    """The claim's format of a tensor. Raises BadInput if the values need more bits or do not stand on its steps."""
+    """Return the claimed format of a tensor. Raises BadInput if the values do not fit its bits or its steps."""
     bits, step = entry["bits"], entry.get("step")
     if found.bits > bits:
         raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
@@ -110,17 +115,17 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     grid = Grid(bits, tuple(map(float, steps)), "claimed")
     codes = grid.codes(parameter)
     on_steps = codes * torch.tensor(grid.steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
-    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # nothing for powers of two
+    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # always exact for powers of two
     if off.any() or signed_bits(int(codes.min()), int(codes.max())) > bits:
         raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
     return grid
 
 
 def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, list[str]]:
-    """The claim's formats, and a line for everything in which the network and its values contradict the claim.
+    """Return the claimed formats, and one line for each contradiction between the claim and the network's values.
 
-    What the claim leaves out or gets wrong keeps the format that was found; an activation point without a claim has
-    32 bits. Raises BadInput if the claim is not made of such entries.
+    Tensors that the claim lacks or describes wrongly keep the format that was found in their values; activation points
+    that it lacks have 32 bits. Raises BadInput if the claim's lists cannot be read.
     """
     problems, tensors, activations = [], {}, {}
     listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)

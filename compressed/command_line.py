@@ -1,4 +1,4 @@
-"""What every script needs: a command line whose mistakes are named, and an end in one clear line."""
+"""Parse command lines, run scripts, and report errors in one line with a defined exit status."""
 import argparse
 import contextlib
 import functools
@@ -14,14 +14,14 @@ from compressed.errors import BadInput
 
 
 def command_line(text: str) -> argparse.ArgumentParser:
-    """A parser that shows `text`, a script's head, as it stands, and an option a line where that fits 120 columns."""
+    """Return a parser whose help shows `text`, a script's docstring, unchanged, in up to 120 columns."""
     def wide(prog):
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=120)
     return argparse.ArgumentParser(description=text, formatter_class=wide)
 
 
 def number(kind: type, low, high):
-    """An argparse type: an int or a float from low to high."""
+    """Return an argparse type: an int or a float from low to high."""
     def convert(text: str):
         try:
             value = kind(text)
@@ -35,33 +35,33 @@ def number(kind: type, low, high):
 
 
 def some_path(text: str) -> Path:
-    """An argparse type: a path that is not empty, which would mean the current folder."""
+    """Return the path: an argparse type that refuses an empty one, which would mean the current folder."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError("expected the name of a file or folder, and not nothing")
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
     return Path(text)
 
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Print a line to stderr, the first time that it is said."""
+    """Print a line to stderr, but each line only once per process."""
     complain(line)
 
 
 def complain(line: str) -> None:
-    """Print a line to stderr, after the script's name, if anybody can read it."""
+    """Print a line to stderr after the script's name; do nothing if stderr is closed."""
     with contextlib.suppress(OSError, ValueError):
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
-GONE = 128 + 13  # what a shell reports of a process that SIGPIPE ended: the reader of our output has gone
+GONE = 128 + 13  # a shell's status of a process that SIGPIPE ended: the reader of its output has exited
 
 
 def run_script(main) -> None:
     """Run `main()` and exit with what it returns.
 
-    Input that the user can mend becomes one line and status 2. Ctrl-C: one line, 130. A reader of stdout that goes away
-    (`| head`) ends the script without a word, with status 141 as for any program that SIGPIPE ends, and never with 2,
-    which says that something contradicts a claim. Closed streams are written to nobody, and change no status.
+    BadInput and OSError print one line and exit with status 2; Ctrl-C prints one line and exits with 130. If the reader
+    of stdout exits (`| head`), the script ends silently with status 141, as any program that SIGPIPE ends; 2 would mean
+    that something contradicts a claim. Output to closed streams is discarded and does not change the status.
     """
     prepare_streams()
     try:
@@ -80,9 +80,9 @@ def run_script(main) -> None:
 
 
 def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the parser's options of a command line, and the other words, which are another script's.
+    """Return the parser's options of a command line, and the other words, which are for another script.
 
-    Ends with an error for an abbreviation of an own option: the other script might take it for one of its own.
+    Exits with an error for an abbreviation of one of the parser's options, which the other script might take for its.
     """
     parser.allow_abbrev = False
     args, others = parser.parse_known_args(argv)
@@ -96,10 +96,10 @@ def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Name
 
 
 def run_python(*words, stdout=None) -> int:
-    """Run a script, or a module after "-m", as a process of its own, and return its exit status.
+    """Run a script, or a module after "-m", in a new process, and return its exit status.
 
-    Its command line is printed to stderr first. Ctrl-C and SIGTERM reach it as SIGTERM, at which a training writes its
-    state; once it has ended, KeyboardInterrupt is raised. To be called from the main thread.
+    Prints its command line to stderr first. Ctrl-C and SIGTERM are passed on as SIGTERM, at which training saves its
+    state; when the process has ended, KeyboardInterrupt is raised. Must be called from the main thread.
     """
     words, stopped, process = [str(word) for word in words], [], None
 
@@ -130,7 +130,7 @@ def run_python(*words, stdout=None) -> int:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr take any text: none is closed, and what their encoding lacks is written as \\xe9 or so."""
+    """Make stdout and stderr accept any text: closed ones discard it, and characters they cannot encode are escaped."""
     with contextlib.suppress(OSError):
         for number in range(3):
             try:
@@ -145,7 +145,7 @@ def prepare_streams() -> None:
 
 
 def flushed(status):
-    """Return the status of a script once all that it printed has left, or what hindered that."""
+    """Flush stdout and stderr; return the given exit status, or another one if stdout could not be written."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Evaluate a network, and renew its BatchNorm statistics."""
+"""Evaluate a network, and re-estimate its BatchNorm statistics."""
 import copy
 import math
 
@@ -12,7 +12,7 @@ from compressed.errors import BadInput
 
 
 def answers(engine, images: Tensor, size: int) -> Tensor:
-    """engine(batch) for `images` (uint8 [N, 3, 32, 32]) in batches of `size`, on every core of a CPU: [N, ...]."""
+    """Return the concatenated engine(batch) of `images` in batches of `size`, computed on every core of a CPU."""
     def some(batches):
         found = []
         with torch.inference_mode():
@@ -24,12 +24,15 @@ def answers(engine, images: Tensor, size: int) -> Tensor:
 
 
 def batch_size(images: Tensor) -> int:
-    """16 on a CPU: their maps stay in its cache, and from 16 on torch leaves 1x1 convolutions to oneDNN; else 1,000."""
+    """Return the batch size for evaluation: 16 on a CPU, else 1,000.
+
+    The feature maps of 16 images fit into a CPU's cache, and torch uses oneDNN for 1x1 convolutions only from 16 on.
+    """
     return 16 if images.device.type == "cpu" else 1000
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Of a network in eval mode for uint8 images [N, 3, 32, 32]: [N, classes]."""
+    """Return the logits [N, classes] of a network in eval mode for uint8 images [N, 3, 32, 32]."""
     def engine(batch):
         return network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
     return answers(engine, images, batch_size(images))
@@ -38,7 +41,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
     """Return (mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
 
-    Raises BadInput if the loss is not finite: some values of the network are too large, or contradict each other.
+    Raises BadInput if the loss is not finite: some values of the network are too large or not numbers.
     """
     found, size = logits(network, data.images), batch_size(data.images)
     # summed batch by batch in the order of the images: the same whatever the number of threads
@@ -62,11 +65,11 @@ def without_duplicates(network: nn.Module, data: cifar100.Images, correct: int, 
 
 def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augment: str,
                      generator: torch.Generator) -> None:
-    """New BatchNorm statistics from `count` train images, in place; leaves the model in eval mode.
+    """Re-estimate the BatchNorm statistics from `count` train images, in place; leave the model in eval mode.
 
-    augment: none, plain or trivial: take what the network was trained with (mixing is left out). Statistics of clean
-    images are worse, although the test images are clean: a network trained on crops with black borders, measured on
-    train images, had 56% correct with statistics of clean images and 62% with those of crops.
+    augment: "none", "plain" or "trivial", preferably as in training; images are not mixed. Statistics of images without
+    augmentation are worse, although the test images have none: a network trained on crops with black borders, measured
+    on train images, had 56% correct with statistics of clean images and 62% with those of crops.
     """
     chosen = cifar100.epoch_order(len(data), generator)[:count].to(data.labels.device)
     batches = [(index, cifar100.draw(len(index), generator, crop=augment != "none", trivial=augment == "trivial"))
@@ -83,7 +86,7 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
         update_bn(images(), models[k])
 
     threads.in_threads(some, range(len(parts)))
-    with torch.no_grad():  # a mean over all batches, of the means over each thread's
+    with torch.no_grad():  # average the threads' statistics, weighted by their batches
         weights = [len(part) / len(batches) for part in parts]
         for mine, *others in zip(*(each.buffers() for each in models)):
             if others and mine.is_floating_point():
@@ -92,7 +95,8 @@ def renew_statistics(model: nn.Module, data: cifar100.Images, count: int, augmen
 
 
 def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: str, generator: torch.Generator) -> None:
-    """As renew_statistics, but the variances stay, and with them the folded scales: quantize.py has shortened those."""
+    """Re-estimate only the BatchNorm means, as renew_statistics does; quantize.py has shortened scales that depend on
+    the variances."""
     norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:
@@ -100,6 +104,6 @@ def renew_means(model: nn.Module, data: cifar100.Images, count: int, augment: st
 
 
 def divided(batches, cpu: bool) -> list:
-    """The batches in order, in as many parts as there are threads to work on them: the cores of a CPU, else one."""
+    """Return the batches in order, divided into one part for each core of a CPU; otherwise in one part."""
     size = -(-len(batches) // (threads.cores() if cpu else 1))
     return [batches[start:start + size] for start in range(0, len(batches), size)]

@@ -1,4 +1,4 @@
-"""Files that are never half written, and are held to their last byte when they are read."""
+"""Write files atomically, and check them when they are read."""
 import contextlib
 import errno
 import hashlib
@@ -17,12 +17,11 @@ from compressed.errors import BadInput
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary file in `path`'s folder, open for writing bytes; rename it to `path` after a block without an
-    error.
+    """Yield a temporary file, open for writing bytes, and rename it to `path` if the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk or a kill leaves the old one as it was. The
-    file gets the permissions that the umask leaves. A symbolic link stays one: the file it points to is replaced. An
-    OSError names `path`, whichever call raised it.
+    A reader sees the old file or the new one, never a part. A full disk or a killed process leaves the old one
+    unchanged. The file gets the permissions of the umask. If `path` is a symbolic link, the file behind it is replaced.
+    An OSError names `path`, whichever call raised it.
     """
     path, temporary = Path(path), None
     try:
@@ -53,16 +52,17 @@ def target(path) -> Path:
 
 
 def create_beside(path: Path) -> tuple[int, Path]:
-    """Create an empty file of a new name in `path`'s folder; return (its open descriptor, its path).
+    """Create an empty file with a new name in `path`'s folder; return (its open descriptor, its path).
 
-    Not by tempfile.mkstemp: its files are their owner's alone, and not every file system allows the chmod afterwards.
+    tempfile.mkstemp does not fit: only the owner can read its files, and not every file system allows a chmod.
     """
-    temporary = path.parent / f"{path.name[:50]}.{secrets.token_hex(8)}.tmp"  # of any length: a name has 255 bytes
+    temporary = path.parent / f"{path.name[:50]}.{secrets.token_hex(8)}.tmp"  # cut: a name may have 255 bytes
     return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), temporary
 
 
 def try_to_write(*paths) -> None:
-    """Before long work: raise BadInput if a file could not be written there. Leaves no trace but the folder."""
+    """Raise BadInput if a file could not be written to one of the paths. Creates the folders; to call before long work.
+    """
     for path in map(Path, paths):
         try:
             if path.exists() and not path.is_file():
@@ -77,10 +77,10 @@ def try_to_write(*paths) -> None:
 
 
 def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
-    """Before long work: raise BadInput if an output could not be written or would destroy an input or another output.
+    """Raise BadInput if an output could not be written or would overwrite an input or another output.
 
-    outputs: paths of files to be written, of which the first is what the user named and ends in `suffix`, where there
-    is one. inputs: paths that are read. Two paths are the same if they lead to one file, by links too.
+    To call before long work. outputs: paths of files to be written; the first is the one that the user named, and it
+    must end in `suffix` if that is given. inputs: paths that are read. Links are followed to compare paths.
     """
     outputs, inputs = list(map(Path, outputs)), list(map(Path, inputs))
     if suffix and outputs[0].suffix != suffix:
@@ -96,7 +96,7 @@ def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
 
 
 def same_file(path, other) -> bool:
-    """Return whether two paths lead to one file, now or once it is written."""
+    """Return True if two paths lead to the same file, even if it does not exist yet."""
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):
@@ -105,10 +105,10 @@ def same_file(path, other) -> bool:
 
 @contextlib.contextmanager
 def held(folder):
-    """Hold a folder against other processes while the block runs: the lock goes with the process, however that ends.
+    """Lock a folder against other processes while the block runs; the lock also ends with the process.
 
-    Raises BadInput if another process holds it. Where a folder cannot be locked (Windows, some network disks) nothing
-    is.
+    Raises BadInput if another process holds the lock. Does nothing where folders cannot be locked (Windows, some
+    network disks).
     """
     handle = None
     try:
@@ -128,9 +128,8 @@ def held(folder):
 
 
 def save_tensors(value, path) -> str:
-    """`torch.save` that leaves the old file or the new one; its SHA-256. `value`: a state dict or nested plain
-    containers."""
-    buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+    """Write `value`, a state dict or nested plain containers, by torch.save, atomically; return the file's SHA-256."""
+    buffer = io.BytesIO()  # torch.save to a file would report a full disk as another error
     torch.save(value, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
@@ -138,12 +137,13 @@ def save_tensors(value, path) -> str:
 
 
 def save_text(text: str, path) -> None:
+    """Write text as UTF-8, atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def to_json(value, **options) -> str:
-    """Return `json.dumps(value, ...)`. Raises BadInput for NaN and infinity, which Python writes and JSON has not."""
+    """Return `json.dumps(value, ...)`. Raises BadInput for NaN and infinity, which are not JSON."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError as error:
@@ -151,15 +151,17 @@ def to_json(value, **options) -> str:
 
 
 def save_json(value, path) -> None:
+    """Write `value` as JSON, atomically."""
     save_text(to_json(value, indent=1) + "\n", path)
 
 
 def no_number(text: str):
+    """Raise ValueError for NaN and Infinity, which Python's reader would accept."""
     raise ValueError(f"{text} is no number of JSON")
 
 
 def load_json(path) -> dict:
-    """The object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
+    """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=no_number)
     except FileNotFoundError as error:
@@ -172,7 +174,7 @@ def load_json(path) -> dict:
 
 
 def load_lines(path) -> list[dict]:
-    """The lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, for anything else."""
+    """Return the lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, for others."""
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -187,25 +189,28 @@ def load_lines(path) -> list[dict]:
 
 
 def stage_logs(folder) -> list[Path]:
-    """The logs of a run folder in the order of training; masked-1, masked-2 ... are masked stages before the last."""
+    """Return the paths of a run folder's logs, in the order of training.
+
+    masked-1, masked-2, ... are repetitions of the masked stage before the last one, which is named masked.
+    """
     numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
     stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked", "quantized")
     return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
 
 
 def digest(record: dict) -> str:
-    """SHA-256 of a record without its own "digest": of its JSON, with sorted keys and no spaces."""
+    """Return the SHA-256 of a record's JSON (sorted keys, no spaces), without its field "digest"."""
     content = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(to_json(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def save_record(record: dict, path) -> None:
-    """`save_json` with a digest of the record in it."""
+    """Write a record as JSON, with its digest added as a field."""
     save_json(record | {"digest": digest(record)}, path)
 
 
 def load_record(path, remedy: str) -> dict:
-    """What `save_record` wrote. Raises BadInput, which ends in `remedy`, if it was altered since."""
+    """Return what `save_record` wrote. Raises BadInput, with `remedy` at its end, if the file was altered since."""
     record = load_json(path)
     if record.get("digest") != digest(record):
         raise BadInput(f"{path}: altered since it was written (its digest is {record.get('digest')}, that of its "
@@ -214,17 +219,18 @@ def load_record(path, remedy: str) -> dict:
 
 
 def sha256(path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit() -> str | None:
-    """Return the commit of this code, with a mark if the files differ from it; None where it has no repository.
+    """Return the git commit of this code, marked -dirty if files differ from it; None without a repository.
 
-    A repository around a copy of this code says nothing about the copy.
+    If a copy of this code lies inside another repository, that one's commit is not returned.
     """
     root = Path(__file__).resolve().parent.parent
-    # variables such as GIT_DIR, which git sets for its hooks, would name another repository
+    # variables such as GIT_DIR, which git sets for its hooks, would select another repository
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
@@ -239,9 +245,9 @@ def git_commit() -> str | None:
 
 
 def load_toml(path) -> dict:
-    """Return what a TOML file holds: UTF-8 whatever the locale, with or without a byte-order mark.
+    """Return the contents of a TOML file, read as UTF-8 with or without a byte-order mark.
 
-    Raises BadInput if it is missing or no TOML.
+    Raises BadInput if it is missing or not TOML.
     """
     try:
         return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))

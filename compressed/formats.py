@@ -1,4 +1,5 @@
-"""How numbers are stored: as integer codes times a step, and the formats that a network's values show."""
+"""Represent numbers as integer codes times a step size, and find the formats in which a network's values can be stored.
+"""
 import math
 from dataclasses import dataclass, field
 
@@ -8,33 +9,34 @@ from torch import Tensor, nn
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
 
-WORD = 32  # bits of a number without a format of its own
+WORD = 32  # bits of a number for which no narrower format is known
 
 
 # ---- Codes and steps -----------------------------------------------------------------------------
 
 def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
-    """The submission's step, 2^-(b - 1 - ceil(log2 max|x|)); one finer for values without a sign. 1 if all are 0."""
+    """Return the submission's step, 2^-(b - 1 - ceil(log2 max|x|)); half of it for unsigned values; 1 if all are 0."""
     if largest == 0:
         return 1.0
     return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
 
 
 def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
-    """The smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
+    """Return the smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
     return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
 
 
 def codes(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x / step rounded and clipped: the codes of x, as floats. Halves go to even, as in IEEE 754 and QuantizeLinear.
+    """Return the codes of x as floats: x / step, rounded (halves to even, as IEEE 754 and QuantizeLinear) and clipped.
 
-    (The submission's floor(x / step + 1/2) sends them up; trained float weights hardly ever lie on one.)
+    The submission's floor(x / step + 1/2) rounds halves up; trained float weights hardly ever lie on one.
     """
     return (x / step).round_().clamp_(low, high)
 
 
 class StraightThrough(torch.autograd.Function):
-    """x on its grid; the gradient passes where x lies within half a step of the range (Bengio et al. 2013)."""
+    """Quantize x; the gradient passes straight through where x is within half a step of the range (Bengio et al. 2013).
+    """
 
     @staticmethod
     def forward(ctx, x, step, low, high):
@@ -48,24 +50,24 @@ class StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
-    """x on its grid, as a float, with a gradient where one is wanted."""
+    """Return x quantized, as a float: its code times the step. The gradient, if needed, passes straight through."""
     if torch.is_grad_enabled() and x.requires_grad:
         return StraightThrough.apply(x, step, low, high)
     return codes(x, step, low, high).mul_(step)
 
 
-LARGEST = 2**1000  # a step: an integer of a JSON file may be no float
+LARGEST = 2**1000  # bound of a step: an integer in a JSON file may be too large for a float
 
 
 def exponent(step) -> int | None:
-    """e of a step 2^e; None for anything else, whatever it is."""
+    """Return e for a step 2^e; None for any other value of any type."""
     fraction, e = math.frexp(step) if type(step) in (int, float) and abs(step) < LARGEST else (0, 0)
     return e - 1 if fraction == 0.5 else None
 
 
 def signed_bits(low: int, high: int) -> int:
-    """Length of the shortest two's-complement number that holds every integer from `low` to `high`; at least 1."""
-    return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: the lowest code is spare
+    """Return the bits of a two's-complement number that can hold every integer from `low` to `high`; at least 1."""
+    return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: one more code below 0
 
 
 # ---- Formats, found by looking at values ----------------------------------------------------------
@@ -73,14 +75,14 @@ def signed_bits(low: int, high: int) -> int:
 INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
-EVEN_TOLERANCE = 2.0**-22  # of a value: the roundings of two float32 numbers, 2^-24 each, and some slack
+EVEN_TOLERANCE = 2.0**-22  # relative: the rounding errors of two float32 numbers, 2^-24 each, and some margin
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the values of a tensor are stored: `bits` a value, as integer codes times a step.
+    """Describe how a tensor is stored: `bits` per value, as integer codes times a step, or as floating point.
 
-    steps: one for the tensor, one for each output channel (row), or none: floating point, or a what-if.
+    steps: one for the tensor, one for each output channel (row), or none for floating point and what-ifs.
     kind: "power of two", "even", "per channel", "zero", "float16", "bfloat16", "float32", "claimed", "what if".
     """
     bits: int
@@ -88,13 +90,13 @@ class Grid:
     kind: str = "float32"
 
     def codes(self, values: Tensor) -> Tensor:
-        """The integers (int64, shape of `values`) that stand for the values. Needs steps."""
+        """Return the integer codes of the values (int64, same shape). The grid must have steps."""
         steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, *[1] * (values.dim() - 1))
         return (values.detach().double() / steps).round().long()
 
 
 def _power_of_two(values: Tensor) -> Grid | None:
-    """The coarsest grid with a power-of-two step on which the values (float64, none zero) stand exactly."""
+    """Return the coarsest grid with a power-of-two step that holds the values (float64, none zero) exactly, or None."""
     fraction, exponent = torch.frexp(values)
     significand = (fraction * 2.0**53).long()  # exact: a float64 has 53 bits
     lowest = torch.frexp((significand & -significand).double())[1] - 1  # position of the lowest bit that is set
@@ -107,15 +109,15 @@ def _power_of_two(values: Tensor) -> Grid | None:
 
 
 def _even(values: Tensor) -> Grid | None:
-    """The coarsest grid with any step, of at most 8 bits, on which the values (float64, none zero) stand.
+    """Return the coarsest grid of at most 8 bits, with any step, that holds the values (float64, none zero), or None.
 
-    The largest magnitude may have any code (a tensor need not use its extreme codes), so each is tried.
+    A tensor need not use its extreme codes, so every code is tried for the largest magnitude.
     """
     def fits(scaled):
         return ((scaled - scaled.round()).abs() <= scaled.abs() * EVEN_TOLERANCE).all(-1)
 
     top, tops = values.abs().max(), torch.arange(1, 2**(EVEN_BITS - 1) + 1)
-    few = values[::len(values) // 64 + 1]  # most wrong steps show within a few values
+    few = values[::len(values) // 64 + 1]  # a few values rule out most wrong steps
     for code in tops[fits(few * (tops / top)[:, None])].tolist():
         scaled = values * (code / top)
         if fits(scaled):
@@ -125,13 +127,13 @@ def _even(values: Tensor) -> Grid | None:
 
 
 def _one_step(values: Tensor) -> Grid | None:
-    """The grid of values with one step for all, or None."""
+    """Return the grid with one step that holds all values, or None."""
     values = values[values != 0].double()
     return (_power_of_two(values) or _even(values)) if len(values) else Grid(1, (1.0,), "zero")
 
 
 def _per_channel(rows: Tensor) -> Grid | None:
-    """A grid for each row; its bits are those of the worst row. Stops at the first row that stands on none."""
+    """Return a grid with one step per row, as wide as the widest row needs; None if a row fits no grid."""
     grids = []
     for row in rows:
         grids.append(_one_step(row))
@@ -141,7 +143,7 @@ def _per_channel(rows: Tensor) -> Grid | None:
 
 
 def found_grid(tensor: Tensor) -> Grid:
-    """The narrowest format in which the tensor's values can be stored, found in the values alone.
+    """Return the narrowest format in which the tensor's values can be stored, found from the values only.
 
     Tried in this order: signed integer codes (-2^(b-1) to 2^(b-1) - 1) times one power-of-two step for the tensor,
     exactly, up to 16 bits; times any one step, up to float32 rounding, up to 8 bits; times a step for each row (tensors
@@ -160,13 +162,13 @@ def found_grid(tensor: Tensor) -> Grid:
 
 
 def is_half(values: Tensor, kind: str) -> bool:
-    """Whether every value is exactly one of the 16-bit floating-point numbers "float16" or "bfloat16"."""
+    """Return True if every value is exactly representable in this 16-bit type, "float16" or "bfloat16"."""
     return bool((values.to(HALVES[kind]).to(values.dtype) == values).all())
 
 
 @dataclass(frozen=True)
 class Activation:
-    """Integers of `bits` that flow between two layers; 32 stands for float32 as well."""
+    """Describe the integers that pass between two layers: `bits` and sign. 32 bits also means float32."""
     bits: int = WORD
     signed: bool = True
 
@@ -181,9 +183,9 @@ class Activation:
 
 @dataclass(frozen=True)
 class Formats:
-    """The format of every number of a network: a Grid a parameter, an Activation an activation point.
+    """Hold the formats of a network: a Grid for each parameter, an Activation for each activation point.
 
-    A point that `activations` does not name has `activation_bits` bits, unsigned after a ReLU, otherwise signed.
+    A point that is not in `activations` has `activation_bits` bits, unsigned after a ReLU, otherwise signed.
     """
     tensors: dict[str, Grid]
     activations: dict[str, Activation] = field(default_factory=dict)
@@ -194,16 +196,16 @@ class Formats:
 
 
 def is_folded(norm: nn.BatchNorm2d) -> bool:
-    """Whether the normalisation is the identity (up to a float32 rounding), so that weight and bias say it all."""
+    """Return True if the BatchNorm only scales and shifts: its mean is 0 and its variance 1, up to float32 rounding."""
     off = (norm.running_var.double() + norm.eps - 1).abs().max().item()
     return not norm.running_mean.any() and off <= 2.0**-23
 
 
 def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
-    """Formats found in the values of every parameter.
+    """Return the formats found from the values of every parameter.
 
-    Folding a BatchNorm whose statistics are not folded yet leaves two values a channel as well, but float32 ones,
-    whatever grid its weight and bias stand on. Raises BadInput, naming the tensor, if a value is not finite.
+    A BatchNorm whose statistics are not folded in yet counts as float32, because folding makes float32 values of its
+    weight and bias whatever their formats are. Raises BadInput, naming the tensor, if a value is not finite.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -217,9 +219,9 @@ def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
 
 
 def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:
-    """`formats` with other widths for all weights of convolutions and linear layers, or for all activations.
+    """Return `formats` with other bit widths for all weights of convolutions and linear layers, or all activations.
 
-    BatchNorm and biases stay as they are. Without codes, "fixed" accumulators assume that every code is extreme.
+    BatchNorm and biases keep theirs. The codes are unknown then, so "fixed" accumulators assume the extreme codes.
     """
     tensors = dict(formats.tensors)
     if weight_bits is not None:
@@ -230,5 +232,5 @@ def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activat
 
 
 def float_formats(model: nn.Module) -> Formats:
-    """Every number a float32: the baseline, and the start of a what-if without a checkpoint."""
+    """Return formats in which every number is float32: the baseline, and the start of what-ifs without a checkpoint."""
     return Formats({name: Grid(WORD) for name, _ in model.named_parameters()})

@@ -1,5 +1,5 @@
-/* What training and evaluation on a CPU spend most time in beside multiplications, for maps [rows, channels] (channels
- * last). Compiled by kernels.py, for floats or, with -DBFLOAT16, for bfloat16. */
+/* The functions in which training and evaluation on a CPU spend most time, apart from dense matrix products. Feature
+ * maps are [rows, channels] (channels last). kernels.py compiles them for float or, with -DBFLOAT16, for bfloat16. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,7 +12,7 @@ static inline float load(number x) {
     memcpy(&value, &bits, 4);
     return value;
 }
-static inline number store(float value) { /* to the nearest, halves to even */
+static inline number store(float value) { /* rounds to nearest, halves to even */
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -23,7 +23,7 @@ static inline float load(number x) { return x; }
 static inline number store(float value) { return value; }
 #endif
 
-/* BatchNorm with the activation h behind it: each value is read twice and written once, forward and backward.
+/* BatchNorm followed by the activation h. Forward and backward each read every value twice and write it once.
  *
  *   y = h(z),  z = a x + b,  a = weight / sqrt(var + eps),  b = bias - a mean
  *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between
@@ -31,10 +31,10 @@ static inline number store(float value) { return value; }
 
 enum { NONE, RELU, HARDSWISH }; /* in the order of ACTIVATIONS in training/cpu_kernels.py */
 
-/* Call with a constant h, and each call is compiled for that h alone: no loop over values holds a branch. */
+/* Inlined and called with a constant h, so each call is compiled for one h, and no loop over values has a branch. */
 #define FOR_ONE_ACTIVATION static inline __attribute__((always_inline))
 
-/* h(z); a NaN stays one. */
+/* h(z); a NaN stays a NaN. */
 FOR_ONE_ACTIVATION float activate(long h, float z) {
     if (h == RELU) return z < 0 ? 0 : z;
     if (h == NONE) return z;
@@ -50,9 +50,10 @@ FOR_ONE_ACTIVATION float gradient(long h, float z, float dy) {
     return z <= -3 ? 0 : above;
 }
 
-enum { ROWS = 64, MOST = 4096 }; /* floats sum so many rows, doubles their sums; channels */
+enum { ROWS = 64, MOST = 4096 }; /* rows summed in floats at a time; largest number of channels */
 
-/* For a block of rows at a time: both sums of a row's values are added up in floats, and then in doubles. */
+/* Sum `first`, and its product with `second`, over all rows, for each channel: in floats within a block of rows, and
+ * in doubles over the blocks. */
 #define SUMS(first, second)                                               \
     float s[MOST], q[MOST];                                               \
     double S[MOST], Q[MOST];                                              \
@@ -75,7 +76,8 @@ FOR_ONE_ACTIVATION void outputs(long h, const number *restrict x, long rows, lon
         for (long c = 0; c < channels; c++) y[i + c] = store(activate(h, a[c] * load(x[i + c]) + b[c]));
 }
 
-/* y, and of each channel a, b, and the mean and variance (of all rows, biased); near `origin` no digits are lost. */
+/* Compute y and, for each channel, a, b, and the mean and (biased) variance over all rows. Sums are taken relative to
+ * `origin`, values near the means, so that no digits are lost. */
 void batchnorm(const number *restrict x, long rows, long channels, const float *restrict weight,
                const float *restrict bias, const float *restrict origin, float eps, long h, number *restrict y,
                float *restrict mean, float *restrict var, float *restrict a, float *restrict b) {
@@ -92,7 +94,7 @@ void batchnorm(const number *restrict x, long rows, long channels, const float *
     if (h == HARDSWISH) outputs(HARDSWISH, x, rows, channels, a, b, y);
 }
 
-/* dx, dweight, dbias. With n rows and the sums over them of dz (dbias), and of its products with x - mean (p):
+/* Compute dx, dweight, dbias. With n rows, dbias the sum of dz over them, and p the sum of dz (x - mean):
  * dx = a (dz - dbias / n - (x - mean) p / (n (var + eps))) = a dz + k x + l */
 #define DZ(i) gradient(h, a[c] * load(x[i]) + b[c], load(dy[i]))
 
@@ -121,8 +123,8 @@ void batchnorm_gradients(const number *restrict x, long rows, long channels, con
     if (h == HARDSWISH) gradients(HARDSWISH, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
 }
 
-/* 3x3 depthwise convolution with a border of one zero. LANES channels of an image are unpacked into floats with their
- * border around them, which fit into the first-level cache; everything is then nine products at each position.
+/* 3x3 depthwise convolution with a zero border of one pixel. LANES channels of an image are unpacked into floats with
+ * their border, a plane that fits into the first-level cache; each position is then a sum of nine products.
  */
 #if defined BFLOAT16 && defined __AVX512F__
 enum { LANES = 16 };
@@ -152,7 +154,7 @@ static inline void pack(number *y, vector value) { /* as store does */
     memcpy(y, &packed, sizeof packed);
 }
 
-/* into the inside of a plane `across` wide, `step` positions apart */
+/* Unpack x into the inside of a plane of width `across`, with `step` positions between its pixels. */
 static void unpack_plane(const number *restrict x, long height, long width, long channels, long step,
                          vector *restrict plane, long across) {
     for (long i = 0; i < height; i++)
@@ -160,7 +162,7 @@ static void unpack_plane(const number *restrict x, long height, long width, long
             plane[(1 + i * step) * across + 1 + j * step] = unpack(x + (i * width + j) * channels);
 }
 
-/* y [height, width] = sum of w [3, 3] times what lies around every stride-th position of the plane */
+/* y [height, width] = sum of w [3, 3] times the neighbourhood of every stride-th position of the plane */
 static void correlate(const vector *restrict plane, long across, const vector *restrict w, long stride,
                       number *restrict y, long height, long width, long channels) {
     for (long i = 0; i < height; i++)
@@ -172,7 +174,7 @@ static void correlate(const vector *restrict plane, long across, const vector *r
         }
 }
 
-/* The channels LANES at a time. The last ones begin where LANES are left, and may overlap those before them. */
+/* Loop over the channels, LANES at a time. The last block ends at the last channel and may overlap the one before. */
 #define BLOCKS(c) \
     for (long done = 0, c = 0; done < channels; done = c + LANES, c = done + LANES < channels ? done : channels - LANES)
 
@@ -191,7 +193,8 @@ void depthwise(const number *restrict x, long images, long height, long width, l
         }
 }
 
-/* dx, and what is added to dweight. dy is spread as far apart as it was taken, and correlated with the turned weights. */
+/* Compute dx, and add to dweight. For dx, dy is spread by the stride and correlated with the weights rotated by 180
+ * degrees. */
 void depthwise_gradients(const number *restrict x, long images, long height, long width, long channels,
                          const float *restrict weight, long stride, const number *restrict dy, number *restrict dx,
                          float *restrict dweight) {
@@ -221,9 +224,9 @@ void depthwise_gradients(const number *restrict x, long images, long height, lon
         }
 }
 
-/* What exact_network.py computes behind a convolution, in one pass instead of eight; the same to the last bit.
+/* The rounding of exact_network.py after a convolution, in one pass instead of eight, with the same bits as a result.
  *
- * Values on their grid: code * step, where code is x / step, rounded (halves to even) and clipped. step: a power of two. */
+ * y = code * step, where code is x / step, rounded (halves to even) and clipped. step: a power of two. */
 void quantize(const float *restrict x, long count, float step, float low, float high, float *restrict y) {
     float inverse = 1 / step;
     for (long i = 0; i < count; i++) {
@@ -232,7 +235,7 @@ void quantize(const float *restrict x, long count, float step, float low, float 
     }
 }
 
-/* the same of scale x + shift, computed in doubles */
+/* The same for scale x + shift, computed in doubles. */
 void rescale(const float *restrict x, long rows, long channels, const double *restrict scale,
              const double *restrict shift, float step, float low, float high, float *restrict y) {
     double inverse = 1 / step;

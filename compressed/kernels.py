@@ -1,7 +1,7 @@
-"""kernels.c, compiled: what training/cpu_kernels.py and exact_network.py call on a CPU.
+"""Compile kernels.c and call its functions, for training/cpu_kernels.py and exact_network.py on a CPU.
 
-The C compiler is called once a process (CC, options and all, or cc; a second or two). Where there is none, everything
-stays PyTorch's.
+The C compiler (the command in CC, options included, or cc) runs once per process and takes a second or two. Without
+one, PyTorch's functions are used.
 """
 import ctypes
 import functools
@@ -23,9 +23,9 @@ FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Return the compiled functions for values of this type; None without a compiler that makes them.
+    """Return the compiled functions for values of this type; None if they cannot be compiled.
 
-    A compiler that is there and does not work is mentioned on stderr: without it everything takes longer.
+    If there is a compiler and it fails, a line on stderr says so, because everything is slower then.
     """
     if dtype not in FLAGS:
         return None
@@ -42,12 +42,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def compiled(file: Path, flags: list[str]) -> ctypes.CDLL:
     """Compile kernels.c to this file and load it."""
-    # narrower vectors than the widest leave fewer channels over: the stem has 40
+    # with vectors narrower than the widest, fewer channels are left over for slow scalar code: the stem has 40
     narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
     subprocess.run([*environment.compiler(), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow,
                     *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(file)],
                    check=True, capture_output=True, timeout=120)
-    functions = ctypes.CDLL(str(file))  # which leaves Python's lock while it computes
+    functions = ctypes.CDLL(str(file))  # ctypes releases Python's lock during calls
     for name in FUNCTIONS:
         getattr(functions, name)
     return functions
@@ -57,6 +57,6 @@ C_TYPES = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_float}
 
 
 def call(name: str, x: torch.Tensor, *args: torch.Tensor | int | float) -> None:
-    """A function of kernels.c, for x's type. Integers are longs, and floats of 32 bits."""
+    """Call a function of kernels.c, compiled for x's type. Integers are passed as longs, floats as 32-bit floats."""
     getattr(library(x.dtype), name)(*(ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor)
                                       else C_TYPES[type(arg)](arg) for arg in (x, *args)))

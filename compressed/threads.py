@@ -1,10 +1,9 @@
-"""A CPU as the scripts use it: memory that is kept instead of returned, and one thread for each core that never spins.
+"""Use the cores of a CPU with one Python thread each, and keep freed memory in the process.
 
-torch splits every operation over its OpenMP threads, and a thread that is done spins until the slowest is. Beside
-another job the slowest has no core, and everybody waits for it: two such jobs on two cores run at a fifteenth of their
-speed. Here every worker is a Python thread with operations of one thread each, and works on images of its own: it
-shares a core as any process does. torch leaves the interpreter's lock while it computes, so the workers run at the same
-time.
+torch splits every operation over its OpenMP threads, and each of them busy-waits until the slowest is done. If another
+job takes a core, all threads wait for the one without: two such jobs on two cores run at a fifteenth of their speed.
+Here every worker is a Python thread that computes its own images, with single-threaded operations, so it shares a core
+with other processes as usual. torch releases the interpreter's lock while it computes, so the workers run in parallel.
 """
 import contextlib
 import ctypes
@@ -17,12 +16,12 @@ import torch
 
 from compressed import environment
 
-_pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # begins a thread when one is needed
+_pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # threads start when needed
 _stopped = threading.Event()
 
 
 def cores() -> int:
-    """The cores that this process may use; of several processes of torchrun on this machine, its share of them."""
+    """Return the number of cores that this process may use; under torchrun, its share of the machine's cores."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -31,26 +30,27 @@ def cores() -> int:
 
 
 def describe_machine(device, processes: int = 1) -> dict:
-    """Return the machine of a result: the device ("CPU", or the GPU's name), the cores of each process, the number
-    of processes, and the versions of torch and Python."""
+    """Return a description of the machine, to be recorded with results.
+
+    {"device": "CPU" or the GPU's name, "cores": of each process, "processes", "torch", "python": versions}.
+    """
     gpu = torch.device(device).type == "cuda"
     return {"device": torch.cuda.get_device_name(device) if gpu else "CPU", "cores": cores(), "processes": processes,
             "torch": torch.__version__, "python": platform.python_version()}
 
 
 def prepare() -> None:
-    """For scripts, before the first large tensor: keep freed memory, and one thread for each operation."""
+    """Set up memory and threads as described above; scripts call it before they make the first large tensor."""
     keep_memory()
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA too
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 use full precision on CUDA too
 
 
 def keep_memory() -> None:
-    """Tell glibc's allocator to keep what is freed; nothing where there is another C library.
+    """Make glibc's allocator keep freed memory; do nothing with another C library.
 
-    By default large tensors are mapped anew each time and unmapped when they are freed. The kernel then clears every
-    page of every activation of every step: a third of a training step was page faults. The cost is that the process
-    holds its largest memory until it ends.
+    By default glibc maps memory anew for every large tensor and unmaps it afterwards, and the kernel clears each page
+    every time: a third of a training step was page faults. In return, the process keeps its peak memory until it ends.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -58,15 +58,15 @@ def keep_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_ARENA_MAX, 1)  # the heaps of other threads hold 64 MB at most, and are unmapped when they are empty
+        mallopt(M_ARENA_MAX, 1)  # one heap: those of other threads hold 64 MB at most, and are unmapped if empty
 
 
 def in_threads(function, parts) -> list:
-    """Return [function(part) for part in parts], each in a thread of its own (the first in this one), with one core
-    each.
+    """Return [function(part) for part in parts], computed in parallel: one thread for each part, this one included.
 
-    Autocast, inference mode and the like belong to a thread: `function` enters what it needs. The first error is raised
-    once all are done; long work calls `go_on` between two batches, so that an error or Ctrl-C ends it soon.
+    Autocast, inference mode and the like are set per thread, so `function` must enter them itself. The first error is
+    raised when all threads have ended. Long work has to call `go_on` between batches, so that it ends soon after an
+    error or Ctrl-C.
     """
     first, *others = parts
     waiting = [_pool.submit(function, part) for part in others]
@@ -76,23 +76,26 @@ def in_threads(function, parts) -> list:
         stop()
         raise
     finally:
-        wait(waiting)  # after an error, too, nobody is still at work on what the caller goes on with
+        wait(waiting)  # after an error, too, no thread may still change the caller's data
         _stopped.clear()
 
 
 def stop() -> None:
-    """End the work of all threads at their next `go_on`."""
+    """Make every thread of `in_threads` end at its next call of `go_on`."""
     _stopped.set()
 
 
 def go_on() -> None:
-    """Raise KeyboardInterrupt if the work was stopped: only the main thread learns of Ctrl-C by itself."""
+    """Raise KeyboardInterrupt if `stop` was called. Only the main thread gets Ctrl-C directly."""
     if _stopped.is_set():
         raise KeyboardInterrupt
 
 
 def for_each(function, *lists) -> None:
-    """function(*lists), which changes the tensors of the first, dealt to the cores of a CPU: to each every n-th."""
+    """Call function(*lists) in parallel on the n cores of a CPU, with every n-th element of each list.
+
+    lists: lists of tensors, all of the same length. The function changes those of the first in place.
+    """
     if not lists[0]:
         return
     cpu, some = lists[0][0].device.type == "cpu", torch.no_grad()(function)

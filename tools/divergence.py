@@ -1,11 +1,11 @@
-"""How far checkpoints are from what teachers say of train images that were mixed anew: a measure to choose by.
+"""Compare checkpoints by their Kullback-Leibler divergence from teachers on newly augmented and mixed train images.
 
     python -m tools.divergence --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
 
-Between networks that have seen all train images there is no hold-out left, and the test set is not for choosing. These
-are train images, but cropped, flipped and mixed (mixup or CutMix) with draws of their own, which no network has seen.
-So it measures what distillation trains for on new draws, and not what becomes of new photographs. A checkpoint with a
-claim beside it is evaluated on its grids, any other in floats.
+Use it to choose between networks that were trained on all train images: they leave no hold-out, and the test set must
+not be used to choose. The train images are cropped, flipped and mixed (mixup or CutMix) with new random parameters, so
+no network has seen exactly these inputs. The measure is what distillation minimizes; it does not measure how a network
+does on new photographs. A checkpoint with a claim is evaluated as quantized, any other in float32.
 """
 from pathlib import Path
 
@@ -21,19 +21,20 @@ from training import teachers
 
 
 def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) -> torch.Tensor:
-    """float32 [count, 3, 32, 32], normalised: some of the images, each cropped, flipped and mixed with another."""
+    """Return `count` normalised images, float32 [count, 3, 32, 32], each cropped, flipped and mixed with another."""
     index = cifar100.epoch_order(len(data), generator)[:count]
     draws = cifar100.draw(len(index), generator, mixing="both")
     return cifar100.augment(data.images[index], data.labels[index], draws)[0]
 
 
 def logits(network, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits [N, classes] of a network for normalised images."""
     network = network.to(memory_format=torch.channels_last)
     return answers(lambda batch: network(batch.contiguous(memory_format=torch.channels_last)), images, 16)
 
 
 def read(path):
-    """The network of a checkpoint: on its grids if it has a claim."""
+    """Return the network of a checkpoint, quantized if it has a claim."""
     if not claims.claim_path(path).exists():
         return load_checkpoint(path)
     model, claim = checkpoints.load(path)
@@ -44,10 +45,10 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=some_path, metavar="CHECKPOINT")
     parser.add_argument("--teacher", nargs="+", type=some_path, metavar="F", default=list(map(Path, teachers.KAIST)),
-                        help="as of training/main.py (default: KAIST AI's four)")
+                        help="teachers, as for training/main.py (default: KAIST AI's four)")
     parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
-                        help="(%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="of what is drawn (%(default)s)")
+                        help="number of images (%(default)s)")
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="random seed (%(default)s)")
     cifar100.add_options(parser)
     args = parser.parse_args(argv)
     threads.prepare()

@@ -1,4 +1,4 @@
-"""The figures of the pages: every one is a function from plain data to a matplotlib figure (tools.report saves them).
+"""Draw the figures of the pages. Each function turns plain data into a matplotlib figure; tools.report saves them.
 
 layers_figure     sparsity and bits of every weight tensor
 cost_figure       where storage and operations go
@@ -22,7 +22,7 @@ PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-7, -4, "right
 
 
 def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:
-    """Sparsity of every weight tensor by its index in the bit table, and the bits that are claimed for it."""
+    """Plot the sparsity and the claimed bits of every weight tensor against its index in the bit table."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1),
                                          layout="constrained")
     for kind, colour in COLOURS.items():
@@ -42,7 +42,7 @@ def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:
 
 
 def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) -> Figure:
-    """Storage by kind of value, and operations by kind of operation under the three accumulator conventions.
+    """Plot storage by kind of value, and operations by kind under the three accumulator conventions.
 
     storage: {kind: bits}. operations: {convention: {kind: count x bits}}, the kinds in one order.
     """
@@ -67,7 +67,7 @@ def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) 
 
 
 def training_figure(stages: list[list[dict]]) -> Figure:
-    """Training loss (left) and accuracy (right) by epoch, the stages one after the other, a line where one begins."""
+    """Plot training loss and accuracy by epoch, one stage after the other, with a line at the start of each."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     start, labelled = 0, set()
     for records in stages:
@@ -94,7 +94,7 @@ def training_figure(stages: list[list[dict]]) -> Figure:
 
 
 def shipped_figure(lines: list[dict], submission: float) -> Figure:
-    """Accuracy (%) of every checkpoint that was shipped, before and after quantization, by millions of images.
+    """Plot the accuracy (%) of every shipped checkpoint, before and after quantization, against the images trained.
 
     lines: those of record/shipped.jsonl. submission: the accuracy (%) that the submission reported.
     """
@@ -111,7 +111,7 @@ def shipped_figure(lines: list[dict], submission: float) -> Figure:
 
 
 def board_figure(accuracy: float, scores: dict[str, float], entries: dict[str, tuple]) -> Figure:
-    """Accuracy (%) against score: the entries under the accumulators that they published, ours under all three.
+    """Plot accuracy (%) against score: ours under all three accumulator conventions, the entries as published.
 
     scores: {convention: our score}. entries: {name: (its accuracies, [(score, convention)])}; the points stand at the
     first accuracy, with a line up to the last.

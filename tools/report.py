@@ -1,9 +1,9 @@
-"""The README's tables and figures, from the shipped checkpoint, its claim and its training logs.
+"""Write the tables and figures of the pages, from the shipped checkpoint, its claim and its training logs.
 
-    python -m tools.report            figures/*.png (see tools/figures.py), and the tables of PAGES between
+    python -m tools.report            writes figures/*.png (see tools/figures.py), and the tables in PAGES between
                                       <!-- NAME --> and <!-- end NAME -->
-    python -m tools.report --record   and first a line for the checkpoint in record/shipped.jsonl: accuracy, images
-    python -m tools.report --check    writes nothing; exit status 2 if a table there is not what it would write
+    python -m tools.report --record   also adds a line for the checkpoint to record/shipped.jsonl first
+    python -m tools.report --check    writes nothing; exit status 2 if a table in the pages is out of date
 """
 import dataclasses
 import re
@@ -31,16 +31,16 @@ SUBMISSION = 80.12  # its accuracy, in %
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of the challenge for CIFAR-100 as published.
+    """Hold a published entry of the challenge for CIFAR-100.
 
-    name: with its place among the entries (a team may have several). accuracy: in %, the figure that its score belongs
-    to first. scores: {convention: as published}, several where the entry states several.
+    name: with its rank (a team may have several entries). accuracy: in %; the first belongs to the score. scores:
+    {accumulator convention: published scores}.
     """
     name: str
     network: str
     accuracy: tuple[float, ...]
     scores: dict[str, tuple[str, ...]]
-    said: str = ""  # of the accuracy, in place of the plain number
+    said: str = ""  # text to show instead of the accuracy
 
 
 BOARD = (
@@ -57,7 +57,7 @@ BOARD = (
 
 
 def output_lines(accuracy: dict, counts: dict) -> list[str]:
-    """Some lines of what `bash run.sh` prints; tests/test_testers.py holds them against testers.py and the counter."""
+    """Return some lines that `bash run.sh` prints; tests/test_testers.py compares them with its real output."""
     storage, scores = counts["storage"]["total"], counts["score"]
     theirs = counts["weights"]["submission"]
     lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
@@ -74,7 +74,7 @@ def output_lines(accuracy: dict, counts: dict) -> list[str]:
 
 
 def machine(recorded: dict | str) -> dict:
-    """Return the fields of the machine in a stage's record: "device", "cores" and "processes", and versions.
+    """Return the machine of a stage's record as a dict: "device", "cores", "processes", and versions.
 
     Older records have a text, "1 process(es), CPU, 2 core(s), torch 2.14.1, Python 3.11.7" or a part of it.
     """
@@ -92,7 +92,7 @@ def machine(recorded: dict | str) -> dict:
 
 
 def device(machine: dict) -> str:
-    """Return what computed on a machine, with its number: "2 CPU cores", "1 NVIDIA H200"."""
+    """Return the number and kind of a machine's devices as text: "2 CPU cores", "1 NVIDIA H200"."""
     if machine["device"] != "CPU":
         return f"{machine['processes']} {machine['device']}"
     cores = machine["cores"] * machine["processes"]
@@ -101,11 +101,11 @@ def device(machine: dict) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the tables are made of: the shipped checkpoint's claim, and its operations.
+    """Hold the data from which the tables are made.
 
-    counted: the rows of every operation by accumulator convention. theirs: the totals by the submission's convention.
-    dense: what testers.py --json found of record/dense.pt, the dense network that the shipped one is compared with.
-    history: the lines of record/shipped.jsonl.
+    claim: of the shipped checkpoint. counted: {accumulator convention: rows of all operations}. theirs: totals by the
+    submission's convention. dense: result of testers.py --json for record/dense.pt, the dense baseline. history: the
+    lines of record/shipped.jsonl.
     """
     claim: dict
     counted: dict[str, list[counting.Row]]
@@ -121,12 +121,12 @@ class Measured:
         return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
     def tested(self, stage: str) -> str:
-        """The test accuracy at the end of a stage; a stage that was not finished may have none."""
+        """Return the test accuracy at the end of a stage; "-" if it was not measured."""
         accuracy = self.stages[stage]["last_epoch"].get("test_accuracy") if stage in self.stages else None
         return "-" if accuracy is None else f"{100 * accuracy:.2f}%"
 
     def lost(self) -> str:
-        """Of the dense network's accuracy, by masking and quantizing."""
+        """Return how much accuracy the dense baseline has more than the shipped network."""
         dense, shipped = (100 * found["correct"] / found["images"] for found in (self.dense, self.claim["accuracy"]))
         return f"{dense - shipped:.2f} points"
 
@@ -135,7 +135,7 @@ class Measured:
         return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
 
     def hours(self) -> str:
-        """The time of all stages by their logs, summed by the device that computed them."""
+        """Return the training time of all stages by their logs, summed for each kind of device."""
         seconds = {}
         for stage in self.stages.values():
             where = device(machine(stage["machine"]))
@@ -291,7 +291,7 @@ def executed(m: Measured) -> str:
 
 
 def accumulators(m: Measured) -> str:
-    """The ten layers whose bounds are the widest; the claim has all."""
+    """Return the table of the ten layers with the widest accumulator bounds; the claim has all layers."""
     widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:10]
     return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"), [
         (row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]),
@@ -305,7 +305,7 @@ def shipped(m: Measured) -> str:
 
 
 def board(m: Measured) -> str:
-    """The challenge's entries, and ours with its scores from the claim."""
+    """Return the table of the challenge's entries and ours, whose scores are from the claim."""
     def published(entry: Entry, convention: str) -> str:
         values = entry.scores.get(convention, ("-",))
         return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
@@ -321,12 +321,12 @@ def board(m: Measured) -> str:
 
 TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators,
           shipped, board)
-# what other tools add to the claim after quantize.py: a table of it is left out until then
+# {table: keys of the claim that it needs and that other tools add after quantize.py}; it is left out without them
 LATER = {packed: {"packed"}, executed: {"integer", "onnx"}, accumulators: {"integer"}}
 
 
 def record(claim: dict, history: list[dict], logs: Path) -> list[dict]:
-    """The history, and a line for this claim if its checkpoint is not the last. Images are those of whole epochs."""
+    """Return the history, with a line for this claim added unless the last line is about the same checkpoint."""
     if history and history[-1]["sha256"] == claim["sha256"]:
         return history
     trained = [(load_lines(log)[-1]["step"], load_json(log.with_suffix(".options.json"))["settings"]["batch_size"])
@@ -339,7 +339,7 @@ def record(claim: dict, history: list[dict], logs: Path) -> list[dict]:
 
 
 def stage_table(lines: list[dict]) -> str:
-    """How a stage went, from its log: the epochs whose accuracy was measured, and the last one."""
+    """Return the table of a stage's log: the epochs whose accuracy was measured, and the last one."""
     rows = []
     for line in lines:
         if "test_accuracy" in line or line is lines[-1]:
@@ -350,7 +350,7 @@ def stage_table(lines: list[dict]) -> str:
 
 
 def training_table(measured: dict) -> str:
-    """Median and range of every loop's images a second, the ratios, and where a step's time goes."""
+    """Return the table of training speed: images/s of every loop (median and range), ratios, and parts of a step."""
     rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})")
             for name, speeds in measured["images_per_second"].items()]
     rows += [(name, f"**{ratio:.2f}**") for name, ratio in measured["ratios"].items()]
@@ -362,7 +362,7 @@ def training_table(measured: dict) -> str:
 
 
 def depthwise_table(measured: dict) -> str:
-    """Milliseconds of those with a stride and of the others, in channels-last."""
+    """Return the table of depthwise convolutions: milliseconds of those with a stride and of the others."""
     rows = []
     for what, stride in (("14 without a stride", 1), ("3 with a stride", 2)):
         chosen = [row for row in measured["shapes"] if row["stride"] == stride]
@@ -374,7 +374,8 @@ def depthwise_table(measured: dict) -> str:
 
 
 def inference_table(measured: dict) -> str:
-    """Images a second and ratios by batch; then the kinds of layers by onnxruntime's own clock, as if each were all."""
+    """Return the table of inference speed by batch size, then that of each kind of layer alone (onnxruntime's profile).
+    """
     rows = []
     for name, found in measured["speeds"].items():
         engine, batch = name.rsplit(", ", 1)
@@ -393,7 +394,7 @@ def table(head, rows) -> str:
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
-    """The page with what stands between <!-- NAME --> and <!-- end NAME --> replaced, for every NAME that it has."""
+    """Return the page with the text between <!-- NAME --> and <!-- end NAME --> replaced, for every NAME in it."""
     for name, text in contents.items():
         between = f"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
         page = re.sub(between, lambda m: m[1] + text + "\n" + m[2], page, flags=re.S)
@@ -407,7 +408,7 @@ BENCHMARKS = {"speed": ("training_speed.json", training_table),
 
 
 def tables(measured: Measured, logs: Path) -> dict[str, str]:
-    """{NAME: table} of all for which something is measured."""
+    """Return {NAME: table} for all tables whose data exist."""
     contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
     for name, log in (("trunk", "pretrain.jsonl"), ("dense", "dense.jsonl")):
         if (logs / log).is_file():
@@ -419,7 +420,10 @@ def tables(measured: Measured, logs: Path) -> dict[str, str]:
 
 
 def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str, str]]:
-    """{page: (its text, what it should be)}. Raises BadInput for a table without a place, and a place without one."""
+    """Return {page: (its text, the text with current tables)}.
+
+    Raises BadInput for a table without a place in the pages, and for a place without a table.
+    """
     pages = {page: page.read_text() for page in (folder / name for name in PAGES)}
     place = re.compile(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", re.S)
     places = {name for text in pages.values() for name in place.findall(text)}
@@ -432,7 +436,7 @@ def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str
 
 
 def made_figures(model, formats: Formats, measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
-    """{name of the file: figure} of all for which something is measured. logs: those of the stages."""
+    """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
     claim, counted = measured.claim, measured.counted
     scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
     made = {
@@ -456,12 +460,12 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     parser.add_argument("--logs", type=some_path, default=LOGS, metavar="DIR",
-                        help="logs of the stages, shipped.jsonl and dense.tested.json (record)")
-    parser.add_argument("--out", type=some_path, metavar="DIR", help="(figures)")
+                        help="folder with the stages' logs, shipped.jsonl and dense.tested.json (record)")
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="folder for the figures (figures)")
     parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
-                        help="where the pages are (beside this script)")
+                        help="folder that holds the pages (the repository's)")
     parser.add_argument("--to", type=some_path, metavar="DIR",
-                        help="write pages and figures there, and leave those here as they are")
+                        help="write pages and figures to this folder instead of changing the repository's")
     parser.add_argument("--record", action="store_true", help="first add the checkpoint to record/shipped.jsonl")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
