@@ -164,7 +164,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, None)
+    networks.add_option(parser, claimed=True)
     cifar100.add_options(parser)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")
     parser.add_argument("--json", action="store_true", help="everything as JSON")

@@ -100,7 +100,7 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
     teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
     marks = []
 
-    def mark(_):
+    def mark(*_):
         synchronize(device)
         marks.append(time.perf_counter())
 

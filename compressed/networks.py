@@ -34,10 +34,10 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 
 # ---- Specifications ------------------------------------------------------------------------------
 
-def add_option(parser, default: str | None = DEFAULT) -> None:
-    """Add --network. default: None where the checkpoint's claim may say it."""
-    stated = "%(default)s" if default else f"default: what the checkpoint's claim says, else {DEFAULT}"
-    parser.add_argument("--network", metavar="SPEC", default=default,
+def add_option(parser, claimed: bool = False) -> None:
+    """Add --network to a parser; claimed: where the checkpoint's claim may say which network it is."""
+    stated = f"default: what the checkpoint's claim says, else {DEFAULT}" if claimed else "%(default)s"
+    parser.add_argument("--network", metavar="SPEC", default=None if claimed else DEFAULT,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
                              f"({stated})")
 

@@ -116,8 +116,9 @@ class Kinds:
     """The files, made in a folder; `all`: {kind: (file, how it is read, whether it is JSON)}."""
 
     def __init__(self, folder: Path):
-        small_checkpoint = functools.partial(
-            load_checkpoint, network=f"mobilenet_v2:MobileNetV2?width={WIDTH}", num_classes=CLASSES)
+        def small_checkpoint(path, *_):
+            return load_checkpoint(path, f"mobilenet_v2:MobileNetV2?width={WIDTH}", CLASSES)
+
         checkpoints.load_checkpoint = small_checkpoint
         model, claim = tiny_network()
         save_tensors(model.state_dict(), folder / "network.pt")

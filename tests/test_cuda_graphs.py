@@ -46,7 +46,7 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
     for (key, one), two in zip(steps(plain).items(), steps(other).values(), strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
     assert kinds == [(step % 2, 32) for step in range(15)]  # the teachers in turn
-    assert other.optimizer.param_groups[0]["lr"] is other.rate
+    assert other.optimizer.param_groups[0]["lr"] is other.rates[1.0]
 
 
 def test_the_state_of_recorded_steps_goes_on_in_plain_ones(tmp_path):

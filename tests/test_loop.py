@@ -765,7 +765,7 @@ def part_that_runs_code(folder):
                                     part_that_runs_code, flipped_bit, changed(step=2), changed_and_signed(step=10**9),
                                     changed_and_signed(step=-1), changed_and_signed(step=2.0),
                                     changed_and_signed(step="x"),
-                                    changed_and_signed(step=None), changed_and_signed(loss=float("nan")),
+                                    changed_and_signed(step=None), changed_and_signed(loss="1"),
                                     changed_and_signed(log=7)))
 def test_a_damaged_state_is_named(tmp_path, damage):
     stage(tmp_path, max_seconds=0)

@@ -291,8 +291,9 @@ def test_a_network_from_weights_to_shipped_files(sparse_checkpoint, tmp_path):
 def test_training_ships_what_is_better(commands, root, capsys):
     commands.does["main.py"] = lambda: save_text("", root / "runs/x/masked.pt")
     assert train.main(["--epochs", "3", "--run", "runs/x", "--teacher", "a", "b", "--no-resume", "--no-cuda"]) == 0
-    assert commands.lines == ["main.py --run-folder runs/x --epochs 3 --teacher a b --no-cuda --no-resume",
-                              "tools.ship runs/x --no-cuda --if-better"]
+    assert commands.lines == [
+        "main.py --run-folder runs/x --epochs 3 --teacher a b --no-cuda --recipe default --no-resume",
+        "tools.ship runs/x --no-cuda --if-better"]
     said = capsys.readouterr().out
     assert said.startswith("train.py: after training this replaces, if more than 8 of 10 test images are right: ")
     assert all(name in said for name in (CHECKPOINT, CLAIM, ".mnet", "record/", "figures/", "README.md"))

@@ -431,7 +431,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, None)
+    networks.add_option(parser, claimed=True)
     cifar100.add_options(parser)
     parser.add_argument("--out", type=some_path, metavar="F.onnx",
                         help="what is written (default: the checkpoint's name)")

@@ -414,7 +414,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, None)
+    networks.add_option(parser, claimed=True)
     cifar100.add_options(parser)
     parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
     parser.add_argument("--json", action="store_true", help="everything as JSON")

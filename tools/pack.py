@@ -16,7 +16,7 @@ from compressed.mnet import differences, pack, stated_formats, unpack
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, None)
+    networks.add_option(parser, claimed=True)
     parser.add_argument("--out", type=some_path, metavar="F.mnet",
                         help="what is written (default: the checkpoint's name)")
     args = parser.parse_args(argv)

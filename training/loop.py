@@ -304,7 +304,10 @@ class Stage:
             self.check_masks(self.result)
         if test_data is not None and (last or eval_every and (epoch + 1) % eval_every == 0):
             with contextlib.suppress(KeyboardInterrupt):  # stop_noted keeps it; the line is written without accuracy
-                test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
+                try:
+                    test_loss, right = evaluate(self.result or self.result_so_far(), test_data)
+                except BadInput as error:  # the average's loss is not finite, though the epoch's was
+                    raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
         record |= self.penalty.record()
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"

@@ -349,13 +349,18 @@ def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str
             f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
 
 
-def run_stage(stage: str, args, data, test, device, processes, deadline: float, later: float = 0) -> bool:
+def run_stage(stage: str, args, data, test, device, processes, deadline: float, later: float = 0,
+              head: list[str] | None = None) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    deadline: time.monotonic() at which to stop. later: work (see Plan.work) of the stages that follow.
+    deadline: time.monotonic() at which to stop. later: work (see Plan.work) of the stages that follow. head: lines to
+    print, and to remove, once the first stage begins.
     """
     settings = settings_for(stage, args, device)
     model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
+    if head:
+        print("\n".join(head), flush=True)
+        head.clear()  # once a run
     penalty = make_penalty(args, model) if stage == "rew" else None
     masks = None
     if stage == "masked":
@@ -428,8 +433,7 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
             raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
                            "--no-resume to train it again, or another --run folder")
     refuse_early(missing, by_stage, device)
-    if missing and processes.first:
-        print("\n".join(head_lines(missing, by_stage, data, device, processes)), flush=True)
+    head = head_lines(missing, by_stage, data, device, processes) if missing and processes.first else []
     work = {stage: plan.Plan(settings_for(stage, by_stage[stage], device), len(data), processes, 1).work()
             for stage in missing}
     if processes.count > 1:
@@ -450,7 +454,7 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
         options = by_stage[stage]
         options.start, options.start_epoch = start, start_epoch
         later = sum(work[other] for other in missing[missing.index(stage) + 1:])
-        if not run_stage(stage, options, data, test, device, processes, deadline, later):
+        if not run_stage(stage, options, data, test, device, processes, deadline, later, head):
             break
         start, start_epoch = None, 0  # --start is for the first stage only
 
