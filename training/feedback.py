@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 ENDS = 0.75  # the path is at the target when this share of the stage's summed learning rate is spent, and stays there
-STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or after this share of the summed learning rate
+STEPS, PART = 8, 1 / 200  # a control step after so many training steps, or this share of the summed learning rate
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; control steps looked ahead; weight of the newest speed
 RISE, FALL = 0.3, 0.2  # the most that log lambda rises and falls in a control step
 BAND, FADE = 0.002, 0.2  # surplus that is let be; how fast a low is forgotten, a control step
@@ -26,6 +26,7 @@ class Feedback:
         self.start = self.first = None  # share of zeros and lambda that the path begins with
         self.spent = self.total = 0.0  # learning rate: so far, and of the whole stage
         self.steps, self.rate = 0, 0.0  # since the last control step: training steps, learning rate
+        self.every = STEPS  # fewer in a short stage, also where its rate is low
 
     @property
     def begun(self) -> bool:
@@ -52,7 +53,9 @@ class Feedback:
         self.spent, self.steps, self.rate = self.spent + lr, self.steps + 1, self.rate + lr
         if self.total:  # where the stage was made longer, the path waits and does not go back
             self.path = max(self.path, self.at(self.spent / self.total))
-        return self.steps >= STEPS or self.rate >= PART * self.total
+        due = self.steps >= self.every or self.rate >= PART * self.total
+        self.every = min(self.every, self.steps) if due else self.every
+        return due
 
     def control(self, share: Tensor) -> None:
         """Move lambda, given the measured share of zeros (0-dim, float64)."""
