@@ -119,6 +119,10 @@ def test_a_control_step_is_due_by_steps_and_by_rate():
             led.control(torch.tensor(0.0).double())
     assert [i for i, each in enumerate(due) if each] == [7, 15]
     assert begun(total=100.0).due(0.5) and not begun(total=100.0).due(0.4)
+    led = begun(total=100.0)
+    assert not led.due(0.3) and led.due(0.3)
+    led.control(torch.tensor(0.0).double())
+    assert not led.due(1e-6) and led.due(1e-6)  # every second step, as before, where the rate has fallen
 
 
 def test_lambda_moves_against_the_error_and_within_bounds():

@@ -33,6 +33,7 @@ class Feedback:
         self.start = self.first = None  # share of zeros at the start of the path, and the first lambda
         self.spent = self.total = 0.0  # sums of learning rates: of the steps made, and of the whole stage
         self.steps, self.rate = 0, 0.0  # since the last control step: training steps, and the sum of their rates
+        self.every = STEPS  # fewer in a short stage, also where its rate is low
 
     @property
     def begun(self) -> bool:
@@ -59,7 +60,9 @@ class Feedback:
         self.spent, self.steps, self.rate = self.spent + lr, self.steps + 1, self.rate + lr
         if self.total:  # if the stage was made longer, the path waits instead of going back
             self.path = max(self.path, self.at(self.spent / self.total))
-        return self.steps >= STEPS or self.rate >= PART * self.total
+        due = self.steps >= self.every or self.rate >= PART * self.total
+        self.every = min(self.every, self.steps) if due else self.every
+        return due
 
     def control(self, share: Tensor) -> None:
         """Make a control step: adjust lambda to the measured share of zeros (0-dim, float64)."""
