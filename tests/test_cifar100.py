@@ -162,7 +162,7 @@ class Attack:
 @pytest.mark.parametrize("value", [Attack(), {"data": Attack(), "fine_labels": []}])
 def test_a_pickle_that_runs_something_is_refused_and_not_run(tmp_path, value):
     write(tmp_path / "train", value)
-    with pytest.raises(BadInput, match=r"train: .*asks for posix\.system"):
+    with pytest.raises(BadInput, match=r"train: .*refers to posix\.system"):
         cifar100.read(tmp_path / "train")
     assert not (tmp_path / "attacked").exists()
 
