@@ -5,7 +5,7 @@ power of two. While they stay below 2^24 (testers.py checks the bound) float32 h
 summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
 those exactly. A pointwise function of a code, such as hard swish, is computed in float64 and rounded to the grid of the
 point behind it: a table of codes. So a claim is verified to the image, the recorded logits to the last bit, and
-integer.py computes the same logits without a float.
+tools/integer.py computes the same logits without a float.
 """
 import copy
 import math
