@@ -4,7 +4,7 @@
 
 What is stored                                               width
   weights                 code * step, step a power of two   6 or 8 bits a layer (the submission's table, by default)
-  BatchNorm scale         a float16: an 11-bit multiplier and a 5-bit shift                                   16 bits
+  BatchNorm scale         a float16: an 11-bit multiplier and a 5-bit shift; or fixed-point (--scale-bits)    16 bits
   BatchNorm shift, bias   code * step, step a power of two                                                    16 bits
   activations             code * step, step a power of two   8 bits: unsigned after a ReLU, signed elsewhere
 BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
@@ -18,6 +18,7 @@ Powers of two make the evaluation exact: see compressed/exact_network.py, the ne
 """
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ from compressed.files import (
     stage_logs,
 )
 from compressed.formats import found_formats
-from compressed.graph import prepare
+from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from training import fine_tune, loop, plan, recipes
+from training.progress import duration
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -96,7 +98,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheme", choices=grids.SCHEMES, default="channel",
                         help="step of the weights: the submission's power of two a layer, a free scale a layer, or a "
                              "free scale per channel (%(default)s)")
-    parser.add_argument("--activation-bits", type=number(int, 2, 8), default=8, metavar="B", help="(%(default)s)")
+    parser.add_argument("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number "
+                        "for all, or a TOML file like --table's (%(default)s)")
+    parser.add_argument("--scale-bits", type=number(int, 4, 16), default=grids.FLOAT_BITS, metavar="B",
+                        help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
+    parser.add_argument("--shift-bits", type=number(int, 4, 16), default=grids.SHIFT_BITS, metavar="B",
+                        help="bits of a BatchNorm's shift, a fixed-point number; fewer than 16 are no whole number of "
+                             "accumulator units, to which 8-bit engines round it (%(default)s)")
     parser.add_argument("--ranges", choices=grids.RANGES, default="logits",
                         help="activation steps: of the largest value as in the submission, of the least squared error, "
                              "or from there what the logits prefer (%(default)s)")
@@ -136,17 +144,36 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 class Accuracies:
-    """What each step leaves of the accuracy on `data`: printed, and kept in `steps`."""
+    """Evaluate a network on `data` after each step of its quantization: print the accuracy, and keep it in `steps`."""
 
     def __init__(self, data: cifar100.Images):
         self.data, self.steps = data, []
 
     def after(self, step: str, network: nn.Module) -> None:
-        loss, correct = evaluate(network.eval(), self.data)
+        with grids.weights_rounded_once(network):
+            loss, correct = evaluate(network.eval(), self.data)
         images = len(self.data)
         lost = f", {(correct - self.steps[-1]['correct']) / images:+.2%}" if self.steps else ""
         print(f"{step:<52} {correct}/{images} ({correct / images:.2%}{lost}), loss {loss:.4f}", flush=True)
         self.steps.append({"step": step, "correct": correct, "loss": loss})
+
+
+def shown(label: str, seconds: float = 10):
+    """Return a function of (done, count) that prints a line every few seconds, with the time left."""
+    started = last = time.monotonic()
+
+    def show(done: int, count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= seconds:
+            print(f"{label} {done} of {count}, {duration((now - started) / done * (count - done))} left", flush=True)
+            last = now
+    return show
+
+
+def listed(widths) -> str:
+    """Return the different ones of some widths, as in "6/8"."""
+    return "/".join(map(str, sorted(set(widths))))
 
 
 def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, accuracies: Accuracies) -> None:
@@ -159,20 +186,20 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     images = train_data.images[:chosen.calibration]
     reference = logits(model, images)
     grids.quantize_weights(model, chosen.table, chosen.scheme)
-    accuracies.after(f"weights at {'/'.join(map(str, sorted(set(chosen.table))))} bits, {chosen.scheme}", model)
+    accuracies.after(f"weights at {listed(chosen.table)} bits, {chosen.scheme}", model)
     if chosen.renew:
         renew_statistics(model, train_data, chosen.renew, chosen.augment, generator())
         accuracies.after("BatchNorm statistics renewed", model)
     if chosen.scheme == "channel":
-        grids.shorten_scales(model)
-        accuracies.after(f"steps moved for scales of {grids.SIGNIFICANT_BITS} significant bits", model)
+        grids.shorten_scales(model, chosen.scale_bits)
+        short = f"{grids.SIGNIFICANT_BITS} significant" if chosen.scale_bits == grids.FLOAT_BITS else chosen.scale_bits
+        accuracies.after(f"steps moved for scales of {short} bits", model)
     start = "mse" if chosen.ranges == "logits" else chosen.ranges
-    quantize_activations(model, grids.calibrate(model, images, chosen.activation_bits, start))
-    accuracies.after(f"activations at {chosen.activation_bits} bits, {start}", model)
+    widths = dict(zip(read(model).activation_points, chosen.activation_bits, strict=True))
+    quantize_activations(model, grids.calibrate(model, images, widths, start))
+    accuracies.after(f"activations at {listed(chosen.activation_bits)} bits, {start}", model)
     if chosen.ranges == "logits":
-        print("activation steps: two others are tried at every point, by the logits; on a "
-              "CPU this takes minutes", flush=True)
-        grids.choose_steps(model, images, reference)
+        grids.choose_steps(model, images, reference, shown("activation steps by the logits: point"))
         accuracies.after("activation steps that the logits prefer", model)
     if chosen.renew:
         renew_means(model, train_data, chosen.renew, chosen.augment, generator())
@@ -195,16 +222,17 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     return model
 
 
-def ship(model: nn.Module, network: nn.Module, scheme: str, accuracies: Accuracies) -> tuple[nn.Module, dict]:
+def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies: Accuracies) -> tuple[nn.Module, dict]:
     """Return a network all of whose values stand on their grids; and "tensors", "activations" and more of its claim.
 
     network: a plain one of the model's kind, which is filled and returned.
     """
-    network, tensors = grids.shipped(model, network)
+    network, tensors = grids.shipped(model, network, chosen.scale_bits, chosen.shift_bits)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, Quantizer)]
-    accuracies.after("BatchNorm folded, scales, shifts, biases at 16 bits", exact_network(network, activations))
-    if scheme == "channel":
+    widths = listed((chosen.scale_bits, chosen.shift_bits, grids.SHIFT_BITS))
+    accuracies.after(f"BatchNorm folded, scales, shifts, biases at {widths} bits", exact_network(network, activations))
+    if chosen.scheme == "channel" and chosen.shift_bits == grids.SHIFT_BITS:  # fewer bits cannot hold whole units
         grids.round_shifts(network, tensors, activations)
         accuracies.after("shifts rounded to whole accumulator units", exact_network(network, activations))
     removed = dead_weight.remove(network, activations)
@@ -215,8 +243,9 @@ def ship(model: nn.Module, network: nn.Module, scheme: str, accuracies: Accuraci
 def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.Options, fine_tune.Tuning | None]:
     """Return the options of the grids and of the fine-tuning; trained: the stages behind the checkpoint."""
     augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
-    chosen = grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, args.activation_bits,
-                           args.calibration, args.renew, augment, args.seed)
+    activation_bits = tuple(grids.activation_table(args.activation_bits, model).values())
+    chosen = grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, activation_bits,
+                           args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
     if not args.epochs:
         return chosen, None
     cpu = args.no_cuda or not torch.cuda.is_available()
@@ -232,7 +261,7 @@ def main(argv=None) -> int:
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     tuned_files = [args.checkpoint.with_name(f"quantized.{kind}") for kind in ("pt", "options.json", "jsonl")]
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
-                  [args.checkpoint, *args.teacher, *([args.table] if args.table else [])], suffix=".pt")
+                  [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model = fine_tune.moved(prepare(networks.load_checkpoint(args.checkpoint, args.network)), device)
     source = sha256(args.checkpoint)
@@ -242,7 +271,7 @@ def main(argv=None) -> int:
     accuracies = Accuracies(test_data)
     model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
     accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
-    network, formats = ship(model, prepare(networks.make(args.network)), args.scheme, accuracies)
+    network, formats = ship(model, prepare(networks.make(args.network)), chosen, accuracies)
     for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
         stored_exponent(entry.get("step", 1), entry["name"])
     networks.save_state(network.state_dict(), args.out)

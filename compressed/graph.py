@@ -307,18 +307,12 @@ def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module])
     return network
 
 
-def activated_norms(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Return {BatchNorm: (the nn.ReLU or nn.Hardswish that alone reads it, "relu" or "hardswish")} of any network.
+def sole_readers(model: nn.Module) -> dict[str, str]:
+    """Return {module: the module that alone reads its output} of any network; each of both runs once.
 
-    Each of both runs once. Raises BadInput if the forward pass cannot be followed.
+    Raises BadInput if the forward pass cannot be followed.
     """
-    kinds, found = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}, {}
     nodes = list(traced(model).nodes)
-    once = {node.target: node for node in nodes if node.op == "call_module"
-            and sum(other.target == node.target for other in nodes) == 1}
-    for name, node in once.items():
-        reader = next(iter(node.users), None)
-        if (type(model.get_submodule(name)) is nn.BatchNorm2d and len(node.users) == 1 and reader.target in once
-                and (kind := kinds.get(type(model.get_submodule(reader.target))))):
-            found[name] = reader.target, kind
-    return found
+    times = Counter(node.target for node in nodes if node.op == "call_module")
+    return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
+            if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}

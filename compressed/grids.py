@@ -3,8 +3,8 @@
 `quantize_weights` and `quantize_activations` make a network that computes on its grids, `shipped` one whose stored
 values all stand on them. Source of the rounding: the submission's linear, symmetric quantizer (power_of_two_step).
 """
+import contextlib
 import dataclasses
-import tomllib
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from compressed import cifar100, threads
 from compressed.errors import BadInput
 from compressed.evaluation import divided
 from compressed.exact_network import folded
+from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
 from compressed.graph import read, weight_layers
 from compressed.operations import traced
@@ -25,26 +26,32 @@ SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 
             11: "layers.2.conv3", 14: "layers.3.conv3", 16: "layers.4.conv2", 19: "layers.5.conv2",
             55: "layers.16.shortcut.0"}
 LAYERS = 58
+LAYER_KINDS = "conv", "depthwise", "linear"
+POINT_KINDS = "image", "layer", "sum", "norm", "function", "mean", "max", "product", "moved"
 SCHEMES = ("power-of-two", "layer", "channel")
 RANGES = ("max", "mse", "logits")
+FLOAT_BITS = 16  # a scale of this width is a float16, one of fewer bits a fixed-point number
 SHIFT_BITS = 16
-SIGNIFICANT_BITS = 5  # of a short scale; what is stored is a float16, which has 11
+SIGNIFICANT_BITS = 5  # of a short float16 scale, which could have 11
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What decides the grids of a network: the options of quantize.py of the same names.
 
-    table: the bits of each layer, see `bit_table`. calibration, renew: numbers of train images.
+    table: the bits of each layer, see `bit_table`. activation_bits: of each activation point, in network order.
+    calibration, renew: numbers of train images. scale_bits, shift_bits: of BatchNorms.
     """
     scheme: str
     table: tuple[int, ...]
     ranges: str
-    activation_bits: int
+    activation_bits: tuple[int, ...]
     calibration: int
     renew: int
     augment: str
     seed: int
+    scale_bits: int = FLOAT_BITS
+    shift_bits: int = SHIFT_BITS
 
 
 # ---- Steps of weights ----------------------------------------------------------------------------
@@ -76,41 +83,60 @@ def layer_kind(layer: nn.Module) -> str:
 def bit_table(option: str | None, model: nn.Module) -> list[int]:
     """Return the bits of a network's layers, in the order of weight_layers.
 
-    option: None: the submission's table for a network with its layers, else 8 bits for all; a number: that many for
-    all; else a TOML file with `default = 8` and a table [bits]: layer names (in quotes), or kinds of layers (conv,
-    depthwise, linear; a name stands above its kind), to bits; in a network with the submission's layers their places,
-    too. Raises BadInput for anything else in it, for an unknown layer, and for widths outside 2 to 8 (activations have
-    at most 8, and wider weights would not be summed exactly).
+    option: None: the submission's table for a network with its layers, else 8 bits for all; otherwise see
+    `chosen_bits`. The kinds of layers are conv, depthwise and linear. In a network with the submission's layers, a
+    table may also name them by their places.
     """
-    layers = dict(weight_layers(model))
-    names = list(layers)
-    submissions = has_the_submissions_layers(names)
+    kinds = {name: layer_kind(layer) for name, layer in weight_layers(model)}
+    submissions = has_the_submissions_layers(list(kinds))
     if option is None:
-        return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
+        return [6 if submissions and name in SIX_BITS.values() else 8 for name in kinds]
+    return list(chosen_bits(option, "layer", kinds, LAYER_KINDS, list(kinds) if submissions else []).values())
+
+
+def activation_table(option: str, model: nn.Module) -> dict[str, int]:
+    """Return {activation point: its bits}. option: see `chosen_bits`.
+
+    The kinds of points say what is stored there: the "image"; a "sum" of branches, as behind a residual block; or else
+    the output of a "layer", a "function" such as hard swish, a "mean", and so on.
+    """
+    def kind(branches) -> str:
+        first = branches[0].kind
+        return "image" if first == "pixels" else "sum" if len(branches) > 1 and first != "moved" else first
+
+    kinds = {point.name: kind(point.branches) for point in read(model).points[:-1]}
+    return chosen_bits(option, "activation point", kinds, POINT_KINDS)
+
+
+def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str, ...], places=()) -> dict[str, int]:
+    """Return the bits of each name in `kinds`, {name: its kind}.
+
+    option: a number: that many for all; else a TOML file with `default = 8` and a table [bits] of names (in quotes) or
+    kinds to bits; a name takes precedence over its kind. known: all kinds that there are. places: names that may also
+    be given by their index. Raises BadInput for anything else in the file, for an unknown name, and for widths outside
+    2 to 8 (wider values would not be summed exactly).
+    """
     content = {"default": int(option)} if option.isdecimal() else read_table(option)
     bits = content.get("bits", {})
-    chosen = {name: bits.get(layer_kind(layer), content.get("default", 8)) for name, layer in layers.items()}
+    chosen = {name: bits.get(kind, content.get("default", 8)) for name, kind in kinds.items()}
     for key, width in bits.items():
-        if key in layers:
+        if key in chosen:
             chosen[key] = width
-        elif submissions and key.isdecimal() and int(key) < len(names):
-            chosen[names[int(key)]] = width
-        elif key not in ("conv", "depthwise", "linear"):
-            raise BadInput(f"{option}: the network has no layer {key!r} (names with dots need quotes)")
+        elif key.isdecimal() and int(key) < len(places):
+            chosen[places[int(key)]] = width
+        elif key not in known:
+            raise BadInput(f"{option}: the network has no {what} {key!r} (names with dots need quotes)")
     for name, width in chosen.items():
         if type(width) is not int or not 2 <= width <= 8:
             raise BadInput(f"{width!r} bits for {name}: expected 2 to 8")
-    return list(chosen.values())
+    return chosen
 
 
 def read_table(path) -> dict:
     """Return the content of a bit table's file. Raises BadInput for what is none."""
-    try:
-        content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise BadInput(f"no bit table {path!r}: give a number of bits or a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not a TOML file ({error})") from error
+    if not Path(path).is_file():
+        raise BadInput(f"no bit table {path!r}: give a number of bits or a TOML file")
+    content = load_toml(path)
     if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
         raise BadInput(f"{path}: expected nothing but `default = 8` and a table [bits]")
     return content
@@ -123,15 +149,39 @@ class QuantizedConv2d(nn.Conv2d):
     step, bits = None, None
 
     def forward(self, x):
-        weight = fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits))
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, rounded_weight(self), self.bias)
 
 
 class QuantizedLinear(nn.Linear):
+    """A linear layer that rounds its weights on the way."""
     step, bits = None, None
 
     def forward(self, x):
-        return F.linear(x, fake_quantize(self.weight, self.step.to(self.weight), *code_range(self.bits)), self.bias)
+        return F.linear(x, rounded_weight(self), self.bias)
+
+
+PLAIN = {QuantizedConv2d: nn.Conv2d, QuantizedLinear: nn.Linear}
+
+
+def rounded_weight(layer: nn.Module) -> Tensor:
+    return fake_quantize(layer.weight, layer.step.to(layer.weight), *code_range(layer.bits))
+
+
+@contextlib.contextmanager
+def weights_rounded_once(model: nn.Module):
+    """Round the weights of a network on its grids once for the block, and not in every forward pass.
+
+    Within the block, weights and their steps must not be changed.
+    """
+    before = [(layer, type(layer), layer.weight) for _, layer in weight_layers(model) if type(layer) in PLAIN]
+    for layer, kind, weight in before:
+        layer.weight = nn.Parameter(rounded_weight(layer).detach(), requires_grad=False)
+        layer.__class__ = PLAIN[kind]
+    try:
+        yield
+    finally:
+        for layer, kind, weight in before:
+            layer.weight, layer.__class__ = weight, kind
 
 
 def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
@@ -156,15 +206,17 @@ def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
 # ---- Steps of activations -------------------------------------------------------------------------
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[dict]:
-    """A step for every activation point, from the activations of `images` (uint8 [N, 3, 32, 32], of the train set).
+def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], ranges: str) -> list[dict]:
+    """Return the format of every activation point, with a step found from the activations of `images`.
 
+    images: uint8 [N, 3, 32, 32], of the train set. bits: of all points, or {point: its bits}.
     ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
     one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
     no calibration: its pixels are exactly code * 2^-6.
     """
     graph = read(model)
     points = graph.activation_points
+    bits = bits if isinstance(bits, dict) else dict.fromkeys(points, bits)
     largest = dict.fromkeys(points, 0.0)
     errors = {name: torch.zeros(4, dtype=torch.float64) for name in points}
 
@@ -181,8 +233,8 @@ def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[
 
     def see_errors(name, out):
         for i in range(4):
-            step = power_of_two_step(largest[name], bits, points[name]) / 2 ** i
-            error = codes(out, step, *code_range(bits, points[name])).mul_(step).sub_(out)
+            step = power_of_two_step(largest[name], bits[name], points[name]) / 2 ** i
+            error = codes(out, step, *code_range(bits[name], points[name])).mul_(step).sub_(out)
             errors[name][i] += float(error.square_().sum())
 
     model.eval()
@@ -191,12 +243,12 @@ def calibrate(model: nn.Module, images: Tensor, bits: int, ranges: str) -> list[
         watch(see_errors)
     result = []
     for name, signed in points.items():
-        step = power_of_two_step(largest[name], bits, signed)
+        step = power_of_two_step(largest[name], bits[name], signed)
         if ranges == "mse":
             step /= 2 ** int(errors[name].argmin())
-        if name in graph.images and bits == 8:
+        if name in graph.images and bits[name] == 8:
             step = 1 / cifar100.STD
-        result.append({"name": name, "bits": bits, "signed": signed, "step": step})
+        result.append({"name": name, "bits": bits[name], "signed": signed, "step": step})
     return result
 
 
@@ -237,41 +289,58 @@ class Paused:
         return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
 
 
-def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
-    """One pass over the activation steps, the image's aside: twice and half of each is kept where the logits gain.
+def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=lambda done, count: None) -> None:
+    """Pass once over the activation steps, but the image's: keep twice or half of each where the logits gain.
 
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
     these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
+    What does not gain on the first quarter of the images is not tried on the others. progress: called with the number
+    of points done, and of all.
     """
-    expected, graph, network = reference.double().log_softmax(1), read(model), Paused(model, images)
+    graph, expected = read(model), reference.double().log_softmax(1)
+    parts = [len(images) // 4, len(images) - len(images) // 4] if len(images) >= 4 else [len(images)]
+    wanted = expected.split(parts)
 
-    def divergence() -> float:
-        found = network.finish().double().log_softmax(1)
-        return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
+    def divergence(k: int) -> float:
+        found = networks[k].finish().double().log_softmax(1)
+        return float(F.kl_div(found, wanted[k], reduction="sum", log_target=True))
 
-    least = divergence()
-    for name in graph.activation_points:
-        if name in graph.images:
-            continue
-        network.reach(name)
-        quantizer = model.get_submodule(name)
-        before = quantizer.step
-        for step in (2 * before, before / 2):
-            quantizer.step = step
-            if (found := divergence()) < least:
-                least = found
-                break
-        else:
-            quantizer.step = before
+    def gain(least: list[float]) -> list[float] | None:
+        """Return the divergences of the model as it is, if they are less than these; else None."""
+        found = []
+        for k in range(len(parts)):
+            found.append(divergence(k))
+            if sum(found) >= sum(least[:k + 1]):
+                return None
+        return found
+
+    with weights_rounded_once(model):
+        networks = [Paused(model, some) for some in images.split(parts)]
+        least = [divergence(k) for k in range(len(parts))]
+        points = [name for name in graph.activation_points if name not in graph.images]
+        for i, name in enumerate(points):
+            for network in networks:
+                network.reach(name)
+            quantizer = model.get_submodule(name)
+            before = quantizer.step
+            for step in (2 * before, before / 2):
+                quantizer.step = step
+                if (found := gain(least)) is not None:
+                    least = found
+                    break
+            else:
+                quantizer.step = before
+            progress(i + 1, len(points))
 
 
 # ---- What is stored -------------------------------------------------------------------------------
 
 @torch.no_grad()
-def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]]:
+def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
+            shift_bits: int = SHIFT_BITS) -> tuple[nn.Module, list[dict]]:
     """Put the values of a network on its grids into a plain one of the same kind; return it, and each tensor's claim.
 
-    network: a plain one, whose values are replaced.
+    network: a plain one, whose values are replaced. scale_bits, shift_bits: of its BatchNorms.
     """
     network.load_state_dict(model.state_dict())
     network.eval()
@@ -295,8 +364,8 @@ def shipped(model: nn.Module, network: nn.Module) -> tuple[nn.Module, list[dict]
             if layer.bias is not None and branch.norm is None:
                 ours.append(store_fixed(layer.bias, f"{branch.name}.bias"))
         if branch.norm:
-            ours += fold(network.get_submodule(branch.norm), branch.norm, scale, getattr(layer, "bias", None)
-                         if branch.kind == "layer" else None)
+            bias = getattr(layer, "bias", None) if branch.kind == "layer" else None
+            ours += fold(network.get_submodule(branch.norm), branch.norm, scale, bias, scale_bits, shift_bits)
             if branch.kind == "layer" and layer.bias is not None:
                 layer.bias.zero_()  # it went into the shift
                 ours.append({"name": f"{branch.name}.bias", "bits": 1, "step": 1.0})
@@ -320,36 +389,56 @@ def normal_factor(scale: Tensor) -> float:
     return 2.0 ** max(0, min(-13 - needed, 15 - room))
 
 
-def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None) -> list[dict]:
+def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None, scale_bits: int = FLOAT_BITS,
+         shift_bits: int = SHIFT_BITS) -> list[dict]:
     """Fold a BatchNorm in place, with the steps that it absorbs and the bias before it; return its tensors' claims."""
     scale, shift = folded(bn)
     shift = shift if bias is None else shift + scale * bias.double()
     scale = torch.where(step == 0, 0.0, scale * step)
-    largest = float(scale.abs().max())
-    if largest > torch.finfo(torch.float16).max:
-        raise BadInput(f"{name}: its folded scale {largest:.3g} does not fit 16 bits")
-    bn.weight.copy_(scale.half())
+    if scale_bits == FLOAT_BITS:
+        largest = float(scale.abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise BadInput(f"{name}: its folded scale {largest:.3g} does not fit 16 bits")
+        bn.weight.copy_(scale.half())
+        stored = {"name": f"{name}.weight", "bits": 16, "kind": "float16"}
+    else:
+        unit = scale_unit(scale, scale_bits)
+        bn.weight.copy_(codes(scale, unit, *code_range(scale_bits)) * unit + 0.0)
+        stored = {"name": f"{name}.weight", "bits": scale_bits, "step": float(unit)}
     bn.bias.copy_(shift)
     bn.running_mean.zero_()
     bn.running_var.fill_(1 - bn.eps)
     bn.num_batches_tracked.zero_()
-    return [{"name": f"{name}.weight", "bits": 16, "kind": "float16"}, store_fixed(bn.bias, f"{name}.bias")]
+    return [stored, store_fixed(bn.bias, f"{name}.bias", shift_bits)]
+
+
+def scale_unit(scale: Tensor, bits: int) -> Tensor:
+    """Return the step, a power of two, on which fixed-point scales of so many bits and a sign are stored.
+
+    None is clipped, and scales that stand on their step have the same step again.
+    """
+    return torch.ldexp(torch.ones_like(scale[0]), torch.frexp(scale.abs().max() / (2 ** (bits - 1) - 0.51))[1])
 
 
 @torch.no_grad()
-def short_step(step: Tensor, scale: Tensor) -> Tensor:
-    """Return steps, moved by 3% at most, whose products with the scales have SIGNIFICANT_BITS bits; float64.
+def short_step(step: Tensor, scale: Tensor, bits: int = FLOAT_BITS) -> Tensor:
+    """Return steps, moved such that their products with the scales are short; float64. Where a scale is 0 they stay.
 
-    Codes times such scales need few bits, so that float32 holds them exactly. Where a scale is 0 the step stays.
+    A product has SIGNIFICANT_BITS bits, and its step is moved by 3% at most: codes times such scales need few bits, so
+    that float32 holds them exactly. At fewer than 16 bits it is also a multiple of the unit of all, and not 0.
     """
     step, scale = step.double(), scale.double()
     significand, exponent = torch.frexp(scale * step)
     short = torch.ldexp((significand * 2**SIGNIFICANT_BITS).round(), exponent - SIGNIFICANT_BITS)
+    if bits < FLOAT_BITS:
+        unit = scale_unit((scale * step).flatten(), bits)
+        most = 2 ** (bits - 1) - 2 ** max(0, bits - 1 - SIGNIFICANT_BITS)
+        short = (short.abs() / unit).round().clamp(1, most) * unit * scale.sign()
     return torch.where(scale == 0, step, short / scale)
 
 
 @torch.no_grad()
-def shorten_scales(model: nn.Module) -> None:
+def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
     """Move every channel's step to where its product with the BatchNorm's scale is short, in place.
 
     The weights are rounded to the step that is used, so nothing is lost but the freedom of the step.
@@ -357,7 +446,7 @@ def shorten_scales(model: nn.Module) -> None:
     for branch in read(model).layers:
         if branch.kind == "layer" and branch.norm:
             conv, (scale, _) = model.get_submodule(branch.name), folded(model.get_submodule(branch.norm))
-            conv.step = short_step(conv.step, scale.view_as(conv.step)).float()
+            conv.step = short_step(conv.step, scale.view_as(conv.step), bits).float()
 
 
 @torch.no_grad()
@@ -365,17 +454,18 @@ def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict
     """Round the shifts of a shipped network, in place, to whole units of their accumulators: those of its BatchNorms,
     and the biases of layers without one, but for the logits'.
 
-    A unit is scale x weight step x input step. A shift stays a 16-bit code, so it becomes a multiple of the odd part of
-    the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
+    A unit is scale x weight step x input step. A shift stays a code of its width, so it becomes a multiple of the odd
+    part of the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
     """
     steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
-    graph = read(network)
+    bits, graph = {entry["name"]: entry["bits"] for entry in tensors}, read(network)
     for branch in graph.layers:
         owner = network.get_submodule(branch.norm or branch.name)
         if owner.bias is None or not branch.norm and branch in graph.points[-1].branches:
             continue
-        step = steps[f"{branch.norm or branch.name}.bias"]
-        largest = step * code_range(SHIFT_BITS)[1]
+        name = f"{branch.norm or branch.name}.bias"
+        step = steps[name]
+        largest = step * code_range(bits[name])[1]
         unit = steps[branch.source] * (steps[f"{branch.name}.weight"] if branch.kind == "layer" else 1)
         scales = owner.weight.tolist() if branch.norm else [1] * len(owner.bias)
         for channel, (scale, shift) in enumerate(zip(scales, owner.bias.tolist())):
@@ -392,8 +482,8 @@ def shift_grain(unit: Fraction, step: Fraction) -> Fraction:
     return odd * max(unit / odd, step)
 
 
-def store_fixed(tensor: Tensor, name: str) -> dict:
-    """Round a vector in place to 16-bit codes times one power of two: what is added needs absolute precision."""
-    step = power_of_two_step(float(tensor.abs().max()), SHIFT_BITS)
-    tensor.copy_(codes(tensor.double(), step, *code_range(SHIFT_BITS)) * step + 0.0)
-    return {"name": name, "bits": SHIFT_BITS, "step": step}
+def store_fixed(tensor: Tensor, name: str, bits: int = SHIFT_BITS) -> dict:
+    """Round a vector in place to codes times one power of two: what is added needs absolute precision."""
+    step = power_of_two_step(float(tensor.abs().max()), bits)
+    tensor.copy_(codes(tensor.double(), step, *code_range(bits)) * step + 0.0)
+    return {"name": name, "bits": bits, "step": step}

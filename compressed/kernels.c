@@ -23,31 +23,58 @@ static inline float load(number x) { return x; }
 static inline number store(float value) { return value; }
 #endif
 
-/* BatchNorm followed by the activation h. Forward and backward each read every value twice and write it once.
+/* BatchNorm followed by h: an activation, and in fine-tuning the rounding before and behind it. Forward and backward each
+ * read every value twice and write it once.
  *
  *   y = h(z),  z = a x + b,  a = weight / sqrt(var + eps),  b = bias - a mean
- *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between
+ *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between;
+ *          or z rounded to grid 0; or the hard swish of that, rounded to grid 1
  */
 
-enum { NONE, RELU, HARDSWISH }; /* in the order of ACTIVATIONS in training/cpu_kernels.py */
+enum { NONE, RELU, HARDSWISH, ROUNDED, ROUNDED_HARDSWISH }; /* in the order of FUNCTIONS in training/cpu_kernels.py */
+
+typedef struct { float step, low, high; } grid; /* step: a power of two; the smallest and the largest code */
 
 /* Inlined and called with a constant h, so each call is compiled for one h, and no loop over values has a branch. */
-#define FOR_ONE_ACTIVATION static inline __attribute__((always_inline))
+#define FOR_ONE_FUNCTION static inline __attribute__((always_inline))
+
+static inline float clip(float value, float low, float high) { /* a NaN stays a NaN */
+    float raised = value < low ? low : value;
+    return raised > high ? high : raised;
+}
+static inline float rounded(float z, grid g) { return clip(rintf(z * (1 / g.step)), g.low, g.high) * g.step; }
 
 /* h(z); a NaN stays a NaN. */
-FOR_ONE_ACTIVATION float activate(long h, float z) {
+FOR_ONE_FUNCTION float apply(long h, float z, const grid *g) {
     if (h == RELU) return z < 0 ? 0 : z;
     if (h == NONE) return z;
-    float between = z * (z * (1 / 6.0f) + 0.5f), above = z >= 3 ? z : between;
-    return z <= -3 ? 0 : above;
+    if (h == ROUNDED) return rounded(z, g[0]);
+    if (h == ROUNDED_HARDSWISH) z = rounded(z, g[0]);
+    float between = z * (z * (1 / 6.0f) + 0.5f), above = z >= 3 ? z : between, y = z <= -3 ? 0 : above;
+    return h == HARDSWISH ? y : rounded(y, g[1]);
 }
 
-/* h'(z) dy, the gradient of z. */
-FOR_ONE_ACTIVATION float gradient(long h, float z, float dy) {
+/* The gradient of z from that of rounded(z, g). Adds that of the step: the rounding error of a value inside the range,
+ * and the clipped code of one outside, in units of the step (see training/learned_steps.py). */
+static inline float passed(float z, grid g, float dy, float *dstep) {
+    float scaled = z * (1 / g.step), code = clip(rintf(scaled), g.low, g.high);
+    float clipped = (scaled < g.low - 0.5f) | (scaled > g.high + 0.5f); /* 1 or 0 */
+    *dstep += dy * (code - (clipped ? 0 : scaled));
+    return clipped ? 0 : dy;
+}
+
+/* h'(z) dy, the gradient of z. Adds the gradients of both steps. */
+FOR_ONE_FUNCTION float gradient(long h, float z, float dy, const grid *g, float *dstep, float *dstep2) {
     if (h == RELU) return z <= 0 ? 0 : dy;
     if (h == NONE) return dy;
-    float between = (z * (1 / 3.0f) + 0.5f) * dy, above = z >= 3 ? dy : between;
-    return z <= -3 ? 0 : above;
+    if (h == ROUNDED) return passed(z, g[0], dy, dstep);
+    float v = z;
+    if (h == ROUNDED_HARDSWISH) {
+        v = rounded(z, g[0]);
+        dy = passed(apply(HARDSWISH, v, g), g[1], dy, dstep2);
+    }
+    float between = (v * (1 / 3.0f) + 0.5f) * dy, above = v >= 3 ? dy : between, dv = v <= -3 ? 0 : above;
+    return h == HARDSWISH ? dv : passed(z, g[0], dv, dstep);
 }
 
 enum { ROWS = 64, MOST = 4096 }; /* rows summed in floats at a time; largest number of channels */
@@ -70,57 +97,78 @@ enum { ROWS = 64, MOST = 4096 }; /* rows summed in floats at a time; largest num
         for (long c = 0; c < channels; c++) S[c] += s[c], Q[c] += q[c];   \
     }
 
-FOR_ONE_ACTIVATION void outputs(long h, const number *restrict x, long rows, long channels, const float *restrict a,
-                                const float *restrict b, number *restrict y) {
+FOR_ONE_FUNCTION void outputs(long h, const number *restrict x, long rows, long channels, const float *restrict a,
+                              const float *restrict b, const grid *g, number *restrict y) {
+    grid both[2] = {g[0], g[1]}; /* known not to change */
     for (long i = 0; i < rows * channels; i += channels)
-        for (long c = 0; c < channels; c++) y[i + c] = store(activate(h, a[c] * load(x[i + c]) + b[c]));
+        for (long c = 0; c < channels; c++) y[i + c] = store(apply(h, a[c] * load(x[i + c]) + b[c], both));
 }
 
-/* Compute y and, for each channel, a, b, and the mean and (biased) variance over all rows. Sums are taken relative to
- * `origin`, values near the means, so that no digits are lost. */
+/* Compute y and, for each channel, a, b, and the mean and (biased) variance over all rows, unless they are `frozen`:
+ * then they are given. Sums are taken relative to `origin`, values near the means, so that no digits are lost. g: two
+ * grids. */
 void batchnorm(const number *restrict x, long rows, long channels, const float *restrict weight,
-               const float *restrict bias, const float *restrict origin, float eps, long h, number *restrict y,
-               float *restrict mean, float *restrict var, float *restrict a, float *restrict b) {
-    SUMS(load(x[i + c]) - origin[c], one)
+               const float *restrict bias, const float *restrict origin, float eps, long h, const grid *g, long frozen,
+               number *restrict y, float *restrict mean, float *restrict var, float *restrict a, float *restrict b) {
+    if (!frozen) {
+        SUMS(load(x[i + c]) - origin[c], one)
+        for (long c = 0; c < channels; c++) {
+            double off = S[c] / rows, square = Q[c] / rows - off * off;
+            mean[c] = origin[c] + off;
+            var[c] = square < 0 ? 0 : square; /* a NaN stays one */
+        }
+    }
     for (long c = 0; c < channels; c++) {
-        double off = S[c] / rows, square = Q[c] / rows - off * off;
-        mean[c] = origin[c] + off;
-        var[c] = square < 0 ? 0 : square; /* a NaN stays one */
         a[c] = weight[c] / sqrtf(var[c] + eps);
         b[c] = bias[c] - a[c] * mean[c];
     }
-    if (h == NONE) outputs(NONE, x, rows, channels, a, b, y);
-    if (h == RELU) outputs(RELU, x, rows, channels, a, b, y);
-    if (h == HARDSWISH) outputs(HARDSWISH, x, rows, channels, a, b, y);
+    if (h == NONE) outputs(NONE, x, rows, channels, a, b, g, y);
+    if (h == RELU) outputs(RELU, x, rows, channels, a, b, g, y);
+    if (h == HARDSWISH) outputs(HARDSWISH, x, rows, channels, a, b, g, y);
+    if (h == ROUNDED) outputs(ROUNDED, x, rows, channels, a, b, g, y);
+    if (h == ROUNDED_HARDSWISH) outputs(ROUNDED_HARDSWISH, x, rows, channels, a, b, g, y);
 }
 
-/* Compute dx, dweight, dbias. With n rows, dbias the sum of dz over them, and p the sum of dz (x - mean):
- * dx = a (dz - dbias / n - (x - mean) p / (n (var + eps))) = a dz + k x + l */
-#define DZ(i) gradient(h, a[c] * load(x[i]) + b[c], load(dy[i]))
+/* Compute dx, dweight, dbias, and the gradients of both steps, summed in floats over the rows of each channel. With n
+ * rows, dbias the sum of dz over them, and p the sum of dz (x - mean):
+ * dx = a (dz - dbias / n - (x - mean) p / (n (var + eps))) = a dz + k x + l; with frozen statistics, dx = a dz. */
+#define DZ(i, of_step, of_step2) gradient(h, a[c] * load(x[i]) + b[c], load(dy[i]), both, of_step, of_step2)
 
-FOR_ONE_ACTIVATION void gradients(long h, const number *restrict x, long rows, long channels,
-                                  const float *restrict mean, const float *restrict var, const float *restrict a,
-                                  const float *restrict b, float eps, const number *restrict dy, number *restrict dx,
-                                  float *restrict dweight, float *restrict dbias) {
-    float k[MOST], l[MOST];
-    SUMS(DZ(i + c), load(x[i + c]) - mean[c])
+FOR_ONE_FUNCTION void gradients(long h, const number *restrict x, long rows, long channels,
+                                const float *restrict mean, const float *restrict var, const float *restrict a,
+                                const float *restrict b, float eps, const grid *g, long frozen,
+                                const number *restrict dy, number *restrict dx, float *restrict dweight,
+                                float *restrict dbias, float *restrict dsteps) {
+    float k[MOST], l[MOST], t[MOST], u[MOST];
+    grid both[2] = {g[0], g[1]};
+    for (long c = 0; c < channels; c++) t[c] = u[c] = 0;
+    SUMS(DZ(i + c, t + c, u + c), load(x[i + c]) - mean[c])
+    double of_step = 0, of_step2 = 0;
     for (long c = 0; c < channels; c++) {
         dweight[c] = Q[c] / sqrtf(var[c] + eps);
         dbias[c] = S[c];
-        k[c] = -a[c] * Q[c] / (rows * (var[c] + eps));
-        l[c] = -a[c] * S[c] / rows - k[c] * mean[c];
+        k[c] = frozen ? 0 : -a[c] * Q[c] / (rows * (var[c] + eps));
+        l[c] = frozen ? 0 : -a[c] * S[c] / rows - k[c] * mean[c];
+        of_step += t[c], of_step2 += u[c];
     }
+    dsteps[0] = of_step, dsteps[1] = of_step2;
     for (long i = 0; i < rows * channels; i += channels)
-        for (long c = 0; c < channels; c++) dx[i + c] = store(a[c] * DZ(i + c) + k[c] * load(x[i + c]) + l[c]);
+        for (long c = 0; c < channels; c++) {
+            float unused = 0;
+            dx[i + c] = store(a[c] * DZ(i + c, &unused, &unused) + k[c] * load(x[i + c]) + l[c]);
+        }
 }
 
 void batchnorm_gradients(const number *restrict x, long rows, long channels, const float *restrict mean,
                          const float *restrict var, const float *restrict a, const float *restrict b, float eps,
-                         long h, const number *restrict dy, number *restrict dx, float *restrict dweight,
-                         float *restrict dbias) {
-    if (h == NONE) gradients(NONE, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
-    if (h == RELU) gradients(RELU, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
-    if (h == HARDSWISH) gradients(HARDSWISH, x, rows, channels, mean, var, a, b, eps, dy, dx, dweight, dbias);
+                         long h, const grid *g, long frozen, const number *restrict dy, number *restrict dx,
+                         float *restrict dweight, float *restrict dbias, float *restrict dsteps) {
+#define CALL(h) gradients(h, x, rows, channels, mean, var, a, b, eps, g, frozen, dy, dx, dweight, dbias, dsteps)
+    if (h == NONE) CALL(NONE);
+    if (h == RELU) CALL(RELU);
+    if (h == HARDSWISH) CALL(HARDSWISH);
+    if (h == ROUNDED) CALL(ROUNDED);
+    if (h == ROUNDED_HARDSWISH) CALL(ROUNDED_HARDSWISH);
 }
 
 /* 3x3 depthwise convolution with a zero border of one pixel. LANES channels of an image are unpacked into floats with

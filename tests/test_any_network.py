@@ -29,7 +29,7 @@ SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
 
 
 @torch.no_grad()
-def shipped(spec: str, classes: int) -> tuple[nn.Module, nn.Module, dict]:
+def shipped(spec: str, classes: int, activation_bits: str = "8") -> tuple[nn.Module, nn.Module, dict]:
     """(the plain network, the same as it is shipped: sparse, 4-bit weights; its claim)"""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -46,7 +46,8 @@ def shipped(spec: str, classes: int) -> tuple[nn.Module, nn.Module, dict]:
     network = copy.deepcopy(model)
     grids.quantize_weights(model, grids.bit_table("4", model), "channel")
     grids.shorten_scales(model)
-    activations = grids.calibrate(model, cifar100.made_up(20, 0).images, 8, "mse")
+    widths = grids.activation_table(activation_bits, model)
+    activations = grids.calibrate(model, cifar100.made_up(20, 0).images, widths, "mse")
     quantize_activations(model, activations)
     network, tensors = grids.shipped(model, network)
     grids.round_shifts(network, tensors, activations)

@@ -284,12 +284,12 @@ def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch)
 def test_formats_that_8_bit_kernels_do_not_have(shipped):
     model, claim = shipped
     narrow = copy.deepcopy(claim)
-    narrow["activations"][5]["bits"] = 4
-    with pytest.raises(BadInput, match="has 4 bits: QuantizeLinear clips to 8"):
+    narrow["activations"][5]["bits"] = 9
+    with pytest.raises(BadInput, match="has 9 bits: QuantizeLinear clips to 8"):
         Codes(model, narrow)
     coarse = copy.deepcopy(claim)
     coarse["activations"][0]["step"] = 1 / 32
-    with pytest.raises(BadInput, match="the image has the step"):
+    with pytest.raises(BadInput, match="the image has 8 bits and the step"):
         Codes(model, coarse)
     tiny = copy.deepcopy(model)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, calibrate
 from compressed.networks import load_checkpoint
 from test_quantize import ladder, options, short_and_whole
-from training import fine_tune
+from training import fine_tune, learned_steps
 
 TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
 
@@ -111,7 +111,7 @@ def test_trained_steps_are_those_that_the_forward_pass_used(sparse_checkpoint, s
     x = cifar100.normalise(images)
     with torch.no_grad():
         first = model(x)
-        fine_tune.learn_steps(model, scheme)
+        learned_steps.learn_steps(model, scheme)
         # a float32 logarithm moves a step by some 2^-24, and with it a value that lies on a half
         assert (model(x) - first).abs().max() < 0.2 * first.std()
         for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def test_trained_steps_are_those_that_the_forward_pass_used(sparse_checkpoint, s
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
         moved = model(x)
         assert (moved - first).abs().max() > first.std()
-        fine_tune.fix_steps(model, scheme)
+        learned_steps.fix_steps(model, scheme)
         assert torch.allclose(model(x), moved, rtol=1e-4, atol=1e-4)
     assert not any("log_step" in name for name in model.state_dict())
 
@@ -128,11 +128,11 @@ def test_the_gradient_of_a_step_by_hand():
     """Rounding errors inside the range, the clipped code outside (Esser et al. 2020, equation 3)."""
     x = torch.tensor([0.3, 0.9, -9.0, 9.0, 0.26], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
-    y = fine_tune.Rounded.apply(x, step, -2, 1)
+    y = learned_steps.Rounded.apply(x, step, -2, 1)
     assert y.tolist() == [0.5, 0.5, -1.0, 0.5, 0.5]
     y.backward(torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0]))
     assert x.grad.tolist() == [1, 0, 0, 0, 10000]
     assert step.grad.item() == pytest.approx((1 - 0.6) + 10 + 100 * -2 + 1000 + 10000 * (1 - 0.52))
     channels = torch.tensor([[0.5], [2.0]], requires_grad=True)
-    fine_tune.Rounded.apply(torch.tensor([[0.3, 0.4], [1.5, 2.0]]), channels, -8, 7).sum().backward()
+    learned_steps.Rounded.apply(torch.tensor([[0.3, 0.4], [1.5, 2.0]]), channels, -8, 7).sum().backward()
     assert channels.grad.flatten().tolist() == pytest.approx([0.4 + 0.2, 0.25 + 0.0])

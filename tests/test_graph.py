@@ -15,7 +15,6 @@ from compressed import exact_network as exact
 from compressed.errors import BadInput
 from compressed.graph import Branch, Point, prepare, read
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
-from small import with_hardswish
 from tools import export_onnx, integer
 from tools import pack as packed
 from training import main as training
@@ -72,19 +71,18 @@ def test_a_network_keeps_its_graph_until_it_is_changed():
     assert len(read(model).points[7].branches) < len(found.points[7].branches)
 
 
-def test_pairs_of_batchnorm_and_activation_in_any_network():
+def test_modules_whose_output_one_module_reads():
     model = MobileNetV2(width=0.25)
-    pairs = graph.activated_norms(model)
-    assert len(pairs) == 36 and pairs["layers.0.bn1"] == ("layers.0.relu1", "relu") and "layers.0.bn3" not in pairs
-    assert graph.activated_norms(with_hardswish(model))["bn1"] == ("relu1", "hardswish")
+    readers = graph.sole_readers(model)
+    assert readers["bn1"] == "relu1" and readers["layers.0.bn1"] == "layers.0.relu1" and "layers.0.bn3" not in readers
+    assert readers["layers.0.relu1"] == "layers.0.conv2" and "layers.1.out" not in readers
 
     class Shared(Odd):
         def forward(self, x):
             y = self.bn1(self.conv1(x))
             return self.between(y) + y
 
-    assert not graph.activated_norms(Shared(nn.ReLU()))  # the sum reads the BatchNorm, too
-    assert not graph.activated_norms(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6())))
+    assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))  # the sum reads the BatchNorm, too
 
 
 class Odd(nn.Module):

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import cifar100, grids
+from compressed import cifar100, counting, grids, mnet
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
+from compressed.evaluation import logits
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
-from compressed.graph import read, weight_layers
-from compressed.grids import SCHEMES, bit_table, calibrate, free_step
+from compressed.graph import prepare, read, weight_layers
+from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from small import layer_neighbours
+from test_any_network import FILE, shipped
+from tools.integer import IntegerNetwork
 
 
 def random(*shape, seed=0):
@@ -139,6 +142,44 @@ def test_bit_tables_of_another_network(tmp_path):
         bit_table(str(path), model)
 
 
+def test_bits_of_activations(tmp_path):
+    model = prepare(SmallMobileNetV2())
+    points = read(model).activation_points
+    assert set(activation_table("6", model).values()) == {6} and list(activation_table("6", model)) == list(
+        points)
+    path = tmp_path / "t.toml"
+    path.write_text('default = 7\n[bits]\nimage = 8\nsum = 6\nfunction = 5\nlinear = 3\n"layers.3.out" = 4\n')
+    with pytest.raises(BadInput, match="the network has no activation point 'linear'"):
+        activation_table(str(path), model)
+    path.write_text(path.read_text().replace("linear", "mean"))
+    found = activation_table(str(path), model)
+    assert (found["image"], found["features"], found["layers.3.out"], found["layers.1.out"]) == (8, 3, 4, 6)
+    assert (found["points.relu1"], found["points.bn1"], found["layers.2.out"]) == (5, 7, 7)
+    assert set(found.values()) == {3, 4, 5, 6, 7, 8}
+    with pytest.raises(BadInput, match="9 bits for image: expected 2 to 8"):
+        activation_table("9", model)
+
+
+def test_activations_of_different_widths_are_the_same_in_all_executions(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from tools import export_onnx
+    table, images = tmp_path / "t.toml", cifar100.made_up(16, 3).images
+    table.write_text("default = 6\n[bits]\nimage = 8\nsum = 5\nfunction = 7\nmean = 4\n")
+    _, network, claim = shipped(f"{FILE}:Excited", 10, str(table))
+    assert {entry["bits"] for entry in claim["activations"]} == {4, 5, 6, 7, 8}
+    wanted = logits(exact_module.exact_network(network, claim["activations"]), images)
+    integer = IntegerNetwork.from_checkpoint(network, claim)
+    assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)
+    engine = export_onnx.session(export_onnx.Codes(network, claim).finished({}).SerializeToString(), threads=1)
+    assert torch.equal(torch.from_numpy(engine.run(None, {"image": images.numpy()})[0]), wanted)
+    mnet.pack(network, claim, tmp_path / "packed.mnet")
+    assert mnet.unpack(tmp_path / "packed.mnet", f"{FILE}:Excited")[1]["activations"] == claim["activations"]
+    wide = [entry | {"bits": 8} for entry in claim["activations"]]
+    narrow, wide = (counting.summary(network, mnet.stated_formats(network, claim | {"activations": entries}))
+                    for entries in (claim["activations"], wide))
+    assert all(narrow["operations"][rule]["bits"] < wide["operations"][rule]["bits"] for rule in narrow["operations"])
+
+
 @pytest.mark.parametrize("scales, factor", [
     ([], 1), ([0, 0], 1), ([1, -2], 1), ([2**-14, 60000], 1), ([2**-15, 1], 2), ([-1.9 * 2**-15, 1], 2),
     ([0, 1.5e-8, 1e-3], 2**12), ([1e-9, 1e-3], 2**16), ([2**-20, 2.0**14.5], 1), ([2**-20, 2**13], 2),
@@ -174,7 +215,7 @@ def test_small_scales_lose_nothing_in_a_shipped_network(fake):
     ("[bits]\nconv1 = 6.0", "6.0 bits"), 
     ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
-    ("[bits", "not a TOML file"), ("[bits]\nconv1 = 6\nconv1 = 7", "not a TOML file"),
+    ("[bits", "not readable as TOML"), ("[bits]\nconv1 = 6\nconv1 = 7", "not readable as TOML"),
 ])
 def test_bit_tables_that_are_wrong(tmp_path, content, message):
     path = tmp_path / "t.toml"

@@ -18,12 +18,14 @@ import quantize
 from compressed import cifar100, claims
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
+from compressed.evaluation import logits
 from compressed.files import load_json, save_record, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, bit_table
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 from small import layer_neighbours
+from tools.integer import IntegerNetwork
 
 
 def ladder(scheme):
@@ -119,6 +121,30 @@ def test_other_options(sparse_checkpoint, tmp_path):
     assert {entry["bits"] for entry in claim["tensors"]} == {5, 16}
     assert {entry["bits"] for entry in claim["activations"]} == {6}
     assert all(entry["step"] == 2.0 ** round(math.log2(entry["step"])) for entry in claim["activations"])
+
+
+def test_narrow_scales_and_shifts(sparse_checkpoint, runs, tmp_path):
+    out, images = tmp_path / "out.pt", cifar100.made_up(4, 5).images
+    argv = options(sparse_checkpoint, out, "channel", "--scale-bits", "8", "--shift-bits", "10")
+    assert quantize.main(argv) == 0
+    claim, wide = load_json(out.with_suffix(".json")), load_json(runs["channel"][0].with_suffix(".json"))
+    model, correct = load_checkpoint(out), [each["accuracy"]["correct"] for each in (claim, wide)]
+    tensors = {entry["name"]: entry for entry in claim["tensors"]}
+    for name, (norm, _) in layer_neighbours(model).items():
+        for kind, bits in (("weight", 8), ("bias", 10)):
+            entry, values = tensors[f"{norm}.{kind}"], model.get_submodule(norm).get_parameter(kind).detach().double()
+            found = values / entry["step"]
+            assert entry["bits"] == bits and torch.equal(found, found.round()) and found.abs().max() < 2 ** (bits - 1)
+        # nothing but channels without weights has lost its scale
+        used = model.get_submodule(name).weight.flatten(1).any(1)
+        assert torch.equal(model.get_submodule(norm).weight != 0, used)
+    stored, operations = ([each["counts"][key] for each in (claim, wide)] for key in ("storage", "operations"))
+    assert stored[0]["batchnorm"] * 32 == stored[1]["batchnorm"] * 18
+    assert operations[0]["fixed"]["bits"] < operations[1]["fixed"]["bits"]
+    assert correct[0] >= correct[1] - 10 and correct[0] > 10
+    integer = IntegerNetwork.from_checkpoint(model, claim)
+    found = (integer(images).double() * 2.0**integer.logit_exponent).float()
+    assert torch.equal(found, logits(exact_module.exact_network(model, claim["activations"]), images))
 
 
 def test_a_disk_that_is_full_after_the_weights_is_noticed(sparse_checkpoint, runs, tmp_path, monkeypatch, capsys):

@@ -1,74 +1,108 @@
 """Train faster on a CPU with functions compiled from kernels.c: BatchNorm with activation, and depthwise convolution.
 
 PyTorch's BatchNorm with a ReLU takes 13 passes over memory where 8 are enough, and such passes are a third of a
-bfloat16 step. oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution, least of all with a
-stride (benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step. Without a C
+bfloat16 step. In fine-tuning, the same 8 include the rounding of activations to trained steps. oneDNN has no fast
+bfloat16 kernel for the gradients of a depthwise convolution, least of all with a stride
+(benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step. Without a C
 compiler, PyTorch's own functions are used.
 """
 import contextlib
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from compressed import kernels
 from compressed.errors import BadInput
-from compressed.graph import activated_norms
+from compressed.formats import code_range
+from compressed.graph import sole_readers
+from training.learned_steps import LearnedConv2d, LearnedQuantizer
 
-ACTIVATIONS = "none", "relu", "hardswish"  # in the order of kernels.c
+# classes of the modules behind a BatchNorm that are computed with it: the functions of kernels.c, in its order
+FUNCTIONS = (), (nn.ReLU,), (nn.Hardswish,), (LearnedQuantizer,), (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)
 MOST_CHANNELS = 4096  # of a BatchNorm, whose sums are kept on the stack
 LEAST_CHANNELS = 16  # of a depthwise convolution, which computes so many channels at a time
 LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which is kept on the stack for some channels
 
 
-# ---- BatchNorm with the activation behind it -----------------------------------------------------
+# ---- BatchNorm with what follows it --------------------------------------------------------------
 
 class Normalise(torch.autograd.Function):
-    """Normalise a batch and apply the activation.
+    """Normalise a batch and apply the function behind it.
 
-    (x, weight, bias, origin, eps, index in ACTIVATIONS) -> (y, mean, biased variance). origin: values near the means,
-    such as the running means; sums are taken relative to them to lose no digits.
+    (x, weight, bias, step, step2, mean, var, options) -> (y, mean, biased variance). The steps are tensors, or None
+    where the function rounds less. mean, var: the statistics of the result where they are frozen; else the sums are
+    taken relative to this mean, to lose no digits. options: eps, index in FUNCTIONS, the grids' smallest and largest
+    codes, whether the statistics are frozen.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, origin, eps, activation):
+    def forward(ctx, x, weight, bias, step, step2, mean, var, options):
+        eps, function, ranges, frozen = options
         x = x.contiguous(memory_format=torch.channels_last)
-        y, (mean, var, a, b) = torch.empty_like(x), (torch.empty_like(weight) for _ in range(4))
-        kernels.call("batchnorm", x, x.numel() // x.shape[1], x.shape[1], weight, bias, origin, eps, activation,
-                     y, mean, var, a, b)
-        ctx.save_for_backward(x, mean, var, a, b)
-        ctx.options = eps, activation
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        y, own = torch.empty_like(x), (mean.clone(), var.clone(), *(torch.empty_like(weight) for _ in range(2)))
+        grids = torch.tensor([[1.0 if s is None else float(s), *codes] for s, codes in zip((step, step2), ranges)])
+        kernels.call("batchnorm", x, x.numel() // x.shape[1], x.shape[1], weight, bias, mean, eps, function, grids,
+                     frozen, y, *own)
+        ctx.save_for_backward(x, grids, *own)
+        ctx.options = options
+        ctx.mark_non_differentiable(*own[:2])
+        return y, *own[:2]
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, *constants = ctx.saved_tensors
+        (x, grids, *constants), (eps, function, _, frozen) = ctx.saved_tensors, ctx.options
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        dx, dweight, dbias = torch.empty_like(x), *(torch.empty_like(constants[0]) for _ in range(2))
-        kernels.call("batchnorm_gradients", x, x.numel() // x.shape[1], x.shape[1], *constants, *ctx.options, dy, dx,
-                     dweight, dbias)
-        return dx, dweight, dbias, None, None, None
+        dx, dsteps, *others = torch.empty_like(x), torch.empty(2), *(torch.empty_like(constants[0]) for _ in range(2))
+        kernels.call("batchnorm_gradients", x, x.numel() // x.shape[1], x.shape[1], *constants, eps, function, grids,
+                     frozen, dy, dx, *others, dsteps)
+        steps = (step if wanted else None for step, wanted in zip(dsteps, ctx.needs_input_grad[3:5]))
+        return dx, *others, *steps, None, None, None
+
+
+def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, behind) -> tuple:
+    """Return Normalise's result; behind: the modules behind the BatchNorm, with the classes that they had."""
+    function = FUNCTIONS.index(tuple(own for _, own in behind))
+    rounding = [module for module, own in behind if own is LearnedQuantizer]
+    steps = [module.rounded_step() for module in rounding] + [None, None]
+    ranges = [code_range(module.bits, module.signed) for module in rounding] + [(0, 0), (0, 0)]
+    return Normalise.apply(x, weight, bias, *steps[:2], mean, var, (eps, function, ranges[:2], frozen))
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Compute BatchNorm2d and the following `activation`, one of ACTIVATIONS, on a CPU."""
-    activation = "none"
+    """Compute BatchNorm2d and the modules behind it, one of FUNCTIONS, on a CPU.
+
+    behind: [(module, the class that it had)]; a list, so that they are not registered twice.
+    """
+    behind = ()
 
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-        if not self.training or self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
+        if self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
             y = super().forward(x)
-            return y if self.activation == "none" else getattr(F, self.activation)(y, inplace=True)
-        y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps,
-                                       ACTIVATIONS.index(self.activation))
+            for module, own in self.behind:
+                y = own.forward(module, y)
+            return y
+        y, mean, var = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
+                                 not self.training, self.behind)
         rows = x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * (rows / max(1, rows - 1)), momentum)
+        if self.training:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * (rows / max(1, rows - 1)), momentum)
         return y
+
+
+class Rounding(LearnedQuantizer):
+    """Round the values of a map to a trained step, on a CPU: what follows a BatchNorm that changes nothing."""
+
+    def forward(self, x):
+        if x.dim() != 4 or x.shape[1] > MOST_CHANNELS or kernels.library(x.dtype) is None:
+            return super().forward(x)
+        ones, zeros = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+        return normalise(x, ones, zeros, zeros, ones, 0.0, True, [(self, LearnedQuantizer)])[0]
 
 
 # ---- Depthwise convolution -----------------------------------------------------------------------
@@ -112,40 +146,64 @@ class Depthwise(nn.Conv2d):
                 and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1) and conv.dilation == (1, 1)
                 and conv.padding_mode == "zeros" and conv.bias is None and conv.weight.dtype == torch.float32)
 
-    def forward(self, x):
+    def _conv_forward(self, x, weight, bias):
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         if self.fits(self) and max(x.shape[2:]) <= LARGEST_MAP and kernels.library(dtype):
-            return Convolve.apply(x.to(dtype), self.weight, self.stride[0])
+            return Convolve.apply(x.to(dtype), weight, self.stride[0])
         if not autocast or max(self.stride) == 1:
-            return super().forward(x)
+            return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).to(dtype)
+            return super()._conv_forward(x.float(), weight, bias).to(dtype)
 
 
 # ---- Their use -----------------------------------------------------------------------------------
+
+def can_round(module: nn.Module) -> bool:
+    """Return True for a LearnedQuantizer that kernels.c can compute: one without an upper clip of its own."""
+    return type(module) is LearnedQuantizer and module.most == math.inf
+
+
+def followers(model: nn.Module, norm: str, readers: dict[str, str]) -> list[nn.Module]:
+    """Return the modules behind a BatchNorm that are computed with it: the longest chain that is one of FUNCTIONS.
+
+    readers: see graph.sole_readers.
+    """
+    found, chain = [], []
+    while (norm := readers.get(norm)) is not None and len(chain) < len(FUNCTIONS[-1]):
+        chain.append(model.get_submodule(norm))
+        if isinstance(chain[-1], LearnedQuantizer) and not can_round(chain[-1]):
+            break
+        if tuple(map(type, chain)) in FUNCTIONS:
+            found = list(chain)
+    return found
+
 
 @contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
     """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
 
-    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm. The latter includes the following
-    ReLU or hard swish if, by the network's graph, nothing else reads the value between them. Weights and state-dict
-    keys stay the same, and results differ by rounding only.
+    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm. The latter includes the activation
+    behind it and the rounding to trained steps if, by the network's graph, nothing else reads the values between them;
+    other roundings become Rounding. Weights and state-dict keys stay the same, and results differ by rounding only.
     """
-    changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
-    norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(BadInput):  # if the graph cannot be read, the activations stay separate
-        for norm, (activation, kind) in activated_norms(model).items():
-            norms[model.get_submodule(norm)] = kind
-            changed.append((model.get_submodule(activation), nn.Identity))
-    changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
-                for norm, activation in norms.items()]
-    before = [(module, type(module)) for module, _ in changed]
-    for module, other in changed:
+    changed = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
+               if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
+    changed |= {module: Rounding for module in model.modules() if can_round(module)}
+    norms, readers = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}, {}
+    with contextlib.suppress(BadInput):  # if the graph cannot be read, every module stays separate
+        readers = sole_readers(model)
+    for name, module in norms.items():
+        module.behind = [(each, type(each)) for each in followers(model, name, readers)]
+        changed[module] = BatchNorm
+        changed |= {each: nn.Identity for each, _ in module.behind}
+    before = [(module, type(module)) for module in changed]
+    for module, other in changed.items():
         module.__class__ = other
     try:
         yield
     finally:
         for module, own in before:
             module.__class__ = own
+        for module in norms.values():
+            del module.behind

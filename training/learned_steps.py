@@ -1,0 +1,134 @@
+"""Layers whose quantization steps are trained.
+
+Steps are trained by the gradient of Esser et al., "Learned Step Size Quantization" (ICLR 2020), as powers of two of a
+trained exponent (Jain et al., "Trained Quantization Thresholds", 2019). Every step is rounded in the forward pass to
+what the stored format allows, from the first training step on: exponents of activations and of the linear layer to
+whole numbers, steps of channels to where their product with the BatchNorm's scale has few significant bits. So the
+steps that were trained are the steps that are stored.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressed import grids
+from compressed.exact_network import Quantizer, folded
+from compressed.formats import code_range
+from compressed.graph import read, weight_layers
+
+
+class Rounded(torch.autograd.Function):
+    """(x, step, low, high) -> x on its grid. step broadcasts against x.
+
+    The gradient of x passes where x lies within half a step of the range; that of the step is the rounding error of the
+    values inside the range, and the clipped code of those outside, in units of the step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, step, low, high):
+        scaled = x / step
+        code = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(scaled, code, step)
+        ctx.range = low - 0.5, high + 0.5
+        return code * step
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scaled, code, step = ctx.saved_tensors
+        inside = (scaled >= ctx.range[0]) & (scaled <= ctx.range[1])
+        of_step = None
+        if ctx.needs_input_grad[1]:
+            of_step = (gradient * (code - scaled * inside)).sum_to_size(step.shape)
+        return gradient * inside, of_step, None, None
+
+
+def straight_through(value: Tensor, latent: Tensor) -> Tensor:
+    """Return `value` with the gradient of `latent`, which it is a rounding of."""
+    return latent + (value - latent).detach()
+
+
+class LearnedQuantizer(Quantizer):
+    """An activation's Quantizer whose step is a trained power of two."""
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__(quantizer.bits, quantizer.signed, quantizer.step, quantizer.most)
+        self.log_step = nn.Parameter(torch.tensor(math.log2(quantizer.step)))
+
+    def rounded_step(self) -> Tensor:
+        return straight_through(self.log_step.round(), self.log_step).exp2()
+
+    def forward(self, x):
+        # the upper clip in units of the values: its code depends on the step
+        x = x.float() if self.most == math.inf else x.float().clamp(max=self.most)
+        return Rounded.apply(x, self.rounded_step(), *code_range(self.bits, self.signed))
+
+    def plain(self) -> Quantizer:
+        return Quantizer(self.bits, self.signed, 2.0 ** round(float(self.log_step)), self.most)
+
+
+class LearnedConv2d(grids.QuantizedConv2d):
+    """A convolution that rounds its weights to trained steps.
+
+    norm: a list of the BatchNorm behind it, where the product of its scale with the step has to be short; else empty.
+    scale_bits: width of that product (see grids.short_step).
+    whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
+    """
+    whole = False
+
+    def forward(self, x):
+        step = self.log_step
+        step = (straight_through(step.round(), step) if self.whole else step).exp2()
+        if self.norm:
+            scale = folded(self.norm[0])[0].view_as(step)
+            short = grids.short_step(step, scale, self.scale_bits).to(step)
+            step = straight_through(short, step)
+        return self._conv_forward(x, Rounded.apply(self.weight, step, *code_range(self.bits)), self.bias)
+
+
+class LearnedLinear(grids.QuantizedLinear):
+    """A linear layer that rounds its weights to a trained power of two."""
+
+    def forward(self, x):
+        step = straight_through(self.log_step.round(), self.log_step).exp2()
+        return F.linear(x, Rounded.apply(self.weight, step, *code_range(self.bits)), self.bias)
+
+
+def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
+    """Make the steps of a network on its grids trained parameters, in place: "NAME.log_step" in its state dict.
+
+    The image's step stays: its pixels stand on their grid exactly.
+    """
+    graph = read(model)
+    norms = {branch.name: branch.norm for branch in graph.layers}
+    for name, layer in weight_layers(model):
+        layer.log_step = nn.Parameter(layer.step.detach().log2())
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = LearnedLinear
+        else:
+            # in a list, which hides the module from named_modules: it is registered where it belongs
+            norm = norms[name]
+            layer.norm = [model.get_submodule(norm)] if norm and scheme == "channel" else []
+            layer.scale_bits = scale_bits
+            layer.whole = norm is None or scheme == "power-of-two"
+            layer.__class__ = LearnedConv2d
+    for name in graph.activation_points:
+        if name not in graph.images:
+            model.set_submodule(name, LearnedQuantizer(model.get_submodule(name)))
+
+
+@torch.no_grad()
+def fix_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
+    """Make trained steps plain values again, in place, each where the forward pass had rounded it to."""
+    graph = read(model)
+    for _, layer in weight_layers(model):
+        exact = scheme == "power-of-two" or getattr(layer, "whole", True)
+        layer.step = (layer.log_step.round() if exact else layer.log_step).detach().exp2()
+        layer.__class__ = grids.QuantizedLinear if isinstance(layer, nn.Linear) else grids.QuantizedConv2d
+        del layer.log_step
+        layer.norm = []
+    for name in graph.activation_points:
+        if isinstance(quantizer := model.get_submodule(name), LearnedQuantizer):
+            model.set_submodule(name, quantizer.plain())
+    if scheme == "channel":
+        grids.shorten_scales(model, scale_bits)
