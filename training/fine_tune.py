@@ -6,8 +6,8 @@ what the stored format allows, from the first training step on: exponents of act
 whole numbers, steps of channels to where their product with the BatchNorm's scale has few significant bits. So the
 steps that were trained are the steps that are stored.
 
-A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its folder; the same command takes them up, on
-another machine too.
+A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
+takes them up, on another machine too.
 """
 import dataclasses
 import json
@@ -148,17 +148,18 @@ class Tuning:
     """How a network is fine-tuned.
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
-    as of training/main.py. source: the checkpoint behind the grids; its folder is where the files are left.
+    as of training/main.py. source: the checkpoint behind the grids. folder: where state, log and result are written.
     """
     settings: loop.Settings
     frozen: float
     teachers: tuple[str, ...]
     source: Path
+    folder: Path
     resume: bool = True
 
     @property
     def file(self) -> Path:
-        return self.source.parent / "quantized.pt"
+        return self.folder / "quantized.pt"
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
