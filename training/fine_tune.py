@@ -1,7 +1,7 @@
 """Fine-tuning on the grids: train the weights behind them, and their steps.
 
-A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its folder; the same command takes them up, on
-another machine too.
+A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
+takes them up, on another machine too.
 """
 import dataclasses
 import json
@@ -28,17 +28,18 @@ class Tuning:
     """How a network is fine-tuned.
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
-    as of training/main.py. source: the checkpoint behind the grids; its folder is where the files are left.
+    as of training/main.py. source: the checkpoint behind the grids. folder: where state, log and result are written.
     """
     settings: loop.Settings
     frozen: float
     teachers: tuple[str, ...]
     source: Path
+    folder: Path
     resume: bool = True
 
     @property
     def file(self) -> Path:
-        return self.source.parent / "quantized.pt"
+        return self.folder / "quantized.pt"
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
