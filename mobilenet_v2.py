@@ -39,6 +39,10 @@ SUBMISSION = Table(stages=((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 
 SMALL = Table(stages=((3, 20, 2, 1), (3, 40, 4, 2), (3, 80, 6, 2), (3, 120, 4, 2)), stem=24, head=None,
               activation=nn.Hardswish, multiple=4)
 
+# KAIST AI's entry ver2 to the challenge, without its squeeze and excitation (tools/without_gates.py).
+KAIST = Table(stages=((2.5, 20, 2, 1), (2.5, 36, 2, 2), (2.5, 56, 3, 1), (2.5, 80, 5, 2), (2.5, 88, 1, 2),
+                      (2.5, 96, 2, 1), (2.5, 114, 1, 1)), stem=32, head=None, activation=nn.Hardswish, multiple=2)
+
 
 class Block(nn.Module):
     """Inverted residual: 1x1 expansion, 3x3 depthwise, 1x1 linear projection; [N, in, H, W] -> [N, out, H/s, W/s].
@@ -118,3 +122,10 @@ class SmallMobileNetV2(MobileNetV2):
 
     def __init__(self, num_classes: int = 100, width: float = 1.0):
         super().__init__(num_classes, width, SMALL)
+
+
+class KaistMobileNetV2(MobileNetV2):
+    """KAIST AI's table without squeeze and excitation: 429k weights, 39M multiply-accumulates an image."""
+
+    def __init__(self, num_classes: int = 100, width: float = 1.0):
+        super().__init__(num_classes, width, KAIST)

@@ -125,6 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR",
                       help="where fine-tuning writes (default: --out with the suffix .run, such as "
                       + str(Path(CHECKPOINT).with_suffix(".run")) + ")")
+    plan.add_precision(tune)
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
@@ -250,11 +251,11 @@ def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.O
                            args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
     if not args.epochs:
         return chosen, None
-    cpu = args.no_cuda or not torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not args.no_cuda
     settings = loop.Settings(**plan.given(args) | {
         "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
-        "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0, "precision": "float32" if cpu else "bfloat16",
-        "workers": threads.cores() if cpu else 1})
+        "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
+        "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
     return chosen, fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint,
                                     args.tuning_folder, args.resume)
 

@@ -425,7 +425,8 @@ def short_step(step: Tensor, scale: Tensor, bits: int = FLOAT_BITS) -> Tensor:
     """Return steps, moved such that their products with the scales are short; float64. Where a scale is 0 they stay.
 
     A product has SIGNIFICANT_BITS bits, and its step is moved by 3% at most: codes times such scales need few bits, so
-    that float32 holds them exactly. At fewer than 16 bits it is also a multiple of the unit of all, and not 0.
+    that float32 holds them exactly. At fewer than 16 bits it is also a multiple of the unit of all, and not 0; there a
+    step may become much longer, but no more than 3% shorter, which would clip weights.
     """
     step, scale = step.double(), scale.double()
     significand, exponent = torch.frexp(scale * step)
@@ -433,7 +434,8 @@ def short_step(step: Tensor, scale: Tensor, bits: int = FLOAT_BITS) -> Tensor:
     if bits < FLOAT_BITS:
         unit = scale_unit((scale * step).flatten(), bits)
         most = 2 ** (bits - 1) - 2 ** max(0, bits - 1 - SIGNIFICANT_BITS)
-        short = (short.abs() / unit).round().clamp(1, most) * unit * scale.sign()
+        short = (0.97 * short.abs() / unit).ceil().maximum((short.abs() / unit).round()).clamp(1, most)
+        short = short * unit * scale.sign()
     return torch.where(scale == 0, step, short / scale)
 
 

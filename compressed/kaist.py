@@ -2,6 +2,8 @@
 
 Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
 """
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,6 +93,35 @@ def load_micronet(path) -> Micronet:
             raise BadInput(f"{path}: {key} belongs to no weight of its shape")
         state[weight] = state[weight] * mask
     return fill(Micronet(), state, f"{path} is none of KAIST's networks")
+
+
+def without_gates(model: Micronet, images: Tensor) -> dict[str, Tensor]:
+    """Return the state dict of mobilenet_v2.KaistMobileNetV2 that approximates a network of KAIST's.
+
+    Every squeeze-and-excitation gate is replaced by its mean over the images (uint8 [N, 3, 32, 32], of the train set),
+    which goes into the BatchNorm before it; masks stay as they are. The input normalisation goes into the first
+    convolution and its BatchNorm, so that the zeros of its border are grey pixels: exact but for the map's outermost
+    positions.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def see(name):
+        return lambda module, _, out: sums.update({name: sums.get(name, 0) + out.sigmoid().sum((0, 2, 3))})
+
+    hooks = [block.fc2.register_forward_hook(see(name)) for name, block in model.named_modules()
+             if isinstance(block, Block)]
+    with torch.no_grad():
+        for batch in images.split(100):
+            model(cifar100.normalise(batch))
+    for hook in hooks:
+        hook.remove()
+    state = {key: value.clone() for key, value in model.state_dict().items() if not re.search(r"\.fc[12]\.", key)}
+    for name, gates in sums.items():
+        for kind in ("weight", "bias"):
+            state[f"{name}.bn3.{kind}"] *= gates / len(images)
+    state["bn1.running_mean"] -= (state["conv1.weight"] * model.shift).sum((1, 2, 3))
+    state["conv1.weight"] *= model.scale
+    return state
 
 
 def authors_count(model: Micronet) -> dict[str, float]:

@@ -42,7 +42,7 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
     assert changed > 1000 and not torch.equal(before.linear.bias, after.linear.bias)
     made = tmp_path / "tuned.run"
     log = [json.loads(line) for line in (made / "quantized.jsonl").read_text().splitlines()]
-    assert len(log) == 1 and log[0]["stage"] == "quantized"
+    assert len(log) == 1 and log[0]["stage"] == "quantized" and 0 <= log[0]["oscillating_depthwise"] <= 1
     assert not (made / "quantized.state").exists() and sha256(checkpoint) == claim["made_by"]["source_sha256"]
     assert list(folder.iterdir()) == [checkpoint]
 
@@ -153,3 +153,30 @@ def test_the_gradient_of_a_step_by_hand():
     channels = torch.tensor([[0.5], [2.0]], requires_grad=True)
     learned_steps.Rounded.apply(torch.tensor([[0.3, 0.4], [1.5, 2.0]]), channels, -8, 7).sum().backward()
     assert channels.grad.flatten().tolist() == pytest.approx([0.4 + 0.2, 0.25 + 0.0])
+
+
+def test_oscillating_weights_are_counted():
+    """One weight of eight goes up and down, one goes up and stays, and one moves below the grid's resolution."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1, bias=False), torch.nn.Conv2d(2, 2, 1, groups=2, bias=False),
+                                torch.nn.Linear(2, 1, bias=False))
+    for layer, kind in zip(model, (learned_steps.LearnedConv2d, learned_steps.LearnedConv2d,
+                                   learned_steps.LearnedLinear)):
+        torch.nn.init.ones_(layer.weight)
+        layer.__class__, layer.bits, layer.norm, layer.log_step = kind, 4, [], torch.nn.Parameter(torch.tensor(-1.0))
+    watch = learned_steps.Oscillation(model)
+    model[0].weight.data[0, 0] = 0  # it does not count, and leaves seven
+
+    def look(first: float, second: float, third: float) -> None:
+        for parameter, value in ((model[1].weight, first), (model[2].weight, second), (model[0].weight, third)):
+            parameter.data.view(-1)[-1] = value
+        for _ in range(watch.every):
+            watch.step()
+
+    look(1.0, 1.0, 1.0)
+    look(1.5, 1.5, 1.1)
+    assert watch.record() == {"oscillating": 0, "oscillating_depthwise": 0}
+    look(1.5, 1.5, 1.0)
+    look(1.0, 1.5, 1.1)  # back, although not at once
+    assert watch.record() == {"oscillating": round(1 / 7, 6), "oscillating_depthwise": 0.5}
+    look(1.0, 2.0, 1.0)
+    assert watch.record() == {"oscillating": 0, "oscillating_depthwise": 0}

@@ -18,7 +18,7 @@ from compressed.files import git_commit, load_record, save_record, save_tensors,
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, reweighted_l1, teachers
-from training.learned_steps import fix_steps, learn_steps
+from training.learned_steps import Oscillation, fix_steps, learn_steps
 
 
 # ---- The stage -----------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     taught_by = [moved(teachers.load(path), device) for path in tuning.teachers]
     finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=masks,
                           teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
-                          context=tuning.options(chosen))
+                          context=tuning.options(chosen), watch=Oscillation(model))
     if finished is None:
         raise BadInput("fine-tuning was stopped; the same command resumes it")
     fix_steps(finished, chosen.scheme, chosen.scale_bits)

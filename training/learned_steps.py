@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressed import grids
 from compressed.exact_network import Quantizer, folded
-from compressed.formats import code_range
+from compressed.formats import code_range, codes
 from compressed.graph import read, weight_layers
 
 
@@ -76,22 +76,28 @@ class LearnedConv2d(grids.QuantizedConv2d):
     """
     whole = False
 
-    def forward(self, x):
+    def rounded_step(self) -> Tensor:
         step = self.log_step
         step = (straight_through(step.round(), step) if self.whole else step).exp2()
         if self.norm:
             scale = folded(self.norm[0])[0].view_as(step)
             short = grids.short_step(step, scale, self.scale_bits).to(step)
             step = straight_through(short, step)
-        return self._conv_forward(x, Rounded.apply(self.weight, step, *code_range(self.bits)), self.bias)
+        return step
+
+    def forward(self, x):
+        weight = Rounded.apply(self.weight, self.rounded_step(), *code_range(self.bits))
+        return self._conv_forward(x, weight, self.bias)
 
 
 class LearnedLinear(grids.QuantizedLinear):
     """A linear layer that rounds its weights to a trained power of two."""
 
+    def rounded_step(self) -> Tensor:
+        return straight_through(self.log_step.round(), self.log_step).exp2()
+
     def forward(self, x):
-        step = straight_through(self.log_step.round(), self.log_step).exp2()
-        return F.linear(x, Rounded.apply(self.weight, step, *code_range(self.bits)), self.bias)
+        return F.linear(x, Rounded.apply(self.weight, self.rounded_step(), *code_range(self.bits)), self.bias)
 
 
 def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
@@ -132,3 +138,44 @@ def fix_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS)
             model.set_submodule(name, quantizer.plain())
     if scheme == "channel":
         grids.shorten_scales(model, scale_bits)
+
+
+# ---- Oscillation ---------------------------------------------------------------------------------
+
+class Oscillation:
+    """Watch how many weights oscillate between codes, as those of depthwise convolutions do at few bits.
+
+    Counted is a weight whose code went one way and later the other, looked at every 10th step since the last record.
+    Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (ICML 2022).
+    """
+    every = 10
+
+    def __init__(self, model: nn.Module):
+        self.layers = [layer for _, layer in weight_layers(model)]
+        self.steps, self.before = 0, None
+        self.ways = self.turned = [torch.zeros_like(layer.weight, dtype=torch.int8) for layer in self.layers]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Look at the codes, if it is time to. To be called after every training step."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        now = [codes(layer.weight, layer.rounded_step(), *code_range(layer.bits)).to(torch.int8)
+               for layer in self.layers]
+        if self.before is not None:
+            moved = [(new - old).sign() for new, old in zip(now, self.before)]
+            self.turned = [turned | (way * last < 0) for turned, way, last in zip(self.turned, moved, self.ways)]
+            self.ways = [torch.where(way != 0, way, last) for way, last in zip(moved, self.ways)]
+        self.before = now
+
+    def record(self) -> dict[str, float]:
+        """Return the shares of the non-zero weights that oscillated since the last record."""
+        shares = {}
+        for name, wanted in (("oscillating", lambda kind: True), ("oscillating_depthwise", "depthwise".__eq__)):
+            chosen = [(layer, turned) for layer, turned in zip(self.layers, self.turned)
+                      if wanted(grids.layer_kind(layer))]
+            weights = sum(int(layer.weight.count_nonzero()) for layer, _ in chosen)
+            shares[name] = round(sum(int(turned.sum()) for _, turned in chosen) / max(1, weights), 6)
+        self.turned = [torch.zeros_like(turned) for turned in self.turned]
+        return shares

@@ -51,7 +51,8 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
           settings: Settings, folder, *, penalty=None, penalty_updates: int = 5, masks=None, teachers=(),
           prepare=lambda model, epoch: None, context: dict | None = None, resume: bool = True, start_epoch: float = 0,
           eval_every: int = 1, save_seconds: float = 60.0, show_seconds: float = 60.0, max_seconds: float = math.inf,
-          later: float = 0, processes: Processes = Processes(), began=lambda: None) -> nn.Module | None:
+          later: float = 0, processes: Processes = Processes(), began=lambda: None,
+          watch=None) -> nn.Module | None:
     """Train `model` in place; return the result (the weight average if there is one), or None if it was stopped.
 
     name:     name of the stage. Its files: FOLDER/NAME.jsonl (one line per epoch), FOLDER/NAME.state/ (while it runs)
@@ -64,9 +65,10 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     start_epoch: epoch at which to begin if there is no saved state, with the given weights and zero momentum.
     later:    work (see Plan.work) of the stages that follow in this run; it is needed to show the time left.
     began:    function called when everything is checked, before the first step.
+    watch:    an object of which step() is called after every step, and record() gives more figures of an epoch's log.
     """
     stage = Stage(name, model, train_data, settings, Path(folder), penalty, penalty_updates, masks, teachers, context,
-                  processes)
+                  processes, watch)
     stage.resume(resume, start_epoch)
     began()
     plan, saved = stage.plan, time.monotonic()
@@ -103,10 +105,10 @@ class Stage:
     """Hold a running stage: the model, its optimizer, average, penalty, masks and teachers, and its progress."""
 
     def __init__(self, name, model, data, settings, folder, penalty, penalty_updates, masks, teachers, context,
-                 processes):
+                 processes, watch=None):
         self.name, self.model, self.data, self.settings, self.folder = name, model, data, settings, folder
         self.penalty, self.masks, self.teachers = penalty or NoPenalty(), masks, list(teachers)
-        self.processes = processes
+        self.processes, self.watch = processes, watch
         self.device = data.labels.device
         self.plan = Plan(settings, len(data), processes, penalty_updates)
         self.average = copy.deepcopy(model) if settings.average != 0 else None
@@ -233,6 +235,8 @@ class Stage:
             self.masks.apply()
         if self.average is not None:
             update_average(*self.averaged, average_decay(settings, step))
+        if self.watch is not None:
+            self.watch.step()
         self.progress["step"] = step + 1
 
     def rate(self, lr: float, factor: float):
@@ -309,7 +313,7 @@ class Stage:
                 except BadInput as error:  # the average's loss is not finite, though the epoch's was
                     raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
-        record |= self.penalty.record()
+        record |= self.penalty.record() | (self.watch.record() if self.watch else {})
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.before + self.seconds_here(), 1)}
         self.progress["log"].append(record)

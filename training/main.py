@@ -100,8 +100,7 @@ def sparsity_options(group) -> None:
 
 def machine_options(group) -> None:
     group.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="precision of the forward pass; auto: bfloat16 on CUDA and on CPUs that support it")
+    plan.add_precision(group)
     group.add_argument("--compile", action=FLAG, help="compile the network with torch.compile (default: on CUDA)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
                        help="threads of a process on a CPU, among which its batch is divided (default: one per core)")
@@ -202,9 +201,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     if (args.cooldown or 0) > epochs:
         raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {epochs} epochs")
     cuda = device.type == "cuda"
-    if args.precision == "auto":
-        fast = cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        chosen["precision"] = "bfloat16" if fast else "float32"
+    chosen["precision"] = plan.precision(args.precision, cuda)
     chosen["workers"] = 1 if cuda else args.workers or threads.cores()
     chosen["compile"] = cuda if args.compile is None else args.compile
     return loop.Settings(**chosen)

@@ -3,6 +3,8 @@ import dataclasses
 import itertools
 import math
 
+import torch
+
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import number
 from compressed.errors import BadInput
@@ -54,6 +56,18 @@ class Settings:
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
     workers: int = 1  # threads of a process; each computes a share of the process's batch
+
+
+def add_precision(parser) -> None:
+    """Add --precision to a parser."""
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="precision of the forward pass; auto: bfloat16 on CUDA and on CPUs that support it")
+
+
+def precision(option: str, cuda: bool) -> str:
+    """Return the precision that --precision names."""
+    fast = cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return option if option != "auto" else "bfloat16" if fast else "float32"
 
 
 def add_options(parser, names, **defaults) -> None:
