@@ -42,6 +42,7 @@ from compressed.files import (
 from compressed.formats import found_formats
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
+from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes
 from training.progress import duration
 
@@ -202,7 +203,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     quantize_activations(model, grids.calibrate(model, images, widths, start))
     accuracies.after(f"activations at {listed(chosen.activation_bits)} bits, {start}", model)
     if chosen.ranges == "logits":
-        grids.choose_steps(model, images, reference, shown("activation steps by the logits: point"))
+        choose_steps(model, images, reference, shown("activation steps by the logits: point"))
         accuracies.after("activation steps that the logits prefer", model)
     if chosen.renew:
         renew_means(model, train_data, chosen.renew, chosen.augment, generator())

@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100, threads
+from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.evaluation import divided
 from compressed.exact_network import folded
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
 from compressed.graph import read, weight_layers
-from compressed.operations import traced
 
 # the submission's QBNs, by their places among its 58 layers; every other layer has 8 bits
 SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
@@ -250,87 +248,6 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
             step = 1 / cifar100.STD
         result.append({"name": name, "bits": bits[name], "signed": signed, "step": step})
     return result
-
-
-class Paused:
-    """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
-
-    images: uint8 [N, 3, 32, 32]. What its modules hold may change, from the one it stands at onwards.
-    """
-
-    def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
-        self.graph = torch.fx.GraphModule(network, traced(network))
-        start, *self.nodes = self.graph.graph.nodes
-        self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
-                       for batch in images.split(size)]  # of each batch, by node: those that are still read
-        self.cpu = images.device.type == "cpu"
-
-    def _run(self, nodes) -> list[dict]:
-        def some(part):
-            interpreter, found = torch.fx.Interpreter(self.graph), []
-            for values in part:
-                interpreter.env = dict(values)
-                for node in nodes:
-                    with torch.inference_mode():
-                        interpreter.env[node] = interpreter.run_node(node)
-                    for last in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[last]
-                found.append(interpreter.env)
-            return found
-        return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
-
-    def reach(self, name: str) -> None:
-        """Go on to right before the module of this name, which lies ahead."""
-        at = next(i for i, node in enumerate(self.nodes) if node.target == name)
-        self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
-
-    def finish(self) -> Tensor:
-        """The logits [N, classes]; the network stays where it is."""
-        return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
-
-
-def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=lambda done, count: None) -> None:
-    """Pass once over the activation steps, but the image's: keep twice or half of each where the logits gain.
-
-    What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
-    these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
-    What does not gain on the first quarter of the images is not tried on the others. progress: called with the number
-    of points done, and of all.
-    """
-    graph, expected = read(model), reference.double().log_softmax(1)
-    parts = [len(images) // 4, len(images) - len(images) // 4] if len(images) >= 4 else [len(images)]
-    wanted = expected.split(parts)
-
-    def divergence(k: int) -> float:
-        found = networks[k].finish().double().log_softmax(1)
-        return float(F.kl_div(found, wanted[k], reduction="sum", log_target=True))
-
-    def gain(least: list[float]) -> list[float] | None:
-        """Return the divergences of the model as it is, if they are less than these; else None."""
-        found = []
-        for k in range(len(parts)):
-            found.append(divergence(k))
-            if sum(found) >= sum(least[:k + 1]):
-                return None
-        return found
-
-    with weights_rounded_once(model):
-        networks = [Paused(model, some) for some in images.split(parts)]
-        least = [divergence(k) for k in range(len(parts))]
-        points = [name for name in graph.activation_points if name not in graph.images]
-        for i, name in enumerate(points):
-            for network in networks:
-                network.reach(name)
-            quantizer = model.get_submodule(name)
-            before = quantizer.step
-            for step in (2 * before, before / 2):
-                quantizer.step = step
-                if (found := gain(least)) is not None:
-                    least = found
-                    break
-            else:
-                quantizer.step = before
-            progress(i + 1, len(points))
 
 
 # ---- What is stored -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from compressed.formats import code_range, codes, fake_quantize, power_of_two_st
 from compressed.graph import prepare, read, weight_layers
 from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
+from compressed.step_search import choose_steps
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from small import layer_neighbours
 from test_any_network import FILE, shipped
@@ -318,7 +319,7 @@ def test_steps_that_the_logits_prefer():
     """Beside a slow search of the same kind, on a network of which one step is far too coarse."""
     torch.manual_seed(0)
     model = MobileNetV2(7, 0.25).eval()
-    images = cifar100.made_up(20, 0).images
+    images, few = cifar100.made_up(20, 0).images, 5
 
     @torch.no_grad()
     def probabilities():
@@ -332,28 +333,44 @@ def test_steps_that_the_logits_prefer():
     before["relu1"] *= 8
     model.get_submodule("relu1").step = before["relu1"]
 
-    def divergence():
-        return float((target * (target / probabilities()).log()).sum(1).mean())
+    def divergences():
+        """Of the first images, and of all."""
+        found = (target * (target / probabilities()).log()).sum(1)
+        return float(found[:few].sum()), float(found.sum())
 
     def steps():
         return {name: model.get_submodule(name).step for name in before}
 
-    worst = divergence()
-    grids.choose_steps(model, images, reference)
-    chosen, least = steps(), divergence()
+    worst, done = divergences(), []
+    choose_steps(model, images, reference, lambda *progress: done.append(progress))
+    chosen, least = steps(), divergences()
+    assert done == [(i + 1, 54) for i in range(54)]
     for name, step in before.items():
         model.get_submodule(name).step = step
     for name in list(before)[1:]:
         module, step = model.get_submodule(name), before[name]
+        old = divergences()
         for module.step in (2 * step, step / 2):
-            tried = divergence()
-            module.step, trial = step, module.step
-            if tried < divergence():
-                module.step = trial
+            if all(new < known for new, known in zip(divergences(), old)):
                 break
+        else:
+            module.step = step
     assert chosen == steps() and chosen["image"] == before["image"] == 2**-6 * 4
     assert chosen["relu1"] == before["relu1"] / 2
-    assert least < worst and sum(chosen[name] != before[name] for name in before) > 2
+    assert least[1] < worst[1] and sum(chosen[name] != before[name] for name in before) > 2
+
+
+def test_weights_are_rounded_once_and_come_back(fake):
+    model, x = fake["channel"], cifar100.normalise(cifar100.made_up(2, 0).images)
+    weights, kinds = list(model.parameters()), [type(module) for module in model.modules()]
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(KeyError), grids.weights_rounded_once(model):
+            assert torch.equal(model(x), before) and type(model.conv1) is nn.Conv2d
+            assert not torch.equal(model.conv1.weight, weights[0])
+            raise KeyError
+    assert all(now is then for now, then in zip(model.parameters(), weights, strict=True))
+    assert kinds == [type(module) for module in model.modules()]
 
 
 def claimed_activations(**changes):
