@@ -1,7 +1,8 @@
-"""Grids: choose steps and widths for a network's weights and activations, and store every value on them.
+"""Choose widths and steps for a network's weights and activations, and store every value on its grid.
 
 `quantize_weights` and `quantize_activations` make a network that computes on its grids, `shipped` one whose stored
-values all stand on them. Source of the rounding: the submission's linear, symmetric quantizer (power_of_two_step).
+values all are codes times a step. Source of the rounding: the submission's linear, symmetric quantizer (see
+power_of_two_step).
 """
 import contextlib
 import dataclasses
@@ -35,7 +36,7 @@ SIGNIFICANT_BITS = 5  # of a short float16 scale, which could have 11
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the grids of a network: the options of quantize.py of the same names.
+    """Hold what decides the grids of a network: the options of quantize.py of the same names.
 
     table: the bits of each layer, see `bit_table`. activation_bits: of each activation point, in network order.
     calibration, renew: numbers of train images. scale_bits, shift_bits: of BatchNorms.
@@ -52,21 +53,7 @@ class Options:
     shift_bits: int = SHIFT_BITS
 
 
-# ---- Steps of weights ----------------------------------------------------------------------------
-
-def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
-    """The step, [1, 1, ...] or [out, 1, ...], with the least squared error among 40 clipping points of max|w|."""
-    dims = tuple(range(1, weight.dim())) if channel else tuple(range(weight.dim()))
-    low, high = code_range(bits)
-    largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
-    best, least = None, None
-    for share in torch.linspace(0.4, 1.0, 40).tolist():
-        step = largest * share / high
-        error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
-        best = step if best is None else torch.where(error < least, step, best)
-        least = error if least is None else torch.minimum(error, least)
-    return best
-
+# ---- Bit tables ----------------------------------------------------------------------------------
 
 def has_the_submissions_layers(names: list[str]) -> bool:
     """Return whether a network's layers stand where the submission's bit table looks for them."""
@@ -182,10 +169,28 @@ def weights_rounded_once(model: nn.Module):
             layer.weight, layer.__class__ = weight, kind
 
 
-def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
-    """Make every convolution and linear layer round its weights, with steps from the weights as they are now.
+def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
+    """Return the step with the least squared error among 40 clipping points of max|w|.
 
-    A free step is absorbed by the BatchNorm behind: a layer without one has a power of two, whatever the scheme.
+    channel: whether each output channel has its own: [out, 1, ...]; else [1, 1, ...].
+    """
+    dims = tuple(range(1, weight.dim())) if channel else tuple(range(weight.dim()))
+    low, high = code_range(bits)
+    largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
+    best, least = None, None
+    for share in torch.linspace(0.4, 1.0, 40).tolist():
+        step = largest * share / high
+        error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
+        best = step if best is None else torch.where(error < least, step, best)
+        least = error if least is None else torch.minimum(error, least)
+    return best
+
+
+def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
+    """Make every convolution and linear layer round its weights, with steps chosen for the weights as they are now.
+
+    A step that is no power of two is absorbed by the BatchNorm behind the layer; a layer without one has a power of two
+    in every scheme.
     """
     if scheme not in SCHEMES:
         raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
@@ -207,10 +212,10 @@ def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
 def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], ranges: str) -> list[dict]:
     """Return the format of every activation point, with a step found from the activations of `images`.
 
-    images: uint8 [N, 3, 32, 32], of the train set. bits: of all points, or {point: its bits}.
-    ranges "max": the submission's step for the largest value seen. "mse": of that step and the three below it, the
-    one with the least squared error over all values: a clipped outlier costs less than a coarse grid. The image needs
-    no calibration: its pixels are exactly code * 2^-6.
+    images: uint8 [N, 3, 32, 32], of the train set. bits: of all points, or {point: its bits}. ranges: "max" takes the
+    submission's step for the largest value seen; "mse" the one with the least squared error over all values, of that
+    step and the three below it: a clipped outlier costs less than a coarse grid. The image needs no calibration at 8
+    bits: its pixels are exactly code * 2^-6.
     """
     graph = read(model)
     points = graph.activation_points
@@ -255,9 +260,9 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
 @torch.no_grad()
 def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
             shift_bits: int = SHIFT_BITS) -> tuple[nn.Module, list[dict]]:
-    """Put the values of a network on its grids into a plain one of the same kind; return it, and each tensor's claim.
+    """Fill a plain network with the stored values of one that computes on its grids; return it and its tensors' claims.
 
-    network: a plain one, whose values are replaced. scale_bits, shift_bits: of its BatchNorms.
+    network: of the model's kind; its values are replaced. scale_bits, shift_bits: of its BatchNorms.
     """
     network.load_state_dict(model.state_dict())
     network.eval()
@@ -370,8 +375,9 @@ def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
 
 @torch.no_grad()
 def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
-    """Round the shifts of a shipped network, in place, to whole units of their accumulators: those of its BatchNorms,
-    and the biases of layers without one, but for the logits'.
+    """Round the shifts of a shipped network to whole units of their accumulators, in place.
+
+    Those are the shifts of its BatchNorms, and the biases of layers without one, except the logits'.
 
     A unit is scale x weight step x input step. A shift stays a code of its width, so it becomes a multiple of the odd
     part of the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
@@ -396,7 +402,7 @@ def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict
 
 
 def shift_grain(unit: Fraction, step: Fraction) -> Fraction:
-    """The smallest number that is a whole number of an accumulator's units and of a stored shift's steps."""
+    """Return the least number that is a whole number of an accumulator's units and of a stored shift's steps."""
     odd = unit.numerator // (unit.numerator & -unit.numerator)
     return odd * max(unit / odd, step)
 
