@@ -64,7 +64,7 @@ def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, behind) -> t
     """Return Normalise's result; behind: the modules behind the BatchNorm, with the classes that they had."""
     function = FUNCTIONS.index(tuple(own for _, own in behind))
     rounding = [module for module, own in behind if own is LearnedQuantizer]
-    steps = [module.rounded_step() for module in rounding] + [None, None]
+    steps = [LearnedQuantizer.rounded_step(module) for module in rounding] + [None, None]  # its class is another now
     ranges = [code_range(module.bits, module.signed) for module in rounding] + [(0, 0), (0, 0)]
     return Normalise.apply(x, weight, bias, *steps[:2], mean, var, (eps, function, ranges[:2], frozen))
 
