@@ -190,7 +190,8 @@ def fast_on_a_cpu(model: nn.Module):
     changed = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
     changed |= {module: Rounding for module in model.modules() if can_round(module)}
-    norms, readers = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}, {}
+    norms, readers = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d
+                      and module.affine and module.track_running_stats}, {}
     with contextlib.suppress(BadInput):  # if the graph cannot be read, every module stays separate
         readers = sole_readers(model)
     for name, module in norms.items():
