@@ -481,7 +481,7 @@ def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint
 def test_absorbing_a_scale_changes_nothing(fake, scheme, monkeypatch):
     """Without the rounding to 16 bits, what is shipped computes what the fake-quantized network computes."""
     monkeypatch.setattr(torch.Tensor, "half", lambda self: self)
-    monkeypatch.setattr(grids, "store_fixed", lambda tensor, name: {"name": name})
+    monkeypatch.setattr(grids, "store_fixed", lambda tensor, name, bits=16: {"name": name})
     network, _ = grids.shipped(fake[scheme], MobileNetV2())
     x = cifar100.normalise(cifar100.made_up(4, 5).images)
     logits = fake[scheme](x)
