@@ -26,7 +26,7 @@ shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), 
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py"))
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-TOOL_LIBRARIES = {"tools.figures"}  # without a command line: tools may import them, nothing else does
+TOOL_LIBRARIES = {"tools.agreement", "tools.figures"}  # without a command line: tools may import them, nothing else does
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
            *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
