@@ -319,8 +319,8 @@ def test_script(full, capsys):
     path, _, _ = full
     assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "20"]) == 0
     out = capsys.readouterr().out
-    for text in ("Accuracy in integers: ", "Same prediction: 20/20 (100.00%)", "last bit: 20/20", "images/s in integers",
-                 "layers.16.shortcut.0", "mean", "linear"):
+    for text in ("Accuracy in integers: ", "Same prediction: 20/20 (100.00%)", "last bit: 20/20",
+                 "images/s in integers", "layers.16.shortcut.0", "mean", "linear"):
         assert text in out, text
     assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
