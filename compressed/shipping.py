@@ -1,4 +1,9 @@
-"""Find the files of a shipped network, decide whether another network is better, and replace them all at once."""
+"""Find the files of a shipped network, decide whether another network is better, and replace them all at once.
+
+The checkpoint is in float32, 16.2 MB on disk and 1.9 MB compressed, as in git. Its weights and scales fit float16, its
+shifts and variances do not. A file of both types has the same values, but only 13% less in git (8.3 MB on disk, 1.7 MB
+compressed), and everybody who loads it would get tensors of two types. So only record/*.pt is in float16.
+"""
 import contextlib
 import os
 import re

@@ -286,12 +286,12 @@ def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch)
 def test_formats_that_8_bit_kernels_do_not_have(shipped):
     model, claim = shipped
     narrow = copy.deepcopy(claim)
-    narrow["activations"][5]["bits"] = 4
-    with pytest.raises(BadInput, match="has 4 bits: QuantizeLinear clips to 8"):
+    narrow["activations"][5]["bits"] = 9
+    with pytest.raises(BadInput, match="has 9 bits: QuantizeLinear clips to 8"):
         Codes(model, narrow)
     coarse = copy.deepcopy(claim)
     coarse["activations"][0]["step"] = 1 / 32
-    with pytest.raises(BadInput, match="the image has the step"):
+    with pytest.raises(BadInput, match="the image has 8 bits and the step"):
         Codes(model, coarse)
     tiny = copy.deepcopy(model)
     with torch.no_grad():
@@ -330,3 +330,14 @@ def test_benchmark(checkpoint, tmp_path, capsys):
              "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
              "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
     assert {name: inference_speed.part_of(name) for name in names} == names
+
+
+def test_activations_of_fewer_bits(shipped):
+    """They are clipped to their own codes, signed and unsigned ones."""
+    model, claim = shipped[0], copy.deepcopy(shipped[1])
+    for entry in claim["activations"]:
+        if entry["name"] in ("layers.2.relu1", "layers.2.out"):
+            entry |= {"bits": 4, "step": entry["step"] * 8}
+    engine = session(Codes(model, claim).finished({}).SerializeToString())
+    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(20, 5))
+    assert found["identical"] == 20

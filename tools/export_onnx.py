@@ -50,6 +50,7 @@ from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import RELU6, exact_network, folded, table
 from compressed.files import check_outputs, git_commit, replacing, sha256
+from compressed.formats import Activation
 from compressed.graph import Branch, Point, Window, read, weight_layers
 from compressed.mnet import stated_formats
 from tools.agreement import agreement, describe, option_parser
@@ -212,11 +213,12 @@ class Codes(Graph):
         self.grids: dict[str, tuple[float, str, str]] = {}
         self.turned = self.kept = self.rounded = 0
         for name, activation in self.formats.activations.items():
-            if activation.bits != 8:
+            if activation.bits > 8:
                 raise BadInput(f"activation {name} has {activation.bits} bits: QuantizeLinear clips to 8")
         for name in self.read.images:
-            if self.steps[name] != 1 / cifar100.STD:
-                raise BadInput(f"the image has the step {self.steps[name]}: expected 1/{cifar100.STD}, the pixels' own")
+            if self.steps[name] != 1 / cifar100.STD or self.formats.activations[name].bits != 8:
+                raise BadInput(f"the image has {self.formats.activations[name].bits} bits and the step "
+                               f"{self.steps[name]}: expected 8, and 1/{cifar100.STD}, the pixels' own")
         for name, layer in weight_layers(model):
             grid = self.formats.tensors[f"{name}.weight"]
             if grid.bits > 8 or len(grid.steps) != 1:
@@ -242,13 +244,20 @@ class Codes(Graph):
         return self.node("Transpose", name, x, perm=order)
 
     def rounded_to(self, point: Point, x: str, value: str) -> str:
-        """Round the float32 value x of a point to codes with the name `value`; the upper clip of a ReLU6 is in codes.
+        """Round the float32 value x of a point to codes with the name `value`.
+
+        Fewer than 8 bits, and the upper clip of a ReLU6, are a clip of codes.
         """
-        if point.activation != "relu6":
+        activation = self.formats.activations[point.name]
+        high = activation.high
+        if point.activation == "relu6":
+            high = min(high, round(RELU6 / self.steps[point.name]))
+        low, high = (code + 128 * activation.signed for code in (activation.low, high))
+        if (low, high) == (0, 255):
             return self.node("QuantizeLinear", value, x, *self.grid(point.name, value))
         codes = self.node("QuantizeLinear", f"{value}.whole", x, *self.grid(point.name, value))
-        high = min(round(RELU6 / self.steps[point.name]), 255)
-        return self.node("Clip", value, codes, "", self.constant(f"{value}.high", high, np.uint8))
+        limits = (self.constant(f"{value}.{end}", code, np.uint8) for end, code in (("low", low), ("high", high)))
+        return self.node("Clip", value, codes, *limits)
 
     def image(self, point: Point, values: dict[str, str]) -> str:
         self.grid(point.name, "image")
@@ -258,6 +267,7 @@ class Codes(Graph):
         """Look up a pointwise function of codes in a table of 256."""
         name, branch = point.name, point.branches[0]
         source, target = (self.formats.activations[each] for each in (branch.source, name))
+        source = Activation(8, source.signed)  # codes that fewer bits do not have are never looked up
         entries = table(branch.function, source, self.steps[branch.source], target, self.steps[name]).numpy()
         entries = self.constant(f"{name}.table", entries + 128 * target.signed, np.uint8)
         index = self.node("Cast", f"{name}.index", values[branch.source], to=self.onnx.TensorProto.INT32)
@@ -270,8 +280,8 @@ class Codes(Graph):
         if others or linear:
             codes = self.rounded_to(point, self.sums(point, values), f"{point.name}.codes")
             return self.transposed(codes, point.name, [0, 3, 1, 2])
-        alone = self.convolution if first.kind == "layer" else self.term
-        return self.rounded_to(point, alone(first, values), point.name)
+        compute = self.convolution if first.kind == "layer" else self.term
+        return self.rounded_to(point, compute(first, values), point.name)
 
     # -- layers
 

@@ -45,7 +45,8 @@ def main(argv=None) -> int:
     norm = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     linear = [module for module in layers if isinstance(module, nn.Linear)]
     print(f"\n{len(layers)} weight tensors: {conv:,} convolution weights, {sum(m.weight.numel() for m in linear):,} "
-          f"linear weights (+ {sum(m.bias.numel() for m in linear)} biases), {norm:,} BatchNorm scales and shifts,"
+          f"linear weights (+ {sum(m.bias.numel() for m in linear if m.bias is not None)} biases), {norm:,} BatchNorm "
+          f"scales and shifts,"
           f" {sum(p.numel() for p in model.parameters()):,} parameters in all")
     thop = thop_counts(model)
     if thop is None:
