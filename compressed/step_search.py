@@ -11,6 +11,8 @@ from compressed.evaluation import divided
 from compressed.graph import read
 from compressed.operations import traced
 
+FIRST = 50  # images, at least, on which a step is tried first
+
 
 class Paused:
     """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
@@ -54,29 +56,30 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=l
 
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
     these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
-    What does not gain on the first quarter of the images is not tried on the others. progress: called with the number
-    of points done, and of all.
+    A step that is clearly worse on the first images is not tried on the others. progress: called with the number of
+    points done, and of all.
     """
-    graph, expected = read(model), reference.double().log_softmax(1)
-    parts = [len(images) // 4, len(images) - len(images) // 4] if len(images) >= 4 else [len(images)]
-    wanted = expected.split(parts)
+    few = max(FIRST, len(images) // 8)
+    parts = [few, len(images) - few] if len(images) > few else [len(images)]
+    expected = reference.double().log_softmax(1).split(parts)
 
-    def divergence(k: int) -> float:
+    def divergences(k: int) -> Tensor:
         found = networks[k].finish().double().log_softmax(1)
-        return float(F.kl_div(found, wanted[k], reduction="sum", log_target=True))
+        return F.kl_div(found, expected[k], reduction="none", log_target=True).sum(1)
 
-    def gain(least: list[float]) -> list[float] | None:
-        """Return the divergences of the model as it is, if they are less than these; else None."""
-        found = []
-        for k in range(len(parts)):
-            found.append(divergence(k))
-            if sum(found) >= sum(least[:k + 1]):
-                return None
-        return found
+    def gain(least: list[Tensor]) -> list[Tensor] | None:
+        """Return the divergences of the model as it is, if their sum is less than that of these; else None."""
+        found = [divergences(0)]
+        apart = found[0] - least[0]
+        if apart.mean() > 2 * apart.std() / len(apart) ** 0.5:
+            return None
+        found += [divergences(k) for k in range(1, len(parts))]
+        return found if torch.cat(found).sum() < torch.cat(least).sum() else None
 
     with grids.weights_rounded_once(model):
         networks = [Paused(model, some) for some in images.split(parts)]
-        least = [divergence(k) for k in range(len(parts))]
+        least = [divergences(k) for k in range(len(parts))]
+        graph = read(model)
         points = [name for name in graph.activation_points if name not in graph.images]
         for i, name in enumerate(points):
             for network in networks:
