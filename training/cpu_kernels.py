@@ -16,7 +16,7 @@ from compressed import kernels
 from compressed.errors import BadInput
 from compressed.formats import code_range
 from compressed.graph import sole_readers
-from training.learned_steps import LearnedConv2d, LearnedQuantizer
+from training.learned_steps import LearnedConv2d, LearnedQuantizer, power_of_two
 
 # classes of the modules behind a BatchNorm that are computed with it: the functions of kernels.c, in its order
 FUNCTIONS = (), (nn.ReLU,), (nn.Hardswish,), (LearnedQuantizer,), (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)
@@ -64,7 +64,7 @@ def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, behind) -> t
     """Return Normalise's result; behind: the modules behind the BatchNorm, with the classes that they had."""
     function = FUNCTIONS.index(tuple(own for _, own in behind))
     rounding = [module for module, own in behind if own is LearnedQuantizer]
-    steps = [LearnedQuantizer.rounded_step(module) for module in rounding] + [None, None]  # its class is another now
+    steps = [power_of_two(module.log_step) for module in rounding] + [None, None]
     ranges = [code_range(module.bits, module.signed) for module in rounding] + [(0, 0), (0, 0)]
     return Normalise.apply(x, weight, bias, *steps[:2], mean, var, (eps, function, ranges[:2], frozen))
 

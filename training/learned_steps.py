@@ -48,6 +48,11 @@ def straight_through(value: Tensor, latent: Tensor) -> Tensor:
     return latent + (value - latent).detach()
 
 
+def power_of_two(log_step: Tensor) -> Tensor:
+    """Return the power of two of a rounded exponent, with the gradient of the exponent itself."""
+    return straight_through(log_step.round(), log_step).exp2()
+
+
 class LearnedQuantizer(Quantizer):
     """An activation's Quantizer whose step is a trained power of two."""
 
@@ -55,13 +60,10 @@ class LearnedQuantizer(Quantizer):
         super().__init__(quantizer.bits, quantizer.signed, quantizer.step, quantizer.most)
         self.log_step = nn.Parameter(torch.tensor(math.log2(quantizer.step)))
 
-    def rounded_step(self) -> Tensor:
-        return straight_through(self.log_step.round(), self.log_step).exp2()
-
     def forward(self, x):
         # the upper clip in units of the values: its code depends on the step
         x = x.float() if self.most == math.inf else x.float().clamp(max=self.most)
-        return Rounded.apply(x, self.rounded_step(), *code_range(self.bits, self.signed))
+        return Rounded.apply(x, power_of_two(self.log_step), *code_range(self.bits, self.signed))
 
     def plain(self) -> Quantizer:
         return Quantizer(self.bits, self.signed, 2.0 ** round(float(self.log_step)), self.most)
@@ -77,8 +79,7 @@ class LearnedConv2d(grids.QuantizedConv2d):
     whole = False
 
     def rounded_step(self) -> Tensor:
-        step = self.log_step
-        step = (straight_through(step.round(), step) if self.whole else step).exp2()
+        step = power_of_two(self.log_step) if self.whole else self.log_step.exp2()
         if self.norm:
             scale = folded(self.norm[0])[0].view_as(step)
             short = grids.short_step(step, scale, self.scale_bits).to(step)
@@ -94,7 +95,7 @@ class LearnedLinear(grids.QuantizedLinear):
     """A linear layer that rounds its weights to a trained power of two."""
 
     def rounded_step(self) -> Tensor:
-        return straight_through(self.log_step.round(), self.log_step).exp2()
+        return power_of_two(self.log_step)
 
     def forward(self, x):
         return F.linear(x, Rounded.apply(self.weight, self.rounded_step(), *code_range(self.bits)), self.bias)
