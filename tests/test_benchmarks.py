@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import depthwise_shapes, sparsity_methods, training_speed
+from benchmarks import depthwise_shapes, fine_tuning_speed, sparsity_methods, training_speed
 from compressed import kernels
 from compressed.errors import BadInput
 from compressed.files import load_json
@@ -102,3 +102,12 @@ def test_means_of_seeds():
     (method, target, mean, deviation, seeds), = sparsity_methods.means(rows)
     assert (method, target, seeds) == ("loss", 0.8, 2) and mean == pytest.approx(0.6)
     assert deviation == pytest.approx(0.02**0.5)
+
+
+def test_fine_tuning_speed(capsys):
+    assert fine_tuning_speed.main(["--network", "mobilenet_v2:SmallMobileNetV2?width=0.2", "--images", "8",
+                                   "--batch-size", "4", "--rounds", "1", "--no-cuda"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(name in lines[0] for name in fine_tuning_speed.KINDS) and lines[0].count("images/s") == 4
+    ratios = [float(line.split(" / masked training: ")[1]) for line in lines[1:]]
+    assert len(ratios) == 3 and all(ratio > 0 for ratio in ratios)
