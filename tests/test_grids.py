@@ -168,7 +168,7 @@ def test_activations_of_different_widths_are_the_same_in_all_executions(tmp_path
     _, network, claim = shipped(f"{FILE}:Excited", 10, str(table))
     assert {entry["bits"] for entry in claim["activations"]} == {4, 5, 6, 7, 8}
     wanted = logits(exact_module.exact_network(network, claim["activations"]), images)
-    integer = IntegerNetwork.from_checkpoint(network, claim)
+    integer = IntegerNetwork(network, claim)
     assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)
     engine = export_onnx.session(export_onnx.Codes(network, claim).finished({}).SerializeToString(), threads=1)
     assert torch.equal(torch.from_numpy(engine.run(None, {"image": images.numpy()})[0]), wanted)

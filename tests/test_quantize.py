@@ -141,7 +141,7 @@ def test_narrow_scales_and_shifts(sparse_checkpoint, runs, tmp_path):
     assert stored[0]["batchnorm"] * 32 == stored[1]["batchnorm"] * 18
     assert operations[0]["fixed"]["bits"] < operations[1]["fixed"]["bits"]
     assert correct[0] >= correct[1] - 10 and correct[0] > 10
-    integer = IntegerNetwork.from_checkpoint(model, claim)
+    integer = IntegerNetwork(model, claim)
     found = (integer(images).double() * 2.0**integer.logit_exponent).float()
     assert torch.equal(found, logits(exact_module.exact_network(model, claim["activations"]), images))
 
