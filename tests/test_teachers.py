@@ -188,15 +188,18 @@ def test_gates_that_are_constant_are_folded_exactly():
 
 @torch.no_grad()
 def test_gates_are_replaced_by_their_means_and_the_normalisation_is_folded():
-    model, images = random_micronet(), cifar100.made_up(130, 0).images
+    model, brightness = random_micronet(), torch.linspace(0, 1, 130)[:, None, None, None]
+    images = (cifar100.made_up(130, 0).images * brightness).byte()
+    for layer in (model.layers[1].fc1, model.layers[1].fc2):
+        layer.weight *= 5
     network, gates = ungated(model, images), []
-    model.layers[5].fc2.register_forward_hook(lambda module, inputs, out: gates.append(out.sigmoid()))
+    model.layers[1].fc2.register_forward_hook(lambda module, inputs, out: gates.append(out.sigmoid()))
     x = cifar100.normalise(images)
     model(x)
     mean = torch.cat(gates).mean((0, 2, 3))
     assert gates[0].std(0).max() > 1e-3
     for kind in ("weight", "bias"):
-        theirs, ours = (getattr(each.layers[5].bn3, kind) for each in (model, network))
+        theirs, ours = (getattr(each.layers[1].bn3, kind) for each in (model, network))
         assert torch.allclose(ours, theirs * mean, rtol=1e-4)
     assert torch.equal(network.layers[4].bn3.weight, model.layers[4].bn3.weight) == (not model.layers[4].residual)
     assert not network.layers[3].conv3.weight[2].any() and network.layers[3].conv3.weight[1].all()
