@@ -266,7 +266,7 @@ def test_the_board_takes_in_a_second_network(tmp_path, monkeypatch):
     measured = report.measure(ROOT / "cifar100_mobilenetv2.pt", ROOT / "record")
     small = measured.networks[1]
     assert [network.folder for network in measured.networks] == ["", "small"]
-    assert small.description() == ("MobileNetV2, 3,944,032 weights, 81% sparse, 6/8-bit weights, 8-bit activations")
+    assert small.description() == "MobileNetV2 x1.3, 3,944,032 weights, 81% sparse, 6/8-bit weights, 8-bit activations"
     for found in small.claim["counts"]["score"].values():
         found["score"] /= 4
     rows = report.board(measured).splitlines()[2:]

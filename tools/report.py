@@ -80,7 +80,9 @@ class Shipped:
         return [entry["bits"] for entry in self.claim["tensors"] if entry["name"] in layers]
 
     def description(self) -> str:
-        name = self.claim.get("network", {}).get("spec", networks.DEFAULT).partition(":")[2]
+        spec = self.claim.get("network", {}).get("spec", networks.DEFAULT)
+        width = networks.width(spec)  # None for another network than the submission's
+        name = spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
         weights = self.claim["counts"]["weights"]["all"]
         bits = ["/".join(map(str, sorted(set(each)))) for each in (
             self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
@@ -296,7 +298,7 @@ def executed(m: Measured) -> str:
     for engine, found, identical, command in (
             ("integers", m.claim["integer"], "identical", "`python -m tools.integer --record`"),
             ("onnxruntime, 8-bit", m.claim["onnx"], "same_logits", "`python -m tools.export_onnx --record`")):
-        rows.append((engine, found["images"], *(f"{found[key]:,}" for key in ("correct", "agree", identical)), command))
+        rows.append((engine, *(f"{found[key]:,}" for key in ("images", "correct", "agree", identical)), command))
     return table(("executed by", "images", "correct", "same prediction as `testers.py`",
                   "same logits to the last bit", "command"), rows)
 
