@@ -36,12 +36,12 @@ from compressed.files import (
     load_record,
     save_record,
     sha256,
-    stage_logs,
 )
 from compressed.formats import found_formats
 from compressed.graph import prepare
 from compressed.mnet import stored_exponent
 from training import fine_tune, loop, plan, recipes
+from training.runs import stage_logs
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
