@@ -320,7 +320,8 @@ def idle_options(stage: str, args, given: set[str], device: torch.device, alone:
     settings, needs = settings_for(stage, args, device), NEEDS
     if args.no_tricks:
         needs = {name: need for name, need in NEEDS.items() if name not in ("alpha", "clean")}
-    idle = {name: f"without {need}" for name, (need, has) in needs.items() if not has(args, settings)}
+    idle = {name: f"without {need}" for name, (need, has) in needs.items()
+            if stage in DECISIVE.get(name, STAGES) and not has(args, settings)}
     if alone:
         idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
     return [f"--{'lambda' if name == 'lam' else name.replace('_', '-')} {why}" for name, why in idle.items()
