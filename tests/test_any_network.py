@@ -66,7 +66,7 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
 
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.std() > 0.01 and len(wanted.unique()) > 20
-    integer = IntegerNetwork.from_checkpoint(network, claim)
+    integer = IntegerNetwork(network, claim)
     found = integer(images)
     assert not found.is_floating_point()
     assert torch.equal((found.double() * 2.0**integer.logit_exponent).float(), wanted)
@@ -132,7 +132,7 @@ def test_the_family_of_the_small_network(monkeypatch):
         self, num_classes, width, few))
     _, network, claim = shipped("mobilenet_v2:SmallMobileNetV2?width=0.5", 10)
     images = cifar100.made_up(16, 3).images
-    integer = IntegerNetwork.from_checkpoint(network, claim)
+    integer = IntegerNetwork(network, claim)
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.shape == (16, 10)
     assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)

@@ -26,7 +26,7 @@ def pictures():
 def test_the_exact_network_computes_what_integers_do(exact, scheme, pictures):
     """And test_integer.py holds those against fractions."""
     network, tensors, activations, floats = exact[scheme]
-    integers = IntegerNetwork.from_checkpoint(network, {"tensors": tensors, "activations": activations})
+    integers = IntegerNetwork(network, {"tensors": tensors, "activations": activations})
     logits = floats(cifar100.normalise(pictures).contiguous(memory_format=torch.channels_last))
     assert torch.equal(logits, (integers(pictures).double() * 2.0**integers.logit_exponent).float())
     assert (logits.std(0) > 1e-3).all()

@@ -178,7 +178,7 @@ def test_identical_to_the_last_bit(shipped):
     model, claim = shipped
     engine = session(Codes(model, claim).finished({}).SerializeToString())
     found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
-    assert found["same_logits"] == 40 and found["differing"] == []
+    assert found["identical"] == 40 and found["differing"] == []
     assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
 
 
@@ -204,7 +204,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100"]) == 0
     said = capsys.readouterr().out
     for part in ("9 of 58 layers have fewer than 8 bits", "39 QLinearConv",
-                 "Predictions agree on 100/100 (100.00%); all logits are the same, to the last bit, on 100"):
+                 "Same prediction: 100/100 (100.00%) images; same logits to the last bit: 100/100"):
         assert part in said
     properties = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert properties["source_sha256"] == sha256(checkpoint)
@@ -224,7 +224,7 @@ def test_script(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_onnx, "NOTICED", 1.01)
     argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--verify", "--made-up", "100", "--images", "8"]
     assert main(argv) == 2
-    assert "of 8 predictions differ from ours" in capsys.readouterr().err
+    assert "of 8 predictions differ from those of" in capsys.readouterr().err
 
 
 def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
@@ -234,7 +234,7 @@ def test_the_shipped_checkpoint_in_onnxruntime(cifar100_dir):
     data = cifar100.Images(data.images[:300], data.labels[:300])
     engine = session(Codes(model, claim).finished({}).SerializeToString())
     found = export_onnx.compare(engine, exact_network(model, claim["activations"]), data)
-    assert found["same_logits"] == 300 and found["differing"] == []
+    assert found["identical"] == 300 and found["differing"] == []
     assert claim["onnx"]["data"] == "test" and claim["onnx"]["images"] == claim["onnx"]["same_logits"] == 10_000
     assert claim["onnx"]["correct"] == claim["accuracy"]["correct"] == claim["integer"]["correct"]
 
@@ -261,9 +261,11 @@ def test_comparison_counts(shipped):
     for each in found["differing"]:
         assert {each["engine"], each["exact"]} == {first, second} and each["margin"] > 0
         assert each["margin"] == float(logits[each["image"], each["exact"]] - logits[each["image"], each["engine"]])
-    assert found["exact_correct"] == int((logits.argmax(1) == data.labels).sum()) and found["images"] == 20
-    assert found["same_logits"] == 0
-    assert "Predictions agree on" in export_onnx.text(found)
+    assert found["float_correct"] == int((logits.argmax(1) == data.labels).sum()) and found["images"] == 20
+    assert found["identical"] == 0
+    text = export_onnx.text(found)
+    assert f"Same prediction: {20 - len(expected)}/20" in text
+    assert text.count("whose two logits differ by") == len(expected)
 
 
 def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch):
@@ -284,12 +286,12 @@ def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch)
 def test_formats_that_8_bit_kernels_do_not_have(shipped):
     model, claim = shipped
     narrow = copy.deepcopy(claim)
-    narrow["activations"][5]["bits"] = 4
-    with pytest.raises(BadInput, match="has 4 bits: QuantizeLinear clips to 8"):
+    narrow["activations"][5]["bits"] = 9
+    with pytest.raises(BadInput, match="has 9 bits: QuantizeLinear clips to 8"):
         Codes(model, narrow)
     coarse = copy.deepcopy(claim)
     coarse["activations"][0]["step"] = 1 / 32
-    with pytest.raises(BadInput, match="the image has the step"):
+    with pytest.raises(BadInput, match="the image has 8 bits and the step"):
         Codes(model, coarse)
     tiny = copy.deepcopy(model)
     with torch.no_grad():
@@ -328,3 +330,14 @@ def test_benchmark(checkpoint, tmp_path, capsys):
              "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
              "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
     assert {name: inference_speed.part_of(name) for name in names} == names
+
+
+def test_activations_of_fewer_bits(shipped):
+    """They are clipped to their own codes, signed and unsigned ones."""
+    model, claim = shipped[0], copy.deepcopy(shipped[1])
+    for entry in claim["activations"]:
+        if entry["name"] in ("layers.2.relu1", "layers.2.out"):
+            entry |= {"bits": 4, "step": entry["step"] * 8}
+    engine = session(Codes(model, claim).finished({}).SerializeToString())
+    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(20, 5))
+    assert found["identical"] == 20

@@ -23,7 +23,7 @@ from tools.integer import Branch, IntegerNetwork, Point, compare, main, products
 @pytest.fixture(scope="module")
 def tiny():
     model, claim = tiny_network()
-    return model, claim, IntegerNetwork.from_checkpoint(model, claim)
+    return model, claim, IntegerNetwork(model, claim)
 
 
 # ---- A slow reference: the network as it is defined, in fractions --------------------------------
@@ -107,7 +107,7 @@ def test_the_float_network_is_the_same_to_the_last_bit(tiny):
 
 def test_full_size(full):
     _, model, claim = full
-    network, data = IntegerNetwork.from_checkpoint(model, claim), cifar100.made_up(100, 1)
+    network, data = IntegerNetwork(model, claim), cifar100.made_up(100, 1)
     data = cifar100.Images(data.images[:50], data.labels[:50])
     report = compare(network, exact.exact_network(model, claim["activations"]), data)
     assert report["identical"] == 50
@@ -115,14 +115,14 @@ def test_full_size(full):
 
 
 def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
-    network = IntegerNetwork.from_checkpoint(*full[1:])
+    network = IntegerNetwork(*full[1:])
     assert {(point.bits <= 32, point.half.dtype, point.branches[0].multiplier.dtype) for point in network.points} == {
         (True, torch.int32, torch.int32)}
     model, claim = tiny_network()
     bn = model.layers[1].bn3
     with torch.no_grad():
         bn.weight[bn.weight.nonzero()[0]] = 2.0**-24  # beside the shortcut's, far below it
-    network = IntegerNetwork.from_checkpoint(model, claim)
+    network = IntegerNetwork(model, claim)
     wide = {point.name: point.bits for point in network.points if point.half.dtype == torch.int64}
     assert list(wide) == ["layers.1.out"] and 32 < wide["layers.1.out"] <= 64
     assert compare(network, exact.exact_network(model, claim["activations"]),
@@ -132,7 +132,7 @@ def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
 @pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])
 def test_wrong_arithmetic_shows(wrong):
     model, claim = tiny_network()
-    network, floats = IntegerNetwork.from_checkpoint(model, claim), exact.exact_network(model, claim["activations"])
+    network, floats = IntegerNetwork(model, claim), exact.exact_network(model, claim["activations"])
     point = network.points[4]
     if wrong == "half":
         point.half = torch.zeros_like(point.half)  # rounds down
@@ -294,7 +294,7 @@ def test_overflow_is_refused(tiny):
     model, claim = tiny_network()
     next(a for a in claim["activations"] if a["name"] == "layers.1.out")["step"] = 2.0**-60
     with pytest.raises(BadInput, match=r"layers.1.out: its aligned sums may need \d+ bits"):
-        IntegerNetwork.from_checkpoint(model, claim)
+        IntegerNetwork(model, claim)
 
 
 @pytest.mark.parametrize("change, line", [
@@ -310,7 +310,7 @@ def test_what_it_does_not_take(change, line):
     model, claim = tiny_network()
     change(model, claim)
     with pytest.raises(BadInput, match=line):
-        IntegerNetwork.from_checkpoint(model, claim)
+        IntegerNetwork(model, claim)
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def test_script(full, capsys):
     path, _, _ = full
     assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "20"]) == 0
     out = capsys.readouterr().out
-    for text in ("Accuracy: ", "/20 (", "agree on 20/20 (100.00%)", "last bit on 20/20", "images/s in integers",
-                 "layers.16.shortcut.0", "mean", "linear"):
+    for text in ("Accuracy in integers: ", "Same prediction: 20/20 (100.00%)", "last bit: 20/20",
+                 "images/s in integers", "layers.16.shortcut.0", "mean", "linear"):
         assert text in out, text
     assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -338,4 +338,4 @@ def test_script_says_what_is_wrong(full, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(integer, "accumulator_rows", lambda *args: [])
     assert main(["--checkpoint", str(path), "--made-up", "500"]) == 2
     captured = capsys.readouterr()
-    assert "agree on 99/100" in captured.out and "other logits for 2 of 100 images" in captured.err
+    assert "prediction: 99/100" in captured.out and "other logits for 2 of 100 images" in captured.err

@@ -89,7 +89,7 @@ def root(tmp_path, monkeypatch):
         (tmp_path / name).write_text("old")
     save_record({"accuracy": {"data": "test", "correct": 8, "images": 10}}, tmp_path / CLAIM)
     write(tmp_path, README_md="old", record__masked_pt="old", record__masked_jsonl="old", record__dense_pt="dense",
-          record__shipped_jsonl="history", record__README_md="page", record__probes__masked_jsonl="probe",
+          record__README_md="page",
           run__masked_average_pt="weights", run__masked_jsonl="log", run__masked_options_json="{}",
           run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
           run__pretrain_average_pt="dense", run__pretrain_jsonl="log", run__pretrain_options_json="{}")
@@ -131,7 +131,7 @@ def test_a_command_that_fails_replaces_nothing(commands, root, name):
 
 
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), KeyboardInterrupt()))
-@pytest.mark.parametrize("call", range(13))
+@pytest.mark.parametrize("call", range(12))
 def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     before, real, calls = tree(root), os.replace, []
 
@@ -149,7 +149,7 @@ def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     after = tree(root)
     kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
     assert after == before
-    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 13)
+    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 12)
 
 
 def test_an_obsolete_file_that_cannot_be_removed_undoes_the_move(commands, root, monkeypatch):
@@ -186,11 +186,11 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "target/a.txt").is_symlink() and (tmp_path / "elsewhere.txt").read_text() == "new"
 
 
-def test_a_folder_of_its_own(commands, root):
+def test_a_folder_of_its_own(commands, root, capsys):
     """The same files; no pages, which tell of the network at the root. What was shipped there before is replaced."""
     before = tree(root)
     for _ in range(2):
-        commands.lines.clear()
+        commands.lines.clear(), capsys.readouterr()
         assert ship.main(["run", "--into", "small", "--made-up", "50", "--seed", "1"]) == 0
         assert tuple(commands.names) == COMMANDS[:-1]
         (root / "run/masked.jsonl").rename(root / "run/masked-1.jsonl")  # the second time
@@ -204,6 +204,9 @@ def test_a_folder_of_its_own(commands, root):
                                      "record/pretrain.jsonl", "record/pretrain.options.json")}
     assert {name: after[name] for name in before} == before
     assert claims.read(root / "small" / CLAIM)["made_by"]["command"].endswith(f" --made-up 50 --out small/{CHECKPOINT}")
+    assert capsys.readouterr().out.splitlines()[-1] == "ship.py: python -m tools.report adds it to the board's table " \
+        "and figure"
+    assert shipping.in_folders(root) == [root / "small" / CHECKPOINT]
 
 
 @pytest.mark.parametrize("accuracy, shipped, why", (
@@ -350,7 +353,7 @@ def test_the_baseline_is_a_runs_dense_network(commands, root):
     assert record["dense.pt"] == b"another" and record["dense.jsonl"] == b"log"
     assert record["dense.options.json"] == b"{}"
     assert load_json(root / "record/dense.tested.json") == {"checkpoint": "record/dense.pt", "correct": 8}
-    assert record["masked.pt"] == b"old" and record["shipped.jsonl"] == b"history"
+    assert record["masked.pt"] == b"old" and record["README.md"] == b"page"
     assert (root / "README.md").read_text() == "new tables"
 
 
@@ -399,7 +402,25 @@ def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, statu
     assert not left and ran[0] == (ROOT / "testers.py", "--checkpoint", Path("x.pt"), "--made-up", "9")
     assert ran[1:] in ([], [(ROOT / "check_model_operations.py", "--checkpoint", Path("x.pt"))])
     out, err = capsys.readouterr()
-    assert ("NOT verified" in err) == (status != 0) and ("verify.py: verified" in out) == (status == 0)
+    assert ("x.pt is NOT verified" in err) == (status != 0) and ("verify.py: verified x.pt" in out) == (status == 0)
+
+
+def test_every_shipped_network_is_verified(commands, root, monkeypatch, capsys):
+    """That at the root, and those in folders of their own; one that contradicts its claim decides the exit status."""
+    assert verify.SHIPPED == CHECKPOINT
+    monkeypatch.setattr(verify, "ROOT", root)
+    write(root / "small", README_md="")
+    (root / "small" / CHECKPOINT).write_text("another")
+    found = [root / CHECKPOINT, *shipping.in_folders(root)]
+    assert found[1:] == [root / "small" / CHECKPOINT]
+    assert verify.main(["--made-up", "9"]) == 0
+    assert commands.lines == [line for path in found for line in (
+        f"testers.py --checkpoint {path} --made-up 9", f"check_model_operations.py --checkpoint {path}")]
+    assert capsys.readouterr().out.split("verify.py: verified ")[1:] == [f"{found[0]}\n\n", f"{found[1]}\n"]
+    monkeypatch.setattr(verify, "run_python", lambda script, _, path, *words: 2 * (path == found[0]))
+    assert verify.main([]) == 2
+    out, err = capsys.readouterr()
+    assert err == f"verify.py: {found[0]} is NOT verified in full, see above\n" and f"verified {found[1]}" in out
 
 
 def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):

@@ -1,9 +1,9 @@
-"""Make the dense network of a run record/dense.pt, which the shipped network is compared with, and test it.
+"""Make the dense network of a run the dense baseline, with which the shipped network is compared.
 
     python -m tools.baseline RUN      (default: runs/default)
 
-record/ then has its weights, log, options and what testers.py says of it, and the pages their tables. Nothing is
-replaced before all of that is there.
+record/ gets its weights (dense.pt), log, options and the result of testers.py; the tables of the pages are renewed.
+Nothing is replaced before all of this is made.
 """
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ FILES = {"dense.pt": "pretrain.average.pt", "dense.jsonl": "pretrain.jsonl",
 
 
 def make_record(run: Path, record: Path) -> None:
-    """Fill a new folder with what record/ is to hold: what it holds now, and the dense network of a run, tested."""
+    """Create the folder `record` as a copy of record/, with the dense network of a run and its test result."""
     record.mkdir()
     for path in (ROOT / "record").glob("*"):
         if path.is_file() and path.name not in FILES:
@@ -30,7 +30,7 @@ def make_record(run: Path, record: Path) -> None:
         status = run_python(ROOT / "testers.py", "--checkpoint", record / "dense.pt", "--json", stdout=file)
     if status:
         raise BadInput(f"testers.py ended with status {status}, see above; nothing was replaced")
-    tested = load_json(record / "dense.tested.json") | {"checkpoint": "record/dense.pt"}  # where it is going to be
+    tested = load_json(record / "dense.tested.json") | {"checkpoint": "record/dense.pt"}  # its final place
     save_json(tested, record / "dense.tested.json")
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.divergence --teacher F [F ...] -- CHECKPOINT [CHECKPOINT ...]
 
-Use it to choose between networks that were trained on all train images: they leave no hold-out, and the test set must
-not be used to choose. The train images are cropped, flipped and mixed (mixup or CutMix) with new random parameters, so
-no network has seen exactly these inputs. The measure is what distillation minimizes; it does not measure how a network
-does on new photographs. A checkpoint with a claim is evaluated as quantized, any other in float32.
+Use it to choose between networks that were trained on all train images: there is no hold-out then, and the test set
+must not be used to choose. The train images are cropped, flipped and mixed (mixup or CutMix) with new random
+parameters, so no network was trained on exactly these inputs. Distillation minimizes this divergence; it does not
+measure the accuracy on new photographs. A checkpoint with a claim is evaluated as quantized, any other in float32.
 """
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def logits(network, images: torch.Tensor) -> torch.Tensor:
 
 
 def read(path):
-    """Return the network of a checkpoint, quantized if it has a claim."""
+    """Return the network of a checkpoint: quantized if there is a claim, else in float32."""
     if not claims.claim_path(path).exists():
         return load_checkpoint(path)
     model, claim = checkpoints.load(path)
@@ -61,7 +61,7 @@ def main(argv=None) -> int:
     for path, network in networks.items():
         found = logits(network, mixed).double().log_softmax(1)
         apart = F.kl_div(found, expected, reduction="none").sum(1)
-        print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, the same class for "
+        print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, same prediction for "
               f"{(found.argmax(1) == expected.argmax(1)).double().mean():.2%}: {path}", flush=True)
     return 0
 

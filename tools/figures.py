@@ -3,7 +3,6 @@
 layers_figure     sparsity and bits of every weight tensor
 cost_figure       where storage and operations go
 training_figure   loss and accuracy by epoch, stage after stage
-shipped_figure    accuracy of all that was shipped, by the images that it had been trained on
 board_figure      accuracy against score, ours and the challenge's entries
 """
 import matplotlib
@@ -93,28 +92,11 @@ def training_figure(stages: list[list[dict]]) -> Figure:
     return figure
 
 
-def shipped_figure(lines: list[dict], submission: float) -> Figure:
-    """Plot the accuracy (%) of every shipped checkpoint, before and after quantization, against the images trained.
+def board_figure(ours: dict[str, tuple], entries: dict[str, tuple]) -> Figure:
+    """Plot accuracy (%) against score: our networks under all accumulator conventions, the entries as published.
 
-    lines: those of record/shipped.jsonl. submission: the accuracy (%) that the submission reported.
-    """
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    images = [line["images"] / 1e6 for line in lines]
-    for key, colour, label in (("float", GREY, "masked, not quantized"), ("correct", BLUE, "shipped: quantized")):
-        axes.plot(images, [100 * line[key] / line["tested"] for line in lines], "o:", color=colour, label=label)
-    axes.axhline(submission, color=RED, lw=0.8, ls="--", label="the submission")
-    axes.set(xlabel="images trained, of all stages (millions)", ylabel="accuracy on the test set (%)",
-             xlim=(0.9 * images[0], 1.05 * images[-1]))
-    axes.legend(frameon=False, loc="lower right")
-    axes.grid(color="#dddddd")
-    return figure
-
-
-def board_figure(accuracy: float, scores: dict[str, float], entries: dict[str, tuple]) -> Figure:
-    """Plot accuracy (%) against score: ours under all three accumulator conventions, the entries as published.
-
-    scores: {convention: our score}. entries: {name: (its accuracies, [(score, convention)])}; the points stand at the
-    first accuracy, with a line up to the last.
+    ours: {name: (accuracy, {convention: score})}. entries: {name: (its accuracies, [(score, convention)])}; their
+    points stand at the first accuracy, with a line to the last.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
@@ -125,17 +107,21 @@ def board_figure(accuracy: float, scores: dict[str, float], entries: dict[str, t
         x, y, side = PLACES.get(name, (0, 8, "center"))
         axes.annotate(name, (points[-1][0], accuracies[-1]), xytext=(x, y), textcoords="offset points", ha=side,
                       fontsize=8)
-    for convention, score in scores.items():
-        axes.plot(score, accuracy, markers[convention], color=BLUE, ms=9)
-        axes.plot([], [], markers[convention], color="black", mfc="none", label=f"{convention} accumulators")
-    axes.plot([], [], "s", color=BLUE, label="ours")
+    for (name, (accuracy, scores)), colour in zip(ours.items(), (BLUE, GREEN, ORANGE, PURPLE)):
+        for convention, score in scores.items():
+            axes.plot(score, accuracy, markers[convention], color=colour, ms=9)
+        axes.plot([], [], "s", color=colour, label=name)
     axes.plot([], [], "s", color=GREY, label="the challenge's entries")
-    axes.axhline(80, color=RED, lw=0.8, ls="--", label="what an entry must reach")
-    largest = max(*scores.values(), *(score for _, points in entries.values() for score, _ in points))
+    for convention, marker in markers.items():
+        axes.plot([], [], marker, color="black", mfc="none", label=f"{convention} accumulators")
+    axes.axhline(80, color=RED, lw=0.8, ls="--", label="accuracy that an entry must reach")
+    scores = [*(x for _, found in ours.values() for x in found.values()),
+              *(x for _, points in entries.values() for x, _ in points)]
+    heights = [80, *(accuracy for accuracy, _ in ours.values())]
     axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
-             ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * largest),
-             ylim=(min(accuracy, 80) - 0.7, max(accuracy, 80) + 0.7))
-    axes.legend(frameon=False, loc="upper left" if accuracy > 81 else "lower left", fontsize=8)  # beside the entries
+             ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * max(scores)),
+             ylim=(min(heights) - 0.7, max(heights) + 0.7))
+    axes.legend(frameon=False, loc="upper left" if max(heights) > 81 else "lower left", fontsize=8)  # off the entries
     axes.grid(color="#dddddd")
     axes.set_axisbelow(True)
     return figure

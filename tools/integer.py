@@ -1,28 +1,32 @@
-"""The shipped network in exact integer arithmetic: no float anywhere between the uint8 image and the integer logits.
+"""Execute a shipped network in exact integer arithmetic: no float from the uint8 image to the integer logits.
 
-    python -m tools.integer                   the shipped checkpoint: accuracy, agreement with its float twin, sums
-    python -m tools.integer --checkpoint F    another one, .pt with its claim beside it or .mnet
+    python -m tools.integer                   the shipped checkpoint: accuracy, comparison with exact_network,
+                                              accumulators
+    python -m tools.integer --checkpoint F    another checkpoint: a .pt with its claim, or an .mnet
 
-Every number that is stored is an integer times a power of two (see quantize.py), so every value in between is one too.
-Where each value's power is known before the first image, integers and shifts are all that is left:
+Every stored number is an integer times a power of two (see quantize.py), and so is every value that is computed from
+stored numbers. The powers are known before the first image, so integers and shifts are enough. For each activation
+point:
 
-  acc   = sum of weight code x activation code                int32   a convolution, the linear layer; padding is code 0
-  value = sum over branches of acc x multiplier + addend      int32   a branch is a convolution or a block's own input;
-                                                              int64   where scales with many bits need it
-  code  = clip(value >> shift, rounded, halves to even)       8 bits  a lower clip at 0 is the ReLU
+  acc   = sum of weight code x activation code                int32; positions of the padding have the code 0
+  value = sum over branches of acc x multiplier + addend      int32, or int64 if scales with many bits need it
+  code  = value >> shift, rounded half to even and clipped    8 bits; a lower clip at 0 is the ReLU
 
-What is stored for it            width
-  weight codes                   6 or 8 bits (at most 8)      signed
-  multiplier, a channel's        11 bits and a sign, and a shift to the left: the float16 scale of a folded BatchNorm
-  addend, a channel's            16 bits signed, and a shift to the left: the BatchNorm's shift, the linear layer's bias
-  steps                          a power of two for every tensor and activation point: all shifts follow from them
-The average is the sum of its values: dividing by 16 is 4 more in a shift. A pointwise function of codes, such as hard
-swish, is a table of at most 256 codes. A product, as in squeeze-excitation, is one of codes. Logits are values, all
-with one power of two.
+The branches of a point are the terms that are added there: a layer with its BatchNorm, and for a residual sum the
+block's input. What a network stores for this:
 
-No order of summation can overflow: the reach of every sum follows from the stored codes, and is checked when the
-network is built. exact_network, which testers.py runs, computes the same whole numbers in floats that are wide
-enough to hold them: both networks must have the same logits to the last bit, and this script compares them.
+  weight codes                signed, at most 8 bits
+  multiplier of a channel     11 bits and a sign, shifted to the left: the float16 scale of a folded BatchNorm
+  addend of a channel         16 bits, signed, shifted to the left: a BatchNorm's shift, or a linear layer's bias
+  steps                       one power of two for each tensor and activation point; all shifts follow from them
+
+The mean of 16 values is their sum with 4 more in the shift. A pointwise function of codes, such as hard swish, is a
+table of at most 256 codes. A product, as in squeeze-excitation, is a product of codes. The logits are values that are
+not rounded, all with the same power of two.
+
+No order of summation can overflow: the range of every sum follows from the stored codes, and is checked when the
+network is built. exact_network computes the same integers in floats that are wide enough to hold them. This script
+compares the logits of both, which must be the same to the last bit.
 """
 import functools
 import sys
@@ -35,27 +39,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import checkpoints, cifar100, claims, counting, graph, networks, threads
-from compressed.command_line import command_line, number, run_script
+from compressed import checkpoints, cifar100, claims, counting, graph, threads
+from compressed.command_line import run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import RELU6, exact_network, table
 from compressed.files import to_json
-from compressed.formats import Formats, is_folded, signed_bits
+from compressed.formats import is_folded, signed_bits
 from compressed.graph import Window
 from compressed.mnet import stated_formats, stored_exponent
+from tools.agreement import agreement, describe, option_parser
 
-BATCH = 8  # images: their maps stay in the cache
+BATCH = 8  # images: their feature maps fit into a CPU's cache
 
 
-# ------------------------------------------------------------------------------------------------- sums of products
-# Codes are uint8 (unsigned) or int8 (signed), [N, H, W, channels] or [N, channels]; accumulators int32 of that layout.
+# ---- Accumulators: functions of codes ------------------------------------------------------------
+# Codes are uint8 (unsigned) or int8 (signed), [N, H, W, channels] or [N, channels]; accumulators are int32.
 
 @functools.cache
 def fast_products() -> bool:
-    """Whether torch has a product of int8 matrices for the CPU, and whether it is exact on this one.
+    """Return True if torch has a product of int8 matrices for the CPU, and if it is exact on this one.
 
-    x86 CPUs without VNNI add products in pairs in 16 bits, which saturate: extreme codes show it.
+    x86 CPUs without VNNI add products in pairs in 16 bits, which saturate with extreme codes.
     """
     extreme = torch.tensor([-128, 127, -128, -128], dtype=torch.int8).repeat(64, 16)
     try:
@@ -65,9 +70,10 @@ def fast_products() -> bool:
 
 
 def products(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes [..., K] times weight codes (int8 [K, out]) -> int32 [..., out].
+    """Return codes [..., K] times weight codes (int8 [K, out]), int32 [..., out].
 
-    The fast product takes signed codes alone: unsigned ones lose 128 first, which the weights' sums give back.
+    The fast product takes signed codes only: 128 is subtracted from unsigned ones, and added back as 128 x the sums of
+    the weights.
     """
     rows = codes.flatten(0, -2)
     if not fast_products():
@@ -80,15 +86,15 @@ def products(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def windows(codes: Tensor, window: Window, fill: int = 0) -> list[Tensor]:
-    """The codes at each place of a window, row by row, each [N, H', W', C]; outside the map they are `fill`."""
+    """Return the codes at each position of a window, row by row, each [N, H', W', C]; `fill` outside the map."""
     codes = F.pad(codes, (0, 0, *[window.padding[1]] * 2, *[window.padding[0]] * 2), value=fill or None)
     rows, columns = ([slice(k * d, k * d + n - d * (kernel - 1), s) for k in range(kernel)]
                      for n, kernel, s, d in zip(codes.shape[1:3], window.kernel, window.stride, window.dilation))
     return [codes[:, y, x] for y in rows for x in columns]
 
 
-def full(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """A convolution. weight int8 [groups, places x in of a group, out of a group]."""
+def convolution(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """Return the sums of a convolution. weight: int8 [groups, positions x inputs of a group, outputs of a group]."""
     parts = windows(codes, window)
     size = codes.shape[-1] // len(weight)
     return torch.cat([products(torch.cat([part[..., g * size:(g + 1) * size] for part in parts], -1), one)
@@ -96,7 +102,7 @@ def full(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
 
 
 def depthwise(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """weight int32 [places, C]."""
+    """Return the sums of a depthwise convolution. weight: int32 [positions, C]."""
     parts = windows(codes.int(), window)
     acc = parts[0] * weight[0]
     for part, row in zip(parts[1:], weight[1:]):
@@ -104,70 +110,50 @@ def depthwise(codes: Tensor, weight: Tensor, window: Window) -> Tensor:
     return acc
 
 
-def sum_of_window(codes: Tensor, window: Window) -> Tensor:
-    """[N, H', W', C]; of a whole map faster than part by part."""
+def window_sum(codes: Tensor, window: Window) -> Tensor:
+    """Return the sum over a window, [N, H', W', C]; for a whole map by one call, which is faster."""
     if window.kernel == tuple(codes.shape[1:3]):
         return codes.sum((1, 2), dtype=torch.int32)[:, None, None]
     return sum(part.int() for part in windows(codes, window))
 
 
-def largest_of_window(codes: Tensor, window: Window, lowest: int) -> Tensor:
-    return functools.reduce(torch.maximum, windows(codes, window, lowest))
-
-
-def product(codes: Tensor, factor: Tensor) -> Tensor:
-    """factor: of the shape of the codes [N, H, W, C], or one for each channel."""
-    return codes.int() * (factor[:, None, None] if factor.dim() < codes.dim() else factor)
-
-
-def looked_up(codes: Tensor, entries: Tensor, low: int) -> Tensor:
-    """entries: int32, of each code from `low` on."""
-    return entries[codes.int() - low]
-
-
-def moved(codes: Tensor, places: Tensor) -> Tensor:
-    """The codes at these places [H, W, C] of an image, counted from 1 in that order; 0 is a zero."""
-    return F.pad(codes.flatten(1), (1, 0))[:, places]
-
-
 def layer_sums(layer: nn.Module, weight: Tensor, window: Window | None) -> Callable[[Tensor], Tensor]:
-    """The function from a layer's input codes to its accumulators. weight: its codes, int64, in the layer's shape."""
+    """Return the function from a layer's input codes to its sums. weight: its codes, int64, in the layer's shape."""
     if window in (None, Window((1, 1))) and getattr(layer, "groups", 1) == 1:
         return functools.partial(products, weight=weight.flatten(1).to(torch.int8).T)
     if layer.groups == layer.in_channels == layer.out_channels:
         return functools.partial(depthwise, weight=weight.flatten(1).T.int().contiguous(), window=window)
-    rows = weight.permute(0, 2, 3, 1).flatten(1)  # [out, places x in of a group]
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # [outputs, positions x inputs of a group]
     rows = rows.view(layer.groups, -1, rows.shape[1]).transpose(1, 2)
-    return functools.partial(full, weight=rows.to(torch.int8), window=window)
+    return functools.partial(convolution, weight=rows.to(torch.int8), window=window)
 
 
-# ------------------------------------------------------------------------------------------------ the integer network
+# ---- Values and codes of a point -----------------------------------------------------------------
 
 def lowest_bit(x: Fraction) -> int:
-    """e of the lowest bit 2^e in x, an integer times a power of two and not 0."""
+    """Return e of the lowest bit 2^e that is set in x, which is an integer times a power of two and not 0."""
     return (x.numerator & -x.numerator).bit_length() - x.denominator.bit_length()
 
 
 class Branch:
-    """One term of a value: sums(codes of its sources) x multiplier + addend, a channel at a time.
+    """One term of a point's value (see graph.Branch): sums(codes of its sources) x multiplier + addend, by channel.
 
-    kind: see graph.Branch.
-
-    reach: (lowest, highest) accumulator of each channel. scale, shift: the real numbers for which multiplier and addend
-    stand; `align` makes those, the integers scale / 2^e and shift / 2^e.
+    reach: (lowest, highest) accumulator of each channel. scale, shift: the exact real numbers of each channel for which
+    multiplier and addend stand; `align` sets those to scale / 2^e and shift / 2^e. Raises BadInput if the accumulator
+    could overflow 32 bits.
     """
 
     def __init__(self, of: graph.Branch, sums: Callable[..., Tensor], reach: list[tuple[int, int]],
                  scale: list[Fraction], shift: list[Fraction]):
         self.name, self.kind, self.source, self.sources = of.name, of.kind, of.source, of.sources
         self.sums, self.reach, self.scale, self.shift = sums, reach, scale, shift
-        name = self.name
         worst = max(max(-low, high) for low, high in reach)
         if worst >= 2**31:
-            raise BadInput(f"{name}: sums of products up to {worst:,} may overflow the 32-bit accumulator")
+            raise BadInput(f"{of.name}: sums of products up to {worst:,} may overflow the 32-bit accumulator")
 
     def align(self, exponents: list[int]) -> list[int]:
-        """Sets multiplier and addend (int64 [C]); returns the largest magnitude, before or after adding, a channel."""
+        """Set multiplier and addend (int64 [C]) for these exponents e of the channels; return each channel's largest
+        magnitude, before or after the addition."""
         unit = [Fraction(2) ** -e for e in exponents]
         multiplier = [int(a * u) for a, u in zip(self.scale, unit)]
         addend = [int(b * u) for b, u in zip(self.shift, unit)]
@@ -185,16 +171,16 @@ class Branch:
 
 
 class Point:
-    """An activation point: the value that its branches add up to, rounded to its codes; without a step, the logits.
+    """An activation point: the sum of its branches, rounded to codes; without a step it is the logits, not rounded.
 
-    Each channel has its own power of two for its value, 2^exponent, the finest bit of anything that is added in it.
+    The value of each channel has a power of two of its own, 2^exponent: the lowest bit of all that is added in it.
     Raises BadInput if the value could overflow 64 bits.
     """
 
     def __init__(self, of: graph.Point, branches: list[Branch], step: Fraction | None = None, low: int = 0,
                  high: int = 0):
         self.name, self.branches, self.low, self.high = of.name, branches, low, high
-        self.layout, name = (*of.shape[1:], of.shape[0]), of.name  # channels last
+        self.layout = (*of.shape[1:], of.shape[0])  # channels last
         self.dtype = torch.int8 if low < 0 else torch.uint8
         halves = [step / 2 if step else Fraction(0)] * len(branches[0].scale)
         parts = zip(halves, *(part for branch in branches for part in (branch.scale, branch.shift)))
@@ -205,7 +191,7 @@ class Point:
         largest = max(map(sum, zip(halves, *(branch.align(self.exponents) for branch in branches))))
         self.bits = largest.bit_length() + 1
         if self.bits > 64:
-            raise BadInput(f"{name}: its aligned sums may need {self.bits} bits, more than 64")
+            raise BadInput(f"{of.name}: its aligned sums may need {self.bits} bits, more than 64")
         wide = torch.int32 if self.bits <= 32 else torch.int64
         for branch in branches:
             branch.multiplier, branch.addend = branch.multiplier.to(wide), branch.addend.to(wide)
@@ -213,149 +199,155 @@ class Point:
         self.shift = torch.tensor([half.bit_length() for half in halves], dtype=wide)
 
     def value(self, codes: dict[str, Tensor], watch=None) -> Tensor:
-        """int32 or int64, times 2^exponent of the channel."""
+        """Return the value, int32 or int64, in units of 2^exponent of each channel."""
         first, *others = (branch.value(codes, watch).reshape(-1, *self.layout) for branch in self.branches)
         for other in others:
             first += other
         return first
 
     def round(self, value: Tensor) -> Tensor:
-        """The codes, uint8 or int8. Writes over the value.
+        """Return the codes of a value, uint8 or int8; the value is overwritten.
 
-        An odd quotient gets a half, an even one a half less the lowest bit: halves alone tell the difference.
+        Half a step is added where the quotient is odd, and half a step less the lowest bit where it is even. This makes
+        a difference for halves only, which thereby go to the even code.
         """
         odd = (value >> self.shift).bitwise_and_(1)
         value = value.add_(odd).add_(self.half - 1).bitwise_right_shift_(self.shift)
         return value.clamp_(self.low, self.high).to(self.dtype)
 
 
-class Builder:
-    """Makes the branches of an integer network from a model's stored values; steps, shapes: of all points, by name."""
+# ---- The integer network -------------------------------------------------------------------------
 
-    def __init__(self, model: nn.Module, formats: Formats, steps: dict[str, Fraction], shapes: dict[str, tuple]):
-        self.model, self.formats, self.steps, self.shapes = model, formats, steps, shapes
+class IntegerNetwork:
+    """A network that maps images (uint8 [N, 3, 32, 32]) to logits (integers [N, classes], units of 2^logit_exponent).
 
-    def branch(self, of: graph.Branch, point: graph.Point) -> Branch:
-        if of.kind == "layer":
-            return self.layer(of)
-        if of.kind == "pixels":
-            unit = Fraction(1, cifar100.STD)
-            return Branch(of, lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
-        activation, step, channels = self.formats.activations[of.source], self.steps[of.source], point.shape[0]
-        low, high, shift = activation.low, activation.high, [Fraction(0)] * channels
-        if of.kind == "norm":
-            scale, shift = self.scales(of.norm)
-            return Branch(of, lambda codes: codes, [(low, high)] * channels, [step * a for a in scale], shift)
-        sums = {"mean": functools.partial(sum_of_window, window=of.window),
-                "max": functools.partial(largest_of_window, window=of.window, lowest=low),
-                "product": product}.get(of.kind, lambda codes: codes)
-        if of.kind == "mean":
-            low, high, step = of.terms * low, of.terms * high, step / of.terms
-        elif of.kind == "product":
-            other = self.formats.activations[of.other]
-            ends = [a * b for a in (low, high) for b in (other.low, other.high)]
-            low, high, step = min(ends), max(ends), step * self.steps[of.other]
-        elif of.kind == "moved":
-            sums = functools.partial(moved, places=self.places(of))
-        elif of.kind == "function":
-            entries = table(of.function, activation, float(step), self.formats.activations[point.name],
-                            float(self.steps[point.name]))
-            sums, step = functools.partial(looked_up, entries=entries, low=low), self.steps[point.name]
-            low, high = int(entries.min()), int(entries.max())
-        return Branch(of, sums, [(low, high)] * channels, [step] * channels, shift)
+    The stored values of a shipped model are read as integers, by the formats in its claim. points: the activation
+    points in the order of computation. logits: a Point that is not rounded. Raises BadInput if model and claim do not
+    fit each other, if a step is no power of two, if a weight or activation has more than 8 bits, or a scale, shift or
+    bias more than 16.
+    """
 
-    def layer(self, of: graph.Branch) -> Branch:
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, claim: dict):
+        self.model, self.formats, read = model, stated_formats(model, claim), graph.read(model)
+        self._check_widths()
+        self.steps = {entry["name"]: Fraction(2) ** stored_exponent(entry.get("step"), f"activation {entry['name']}")
+                      for entry in claim["activations"]}
+        self.shapes = {point.name: point.shape for point in read.points}
+        *self.points, self.logits = [self._point(point) for point in read.points]
+        self.logit_exponent = self.logits.exponents[0]
+
+    def _check_widths(self) -> None:
+        vectors = {name for name, parameter in self.model.named_parameters() if parameter.dim() == 1}
+        widths = {name: grid.bits for name, grid in self.formats.tensors.items()}
+        widths |= {f"activation {name}": activation.bits for name, activation in self.formats.activations.items()}
+        wide = [f"{name} has {bits} bits" for name, bits in widths.items() if bits > (16 if name in vectors else 8)]
+        if wide:
+            raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
+
+    def _point(self, of: graph.Point) -> Point:
+        branches = [self._layer(branch) if branch.kind == "layer" else self._term(branch, of) for branch in of.branches]
+        if of.name not in self.steps:
+            return Point(of, branches)
+        step, activation = self.steps[of.name], self.formats.activations[of.name]
+        high = min(activation.high, round(Fraction(RELU6) / step)) if of.activation == "relu6" else activation.high
+        return Point(of, branches, step, activation.low, high)
+
+    def _layer(self, of: graph.Branch) -> Branch:
+        """Return the branch of a convolution or linear layer, with the BatchNorm that is folded into it."""
         module, grid = self.model.get_submodule(of.name), self.formats.tensors[f"{of.name}.weight"]
         if len(grid.steps) != 1:
             raise BadInput(f"{of.name}.weight has {len(grid.steps)} steps, expected one")
         unit = Fraction(2) ** stored_exponent(grid.steps[0], f"{of.name}.weight") * self.steps[of.source]
+        if of.norm and module.bias is not None and module.bias.any():
+            raise BadInput(f"{of.name}: its bias is not folded into the shift of {of.norm}")
         scale, shift = [Fraction(1)] * len(module.weight), [Fraction(0)] * len(module.weight)
-        if module.bias is not None:
-            shift = list(map(Fraction, module.bias.tolist()))
         if of.norm:
-            if any(shift):
-                raise BadInput(f"{of.name}: its bias is not folded into the shift of {of.norm}")
-            scale, shift = self.scales(of.norm)
-        weight = grid.codes(module.weight)
-        reach = counting.reach(weight, self.formats.activations[of.source])
-        return Branch(of, layer_sums(module, weight, of.window), reach, [unit * a for a in scale], shift)
+            scale, shift = self._folded(of.norm)
+        elif module.bias is not None:
+            shift = list(map(Fraction, module.bias.tolist()))
+        codes = grid.codes(module.weight)
+        return Branch(of, layer_sums(module, codes, of.window),
+                      counting.reach(codes, self.formats.activations[of.source]), [unit * a for a in scale], shift)
 
-    def scales(self, norm: str) -> tuple[list[Fraction], list[Fraction]]:
-        """Scale and shift of each channel of a folded BatchNorm."""
+    def _folded(self, norm: str) -> tuple[list[Fraction], list[Fraction]]:
+        """Return the scale and the shift of each channel of a folded BatchNorm."""
         bn = self.model.get_submodule(norm)
         if not is_folded(bn):
             raise BadInput(f"{norm}: its statistics are not folded into scale and shift")
         return list(map(Fraction, bn.weight.tolist())), list(map(Fraction, bn.bias.tolist()))
 
-    def places(self, of: graph.Branch) -> Tensor:
-        """Where the elements of a "moved" branch come from, channels last on both sides: as `moved` counts them."""
+    def _term(self, of: graph.Branch, point: graph.Point) -> Branch:
+        """Return a branch that is no layer. sums: of codes; low, high: their range; scale, shift: for all channels."""
+        if of.kind == "pixels":
+            unit = Fraction(1, cifar100.STD)
+            return Branch(of, lambda codes: codes, [(0, 255)] * 3, [unit] * 3, [-cifar100.MEAN * unit] * 3)
+        activation, scale, channels = self.formats.activations[of.source], self.steps[of.source], point.shape[0]
+        low, high, sums = activation.low, activation.high, lambda codes: codes  # of "unchanged"
+        if of.kind == "norm":
+            scales, shifts = self._folded(of.norm)
+            return Branch(of, sums, [(low, high)] * channels, [scale * a for a in scales], shifts)
+        if of.kind == "mean":
+            sums = functools.partial(window_sum, window=of.window)
+            low, high, scale = of.terms * low, of.terms * high, scale / of.terms
+        elif of.kind == "max":
+            def sums(codes, least=low):
+                return functools.reduce(torch.maximum, windows(codes, of.window, least))
+        elif of.kind == "product":
+            def sums(codes, factor):  # of one factor for each element, or one for each channel
+                return codes.int() * (factor[:, None, None] if factor.dim() < codes.dim() else factor)
+            other = self.formats.activations[of.other]
+            ends = [a * b for a in (low, high) for b in (other.low, other.high)]
+            low, high, scale = min(ends), max(ends), scale * self.steps[of.other]
+        elif of.kind == "moved":
+            places = self._places(of)
+
+            def sums(codes):
+                return F.pad(codes.flatten(1), (1, 0))[:, places]
+        elif of.kind == "function":
+            entries = table(of.function, activation, float(scale), self.formats.activations[point.name],
+                            float(self.steps[point.name]))
+
+            def sums(codes, least=low):
+                return entries[codes.int() - least]
+            low, high, scale = int(entries.min()), int(entries.max()), self.steps[point.name]
+        return Branch(of, sums, [(low, high)] * channels, [scale] * channels, [Fraction(0)] * channels)
+
+    def _places(self, of: graph.Branch) -> Tensor:
+        """Return the positions [H, W, C] in the source of a "moved" branch's elements, both channels last.
+
+        They are counted from 1; 0 stands for a zero that is inserted.
+        """
         shape = self.shapes[of.source]
         numbers = torch.arange(1, of.elements + 1).view(*shape[1:], shape[0]).movedim(-1, 0).flatten()
         return F.pad(numbers, (1, 0))[of.index].movedim(0, -1)
 
-
-class IntegerNetwork:
-    """Called with images (uint8 [N, 3, 32, 32]) it returns logits (integers [N, classes], times 2^logit_exponent).
-
-    points: the 55 activation points in the order in which they are computed; logits: a Point that is not rounded.
-    """
-
-    def __init__(self, points: list[Point], logits: Point):
-        self.points, self.logits, self.logit_exponent = points, logits, logits.exponents[0]
-
-    @classmethod
-    @torch.no_grad()
-    def from_checkpoint(cls, model: nn.Module, claim: dict) -> "IntegerNetwork":
-        """Reads the stored values of a shipped model as integers, by the formats in its claim.
-
-        Raises BadInput if they do not fit each other, or are not what 8-bit codes with steps that are powers of two and
-        accumulators of 32 bits can hold.
-        """
-        formats, points, read = stated_formats(model, claim), [], graph.read(model)
-        widths = {name: grid.bits for name, grid in formats.tensors.items()}
-        widths |= {f"activation {name}": activation.bits for name, activation in formats.activations.items()}
-        vectors = {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
-        wide = [f"{name} has {bits} bits" for name, bits in widths.items() if bits > (16 if name in vectors else 8)]
-        if wide:
-            raise BadInput(f"{wide[0]}: expected at most 8, and 16 for scales, shifts and biases")
-        step = {entry["name"]: Fraction(2) ** stored_exponent(entry.get("step"), f"activation {entry['name']}")
-                for entry in claim["activations"]}
-        build = Builder(model, formats, step, {point.name: point.shape for point in read.points})
-        for point in read.points[:-1]:
-            activation, high = formats.activations[point.name], None
-            if point.activation == "relu6":
-                high = round(Fraction(RELU6) / step[point.name])
-            points.append(Point(point, [build.branch(each, point) for each in point.branches], step[point.name],
-                                activation.low, activation.high if high is None else min(activation.high, high)))
-        last = read.points[-1]
-        return cls(points, Point(last, [build.branch(each, last) for each in last.branches]))
-
     @torch.inference_mode()
     def __call__(self, images: Tensor, watch: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """watch(name, accumulators) is called for every branch."""
+        """Return the logits of images. watch(name, accumulators) is called for every branch."""
         return self.logits.value(self.codes(images, watch), watch)
 
     @torch.inference_mode()
     def codes(self, images: Tensor, watch=None) -> dict[str, Tensor]:
-        """The codes at every activation point and the pixels: {name: uint8 or int8 [N, H, W, C] or [N, C]}."""
+        """Return the pixels and the codes at every activation point, {name: uint8 or int8 [N, H, W, C] or [N, C]}."""
         codes = {"pixels": images.permute(0, 2, 3, 1).contiguous()}
         for point in self.points:
             codes[point.name] = point.round(point.value(codes, watch))
         return codes
 
-    def layers(self) -> list[Branch]:
-        """What sums products or values: convolutions, linear layers, means, in the order in which they run."""
-        branches = [branch for point in (*self.points, self.logits) for branch in point.branches]
-        return [branch for branch in branches if branch.kind in ("layer", "mean")]
+    def layers(self) -> dict[Branch, Point]:
+        """Return what sums products or values (convolutions, linear layers, means) in order, with the point of each."""
+        return {branch: point for point in (*self.points, self.logits) for branch in point.branches
+                if branch.kind in ("layer", "mean")}
 
 
-# ---------------------------------------------------------------------------------------- beside the float network
+# ---- Comparison with the exact network -----------------------------------------------------------
 
 def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -> dict:
-    """Runs both networks on all images, on every core.
+    """Run both networks on all images, on every core.
 
-    {"images", "correct", "float_correct", "agree": images with the same prediction, "identical": images whose logits
-     are the same to the last bit, "seconds", "float_seconds", "seen": {layer: (lowest, highest) accumulator}}
+    Returns what tools.agreement counts, and {"seconds", "float_seconds", "seen": {branch: (lowest, highest)
+    accumulator}}.
     """
     seen, lock = {}, threading.Lock()
 
@@ -370,38 +362,33 @@ def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -
     middle = time.perf_counter()
     theirs = logits(floats, data.images)
     end = time.perf_counter()
-    found, wanted = ours.argmax(1), theirs.argmax(1)
-    # the float network's logits are float32: exact values, rounded once at the very end
-    same = ((ours.double() * 2.0**network.logit_exponent).float() == theirs).all(1)
-    return {"images": len(data), "correct": int((found == data.labels).sum()),
-            "float_correct": int((wanted == data.labels).sum()), "agree": int((found == wanted).sum()),
-            "identical": int(same.sum()), "seconds": middle - begin, "float_seconds": end - middle, "seen": seen}
+    # the exact network's logits are float32: exact values that are rounded once, at the very end
+    return agreement((ours.double() * 2.0**network.logit_exponent).float(), theirs, data.labels) | {
+        "seconds": middle - begin, "float_seconds": end - middle, "seen": seen}
 
 
 def accumulator_rows(network: IntegerNetwork, seen: dict[str, tuple[int, int]]) -> list[dict]:
-    """{"layer", "bound", "bits", "seen", "seen_bits", "value_bits"}: bits in two's complement, as in `counting`."""
-    values = {branch.name: point.bits for point in (*network.points, network.logits) for branch in point.branches}
+    """Return {"layer", "bound", "bits", "seen", "seen_bits", "value_bits"} of each layer and mean.
+
+    bound, seen: the lowest and the highest accumulator that the stored codes allow, and that occurred. bits: of these
+    in two's complement. value_bits: of the aligned sum to which the accumulator contributes.
+    """
     rows = []
-    for layer in network.layers():
+    for layer, point in network.layers().items():
         bound = min(low for low, _ in layer.reach), max(high for _, high in layer.reach)
         rows.append({"layer": layer.name, "bound": bound, "bits": signed_bits(*bound), "seen": seen[layer.name],
-                     "seen_bits": signed_bits(*seen[layer.name]), "value_bits": values[layer.name]})
+                     "seen_bits": signed_bits(*seen[layer.name]), "value_bits": point.bits})
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------- the script
-
 def text(report: dict) -> str:
     n = report["images"]
-    lines = [f"Accuracy: {report['correct']}/{n} ({report['correct'] / n:.2%})",
-             f"The float network of testers.py: {report['float_correct']}/{n} ({report['float_correct'] / n:.2%}); "
-             f"predictions agree on {report['agree']}/{n} ({report['agree'] / n:.2%}), logits to the last bit on "
-             f"{report['identical']}/{n}"]
-    lines += ["", f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
-              f"floats ({threads.cores()} threads)", "",
-              "Accumulators: what the stored codes can reach, what these images reach, and the aligned sum behind it",
-              f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
-              f"{'sum bits':>10}"]
+    lines = [*describe("integers", report), "",
+             f"Speed: {n / report['seconds']:.1f} images/s in integers, {n / report['float_seconds']:.1f} in "
+             f"exact_network ({threads.cores()} threads)", "",
+             "Accumulators: range that the stored codes allow; range on these images; bits of the aligned sum",
+             f"{'layer':<20}{'lowest':>13}{'highest':>13}{'bits':>6}{'lowest seen':>13}{'highest seen':>14}{'bits':>6}"
+             f"{'sum bits':>10}"]
     for row in report["accumulators"]:
         (low, high), (lowest, highest) = row["bound"], row["seen"]
         lines.append(f"{row['layer']:<20}{low:>13,}{high:>13,}{row['bits']:>6}{lowest:>13,}{highest:>14,}"
@@ -410,30 +397,25 @@ def text(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    """Prints the report. Returns 2 if the networks' logits differ for any image."""
+    """Print the report; return 2 if the logits of any image differ."""
     threads.prepare()
-    parser = command_line(__doc__)
-    checkpoints.add_option(parser)
-    networks.add_option(parser, claimed=True)
-    cifar100.add_options(parser)
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
-    parser.add_argument("--record", action="store_true", help="write the result into the claim beside the checkpoint")
+    parser = option_parser(__doc__)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     if args.record:
-        claims.recordable(args.checkpoint)  # before anything is done
+        claims.recordable(args.checkpoint)  # before anything is computed
     model, claim = checkpoints.load(args.checkpoint, args.network)
-    network = IntegerNetwork.from_checkpoint(model, claim)
+    network = IntegerNetwork(model, claim)
     data, name = cifar100.chosen(args, "test")
-    floats = exact_network(model, claim["activations"])
-    report = {"checkpoint": str(args.checkpoint)} | compare(network, floats, data)
+    report = compare(network, exact_network(model, claim["activations"]), data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
-    if args.record:  # before printing: the reader of a pipe may have gone
-        kept = {key: value for key, value in report.items() if key not in ("checkpoint", "seconds", "float_seconds")}
+    if args.record:  # before printing: the reader of a pipe may have exited
+        kept = {key: value for key, value in report.items() if not key.endswith("seconds")}
         claims.record(args.checkpoint, "integer", {"data": name} | kept)
+    report = {"checkpoint": str(args.checkpoint)} | report
     print(to_json(report, indent=1) if args.json else text(report), flush=True)
     if report["identical"] < report["images"]:
-        print(f"integer.py: the float network has other logits for {report['images'] - report['identical']} of "
+        print(f"integer.py: exact_network has other logits for {report['images'] - report['identical']} of "
               f"{report['images']} images", file=sys.stderr)
         return 2
     return 0

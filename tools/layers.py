@@ -1,4 +1,4 @@
-"""The layer table of a network, and what thop counts.
+"""Print a table of a network's layers, its numbers of parameters, and the operations that thop counts.
 
     python -m tools.layers [--network SPEC]
 """
@@ -13,7 +13,8 @@ from compressed.graph import weight_layers
 
 
 def layer_table(model: nn.Module) -> str:
-    """A line for every convolution and the linear layer: index, name, kind, shape of the weight, output, weights."""
+    """Return a line for each convolution and linear layer: index, name, kind, weight's shape, output's shape, weights.
+    """
     outputs = {}
     hooks = [module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m, tuple(out.shape[1:])))
              for _, module in weight_layers(model)]
@@ -44,7 +45,8 @@ def main(argv=None) -> int:
     norm = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     linear = [module for module in layers if isinstance(module, nn.Linear)]
     print(f"\n{len(layers)} weight tensors: {conv:,} convolution weights, {sum(m.weight.numel() for m in linear):,} "
-          f"linear weights (+ {sum(m.bias.numel() for m in linear)} biases), {norm:,} BatchNorm scales and shifts,"
+          f"linear weights (+ {sum(m.bias.numel() for m in linear if m.bias is not None)} biases), {norm:,} BatchNorm "
+          f"scales and shifts,"
           f" {sum(p.numel() for p in model.parameters()):,} parameters in all")
     thop = thop_counts(model)
     if thop is None:

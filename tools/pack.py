@@ -1,10 +1,11 @@
-"""The shipped network as one small file, .mnet: every stored bit of it, and nothing else (see mnet.py).
+"""Pack a shipped network into one small file, .mnet, that holds every stored bit and nothing else (see mnet.py).
 
-    python -m tools.pack                                packs the shipped checkpoint, reads it back, compares, and says
-    python -m tools.pack --checkpoint F --out F.mnet    what every section takes beside what the rules count for it
+    python -m tools.pack                                packs the shipped checkpoint
+    python -m tools.pack --checkpoint F --out F.mnet    packs another one
 
-The claim beside the checkpoint gets the packed file's size and SHA-256, and its counts anew if they differ: what is
-packed is what is counted (counting.layout).
+The file is read back and compared value by value. Then a table shows the bytes of every section next to those that the
+challenge's rules count for it. Size and SHA-256 are written into the checkpoint's claim, and its counts, if the rules
+as implemented today give others.
 """
 from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_path
@@ -18,7 +19,7 @@ def main(argv=None) -> int:
     checkpoints.add_option(parser)
     networks.add_option(parser, claimed=True)
     parser.add_argument("--out", type=some_path, metavar="F.mnet",
-                        help="what is written (default: the checkpoint's name)")
+                        help="file to write (default: the checkpoint's name with the suffix .mnet)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint
     out = args.out or checkpoint.with_suffix(".mnet")
@@ -33,7 +34,7 @@ def main(argv=None) -> int:
         claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
         if claim.get("counts", summary) != summary:
             claims.record(checkpoint, "counts", summary)
-            print(f"{claims.claim_path(checkpoint)}: its counts were not those of today's rules; renewed")
+            print(f"{claims.claim_path(checkpoint)}: the counts in it were outdated, and were replaced")
 
     counted = summary["storage"]
     print(f"{out}: {sections['total']:,} bytes, SHA-256 {sha256(out)}; read back, every value and format is the same")

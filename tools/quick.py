@@ -1,8 +1,8 @@
-"""Run every stage in a few minutes on a CPU, on made-up images: to see how the parts work together.
+"""Run every stage in a few minutes on a CPU, on made-up images, to see how the parts work together.
 
-    python -m tools.quick     trains in runs/quick, ships into runs/quick/shipped; nothing else is touched
+    python -m tools.quick     trains in runs/quick and ships into runs/quick/shipped; nothing else is changed
 
-The last lines are a table of what each stage left.
+At the end it prints a table of the results of each stage.
 """
 import shutil
 import time

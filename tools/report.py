@@ -1,8 +1,7 @@
-"""Write the tables and figures of the pages, from the shipped checkpoint, its claim and its training logs.
+"""Write the tables and figures of the pages, from the shipped checkpoints, their claims and the training logs.
 
     python -m tools.report            writes figures/*.png (see tools/figures.py), and the tables in PAGES between
                                       <!-- NAME --> and <!-- end NAME -->
-    python -m tools.report --record   also adds a line for the checkpoint to record/shipped.jsonl first
     python -m tools.report --check    writes nothing; exit status 2 if a table in the pages is out of date
 """
 import dataclasses
@@ -10,38 +9,41 @@ import re
 import statistics
 from pathlib import Path
 
-from compressed import checkpoints, claims, counting
+from torch import nn
+
+from compressed import checkpoints, claims, counting, networks, shipping
 from compressed.command_line import command_line, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_text, to_json
-from compressed.formats import Formats
-from compressed.graph import trace
+from compressed.files import load_json, load_lines, save_text
+from compressed.graph import trace, weight_layers
 from compressed.mnet import stated_formats
 from tools import figures
 from training.runs import stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
-STORED = {"weights": "weights that are stored", "masks": "one mask bit a position",
+STORED = {"weights": "weights that are stored", "masks": "masks, one bit for each position",
           "batchnorm": "BatchNorm scales and shifts", "biases": "biases of the linear layer",
           "steps": "steps of all grids, at 32 bits", "total": "total"}
-HERE = Path(__file__).resolve().parent.parent
-LOGS = HERE / "record"
-SUBMISSION = 80.12  # its accuracy, in %
+ROOT = shipping.ROOT
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
+
+
+# ---- What is known -------------------------------------------------------------------------------
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Hold a published entry of the challenge for CIFAR-100.
 
     name: with its rank (a team may have several entries). accuracy: in %; the first belongs to the score. scores:
-    {accumulator convention: published scores}.
+    {accumulator convention: published scores}. said: text to show instead of the accuracy.
     """
     name: str
     network: str
     accuracy: tuple[float, ...]
     scores: dict[str, tuple[str, ...]]
-    said: str = ""  # text to show instead of the accuracy
+    said: str = ""
 
 
 BOARD = (
@@ -57,21 +59,73 @@ BOARD = (
           {"tree": ("0.0155", "0.0188")}))
 
 
-def output_lines(accuracy: dict, counts: dict) -> list[str]:
-    """Return some lines that `bash run.sh` prints; tests/test_testers.py compares them with its real output."""
-    storage, scores = counts["storage"]["total"], counts["score"]
-    theirs = counts["weights"]["submission"]
-    lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
-             f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
-             f"  {'the submission' + chr(39) + 's convention (ACCOUNT.md)':<42}" + "".join(
-                 f"{theirs[key]:>12,}" for key in ("total", "zeros", "nonzeros"))
-             + f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
-             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters "
-             f"= {storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
-             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
-    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
-        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
-    return lines
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """Hold a shipped network: its folder ("" for the root), its model and its claim."""
+    folder: str
+    model: nn.Module
+    claim: dict
+
+    @property
+    def accuracy(self) -> float:
+        """The test accuracy in %."""
+        return 100 * self.claim["accuracy"]["correct"] / self.claim["accuracy"]["images"]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {c: self.claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
+
+    def weight_bits(self) -> list[int]:
+        """Return the bits of all layers' weights."""
+        layers = {f"{name}.weight" for name, _ in weight_layers(self.model)}
+        return [entry["bits"] for entry in self.claim["tensors"] if entry["name"] in layers]
+
+    def description(self) -> str:
+        name = self.claim.get("network", {}).get("spec", networks.DEFAULT).partition(":")[2]
+        weights = self.claim["counts"]["weights"]["all"]
+        bits = ["/".join(map(str, sorted(set(each)))) for each in (
+            self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
+        return (f"{name}, {weights['total']:,} weights, {weights['sparsity']:.0%} sparse, {bits[0]}-bit weights, "
+                f"{bits[1]}-bit activations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Hold the data from which the tables are made.
+
+    claim: of the checkpoint at the root. counted: {accumulator convention: rows of all operations}. theirs: totals by
+    the submission's convention. dense: result of testers.py --json for record/dense.pt, the dense baseline. networks:
+    all shipped networks, that at the root first.
+    """
+    claim: dict
+    counted: dict[str, list[counting.Row]]
+    theirs: dict[str, int]
+    dense: dict
+    networks: list[Shipped]
+
+    @property
+    def stages(self) -> dict[str, dict]:
+        return {stage["stage"]: stage for stage in self.claim["made_by"]["training"]}
+
+    def percent(self, correct: int) -> str:
+        return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
+
+    def shipped(self) -> str:
+        accuracy = self.claim["accuracy"]
+        return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
+
+    def images(self) -> int:
+        """Return how many images all stages trained on."""
+        return sum(stage["last_epoch"]["step"] * stage["settings"]["batch_size"] for stage in self.stages.values())
+
+    def hours(self) -> str:
+        """Return the training time of all stages by their logs, summed for each kind of device."""
+        seconds = {}
+        for stage in self.stages.values():
+            where = device(machine(stage["machine"]))
+            seconds[where] = seconds.get(where, 0) + stage["last_epoch"]["seconds"]
+        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on {where}"
+                         for where, x in seconds.items())
 
 
 def machine(recorded: dict | str) -> dict:
@@ -100,64 +154,24 @@ def device(machine: dict) -> str:
     return f"{cores} CPU core{'s' * (cores > 1)}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Hold the data from which the tables are made.
+def output_lines(accuracy: dict, counts: dict) -> list[str]:
+    """Return some lines that `bash run.sh` prints; tests/test_testers.py compares them with its real output."""
+    storage, scores = counts["storage"]["total"], counts["score"]
+    theirs = counts["weights"]["submission"]
+    lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
+             f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
+             f"  {'the submission' + chr(39) + 's convention (ACCOUNT.md)':<42}" + "".join(
+                 f"{theirs[key]:>12,}" for key in ("total", "zeros", "nonzeros"))
+             + f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
+             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters "
+             f"= {storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
+             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
+    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
+        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
+    return lines
 
-    claim: of the shipped checkpoint. counted: {accumulator convention: rows of all operations}. theirs: totals by the
-    submission's convention. dense: result of testers.py --json for record/dense.pt, the dense baseline. history: the
-    lines of record/shipped.jsonl.
-    """
-    claim: dict
-    counted: dict[str, list[counting.Row]]
-    theirs: dict[str, int]
-    dense: dict
-    history: list[dict]
 
-    @property
-    def stages(self) -> dict[str, dict]:
-        return {stage["stage"]: stage for stage in self.claim["made_by"]["training"]}
-
-    def percent(self, correct: int) -> str:
-        return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
-
-    def tested(self, stage: str) -> str:
-        """Return the test accuracy at the end of a stage; "-" if it was not measured."""
-        accuracy = self.stages[stage]["last_epoch"].get("test_accuracy") if stage in self.stages else None
-        return "-" if accuracy is None else f"{100 * accuracy:.2f}%"
-
-    def lost(self) -> str:
-        """Return how much accuracy the dense baseline has more than the shipped network."""
-        dense, shipped = (100 * found["correct"] / found["images"] for found in (self.dense, self.claim["accuracy"]))
-        return f"{dense - shipped:.2f} points"
-
-    def shipped(self) -> str:
-        accuracy = self.claim["accuracy"]
-        return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
-
-    def hours(self) -> str:
-        """Return the training time of all stages by their logs, summed for each kind of device."""
-        seconds = {}
-        for stage in self.stages.values():
-            where = device(machine(stage["machine"]))
-            seconds[where] = seconds.get(where, 0) + stage["last_epoch"]["seconds"]
-        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on {where}"
-                         for where, x in seconds.items())
-
-    def images(self) -> str:
-        return f"{self.history[-1]['images'] / 1e6:.2f}M" if self.history else "-"
-
-    def by_penalty(self) -> str:
-        if "rew" not in self.stages:
-            return "-"
-        zeros = self.stages["rew"]["last_epoch"]["zeros"]
-        return f"{zeros:,} ({zeros / self.claim['counts']['weights']['all']['zeros']:.0%})"
-
-    def bits(self) -> str:
-        weights = [each["bits"] for each in self.claim["tensors"] if each["name"].endswith(".weight")
-                   and "kind" not in each]
-        return f"6 in {weights.count(6)} layers, 8 in {weights.count(8)}"
-
+# ---- Tables: of the shipped network --------------------------------------------------------------
 
 LOG = "[record](record/README.md)"
 TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
@@ -171,7 +185,7 @@ def summary(m: Measured) -> str:
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
-        ("images trained; time", f"{m.images()}; {m.hours()}", "30M, and dense training", LOG),
+        ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open", CHECK),
@@ -180,34 +194,35 @@ def summary(m: Measured) -> str:
 
 
 def results(m: Measured) -> str:
-    counts, by = m.claim["counts"], "by the submission's convention"
-    part = m.claim["accuracy"].get("without_duplicates")  # where the order of the published test file was known
+    counts, by, accuracy = m.claim["counts"], "by the submission's convention", m.claim["accuracy"]
+    part = accuracy.get("without_duplicates")  # where the order of the published test file was known
     unseen = [] if part is None else [
         ("the same, of test images without a near-duplicate in the train set",
          f"{part['correct'] / part['images']:.2%} ({part['correct']:,} of {part['images']:,})", "-", TEST)]
-    exact, theirs = counts["weights"]["all"], counts["weights"]["submission"]
+    exact, theirs, bits = counts["weights"]["all"], counts["weights"]["submission"], m.networks[0].weight_bits()
+    lost = 100 * (m.dense["correct"] / m.dense["images"] - accuracy["correct"] / accuracy["images"])
+    by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else None
     return table(HEAD, [
         ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST), *unseen,
-        ("lost by masking and quantizing", m.lost(), "1.80 points", "these commands"),
+        ("lost by masking and quantizing", f"{lost:.2f} points", "1.80 points", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
-        ("of these, made by the penalty; the others by the mask's threshold", m.by_penalty(), "-",
+        ("of these, made by the penalty; the others by the mask's threshold",
+         "-" if by_penalty is None else f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-",
          "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
         (f"non-zeros, {by}", f"{theirs['nonzeros']:,}", "900,109", TEST),
         (f"sparsity, {by}", f"{theirs['sparsity']:.4f}", "0.7695", TEST),
         (f"compression rate, {by}", f"{theirs['compression']:.4f}", "4.3391", TEST),
-        ("bits of weights", m.bits(), "6 in 9 layers, 8 in 49", TEST),
+        ("bits of weights", f"6 in {bits.count(6)} layers, 8 in {bits.count(8)}", "6 in 9 layers, 8 in 49", TEST),
         ("parameter storage (32-bit parameters)", f"{counts['storage']['total'] / 32e6:.4f}M", "left open", TEST),
         (f"operations, {by}", f"{m.theirs['bits'] / 32e6:.2f}M", "231.25M", CHECK),
         ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-",
-         CHECK),
-        *((f"score, {label}", f"{counts['score'][c]['score']:.4f}", "left open" if c == "32-bit" else "-", CHECK)
-          for c, label in zip(CONVENTIONS, ("32-bit accumulators", "fixed-length accumulators", "binary tree")))])
+         CHECK)])
 
 
 def output(m: Measured) -> str:
@@ -228,10 +243,11 @@ def stages(m: Measured) -> str:
         last, settings, where = stage["last_epoch"], stage["settings"], machine(stage["machine"])
         planned = settings["epochs"]
         epochs = planned if last["epoch"] == planned else f"{last['epoch']} of {planned}"
-        rows.append((name, epochs, *(settings[key] for key in ("batch_size", "lr", "seed")), f"{last['zeros']:,}",
-                     m.tested(name), f"{last['seconds'] / 60:.0f} min",
-                     f"{device(where)}, torch {where['torch']}"))
-    return table(("stage", "epochs", "batch", "peak lr", "seed", "zeros", "test accuracy", "time", "machine"), rows)
+        rows.append((name, epochs, *(settings[key] for key in ("batch_size", "optimizer", "lr", "sizes")),
+                     f"{last['zeros']:,}", f"{last['test_accuracy']:.2%}" if "test_accuracy" in last else "-",
+                     f"{last['seconds'] / 60:.0f} min", f"{device(where)}, torch {where['torch']}"))
+    return table(("stage", "epochs", "batch", "optimizer", "peak lr", "image sizes", "zeros", "test accuracy", "time",
+                  "machine"), rows)
 
 
 def score(m: Measured) -> str:
@@ -245,23 +261,19 @@ def score(m: Measured) -> str:
 
 
 def storage(m: Measured) -> str:
-    return table(("storage", "bits", "32-bit parameters", ""), [
-        (STORED[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.0f} kB")
+    return table(("storage", "bits", "32-bit parameters", "kB"), [
+        (STORED[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.1f}")
         for kind, bits in m.claim["counts"]["storage"].items()])
 
 
 def account(m: Measured) -> str:
-    def row(label, chosen: dict[str, list[counting.Row]]):
-        sums = {c: counting.totals(rows) for c, rows in chosen.items()}
-        one = sums["32-bit"]
-        return (label, len(chosen["32-bit"]), f"{one['multiplications']:,}", f"{one['additions']:,}",
-                *(f"{each['bits'] / 32e6:.3f}" for each in sums.values()))
-
-    kinds = dict.fromkeys(each.kind for each in m.counted["32-bit"])
-    rows = [row(KINDS[kind], {c: [each for each in rows if each.kind == kind] for c, rows in m.counted.items()})
-            for kind in kinds]
-    return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"),
-                 [*rows, row("all", m.counted)])
+    rows = []
+    for kind in [*dict.fromkeys(each.kind for each in m.counted["32-bit"]), "all"]:
+        chosen = {c: [row for row in found if kind in (row.kind, "all")] for c, found in m.counted.items()}
+        sums = {c: counting.totals(found) for c, found in chosen.items()}
+        rows.append((KINDS.get(kind, kind), len(chosen["32-bit"]), f"{sums['32-bit']['multiplications']:,}",
+                     f"{sums['32-bit']['additions']:,}", *(f"{each['bits'] / 32e6:.3f}" for each in sums.values())))
+    return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), rows)
 
 
 def dead(m: Measured) -> str:
@@ -275,80 +287,57 @@ def dead(m: Measured) -> str:
 
 def packed(m: Measured) -> str:
     file, counted = m.claim["packed"], m.claim["counts"]["storage"]["total"]
-    return table(("packed file", "bytes", "32-bit parameters", "beside the count"), [
+    return table(("packed file", "bytes", "32-bit parameters", "difference from the counted storage"), [
         (f"`{file['file']}`", f"{file['bytes']:,}", f"{file['bytes'] / 4e6:.4f}M",
          f"{100 * (8 * file['bytes'] / counted - 1):+.3f}%")])
 
 
 def executed(m: Measured) -> str:
     rows = []
-    for where, kind, command, same in (("integers", "integer", "tools.integer --record", "identical"),
-                                       ("onnxruntime, 8-bit", "onnx", "tools.export_onnx --record", "same_logits")):
-        for what, key in (("accuracy", "correct"), ("predictions that agree with `testers.py`", "agree"),
-                          ("images whose logits agree to the last bit", same)):
-            found = m.claim[kind]
-            rows.append((f"{where}: {what}", f"{found[key]:,} of {found['images']:,}", f"`python -m {command}`"))
-    return table(("executed by", "images", "command"), rows)
+    for engine, found, identical, command in (
+            ("integers", m.claim["integer"], "identical", "`python -m tools.integer --record`"),
+            ("onnxruntime, 8-bit", m.claim["onnx"], "same_logits", "`python -m tools.export_onnx --record`")):
+        rows.append((engine, found["images"], *(f"{found[key]:,}" for key in ("correct", "agree", identical)), command))
+    return table(("executed by", "images", "correct", "same prediction as `testers.py`",
+                  "same logits to the last bit", "command"), rows)
 
 
 def accumulators(m: Measured) -> str:
-    """Return the table of the ten layers with the widest accumulator bounds; the claim has all layers."""
-    widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:10]
-    return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits", "sum"), [
+    """Return the table of the five layers with the widest accumulator bounds; the claim has all layers."""
+    widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:5]
+    return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits",
+                  "bits of the aligned sum"), [
         (row["layer"], *(f"{x:,}" for x in row["bound"]), row["bits"], *(f"{x:,}" for x in row["seen"]),
          row["seen_bits"], row["value_bits"]) for row in widest])
 
 
-def shipped(m: Measured) -> str:
-    return table(("images trained", "zeros", "masked, not quantized", "shipped", "checkpoint's SHA-256"), [
-        (f"{line['images'] / 1e6:.2f}M", f"{line['sparsity']:.2%}", m.percent(line["float"]),
-         m.percent(line["correct"]), f"`{line['sha256'][:12]}`") for line in m.history])
-
-
 def board(m: Measured) -> str:
-    """Return the table of the challenge's entries and ours, whose scores are from the claim."""
+    """Return the table of our networks, whose scores are from their claims, and the challenge's entries."""
     def published(entry: Entry, convention: str) -> str:
         values = entry.scores.get(convention, ("-",))
         return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
-    accuracy, counts = m.claim["accuracy"], m.claim["counts"]
-    ours = [f"**{counts['score'][c]['score']:.4f}**" for c in CONVENTIONS]
+    ours = [(f"**{our_name(network)}**, not entered", network.description(), f"**{network.accuracy:.2f}**",
+             *(f"**{value:.4f}**" for value in network.scores.values())) for network in by_score(m.networks)]
     return table(("entry", "network", "accuracy", "32-bit additions", "fixed-length accumulators", "adder tree"), [
-        *((entry.name, entry.network, entry.said or entry.accuracy[0], *(published(entry, c) for c in CONVENTIONS))
-          for entry in BOARD),
-        ("**ours**, never handed in", f"MobileNetV2 x1.3, {counts['weights']['submission']['sparsity']:.0%} sparse, "
-         "6/8 bits", f"**{100 * accuracy['correct'] / accuracy['images']:.2f}**", *ours)])
+        *ours, *((entry.name, entry.network, entry.said or entry.accuracy[0],
+                  *(published(entry, c) for c in CONVENTIONS)) for entry in BOARD)])
 
 
-TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators,
-          shipped, board)
+def by_score(networks: list[Shipped]) -> list[Shipped]:
+    return sorted(networks, key=lambda network: network.scores["32-bit"])
+
+
+def our_name(network: Shipped) -> str:
+    return f"ours, {network.folder}/" if network.folder else "ours"
+
+
+TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators, board)
 # {table: keys of the claim that it needs and that other tools add after quantize.py}; it is left out without them
 LATER = {packed: {"packed"}, executed: {"integer", "onnx"}, accumulators: {"integer"}}
 
 
-def record(claim: dict, history: list[dict], logs: Path) -> list[dict]:
-    """Return the history, with a line for this claim added unless the last line is about the same checkpoint."""
-    if history and history[-1]["sha256"] == claim["sha256"]:
-        return history
-    trained = [(load_lines(log)[-1]["step"], load_json(log.with_suffix(".options.json"))["settings"]["batch_size"])
-               for log in stage_logs(logs)]
-    return [*history, {
-        "step": sum(steps for steps, _ in trained), "images": sum(steps * batch for steps, batch in trained),
-        "sparsity": claim["counts"]["weights"]["submission"]["sparsity"],
-        "float": claim["accuracy_by_step"][0]["correct"], "correct": claim["accuracy"]["correct"],
-        "tested": claim["accuracy"]["images"], "sha256": claim["sha256"]}]
-
-
-def stage_table(lines: list[dict]) -> str:
-    """Return the table of a stage's log: the epochs whose accuracy was measured, and the last one."""
-    rows = []
-    for line in lines:
-        if "test_accuracy" in line or line is lines[-1]:
-            accuracy = f"{line['test_accuracy']:.2%}" if "test_accuracy" in line else "-"
-            rows.append((line["epoch"], f"{line['seconds'] / 60:.0f}", f"{line['lr']:.2g}", line["size"],
-                         f"{line['loss']:.4f}", f"{line['accuracy']:.2%}", accuracy))
-    return table(("epoch", "minutes", "learning rate", "images' size", "loss", "train", "average, test"), rows)
-
+# ---- Tables: of the benchmarks -------------------------------------------------------------------
 
 def training_table(measured: dict) -> str:
     """Return the table of training speed: images/s of every loop (median and range), ratios, and parts of a step."""
@@ -386,12 +375,27 @@ def inference_table(measured: dict) -> str:
     floats, codes = (measured["parts"][f"{engine}, {batch}"] for engine in ("onnx float", "onnx 8-bit"))
     rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}")
              for part in floats]
-    return table(("batch", "engine", "images/s", "beside torch", "beside onnx float"), rows)
+    return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
+
+BENCHMARKS = {"speed": ("training_speed.json", training_table),
+              "speed_avx2": ("training_speed_avx2.json", training_table),
+              "depthwise": ("depthwise_shapes.json", depthwise_table),
+              "inference": ("inference_speed.json", inference_table)}
+
+
+# ---- Pages and figures ---------------------------------------------------------------------------
 
 def table(head, rows) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def tables(measured: Measured) -> dict[str, str]:
+    """Return {NAME: table} for all tables whose data exist."""
+    contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
+    return contents | {name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()
+                       if (ROOT / "benchmarks" / file).is_file()}
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
@@ -402,100 +406,78 @@ def fill(page: str, contents: dict[str, str]) -> str:
     return page
 
 
-BENCHMARKS = {"speed": ("training_speed.json", training_table),
-              "speed_avx2": ("training_speed_avx2.json", training_table),
-              "depthwise": ("depthwise_shapes.json", depthwise_table),
-              "inference": ("inference_speed.json", inference_table)}
-
-
-def tables(measured: Measured, logs: Path) -> dict[str, str]:
-    """Return {NAME: table} for all tables whose data exist."""
-    contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
-    for name, log in (("trunk", "pretrain.jsonl"), ("dense", "dense.jsonl")):
-        if (logs / log).is_file():
-            contents[name] = stage_table(load_lines(logs / log))
-    for name, (file, make) in BENCHMARKS.items():
-        if (HERE / "benchmarks" / file).is_file():
-            contents[name] = make(load_json(HERE / "benchmarks" / file))
-    return contents
-
-
-def filled_pages(folder: Path, contents: dict[str, str]) -> dict[Path, tuple[str, str]]:
+def filled_pages(folder: Path, contents: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Return {page: (its text, the text with current tables)}.
 
     Raises BadInput for a table without a place in the pages, and for a place without a table.
     """
-    pages = {page: page.read_text() for page in (folder / name for name in PAGES)}
+    pages = {page: (folder / page).read_text() for page in PAGES}
     place = re.compile(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", re.S)
     places = {name for text in pages.values() for name in place.findall(text)}
     for name in sorted(contents.keys() - places):
         raise BadInput(f"none of {', '.join(PAGES)} has a place <!-- {name} --> ... <!-- end {name} -->")
     for name in sorted(places - contents.keys()):
         raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the "
-                       "benchmark beside it")
+                       "benchmark named there")
     return {page: (text, fill(text, contents)) for page, text in pages.items()}
 
 
-def made_figures(model, formats: Formats, measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
+def made_figures(measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
     """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
-    claim, counted = measured.claim, measured.counted
-    scores = {c: claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
+    claim, ours = measured.claim, measured.networks
+    entries = {entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items()
+                                             for value in values]) for entry in BOARD}
     made = {
-        "layers": figures.layers_figure(counting.weight_summary(model)["tensors"],
-                                        {name: grid.bits for name, grid in formats.tensors.items()}),
+        "layers": figures.layers_figure(counting.weight_summary(ours[0].model)["tensors"],
+                                        {entry["name"]: entry["bits"] for entry in claim["tensors"]}),
         "cost": figures.cost_figure(
             {STORED[kind]: bits for kind, bits in claim["counts"]["storage"].items() if kind != "total"},
             {c: {label: sum(row.bits for row in rows if row.kind == kind) for kind, label in KINDS.items()}
-             for c, rows in counted.items()}),
-        "board": figures.board_figure(100 * claim["accuracy"]["correct"] / claim["accuracy"]["images"], scores, {
-            entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items() for value in values])
-            for entry in BOARD})}
-    if measured.history:
-        made["shipped"] = figures.shipped_figure(measured.history, SUBMISSION)
+             for c, rows in measured.counted.items()}),
+        "board": figures.board_figure({our_name(each): (each.accuracy, each.scores) for each in ours}, entries)}
     if logs:
         made["training"] = figures.training_figure([load_lines(log) for log in logs])
     return made
 
 
+def measure(checkpoint: Path, logs: Path) -> Measured:
+    """Return the data of a checkpoint that is shipped at the root, and of the networks in folders of their own."""
+    model, claim = checkpoints.load(checkpoint)
+    others = [Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT)]
+    formats, operations = stated_formats(model, claim), trace(model)
+    return Measured(claim, {c: counting.count(operations, formats, c) for c in CONVENTIONS},
+                    counting.submission_operations(operations), load_json(logs / "dense.tested.json"),
+                    [Shipped("", model, claim), *others])
+
+
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    parser.add_argument("--logs", type=some_path, default=LOGS, metavar="DIR",
-                        help="folder with the stages' logs, shipped.jsonl and dense.tested.json (record)")
-    parser.add_argument("--out", type=some_path, metavar="DIR", help="folder for the figures (figures)")
-    parser.add_argument("--pages", type=some_path, default=HERE, metavar="DIR",
+    parser.add_argument("--logs", type=some_path, default=ROOT / "record", metavar="DIR",
+                        help="folder with the stages' logs and dense.tested.json (record)")
+    parser.add_argument("--pages", type=some_path, default=ROOT, metavar="DIR",
                         help="folder that holds the pages (the repository's)")
     parser.add_argument("--to", type=some_path, metavar="DIR",
-                        help="write pages and figures to this folder instead of changing the repository's")
-    parser.add_argument("--record", action="store_true", help="first add the checkpoint to record/shipped.jsonl")
+                        help="folder to write the pages and figures/ to (that of --pages)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
-    model, claim = checkpoints.load(args.checkpoint)
-    formats, operations, claim_file = stated_formats(model, claim), trace(model), claims.claim_path(args.checkpoint)
-    counted = {c: counting.count(operations, formats, c) for c in CONVENTIONS}
-    history = load_lines(args.logs / "shipped.jsonl") if (args.logs / "shipped.jsonl").is_file() else []
-    if args.record:
-        history = record(claim, history, args.logs)
-        save_text("".join(to_json(line) + "\n" for line in history), args.logs / "shipped.jsonl")
-    measured = Measured(claim, counted, counting.submission_operations(operations),
-                        load_json(args.logs / "dense.tested.json"), history)
-    pages = filled_pages(args.pages, tables(measured, args.logs))
+    measured, to = measure(args.checkpoint, args.logs), args.to or args.pages
+    pages = filled_pages(args.pages, tables(measured))
     if args.check:
+        claim_file = claims.claim_path(args.checkpoint)
         for page, (text, wanted) in pages.items():
             if text != wanted:
-                raise BadInput(f"{page}: its tables are not those of {claim_file}; run python -m tools.report")
+                raise BadInput(f"{args.pages / page}: its tables are not those of {claim_file}; run python -m "
+                               "tools.report")
         print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
         return 0
-    out = args.out or (args.to or HERE) / "figures"
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in made_figures(model, formats, measured, stage_logs(args.logs)).items():
-        figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
-        print(f"wrote {out / f'{name}.png'}")
+    (to / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in made_figures(measured, stage_logs(args.logs)).items():
+        figure.savefig(to / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(f"wrote {to / 'figures' / f'{name}.png'}")
     for page, (_, wanted) in pages.items():
-        if args.to:
-            page = args.to / page.relative_to(args.pages)
-        save_text(wanted, page)
-        print(f"wrote the tables of {page}")
+        save_text(wanted, to / page)
+        print(f"wrote the tables of {to / page}")
     return 0
 
 

@@ -1,13 +1,15 @@
-"""Ship the masked network of a run: quantize it, pack, execute and export it, record how it was trained, verify it all.
+"""Ship the masked network of a run: quantize, pack, execute, export and verify it, and copy its training record.
 
-    python -m tools.ship                        runs/default, finished or as its last stop left it
+    python -m tools.ship                        the run runs/default, even if its training is not finished
     python -m tools.ship RUN --epochs 6 ...     another run; further options go to quantize.py
-    python -m tools.ship RUN --into small       into a folder of its own, which then holds a checkpoint and its record/
-    python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the shipped network
+    python -m tools.ship RUN --into small       into the folder small/ instead of the repository's root; bash run.sh
+                                                verifies every folder of the repository that holds a shipped network
+    python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the network that it
+                                                would replace
 
-Everything is made and verified in a new folder first. The shipped files are replaced once all of it is there, and stay
-as they are if anything fails. What is made but not shipped is kept in RUN/candidate. Some twelve minutes on two cores.
-The figures and the tables of the pages are those of the network at the repository's root.
+Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, these stay as
+they are, and what was made is kept in RUN/candidate. It takes some twelve minutes on two cores. The tables and figures
+of the pages describe the network at the root, and are renewed when it is replaced; the board shows all networks.
 """
 import argparse
 import shlex
@@ -25,12 +27,12 @@ ROOT = shipping.ROOT
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of this script, and the words for quantize.py."""
+    """Return the options of this script, and the remaining words of the command line, which are for quantize.py."""
     parser = command_line(__doc__)
     parser.usage = "python -m tools.ship [RUN] [--into DIR] [--if-better] [options of quantize.py]"
     parser.add_argument("--into", type=some_path, default=ROOT, metavar="DIR",
                         help="where the files are shipped to (default: the repository's root)")
-    parser.add_argument("--if-better", action="store_true", help="ship nothing that is not more accurate")
+    parser.add_argument("--if-better", action="store_true", help="ship it only if it is more accurate on the test set")
     parser.add_argument("--checkpoint", "--out", "--tuning-folder", dest="refused", help=argparse.SUPPRESS)
     cifar100.add_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -54,9 +56,9 @@ def run_all(*commands) -> None:
 
 
 def build(args, words: list[str], new: Path) -> None:
-    """Make the checkpoint of args.run with all that belongs to it in the folder `new`, and verify it.
+    """Make and verify, in the folder `new`, the checkpoint of args.run, its claim, packed file, ONNX model and record.
 
-    quantize.py gets the weights in float16: the file that goes to record/ is the one that is quantized.
+    quantize.py reads the run's float16 weights, the same file that is copied to record/.
     """
     checkpoint, data = ("--checkpoint", new / CHECKPOINT), cifar100.option_words(args)
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
@@ -74,17 +76,17 @@ def build(args, words: list[str], new: Path) -> None:
 
 
 def describe(new: Path) -> None:
-    """Add to `new` what the repository says of its network: history, figures, and pages with their tables."""
+    """Add to `new` the figures and the pages with the tables of the new network."""
     record = ROOT / "record"
     replaced = shipping.of_a_run(record)
     for path in record.glob("*"):
         if path.is_file() and path not in replaced:
             shutil.copy2(path, new / "record" / path.name)
-    run_all(("-m", "tools.report", "--record", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
+    run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
 
 
 def keep(new: Path, candidate: Path) -> Path:
-    """Move what was made into a run's folder, in place of what was kept there before. Returns where it is."""
+    """Move `new` to `candidate`, replacing what is there; return the new path."""
     if candidate.exists():
         shutil.move(candidate, new.parent / "candidate")
     return Path(shutil.move(new, candidate))
@@ -109,6 +111,8 @@ def main(argv=None) -> int:
         except (BadInput, OSError) as error:
             raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
+    if args.into.resolve().parent == ROOT:
+        print("ship.py: python -m tools.report adds it to the board's table and figure")
     return 0
 
 

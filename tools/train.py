@@ -1,10 +1,10 @@
-"""Train a run from beginning to end, and ship its network if it is more accurate than the shipped one.
+"""Train all stages of a run, and ship its network if it is more accurate than the shipped one.
 
-    python -m tools.train                      runs/default; the same command resumes it wherever it was stopped
-    python -m tools.train --run DIR ...        further options go to training/main.py (its --help lists them)
+    python -m tools.train                      the run runs/default; after a stop, the same command resumes it
+    python -m tools.train --run DIR ...        another run; further options go to training/main.py (see its --help)
     python -m tools.train --ship               ship the network whatever its accuracy
 
-A new run takes the options of training/recipes/default.toml where that exists and --recipe names no other.
+A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another.
 """
 import argparse
 import shlex
@@ -19,14 +19,15 @@ ROOT = shipping.ROOT
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options that matter beyond training, and the words for training/main.py alone."""
+    """Return the options of this script, and the remaining words of the command line, which are for training/main.py.
+    """
     parser = command_line(__doc__)
     parser.usage = "python -m tools.train [--run DIR] [--ship] [options of training/main.py]"
     parser.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"),
-                        metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--ship", action="store_true", help="replace the shipped files in any case")
-    parser.add_argument("--recipe", metavar="NAME", help="options of all stages, as of training/main.py")
-    parser.add_argument("--no-resume", action="store_true", help="train again what is there")
+                        metavar="DIR", help="run folder (%(default)s)")
+    parser.add_argument("--ship", action="store_true", help="replace the shipped files whatever the accuracy")
+    parser.add_argument("--recipe", metavar="NAME", help="recipe with the options of all stages, see training/main.py")
+    parser.add_argument("--no-resume", action="store_true", help="train finished stages again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     cifar100.add_options(parser)
     args, words = parse_own(parser, argv)
@@ -37,7 +38,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def announcement(args) -> str:
-    """Return which files are going to be replaced, and on what condition."""
+    """Return a sentence that says which files will be replaced after training, and on what condition."""
     shipped = shipping.shipped_accuracy(ROOT)
     names = [path.name for path in sorted(ROOT.glob(Path(CHECKPOINT).stem + ".*"))]
     files = f"{', '.join(names) or CHECKPOINT}, the logs and weights of its training in record/, figures/, and the " \

@@ -1,9 +1,10 @@
-"""Verify a checkpoint: testers.py, then check_model_operations.py, and whether both agree with its claim.
+"""Verify checkpoints: run testers.py, then check_model_operations.py, and see whether both agree with the claim.
 
-    python -m tools.verify                   the shipped checkpoint
-    python -m tools.verify --checkpoint F    another one; further options go to testers.py
+    python -m tools.verify                   every shipped network: that at the repository's root, and those in folders
+                                             of their own, such as small/
+    python -m tools.verify --checkpoint F    another checkpoint; further options go to testers.py
 
-Exit status 0: verified in full. 2: something contradicts the claim, or could not be verified.
+Exit status 0: everything was verified. 2: something contradicts a claim, or could not be verified.
 """
 import sys
 from pathlib import Path
@@ -11,22 +12,29 @@ from pathlib import Path
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 
 ROOT = Path(__file__).resolve().parent.parent  # not from a module that imports torch: the scripts load it themselves
+SHIPPED = "cifar100_mobilenetv2.pt"
+
+
+def verify(checkpoint: Path, words: list[str]) -> int:
+    """Run both scripts on a checkpoint; return 0 if it was verified, else the exit status of the last that failed."""
+    status = run_python(ROOT / "testers.py", "--checkpoint", checkpoint, *words)
+    if status in (0, 2):  # with any other status it came to no verdict
+        print(flush=True)
+        status = run_python(ROOT / "check_model_operations.py", "--checkpoint", checkpoint) or status
+    if status:
+        print(f"verify.py: {checkpoint} is NOT verified in full, see above", file=sys.stderr)
+    else:
+        print(f"verify.py: verified {checkpoint}", flush=True)
+    return status
 
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--checkpoint", type=some_path, metavar="F", help="(default: the shipped one)")
+    parser.add_argument("--checkpoint", type=some_path, metavar="F", help="(default: every shipped one)")
     args, words = parse_own(parser, argv)
-    checkpoint = ("--checkpoint", args.checkpoint) if args.checkpoint else ()
-    status = run_python(ROOT / "testers.py", *checkpoint, *words)
-    if status in (0, 2):  # with any other status it came to no verdict
-        print(flush=True)
-        status = run_python(ROOT / "check_model_operations.py", *checkpoint) or status
-    if status:
-        print("verify.py: NOT verified in full, see above", file=sys.stderr)
-    else:
-        print("verify.py: verified")
-    return status
+    shipped = [ROOT / SHIPPED, *sorted(ROOT.glob(f"*/{SHIPPED}"))]
+    statuses = [verify(checkpoint, words) for checkpoint in ([args.checkpoint] if args.checkpoint else shipped)]
+    return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":
