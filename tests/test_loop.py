@@ -441,8 +441,8 @@ def test_progress_where_there_is_no_terminal(tmp_path, capsys):
 def test_the_time_left_is_that_of_the_whole_run(tmp_path, capsys, monkeypatch):
     """Once early, after some steps; and with the stages that follow, in proportion to their images' pixels."""
     monkeypatch.setattr(progress, "FIRST", 4)
-    clock = itertools.count()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a second between two looks
+    clock = itertools.count(0, 0.1)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a tenth of a second between two looks
     stage(tmp_path, later=9 * 32**2 * SETTINGS.batch_size, show_seconds=100)
     line, = (line for line in capsys.readouterr().out.splitlines() if "images/s" in line)
     rate, = re.findall(r"([\d.]+) images/s", line)

@@ -257,15 +257,13 @@ def say_what_is_trained(stages: list[str], by_stage, job: Job) -> None:
     job.say("to train: " + ", ".join(parts))
 
 
-def run_stage(stage: str, args, job: Job, later: float) -> bool:
+def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
     later: work (see Plan.work) of the stages that follow.
     """
     settings, state = settings_for(stage, args, job.device), args.run / f"{stage}.state"
-    if args.resume:
-        refuse_other_images(stage, args)
-    model = starting_point(stage, args).to(job.device, memory_format=torch.channels_last)
+    model = model.to(job.device, memory_format=torch.channels_last)
     if args.start and args.resume and state.is_dir():
         job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
     penalty = sparsity.make_penalty(args, model) if stage == "rew" else None
@@ -401,12 +399,15 @@ def run_stages(args, by_stage, job: Job) -> None:
             break
         else:
             options.start, options.start_epoch = start, start_epoch
+            if args.resume:
+                refuse_other_images(stage, options)
+            model = starting_point(stage, options)
             if first:
                 say_what_is_trained(missing, by_stage, job)
             for line in idle_options(stage, options, args.given, job.device, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
             later = sum(work[other] for other in missing[missing.index(stage) + 1:])
-            if not run_stage(stage, options, job, later):
+            if not run_stage(stage, options, model, job, later):
                 break
         start, start_epoch = None, 0  # --start is for the first stage only
 

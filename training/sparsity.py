@@ -7,7 +7,7 @@ from compressed.files import load_record
 from training import masks, penalties
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
-DEFAULT_TARGET = 0.8
+DEFAULT_TARGET, DEFAULT_EPS = 0.8, 1e-3
 
 
 def add_options(group) -> None:
@@ -15,7 +15,7 @@ def add_options(group) -> None:
                        help="wanted share of zeros in the pruned layers; lambda is adjusted to reach it (0.8)")
     group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
                        help="fixed strength of the penalty, instead of --target-sparsity")
-    group.add_argument("--eps", type=number(float, 1e-9, 1), default=1e-3,
+    group.add_argument("--eps", type=number(float, 1e-9, 1), default=DEFAULT_EPS,
                        help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
     group.add_argument("--penalty", metavar="P",
                        help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
@@ -76,7 +76,8 @@ def pruned_layers(args, model) -> list[str]:
 def make_penalty(args, model) -> penalties.Penalty:
     """Return the penalty that the options select, on the model."""
     spec, lam, target = strength(args)
-    options = {"kind": args.sparsity_type, "lam": lam, "target": target, "eps": args.eps}
+    options = {"kind": args.sparsity_type, "lam": lam, "target": target,
+               "eps": None if args.eps == DEFAULT_EPS else args.eps}
     return penalties.make(spec, model, pruned_layers(args, model),
                           **{name: value for name, value in options.items()
                              if value is not None and penalties.takes(spec, name)})
