@@ -36,12 +36,12 @@ from compressed.files import (
     load_record,
     save_record,
     sha256,
-    stage_logs,
 )
 from compressed.formats import found_formats
 from compressed.graph import prepare
 from compressed.mnet import stored_exponent
 from training import fine_tune, loop, plan, recipes
+from training.runs import stage_logs
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -49,15 +49,13 @@ TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule",
 
 # ---------------------------------------------------------------------------------------------------------- the claim
 
-def training_record(checkpoint, tuned: bool = False) -> list[dict]:
-    """What the run folder of a checkpoint tells of its stages: settings, hardware, last line of the log.
+def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
+    """Return settings, hardware and last log line of every stage that is recorded in a checkpoint's folder.
 
-    tuned: of the fine-tuning too, if it has one.
+    tuned: the folder of a fine-tuning, whose stage is added.
     """
-    folder, stages = Path(checkpoint).parent, []
-    for log in stage_logs(folder):
-        if log.stem == "quantized" and not tuned:
-            continue
+    logs, stages = [log for log in stage_logs(Path(checkpoint).parent) if log.stem != "quantized"], []
+    for log in logs + ([tuned / "quantized.jsonl"] if tuned else []):
         options = log.with_suffix(".options.json")
         if options.is_file():
             record = load_record(options, "remove it, or give a checkpoint elsewhere")
@@ -108,14 +106,17 @@ def make_parser() -> argparse.ArgumentParser:
                         "0: keep them (%(default)s)")
     networks.add_option(parser)
     cifar100.add_options(parser)
-    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; in the checkpoint's folder: "
-                                     "quantized.jsonl, quantized.pt, and quantized.state/ while it runs")
+    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
+                                     "quantized.pt, and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
     plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
                       help="checkpoints whose logits are distilled, as of training/main.py")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
+    tune.add_argument("--tuning-folder", type=some_path, metavar="DIR",
+                      help="where fine-tuning writes (default: --out with the suffix .run, such as "
+                      + str(Path(CHECKPOINT).with_suffix(".run")) + ")")
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
@@ -132,6 +133,7 @@ def parse(argv=None) -> argparse.Namespace:
     if path is not None:
         args = parser.parse_args([*recipes.words(recipes.read(path), "quantized", parser), *argv])
         args.recipe = path
+    args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     return args
 
 
@@ -224,13 +226,14 @@ def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.O
         "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0, "precision": "float32" if cpu else "bfloat16",
         "workers": threads.cores() if cpu else 1})
-    return chosen, fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint, args.resume)
+    return chosen, fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint,
+                                    args.tuning_folder, args.resume)
 
 
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
-    tuned_files = [args.checkpoint.with_name(f"quantized.{kind}") for kind in ("pt", "options.json", "jsonl")]
+    tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *([args.table] if args.table else [])], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
@@ -259,7 +262,7 @@ def main(argv=None) -> int:
                     "commit": commit,
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
-                    "training": training_record(args.checkpoint, tuned=tuning is not None)}}
+                    "training": training_record(args.checkpoint, tuning.folder if tuning else None)}}
     save_record(made_claim(args.out, claim, args.network), claims.claim_path(args.out))
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0

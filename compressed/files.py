@@ -188,16 +188,6 @@ def load_lines(path) -> list[dict]:
     return lines
 
 
-def stage_logs(folder) -> list[Path]:
-    """Return the paths of a run folder's logs, in the order of training.
-
-    masked-1, masked-2, ... are repetitions of the masked stage before the last one, which is named masked.
-    """
-    numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
-    stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked", "quantized")
-    return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
-
-
 def digest(record: dict) -> str:
     """Return the SHA-256 of a record's JSON (sorted keys, no spaces), without its field "digest"."""
     content = {key: value for key, value in record.items() if key != "digest"}

@@ -42,14 +42,14 @@ def add_option(parser, claimed: bool = False) -> None:
                              f"({stated})")
 
 
-def _module(place: str, spec: str):
+def _module(place: str, said: str):
     """Import a module by name, or a .py file by its path."""
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         path = Path(place).resolve()
         if not path.is_file():
-            raise BadInput(f"--network {spec}: there is no file {place}")
+            raise BadInput(f"{said}: there is no file {place}")
         found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
         module = importlib.util.module_from_spec(found)
         sys.modules[found.name] = module  # dataclasses and pickle look their module up
@@ -60,16 +60,16 @@ def _module(place: str, spec: str):
     except BadInput:
         raise
     except Exception as error:  # whatever the user's own code raises
-        raise BadInput(f"--network {spec}: {place} cannot be imported ({type(error).__name__}: {error})") from error
+        raise BadInput(f"{said}: {place} cannot be imported ({type(error).__name__}: {error})") from error
 
 
-def _arguments(text: str, spec: str) -> dict:
+def _arguments(text: str, said: str) -> dict:
     """{name: value} of "width=0.5&stem=32". What is no Python literal is a string."""
     arguments = {}
     for part in filter(None, text.split("&")):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise BadInput(f"--network {spec}: {part!r} is no argument, expected NAME=VALUE")
+            raise BadInput(f"{said}: {part!r} is no argument, expected NAME=VALUE")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -77,19 +77,29 @@ def _arguments(text: str, spec: str) -> dict:
     return arguments
 
 
+def find(spec: str, option: str = "--network") -> tuple:
+    """Return (class or function, {argument: value}) of a specification. option: where it was given, for messages.
+
+    Raises BadInput for a specification that names nothing.
+    """
+    said = f"{option} {spec}"
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    if not place or not name.isidentifier():
+        raise BadInput(f"{said}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
+    found = getattr(_module(place, said), name, None)
+    if not callable(found):
+        raise BadInput(f"{said}: {place} has no class or function {name}")
+    return found, _arguments(text, said)
+
+
 def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     """Return the network of a specification, with random weights from torch's global generator.
 
     Raises BadInput for a specification that names nothing, and for arguments that its constructor refuses.
     """
-    what, _, text = spec.partition("?")
-    place, _, name = what.rpartition(":")
-    if not place or not name.isidentifier():
-        raise BadInput(f"--network {spec}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
-    constructor = getattr(_module(place, spec), name, None)
-    if not callable(constructor):
-        raise BadInput(f"--network {spec}: {place} has no class or function {name}")
-    arguments = _arguments(text, spec)
+    constructor, arguments = find(spec)
+    name = spec.partition("?")[0].rpartition(":")[2]
     try:
         if "num_classes" in inspect.signature(constructor).parameters:
             arguments.setdefault("num_classes", num_classes)
@@ -104,7 +114,7 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 def width(spec: str) -> float | None:
     """The width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
     what, _, text = spec.partition("?")
-    arguments = _arguments(text, spec)
+    arguments = _arguments(text, f"--network {spec}")
     found = arguments.pop("width", 1.3)
     return float(found) if what == DEFAULT and not arguments and isinstance(found, (int, float)) else None
 

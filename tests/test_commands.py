@@ -13,7 +13,7 @@ import testers
 from benchmarks import depthwise_shapes, inference_speed, training_speed
 from compressed import cifar100
 from compressed.command_line import number, run_script
-from tools import baseline, export_onnx, integer, quick, report, ship, train, verify
+from tools import baseline, compare, export_onnx, integer, quick, report, ship, train, verify
 from tools import pack as packed
 from training import main as training
 from training import teachers
@@ -35,7 +35,8 @@ OPTIONS = {  # script: {option: what it cannot be}
                "--precision": ("float8",)},
     quantize: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--calibration", "--renew",
                                 "--activation-bits"), WHOLE),
-               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher"), NOTHING),
+               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher",
+                                             "--tuning-folder"), NOTHING),
                "--scheme": ("x",)},
     testers: {"--made-up": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
     integer: {"--made-up": WHOLE, "--images": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
@@ -47,6 +48,7 @@ OPTIONS = {  # script: {option: what it cannot be}
     report: dict.fromkeys(("--checkpoint", "--logs", "--pages", "--to"), NOTHING),
     ship: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--into"), NOTHING), "--checkpoint": ("x",)},
     train: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--run"), NOTHING), "--run-f": ("x",), "--ship": ("x",)},
+    compare: dict.fromkeys(("--csv", "--figure"), NOTHING),
     verify: {"--checkpoint": NOTHING}, baseline: {"--out": ("x",)}, quick: {"--out": ("x",)},
     cifar100: {"--data": NOTHING}, teachers: {"--data": NOTHING, "--folder": ("", "nowhere")},
     training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},

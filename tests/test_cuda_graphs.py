@@ -10,7 +10,7 @@ from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
 from training import cuda_graphs as captured
 from training import loop
 from training.loop import Processes, Settings
-from training.reweighted_l1 import Masks, target_masks
+from training.masks import Masks, target_masks
 
 MUON = Settings(epochs=5, batch_size=16, lr=0.05, optimizer="muon", warmup_epochs=1, clean=0.34, refresh=0)
 

@@ -40,16 +40,34 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
         assert (new.weight[zeros.weight == 0] == 0).all()
         changed += int((old.weight != new.weight).sum())
     assert changed > 1000 and not torch.equal(before.linear.bias, after.linear.bias)
-    log = [json.loads(line) for line in (folder / "quantized.jsonl").read_text().splitlines()]
+    made = tmp_path / "tuned.run"
+    log = [json.loads(line) for line in (made / "quantized.jsonl").read_text().splitlines()]
     assert len(log) == 1 and log[0]["stage"] == "quantized"
-    assert not (folder / "quantized.state").exists() and sha256(checkpoint) == claim["made_by"]["source_sha256"]
+    assert not (made / "quantized.state").exists() and sha256(checkpoint) == claim["made_by"]["source_sha256"]
+    assert list(folder.iterdir()) == [checkpoint]
+
+
+def test_a_sweep_over_bit_tables_fine_tunes_one_checkpoint(sparse_checkpoint, tmp_path, monkeypatch):
+    """Every fine-tuning belongs to its --out: the next one neither stops nor replaces it."""
+    def no_training(name, model, data, test, settings, folder, began, **_):
+        began()
+        (folder / f"{name}.jsonl").write_text('{"step": 1}\n')
+        return model
+    monkeypatch.setattr(fine_tune.loop, "train", no_training)
+    for table in ("4", "5"):
+        assert quantize.main(options(sparse_checkpoint, tmp_path / f"b{table}.pt", "channel", *TUNE,
+                                     "--table", table)) == 0
+    for table in ("4", "5"):
+        record = load_json(tmp_path / f"b{table}.run" / "quantized.options.json")
+        assert record["options"]["grids"]["table"][0] == int(table)
 
 
 def test_a_finished_fine_tuning_is_taken_up(sparse_checkpoint, tmp_path, monkeypatch):
     """The same command, on another machine perhaps, ships what quantized.pt holds; with other options it is refused."""
     checkpoint = tmp_path / "masked.pt"
     checkpoint.write_bytes(sparse_checkpoint.read_bytes())
-    tune = (*TUNE, "--optimizer", "muon", "--turn", "0.001", "--teacher", str(sparse_checkpoint), str(checkpoint))
+    tune = (*TUNE, "--tuning-folder", str(tmp_path), "--optimizer", "muon", "--turn", "0.001", "--teacher",
+            str(sparse_checkpoint), str(checkpoint))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     assert quantize.main(options(checkpoint, first, "channel", *tune)) == 0
     monkeypatch.setattr(quantize, "on_grids", None)
@@ -80,8 +98,7 @@ def test_fine_tuning_trains_everything_but_zeros_and_statistics(sparse_checkpoin
     args = quantize.parse(["--checkpoint", str(sparse_checkpoint), "--lr", "0.001", "--teacher", str(sparse_checkpoint),
                            "--scheme", "layer", "--step-rate", "0.01", *TUNE])
     chosen, tuning = quantize.chosen_options(args, model, [])
-    tuning = dataclasses.replace(tuning, source=tmp_path / "masked.pt")
-    tuning.source.write_bytes(sparse_checkpoint.read_bytes())
+    tuning = dataclasses.replace(tuning, folder=tmp_path)
     grids.quantize_weights(model, chosen.table, "layer")
     exact_module.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
     before, steps = copy.deepcopy(model.state_dict()), fine_tune.with_steps(model)

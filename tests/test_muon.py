@@ -8,7 +8,7 @@ from torch import nn
 from compressed.graph import weight_layers
 from mobilenet_v2 import MobileNetV2
 from training.muon import Muon, mixes_channels, orthogonal
-from training.reweighted_l1 import Masks, target_masks
+from training.masks import Masks, target_masks
 
 
 def network() -> nn.Sequential:

@@ -160,8 +160,8 @@ def test_bad_input(sparse_checkpoint, tmp_path, monkeypatch):
     (["--out", "b.json"], "b.json: expected a name that ends in .pt"), (["--out", "c.mnet"], "ends in .pt"),
     (["--out", "model.v1"], "ends in .pt"), (["--out", "/dev/null"], "ends in .pt"),
     (["--out", "folder.pt"], "folder.pt: cannot be written .it is a folder"),
-    (["--out", "quantized.pt", "--epochs", "1"], "quantized.pt would be written twice"),
-    (["--out", "new.pt", "--epochs", "1", "--teacher", "quantized.pt"],
+    (["--out", "quantized.pt", "--epochs", "1", "--tuning-folder", "."], "quantized.pt would be written twice"),
+    (["--out", "new.pt", "--epochs", "1", "--tuning-folder", ".", "--teacher", "quantized.pt"],
      "quantized.pt would be written over quantized.pt, which is read"),
 ])
 def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words, said):
@@ -190,7 +190,7 @@ def test_the_training_record(tmp_path):
             shutil.copy(tmp_path / f"rew.{kind}", tmp_path / f"{stage}.{kind}")
     assert [stage["stage"] for stage in quantize.training_record(tmp_path / "masked.pt")] == [
         "rew", "masked-9", "masked-10", "masked"]
-    assert quantize.training_record(tmp_path / "masked.pt", tuned=True)[-1]["stage"] == "quantized"
+    assert quantize.training_record(tmp_path / "masked.pt", tmp_path)[-1]["stage"] == "quantized"
     for wrong in ("", "{}\n", "garbage\n"):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):

@@ -13,10 +13,11 @@ import pytest
 import testers
 from compressed import cifar100, counting, threads
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, sha256, stage_logs
+from compressed.files import load_json, load_lines, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
 from tools import report
+from training.runs import stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md", "training/METHOD.md")}

@@ -15,10 +15,11 @@ from compressed import checkpoints, claims, counting, networks, shipping
 from compressed.command_line import command_line, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_text, stage_logs
+from compressed.files import load_json, load_lines, save_text
 from compressed.graph import trace, weight_layers
 from compressed.mnet import stated_formats
 from tools import figures
+from training.runs import stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}

@@ -21,6 +21,7 @@ from compressed import cifar100, claims, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from compressed.errors import BadInput
+from training.runs import stage_logs
 
 ROOT = shipping.ROOT
 
@@ -32,14 +33,14 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--into", type=some_path, default=ROOT, metavar="DIR",
                         help="where the files are shipped to (default: the repository's root)")
     parser.add_argument("--if-better", action="store_true", help="ship it only if it is more accurate on the test set")
-    parser.add_argument("--checkpoint", "--out", dest="refused", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", "--out", "--tuning-folder", dest="refused", help=argparse.SUPPRESS)
     cifar100.add_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     run = argv.pop(0) if argv and not argv[0].startswith("-") else "runs/default"
     args, words = parse_own(parser, argv)
     args.run = Path(run)
     if args.refused is not None:
-        parser.error("RUN and --into choose what quantize.py reads and writes: no --checkpoint, no --out")
+        parser.error("RUN and --into choose what quantize.py reads and writes: no --checkpoint, --out, --tuning-folder")
     if not (args.run / "masked.average.pt").is_file():
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
@@ -61,7 +62,7 @@ def build(args, words: list[str], new: Path) -> None:
     """
     checkpoint, data = ("--checkpoint", new / CHECKPOINT), cifar100.option_words(args)
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
-    run_all((ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT))
+    run_all((ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run))
     claim = claims.read(new / shipping.CLAIM)
     if args.into.resolve() != ROOT:
         quantize += ["--out", str(args.into / CHECKPOINT)]
@@ -70,7 +71,7 @@ def build(args, words: list[str], new: Path) -> None:
     run_all(("-m", "tools.pack", *checkpoint),
             ("-m", "tools.integer", "--record", *checkpoint, *data),
             ("-m", "tools.export_onnx", "--record", *checkpoint, *data))
-    shipping.copy_record(args.run, claim, new / "record")
+    shipping.copy_record(args.run, stage_logs(args.run), claim, new / "record")
     run_all(("-m", "tools.verify", *checkpoint, *data))
 
 

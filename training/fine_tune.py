@@ -6,8 +6,8 @@ what the stored format allows, from the first training step on: exponents of act
 whole numbers, steps of channels to where their product with the BatchNorm's scale has few significant bits. So the
 steps that were trained are the steps that are stored.
 
-A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its folder; the same command takes them up, on
-another machine too.
+A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
+takes them up, on another machine too.
 """
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from compressed.files import git_commit, load_record, save_record, save_tensors,
 from compressed.formats import code_range
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
-from training import loop, reweighted_l1, teachers
+from training import loop, masks, teachers
 
 
 # ---- Layers with trained steps -------------------------------------------------------------------
@@ -148,17 +148,18 @@ class Tuning:
     """How a network is fine-tuned.
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
-    as of training/main.py. source: the checkpoint behind the grids; its folder is where the files are left.
+    as of training/main.py. source: the checkpoint behind the grids. folder: where state, log and result are written.
     """
     settings: loop.Settings
     frozen: float
     teachers: tuple[str, ...]
     source: Path
+    folder: Path
     resume: bool = True
 
     @property
     def file(self) -> Path:
-        return self.source.parent / "quantized.pt"
+        return self.folder / "quantized.pt"
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
@@ -191,11 +192,11 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                      "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},
                     file.with_suffix(".options.json"))
 
-    masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
     learn_steps(model, chosen.scheme)
     moved(model, device)
     taught_by = [moved(teachers.load(path), device) for path in tuning.teachers]
-    finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=masks,
+    finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
                           teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen))
     if finished is None:
