@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_once
 from compressed.errors import BadInput
-from compressed.formats import WORD, Activation, Formats, Grid, signed_bits
-from compressed.graph import Operation, read, weight_layers
+from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
+from compressed.graph import Operation, prepare, read, weight_layers
 from compressed.operations import is_point
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
@@ -392,6 +392,20 @@ def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     10.49B, "score": their sum}, from bits: of storage, and count x bits of the operations for one image."""
     terms = {"storage": storage_bits / WORD / STORAGE_BASE, "operations": operation_bits / WORD / OPERATIONS_BASE}
     return terms | {"score": sum(terms.values())}
+
+
+def prices(model: nn.Module, bits: int = 8) -> dict[str, float]:
+    """Return {layer: score that one non-zero weight of it costs}, of a dense network with 32-bit accumulators.
+
+    A weight costs its storage, and a multiplication and an addition for every position of the layer's output. bits: of
+    weights and activations.
+    """
+    model = prepare(copy.deepcopy(model))
+    layers = dict(weight_layers(model))
+    formats = what_if(float_formats(model), model, bits, bits)
+    rows = count(read(model).operations, formats, "32-bit", Fraction(1))
+    return {row.name: score(bits, row.bits / layers[row.name].weight.numel())["score"]
+            for row in rows if row.name in layers}
 
 
 def summary(model: nn.Module, formats: Formats) -> dict:

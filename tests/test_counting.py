@@ -601,3 +601,17 @@ def test_storage_of_the_network(network):
 def test_score():
     assert score(32 * 36_500_000, 32 * 10_490_000_000) == {"storage": 1.0, "operations": 1.0, "score": 2.0}
     assert f"{score(32 * 351_000, 32 * 231_253_376)['score']:.4f}" == "0.0317"  # FACTS: with the sister's storage
+
+
+def test_prices_by_hand():
+    """A weight of a layer with 16 positions costs 16 products of 8 by 8 bits and nearly 16 additions of 32 bits."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, stride=8, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                          nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 5))
+    before = copy.deepcopy(model.state_dict())
+    prices = counting.prices(model.train())
+    stored = 8 / 32 / 36.5e6
+    positions = {"0": (16, 2 / 3), "3": (16, 8 / 9), "6": (1, 1)}  # fan_in - 1 additions; a bias adds one more
+    assert prices == {name: pytest.approx(stored + n * (8 + 32 * additions) / 32 / 10.49e9, rel=1e-12)
+                      for name, (n, additions) in positions.items()}
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -3,9 +3,11 @@ import pytest
 import torch
 from torch import nn
 
+from compressed import counting
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
 from training import penalties
+from training.feedback import FIRST
 from training.masks import GROUPS, group_norms
 from training.penalties import GradualMagnitude, LossReweightedL1, Penalty, ReweightedL1
 
@@ -53,6 +55,37 @@ def hand(kind, penalty=ReweightedL1, **kwargs) -> tuple[torch.Tensor, Penalty]:
 
 
 # --------------------------------------------------------------------------------------------------------- penalty
+
+class Pyramid(nn.Sequential):
+    """Two equal convolutions, the first with 16 times as many positions as the second."""
+
+    def __init__(self, seed=0):
+        super().__init__(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        generator = torch.Generator().manual_seed(seed)
+        for _, module in weight_layers(self):
+            module.weight.data = torch.randn(module.weight.shape, generator=generator)
+
+
+def test_weights_that_cost_more_become_zero_earlier():
+    layers = ["3", "6"]
+    prices = counting.prices(Pyramid())
+    for power in (0.0, 0.5):
+        penalty = ReweightedL1(Pyramid(), layers, target=0.5, cost_power=power)
+        penalty.update(1.0)
+        ratio = (prices["3"] / prices["6"]) ** power
+        assert (penalty.factors[0] / penalty.factors[1]) == pytest.approx(ratio) and (ratio > 2) == (power > 0)
+        assert torch.equal(penalty.alphas[0], penalty.factors[0] / (penalty.weights[0].abs() + penalty.eps))
+        # without a loss: q is the quantile of |w| / sqrt(factor), so the first lambda makes as many zeros with prices
+        with torch.no_grad():
+            for _ in range(1000):
+                penalty.shrink(penalty.lam * FIRST / 1000)
+        first, second = ((weight == 0).double().mean().item() for weight in penalty.weights)
+        assert penalty.share().item() == pytest.approx(0.5 - 0.5 * (1 - FIRST / 0.75) ** 3, abs=0.01)
+        assert (first > 1.5 * second) == (power > 0)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_by_hand(kind):

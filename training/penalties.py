@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from compressed import networks
+from compressed import counting, networks
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
 from training.feedback import FIRST, Feedback, quantile
@@ -28,7 +28,8 @@ class Penalty:
     and may define
       reweight()            prepare for the next steps; called before the first step and `--updates` times in all, at
                             equal distances. Tensors that it keeps between calls must be named in `saved`
-      first_lambda(q, rate) return the lambda to begin with, if there is a target
+      sizes(), first_lambda(q, rate)
+                            return in which order groups become zero, and the lambda to begin with, if there is a target
     The loop calls update, loss, after_step and, once an epoch, record; for its states, options, state_dict and
     load_state_dict. It calls everything but loss without gradients.
 
@@ -70,6 +71,13 @@ class Penalty:
         """Return the term of the training loss; by default 0. It is called only if a subclass defines it."""
         return torch.zeros(())
 
+    def sizes(self) -> list[Tensor]:
+        """Return numbers that say, for each weight tensor, in which order its groups become zero; by default the norms.
+
+        They are shaped to broadcast against the weights.
+        """
+        return [group_norms(weight, self.kind) for weight in self.weights]
+
     def first_lambda(self, q: float, rate: float) -> float:
         """Return a lambda at which weights of the size q become zero in steps whose learning rates sum to `rate`.
 
@@ -100,7 +108,7 @@ class Penalty:
             self.feedback.total = self.feedback.spent + lr_to_come
             return
         wanted = self.feedback.begin(self.share().item(), lr_to_come)
-        every = torch.cat([group_norms(weight, self.kind).expand_as(weight).flatten() for weight in self.weights])
+        every = torch.cat([size.expand_as(weight).flatten() for size, weight in zip(self.sizes(), self.weights)])
         self.feedback.set(self.first_lambda(quantile(every, wanted), FIRST * lr_to_come), every.device)
         self.norms = self.convolution_norms()
 
@@ -169,25 +177,40 @@ class Penalty:
 
 
 class Reweighted(Penalty):
-    """Hold what the two forms of reweighted L1 share: alpha, one tensor for each weight."""
+    """Hold what the two forms of reweighted L1 share: alpha, one tensor for each weight.
+
+    cost_power: alpha is multiplied by the layer's price (counting.prices, relative to their mean over all penalised
+    weights) to this power. With 0 a weight is a weight; with 1 the penalty approximates the score of the challenge.
+    """
     saved = ("alphas",)
 
-    def __init__(self, model: nn.Module, layers, kind="irregular", lam=None, target=None, eps=1e-3):
+    def __init__(self, model: nn.Module, layers, kind="irregular", lam=None, target=None, eps=1e-3, cost_power=0.0):
         super().__init__(model, layers, kind, lam, target)
         if eps <= 0:
             raise BadInput(f"impossible penalty: eps {eps}")
-        self.eps = eps
+        self.eps, self.cost_power = eps, cost_power
         self.alphas: list[Tensor] = []
+        self.factors = [1.0] * len(self.weights)
+        if cost_power:
+            prices = counting.prices(model)
+            all_in_all = sum(prices[name] * weight.numel() for name, weight in zip(layers, self.weights))
+            mean = all_in_all / sum(weight.numel() for weight in self.weights)
+            self.factors = [(prices[name] / mean) ** cost_power for name in layers]
 
     def reweight(self) -> None:
-        """Set alpha <- 1 / (|w| + eps).
+        """Set alpha <- price / (|w| + eps).
 
         It is |w| and not w, because the submission's 1 / (w + eps) is singular at w = -eps.
         """
-        self.alphas = [1 / (group_norms(weight, self.kind) + self.eps) for weight in self.weights]
+        self.alphas = [factor / (group_norms(weight, self.kind) + self.eps)
+                       for factor, weight in zip(self.factors, self.weights)]
+
+    def sizes(self) -> list[Tensor]:
+        """Return the norms, by the square root of the layer's price: a weight goes at |w| (|w| + eps) < price R."""
+        return [norm / factor ** 0.5 for norm, factor in zip(super().sizes(), self.factors)]
 
     def options(self) -> dict:
-        return super().options() | {"eps": self.eps}
+        return super().options() | {"eps": self.eps, "cost_power": self.cost_power}
 
 
 class ReweightedL1(Reweighted):

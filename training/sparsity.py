@@ -17,6 +17,9 @@ def add_options(group) -> None:
                        help="fixed strength of the penalty, instead of --target-sparsity")
     group.add_argument("--eps", type=number(float, 1e-9, 1), default=DEFAULT_EPS,
                        help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
+    group.add_argument("--cost-power", type=number(float, 0, 4), default=0.0, metavar="P",
+                       help="multiply a layer's penalty by (what one of its weights costs in the score)^P, to make "
+                            "zeros where they save more (%(default)s)")
     group.add_argument("--penalty", metavar="P",
                        help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
                             "METHOD.md); magnitude: no penalty, gradual magnitude pruning to --target-sparsity, as a "
@@ -43,7 +46,8 @@ def check(args, parser: argparse.ArgumentParser) -> None:
     if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
     spec, lam, _ = strength(args)
-    for option, name in (("--lambda", "lam"), ("--sparsity-type", "kind"), ("--eps", "eps")):
+    for option, name in (("--lambda", "lam"), ("--sparsity-type", "kind"), ("--eps", "eps"),
+                         ("--cost-power", "cost_power")):
         action = parser._option_string_actions[option]
         given = getattr(args, action.dest) != action.default
         if args.penalty and given and not penalties.takes(spec, name):
@@ -77,7 +81,7 @@ def make_penalty(args, model) -> penalties.Penalty:
     """Return the penalty that the options select, on the model."""
     spec, lam, target = strength(args)
     options = {"kind": args.sparsity_type, "lam": lam, "target": target,
-               "eps": None if args.eps == DEFAULT_EPS else args.eps}
+               "eps": None if args.eps == DEFAULT_EPS else args.eps, "cost_power": args.cost_power or None}
     return penalties.make(spec, model, pruned_layers(args, model),
                           **{name: value for name, value in options.items()
                              if value is not None and penalties.takes(spec, name)})
