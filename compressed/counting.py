@@ -230,6 +230,24 @@ def sigmoid(op: Operation, inputs, formats: Formats, convention: str, stored):
     return Counter({inputs[0].bits: op.outputs}), Counter(), Activation(inputs[0].bits, False)
 
 
+def silu(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """x times its sigmoid: two multiplications at the input's width; the product has twice as many bits."""
+    return (Counter({inputs[0].bits: 2 * op.outputs}), Counter(), Activation(min(WORD, 2 * inputs[0].bits)))
+
+
+def gelu(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """x (1 + erf(x / sqrt 2)) / 2: the multiplication by 1 / sqrt 2, erf, the products with x and 1/2, and an addition.
+
+    The widths are those of a hard swish: as wide as x, one bit more with the 1 added, and their product's.
+    """
+    addition, bits = plus_three(inputs[0], convention)
+    wide = min(WORD, inputs[0].bits + bits)
+    multiplications = Counter({inputs[0].bits: 2 * op.outputs})
+    multiplications.update({bits: op.outputs})
+    multiplications.update({wide: op.outputs})
+    return multiplications, Counter({addition: op.outputs}), Activation(wide)
+
+
 def product(op: Operation, inputs, formats: Formats, convention: str, stored):
     """One multiplication an element; a product of a- and b-bit numbers has a + b bits."""
     widths = [value.bits for value in inputs]
@@ -279,7 +297,8 @@ def image(op: Operation, inputs, formats: Formats, convention: str, stored):
 
 
 RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "relu": relu, "relu6": relu6,
-         "hardswish": hardswish, "hardsigmoid": hardsigmoid, "sigmoid": sigmoid, "add": residual, "product": product,
+         "hardswish": hardswish, "hardsigmoid": hardsigmoid, "sigmoid": sigmoid, "silu": silu,
+         "gelu": gelu, "add": residual, "product": product,
          "mean": mean, "max": maximum, "moved": free, "concatenation": free, "nothing": free, "normalisation": free,
          "point": point, "input": image}
 FREE = "moved", "concatenation", "nothing", "normalisation", "point", "input"

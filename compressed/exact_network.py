@@ -24,7 +24,7 @@ from compressed.graph import read
 
 # On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once.
 FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
-             "sigmoid": torch.sigmoid}
+             "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu}
 RELU6 = 6.0
 
 

@@ -13,12 +13,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import CLIPS, FUNCTIONS, MODULES, Operation, Window, trace, traced
+from compressed.operations import CLIPS, FUNCTIONS, MODULES, MOVES, Operation, Window, trace, traced
 
-READ_CODES = "conv", "linear", "mean", "max", "product", "concatenation", "moved", *FUNCTIONS  # of what they read
+READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
+UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -138,7 +140,7 @@ class _Walk:
         """The branches of an operation's value; where it passes a point on, the point."""
         if op.kind == "normalisation":
             return (replace(read[0][0], name=op.name),)
-        if op.kind in READ_CODES and not all(isinstance(each, Point) for each in read):
+        if op.kind in READ_CODES and not all(isinstance(each, Point) or moves_again(op, each) for each in read):
             raise AssertionError(f"{op.name} reads a value that is not rounded")
         if op.kind == "input":
             return (Branch("pixels", "pixels", "pixels"),)
@@ -153,9 +155,9 @@ class _Walk:
             return (Branch("function", op.name, read[0].name, function=op.kind),)
         if op.kind == "product":
             return (Branch("product", op.name, read[0].name, other=read[1].name),)
-        if op.kind in ("moved", "concatenation"):
-            return tuple(Branch("moved", f"{op.name}.{i}", each.name, index=index, elements=math.prod(each.shape))
-                         for i, (each, index) in enumerate(zip(read, op.index)))
+        if op.kind in MOVES:
+            moved = [branch for each, index in zip(read, op.index) for branch in moved_branches(each, index)]
+            return tuple(replace(branch, name=f"{op.name}.{i}") for i, branch in enumerate(moved))
         if op.kind == "batchnorm":
             if folds(read[0]):
                 return (replace(read[0][0], norm=op.name),)
@@ -178,10 +180,10 @@ class _Walk:
 
     def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
         """Whether what an operation gives has to be rounded right behind it: who reads it wants codes."""
-        readers = self.readers[op.key]
+        readers = [each for each in self.readers[op.key] if not moves_again(each, value)]
         if value[0].kind == "function" and op.kind in FUNCTIONS:
             return not (len(readers) == 1 and readers[0].kind == "point")  # the table's entries are codes
-        return len(readers) > 1 or any(each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value)
+        return len(self.readers[op.key]) > 1 or any(each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value)
                                        for each in readers) or op.kind == "point" and value[0].kind == "function"
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
@@ -197,8 +199,20 @@ class _Walk:
     def unsigned(self, branch: Branch) -> bool:
         """Whether a branch cannot be below zero."""
         if branch.kind == "function":
-            return branch.function != "hardswish"
+            return branch.function in UNSIGNED
         return branch.kind not in ("layer", "norm", "pixels") and not any(self.found[s].signed for s in branch.sources)
+
+
+def moves_again(op: Operation, value) -> bool:
+    """Return True if an operation moves elements that were moved before: both moves together are one."""
+    return op.kind in MOVES and isinstance(value, tuple) and all(branch.kind == "moved" for branch in value)
+
+
+def moved_branches(value: Point | tuple[Branch, ...], index: Tensor) -> list[Branch]:
+    """The branches of a point's elements, or of elements that were moved before, at the places that `index` names."""
+    if isinstance(value, Point):
+        return [Branch("moved", "", value.name, index=index, elements=math.prod(value.shape))]
+    return [replace(branch, index=F.pad(branch.index.flatten(), (1, 0))[index]) for branch in value]
 
 
 def folds(value) -> bool:

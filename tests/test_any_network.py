@@ -16,7 +16,7 @@ from compressed.evaluation import logits
 from compressed.exact_network import FUNCTIONS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import UNSIGNED, prepare, read, weight_layers
 from compressed.mnet import stated_formats
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from tools.integer import IntegerNetwork
@@ -25,7 +25,7 @@ from training import teachers
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
     "ResNet?option='A'": 10, "ResNet?option='B'&width=4": 7, "Mobile": 10, "Mobile?six=True": 10, "Excited": 10,
-    "VGG": 10, "Dense": 10}.items()}
+    "VGG": 10, "Dense": 10, "Shuffled": 10}.items()}
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def test_the_family_of_the_small_network(monkeypatch):
 def test_a_function_is_a_table_of_codes(function):
     """Every code through the exact network's float64 and through the table, for steps far apart."""
     for step, target_step in ((2.0**-5, 2.0**-6), (2.0, 2.0**-3), (2.0**-9, 2.0**-8)):
-        source, target = Activation(8), Activation(8, signed=function == "hardswish")
+        source, target = Activation(8), Activation(8, signed=function not in UNSIGNED)
         entries = table(function, source, step, target, target_step)
         assert len(entries) == 256 and target.low <= entries.min() and entries.max() <= target.high
         x = torch.arange(-128, 128).float() * step
