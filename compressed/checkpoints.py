@@ -67,6 +67,8 @@ def read(path, network: str | None = None) -> Checkpoint:
         model = prepare(load_checkpoint(path, *_stated(claim, beside, network)))
         if claim is not None and "network" in claim and (other := claims.other_network(claim["network"], model)):
             problems.append(f"{beside}: {other}")
+    if network is not None and claim is not None and "network" in claim:
+        claim["network"] = claim["network"] | {"spec": network}  # the same code, perhaps in another folder
     digest, found = sha256(path), found_formats(model)
     if claim is None:
         if own is None:

@@ -1,35 +1,45 @@
-"""The packed file, .mnet: everything that inference needs, each value at its stated width, and nothing else.
+"""The packed file, .mnet: every value that inference needs, each at its stated width. This text specifies it.
 
-All numbers are little-endian; bits are packed with the highest first, each stream filled up to a byte with zeros.
+Integers and floats are little-endian. A bit stream is packed with the highest bit of each byte first, and filled up
+with zeros to a whole byte.
 
   bytes      content
   4          "MNET"
-  1, 1       version; and a 0
-  2          classes                                      unsigned
-             version 1, our MobileNetV2
-  8          width multiplier of the network              float64
-             version 2, any network
-  2, ...     its specification (see networks.py)          length unsigned, UTF-8
-  4, 4       input normalisation: a pixel from 0 to 255 becomes (pixel - mean) / deviation      float32
-  32         digest of its graph (graph.Graph.digest)
-             both
-  2 each     the activation points, in network order      format, exponent of the step
-  ...        the parameters, in state-dict order          format, exponent of the step (2 bytes), and then
-               if masked      a bit a position, 1 where the code is not zero; the codes of those positions alone
-               if not         the codes of all positions, b bits each in two's complement
-               if float16     the 16 bits of each value
+  1          version: 1, the MobileNetV2 of mobilenet_v2.py, or 2, any network
+  1          0
+  2          number of classes, unsigned
+  8          version 1: width multiplier, float64
+  2, ...     version 2: length of the network's specification, unsigned, and the specification (networks.py) in UTF-8
+  4, 4       version 2: mean and deviation of the input, float32; in version 1 they are 128 and 64
+  32         version 2: digest of the network's operations (graph.Graph.digest), which a decoder may skip
+  2 each     the activation points: format; exponent
+  2, ...     each parameter: format; exponent; then, if the format says
+               float16     its values, 2 bytes each
+               mask        a bit stream with a bit for every position, 1 where the code is not 0; and then a second bit
+                           stream, of the codes at these positions
+               neither     a bit stream of all codes
   32         SHA-256 of all bytes before
 
-A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
-are powers of two, and their exponent is a signed byte. A weight tensor is masked where `counting.layout` says so; a
-reader takes either. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
-`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from the network.
+A format is one byte: 0x80 a mask, 0x40 float16, 0x20 a signed activation, and in the lower five bits the width b of a
+code, from 1 to 16; that of float16 is 0x50. An exponent e is a signed byte. A code of b bits stands for code x 2^e. The
+codes of parameters, and of signed activations, are in two's complement. A weight may be stored with a mask or without;
+`pack` takes what `counting.layout` finds cheaper.
 
-The values of a tensor stand in row-major order, a convolution's as [out, in, height, width]. Network order is that in
-which the forward pass computes, `Graph.activation_points`; state-dict order is that of `named_parameters()`. Our
-MobileNetV2 has 55 points: the image; the ReLU of the stem; for each of 17 blocks both ReLUs and the output; the ReLU of
-the head; the pooled features. Its parameters are conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2,
-bn2, conv3, bn3 and, where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
+Order. The parameters stand as in `named_parameters()` of the network, each in row-major order, a convolution's as
+[out, in / groups, height, width]; their shapes are the network's. The activation points stand in the order in which the
+forward pass computes them. Of any network they are found by the rules in graph.py. Our MobileNetV2 has 55: the image;
+the ReLU of the stem; for each of 17 blocks both ReLUs and the block's output; the ReLU of the head; the pooled
+features. Its parameters: conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2, bn2, conv3, bn3 and,
+where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
+
+Meaning. A pixel p from 0 to 255 enters as (p - mean) / deviation. At an activation point a value v becomes the code
+v / 2^e, rounded with halves to even, and clipped to the codes of its format: 0 to 2^b - 1, or, signed, -2^(b-1) to
+2^(b-1) - 1; behind a ReLU6 not above 6 / 2^e, rounded. Everything between two points is exact. BatchNorms are folded:
+y = weight x + bias, and their mean is 0 and their variance 1 - eps. A mean is the sum times 1/n. The result of a
+pointwise function is the value of the point behind it: a table of codes, which is not stored, because it follows from
+the function and both steps. Hard swish and hard sigmoid are computed in double precision, x min(max(x + 3, 0), 6) / 6
+in this order; sigmoid, SiLU and GELU (with erf), too, and then rounded to float32, so that no code depends on the last
+bits of a machine's exp or erf. `num_batches_tracked` is no part of inference: it is read back as 0.
 """
 import hashlib
 import struct

@@ -127,7 +127,7 @@ class _Run(fx.Interpreter):
                 and any(isinstance(part, Tensor) for part in self.results[node]))
 
     def read(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes of the tensors that a node reads; x + x reads x twice. A part of a tuple reads what it is made of."""
+        """The nodes of the tensors that a node reads; x + x reads x twice. A tuple stands for what it is made of."""
         nodes, found = [], []
         fx.node.map_arg((node.args, node.kwargs), nodes.append)
         for each in nodes:
