@@ -22,9 +22,9 @@ from compressed.graph import read
 
 # ---- The network on its grids --------------------------------------------------------------------
 
-# On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once. The last
-# bits of the others depend on the machine. Rounded to float32 they decide no code (tested for 8 bits); without, SiLU and
-# GELU of a large x, which differ from x by some 2^-53, could lie on either side of a half of a step.
+# On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once. The
+# last bits of the others depend on the machine. Rounded to float32 they decide no code (tested for 8 bits); without,
+# SiLU and GELU of a large x, which differ from x by some 2^-53, could lie on either side of a half of a step.
 FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
              "sigmoid": lambda x: torch.sigmoid(x).float(), "silu": lambda x: F.silu(x).float(),
              "gelu": lambda x: F.gelu(x).float()}
