@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import claims, counting, mnet
+from compressed import counting, mnet
 from compressed.checkpoints import load, read
 from compressed.claims import claim_path
 from compressed.errors import BadInput
@@ -36,14 +36,13 @@ def tiny(tmp_path_factory):
         model.conv1.weight[0, 0, 0, 0] = 0  # too few zeros for a mask: dense
     next(entry for entry in claim["tensors"] if entry["name"] == "bn1.bias")["step"] = 2.0**-17
     path = tmp_path_factory.mktemp("tiny") / "network.mnet"
-    return model, claim, path, pack(model, claim, path, WIDTH)
+    return model, claim, path, pack(model, claim, path)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(path, model, claim) of a network of 100 classes, and the specification of its network."""
     model, claim = tiny_network(100)
-    claim["network"] = claims.network(SPEC, model)
     path = tmp_path_factory.mktemp("small") / "network.pt"
     save_tensors(model.state_dict(), path)
     claim["sha256"] = sha256(path)
@@ -76,7 +75,7 @@ def test_round_trip(tiny):
     model, claim, path, _ = tiny
     returned, formats = unpack(path)
     assert same(model, returned) and not returned.training
-    assert formats["tensors"] == claim["tensors"] and formats["activations"] == claim["activations"]
+    assert formats == claim
     assert all(parameter.requires_grad for parameter in returned.parameters())
     assert {value.device.type for value in returned.state_dict().values()} == {"cpu"}
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -86,7 +85,7 @@ def test_round_trip(tiny):
 
 def test_packing_is_a_function_of_the_content(tiny, tmp_path):
     _, _, path, _ = tiny
-    pack(*unpack(path), tmp_path / "again.mnet", WIDTH)
+    pack(*unpack(path), tmp_path / "again.mnet")
     assert (tmp_path / "again.mnet").read_bytes() == path.read_bytes()
 
 
@@ -137,7 +136,7 @@ def test_size_of_the_full_network(full, tmp_path):
     assert bits == 8 * (tmp_path / "full.mnet").stat().st_size
     assert abs(bits / counted - 1) < 0.0005 and bits / 32 == pytest.approx(counted / 32, rel=0.005)
     returned, formats = unpack(tmp_path / "full.mnet")
-    assert same(model, returned) and formats == {key: claim[key] for key in ("tensors", "activations")}
+    assert same(model, returned) and all(formats[key] == claim[key] for key in ("tensors", "activations"))
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def refused(data: bytes) -> str:
 
 
 def test_any_flipped_byte_is_noticed(tmp_path):
-    pack(*tiny_network(2, 0.1), tmp_path / "smallest.mnet", 0.1)
+    pack(*tiny_network(2, 0.1), tmp_path / "smallest.mnet")
     data, draw = (tmp_path / "smallest.mnet").read_bytes(), random.Random(0)
     for i in (*range(60), *range(60, len(data), 13), *range(len(data) - 32, len(data))):
         flipped = bytearray(data)
@@ -240,13 +239,14 @@ def test_what_cannot_be_packed(change, line, tmp_path):
     model, claim = tiny_network()
     change(model, claim)
     with pytest.raises(BadInput, match=line):
-        pack(model, claim, tmp_path / "file.mnet", WIDTH)
+        pack(model, claim, tmp_path / "file.mnet")
     assert not list(tmp_path.iterdir())
 
 
-def test_another_width(tiny, tmp_path):
-    with pytest.raises(BadInput, match="holds a MobileNetV2 of width 1.3; this network has another conv1.weight"):
-        pack(tiny[0], tiny[1], tmp_path / "file.mnet", 1.3)
+def test_a_network_that_the_claim_does_not_name(tiny, tmp_path):
+    for network in ({}, {"network": {"spec": "mobilenet_v2:MobileNetV2?width=0.5"}}):
+        with pytest.raises(BadInput, match="cannot hold this network as mobilenet_v2:MobileNetV2.*: "):
+            pack(tiny[0], {key: tiny[1][key] for key in ("tensors", "activations")} | network, tmp_path / "file.mnet")
     assert not list(tmp_path.iterdir())
 
 
@@ -259,7 +259,7 @@ def test_load(small, tmp_path):
     file = tmp_path / "network.mnet"
     pack(model, claim, file)
     alone = read(file)
-    formats = {key: claim[key] for key in ("tensors", "activations")}
+    formats = {key: claim[key] for key in ("tensors", "activations", "network")}
     # without a claim: what the file states
     assert same(model, alone.model) and alone.claim == formats and alone.problems == []
     assert alone.sha256 == sha256(file)
@@ -276,6 +276,11 @@ def test_load(small, tmp_path):
     save_record(other, claim_path(file))
     with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
         load(file)
+
+    for stated in (claim["network"] | {"graph": "0" * 64}, 3):
+        save_record(said | {"network": stated}, claim_path(file))
+        (problem,) = read(file).problems
+        assert problem.endswith("are of different networks")
 
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
     assert read(tmp_path / "alone.pt", SPEC).claim is None
