@@ -144,21 +144,19 @@ class _Walk:
             self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
 
     def value(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
-        """The value of an operation. read: the values that it reads."""
+        """Return the value of an operation. read: the values that it reads."""
         value = self.branches(op, read)
         if isinstance(value, Point):
             return value
-        own = self.alone(op)
+        own = self.alone(op) and op.kind in ("point", *CLIPS)
         if op.kind in CLIPS:
             return self.point(op, value, own, op.kind)
-        if op.kind == "point" and own and (hasattr(op.module, "signed") or self.stored(op, value)):
+        if self.stored(op, value) or own and hasattr(op.module, "signed"):  # the latter is a Quantizer
             return self.point(op, value, own)
-        if op.kind != "point" and self.stored(op, value):
-            return self.point(op, value, False)
         return value
 
     def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
-        """The value of an operation before it is rounded; where it passes a point on, the point."""
+        """Return the value of an operation before it is rounded; where it passes a point on, the point."""
         if op.kind == "normalisation":
             return (replace(read[0][0], name=op.name),)
         if op.kind in READ_CODES and not all(isinstance(each, Point) or moves_again(op, each) for each in read):
@@ -192,7 +190,7 @@ class _Walk:
         return read[0]
 
     def alone(self, op: Operation) -> bool:
-        """True if the operation is a module that runs once: then it can round this value and no other."""
+        """Return True if the operation is a module that runs once: then it can round this value and no other."""
         return op.module is not None and self.uses[op.module] == 1
 
     @staticmethod
@@ -200,7 +198,7 @@ class _Walk:
         return (Branch("unchanged", name, value.name),) if isinstance(value, Point) else value
 
     def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
-        """True if the value of an operation is an activation point, by the rules at the head of this file."""
+        """Return True if the value of an operation is an activation point, by the rules at the head of this file."""
         readers = [each for each in self.readers[op.key] if not moves_again(each, value)]
         if value[0].kind == "function" and op.kind in FUNCTIONS:
             return not (len(readers) == 1 and readers[0].kind == "point")  # the table's entries are codes
@@ -209,8 +207,7 @@ class _Walk:
             each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value) for each in readers)
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
-        """Return a new point behind an operation; own: its module rounds the value, otherwise one has to be inserted.
-        """
+        """Return a new point behind an operation; own: its module can round, otherwise one has to be inserted."""
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         unsigned = activation in CLIPS or all(self.unsigned(branch) for branch in branches)
         signed = getattr(op.module, "signed", not unsigned) if own else not unsigned
@@ -223,7 +220,7 @@ class _Walk:
         return self.found[name]
 
     def unsigned(self, branch: Branch) -> bool:
-        """True if a branch cannot be below zero."""
+        """Return True if a branch cannot be below zero."""
         if branch.kind == "function":
             return branch.function in UNSIGNED
         return branch.kind not in ("layer", "norm", "pixels") and not any(self.found[s].signed for s in branch.sources)
@@ -235,7 +232,7 @@ def moves_again(op: Operation, value) -> bool:
 
 
 def moved_branches(value: Point | tuple[Branch, ...], index: Tensor) -> list[Branch]:
-    """The branches of a point's elements, or of elements that were moved before, at the places that `index` names."""
+    """Return the branches of a point's elements, or of elements that were moved before, at the places of `index`."""
     if isinstance(value, Point):
         return [Branch("moved", "", value.name, index=index, elements=math.prod(value.shape))]
     return [replace(branch, index=F.pad(branch.index.flatten(), (1, 0))[index]) for branch in value]

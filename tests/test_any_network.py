@@ -338,6 +338,16 @@ def test_elements_that_are_moved_several_times_are_moved_once():
     assert torch.equal(sum(branch.index for branch in moved), wanted[0, :, :, :32])
 
 
+def test_an_identity_that_runs_twice_rounds_nothing():
+    def run(s, x):
+        return s.d(s.i(s.c(s.i(x))))
+    network = Lone(run, i=nn.Identity(), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)).eval()
+    assert list(read(prepare(network)).activation_points) == ["points.image", "points.i_1", "points.d",
+                                                                  "points.mean"]
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(prepare(network)(x), network(x))
+
+
 def test_a_channel_that_nothing_reads_is_dead_wherever_it_was_moved():
     _, network, claim = shipped(f"{FILE}:Shuffled", 10)
     network = copy.deepcopy(network)
