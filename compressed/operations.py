@@ -174,7 +174,7 @@ class _Node:
                 raise self.refused(": it gives several tensors")
         elif kind is None:
             raise self.refused()
-        if kind == "moved" and not node.users and self.run.is_tuple(node.args[0]):
+        if node.target is operator.getitem and not node.users and self.run.is_tuple(node.args[0]):
             return "size"  # a part of a split that nobody reads
         return kind
 
