@@ -84,7 +84,9 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
     images = cifar100.made_up(16, 3).images
     x = cifar100.normalise(images[:2])
     assert list(network.state_dict()) == list(plain.state_dict()) and torch.equal(prepare(plain)(x), plain(x))
-    assert signs(copy.deepcopy(prepare(plain))) == read(network).activation_points
+    negative = signs(copy.deepcopy(prepare(plain)))
+    for point in read(network).points[:-1]:  # a mean of values of both signs may be above zero in all images
+        assert point.signed == negative[point.name] or point.signed and point.branches[0].kind == "mean"
 
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.std() > 0.01 and len(wanted.unique()) > 20
@@ -182,9 +184,9 @@ def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(tmp_path, monkeypa
     assert pack.main(at) == testers.main([*at, *data]) == check_model_operations.main(at) == 0
     assert testers.main(["--checkpoint", "q.mnet", *network, *data]) == 0
     capsys.readouterr()
-    assert integer.main([*at, *data]) == 0 and "bit on 100/100" in capsys.readouterr().out
-    assert export_onnx.main([*at, *data, "--verify"]) == 0
-    assert "all logits are the same, to the last bit, on 100" in capsys.readouterr().out
+    for script, options in ((integer, []), (export_onnx, ["--verify"])):
+        assert script.main([*at, *data, *options]) == 0
+        assert "same logits to the last bit: 100/100" in capsys.readouterr().out
 
 
 def test_the_family_of_the_small_network(monkeypatch):
@@ -308,7 +310,7 @@ def test_what_is_not_known_is_named(network, said):
 @pytest.mark.parametrize("name, points", (("mobilenet_v3_small", 101), ("shufflenet_v2_x0_5", 88),
                                           ("squeezenet1_1", 38)))
 def test_torchvisions_networks_are_counted_and_quantized(name, points):
-    plain, network, claim = shipped(f"torchvision.models:{name}", 10)
+    plain, network, claim = shipped(f"torchvision.models:{name}?num_classes=10", 10)
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(prepare(plain)(x), plain(x)) and list(network.state_dict()) == list(plain.state_dict())
     with FlopCounterMode(display=False) as counter:
@@ -367,11 +369,15 @@ def test_the_digest_is_of_what_is_computed():
                                m=nn.ReLU()).eval())
         return read(network).digest
 
+    def swapped(s, x):
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, first], 1)
+
     def behind(change):
         return lambda s, x: change(s, s.c(s.a(x)))
     runs = [lambda s, x: x, lambda s, x: s.m(x), lambda s, x: nn.functional.relu6(x), lambda s, x: x + x,
             lambda s, x: nn.functional.max_pool2d(x, 2), lambda s, x: nn.functional.avg_pool2d(x, 2),
-            lambda s, x: nn.functional.max_pool2d(x, 3, 2, 1), lambda s, x: torch.cat(x.chunk(2, 1)[::-1], 1),
+            lambda s, x: nn.functional.max_pool2d(x, 3, 2, 1), swapped,
             lambda s, x: torch.cat([x[:, 1:], x[:, :1]], 1)]
     plain = behind(runs[0])
     digests = [digest(behind(run)) for run in runs] + [
