@@ -16,6 +16,7 @@ import inspect
 import os
 import pickle
 import re
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -119,17 +120,28 @@ def width(spec: str) -> float | None:
     return float(found) if what == DEFAULT and not arguments and isinstance(found, (int, float)) else None
 
 
-def followed(spec: str, given: str | None) -> str:
-    """Return the specification that a file states, if its code may be run: this repository's own, or what is given.
+def _parts(spec: str) -> tuple[str, str, dict]:
+    """(name of the file or module without its folder, name of the class or function, arguments) of a specification."""
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    return os.path.basename(place), name, _arguments(text, spec)
 
-    given: the user's --network, or None. Raises BadInput, naming both, if they differ, and for foreign code that the
-    user has not asked for: reading a file must not run what it names.
+
+def followed(spec: str, given: str | None) -> str:
+    """Return the specification to make a file's network from; spec: what the file states; given: the user's --network.
+
+    Reading a file must not run code that it names: without --network only this repository's own is run. The user's file
+    may lie in another folder. Raises BadInput for foreign code without --network, and, naming both, if they differ.
     """
-    if given is not None and (spec != given and (width(spec) is None or width(spec) != width(given))):
+    if not spec.isprintable():
+        raise BadInput("the specification of its network holds characters that cannot be printed")
+    if given is None:
+        if not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
+            raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)}")
+        return spec
+    if _parts(spec) != _parts(given) and (width(spec) is None or width(spec) != width(given)):
         raise BadInput(f"it is of the network {spec}, and not of {given}")
-    if given is None and not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
-        raise BadInput(f"it is of the network {spec}: to run that code, say --network {spec}")
-    return spec
+    return given
 
 
 # ---- Checkpoint files ----------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Kinds:
         save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1},
                              "made_by": {"seed": 0}},
                     folder / "network.json")
-        mnet.pack(model, claim, folder / "alone.mnet", WIDTH)
+        mnet.pack(model, claim, folder / "alone.mnet")
         save_tensors(model.state_dict(), folder / "float.pt")
         self.train(folder / "run")
         state = folder / "run" / "fuzz.state"

@@ -387,11 +387,14 @@ def test_pointwise_functions_products_and_maxima_by_hand():
     assert one("hardswish", 8) == ({9: 30, 17: 10}, {8: 10}, 17)  # 8 + 1 bits of x + 3; times x: 17
     assert one("hardsigmoid", 8) == ({9: 30}, {8: 10}, 9)
     assert one("sigmoid", 8) == ({8: 10}, {}, 8)
+    assert one("silu", 8) == ({8: 20}, {}, 16)  # the sigmoid, and its product with x
+    assert one("gelu", 8) == ({8: 20, 9: 10, 17: 10}, {8: 10}, 17)  # x / sqrt 2 and erf, times x, times 1/2; 1 + erf
     assert one("relu6", 22) == ({22: 20}, {}, 8)
     assert one("product", 8, 6) == ({8: 10}, {}, 14)
     assert one("max", 8, fan_in=9) == ({8: 80}, {}, 8)
+    assert one("add", 8, 6) == ({}, {9: 10}, 9)
     for kind in ("moved", "nothing", "concatenation"):
-        assert one(kind, 8, 4)[:2] == ({}, {})
+        assert one(kind, 8, 4) == ({}, {}, 8)
 
 
 # ---- A slow reference: the network executed number by number -------------------------------------
@@ -594,6 +597,9 @@ def test_zeros_are_stored_with_a_mask_or_counted_as_values(side, positions):
 def test_storage_of_the_network(network):
     floats = float_formats(network)
     assert storage(network, floats, Fraction(1))["total"] == 32 * 3_989_668
+    spare = copy.deepcopy(network)
+    spare.spare = nn.Linear(3, 3)  # never runs
+    assert storage(spare, float_formats(spare), Fraction(1)) == storage(network, floats, Fraction(1))
     half = storage(network, floats, Fraction(1, 2))
     assert half["masks"] == 3_944_032 and half["batchnorm"] == 32 * 45_536 and half["biases"] == 32 * 100
 

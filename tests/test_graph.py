@@ -112,7 +112,7 @@ def test_what_has_no_rule_is_named(between, said):
 def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsys):
     """Fewer blocks, other widths, another stride: from training to ONNX, by the scripts, to the same logits to the
     last bit."""
-    other = Table(((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)), 32, 1280)
+    other = Table(((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)), 16, 64)
     monkeypatch.setattr(MobileNetV2.__init__, "__defaults__", (100, 1.3, other))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
@@ -120,7 +120,7 @@ def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsy
                          "--run run".split()) == 0
     options = ["--made-up", "100"]
     assert quantize.main(["--checkpoint", "run/masked.pt", "--out", "small.pt", "--calibration", "20", "--renew", "40",
-                          *options]) == 0
+                          "--ranges", "mse", *options]) == 0
     claim = json.loads(Path("small.json").read_text())
     assert len(claim["activations"]) == len(graph.read(MobileNetV2()).activation_points) < 55
     at = ["--checkpoint", "small.pt"]

@@ -192,9 +192,17 @@ class Floats(Graph):
         return self.node("Relu", point.name, x) if point.activation == "relu" else x
 
     def function(self, point: Point, values: dict[str, str]) -> str:
+        function, x = point.branches[0].function, values[point.branches[0].source]
+        if function == "silu":
+            return self.node("Mul", point.name, x, self.node("Sigmoid", f"{point.name}.sigmoid", x))
+        if function == "gelu":  # x (1 + erf(x / sqrt 2)) / 2: opset 17 has no operator of that name
+            root, half = (self.constant(f"{point.name}.{i}", 0.5**i, np.float32) for i in (0.5, 1))
+            erf = self.node("Erf", f"{point.name}.erf", self.node("Mul", f"{point.name}.scaled", x, root))
+            halves = self.node("Mul", f"{point.name}.half", x, half)
+            return self.node("Add", point.name, halves, self.node("Mul", f"{point.name}.product", halves, erf))
         operator, *alpha = {"hardswish": ["HardSwish"], "hardsigmoid": ["HardSigmoid", 1 / 6],
-                            "sigmoid": ["Sigmoid"]}[point.branches[0].function]
-        return self.node(operator, point.name, values[point.branches[0].source], **dict(zip(["alpha"], alpha)))
+                            "sigmoid": ["Sigmoid"]}[function]
+        return self.node(operator, point.name, x, **dict(zip(["alpha"], alpha)))
 
 
 class Codes(Graph):
