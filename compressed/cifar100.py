@@ -24,6 +24,9 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -53,6 +53,12 @@ def complain(line: str) -> None:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
+def end_at_once(*_) -> None:
+    """Handle SIGINT while nothing can be lost: print one line and end the process, whatever it is doing."""
+    complain("interrupted")
+    os._exit(130)
+
+
 GONE = 128 + 13  # a shell's status of a process that SIGPIPE ended: the reader of its output has exited
 
 
@@ -64,6 +70,8 @@ def run_script(main) -> None:
     that something contradicts a claim. Output to closed streams is discarded and does not change the status.
     """
     prepare_streams()
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
     except SystemExit as ended:  # argparse

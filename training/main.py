@@ -21,11 +21,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
 
 from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
