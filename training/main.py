@@ -32,7 +32,7 @@ from torch import nn
 from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
-from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
+from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
 from training.state import MACHINE  # noqa: E402
@@ -429,6 +429,9 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
+    for stage in missing:
+        start = [args.start] if args.start and stage == missing[0] else []
+        check_outputs([args.run / f"{stage}.pt", args.run / f"{stage}.average.pt"], [*by_stage[stage].teacher, *start])
     others = {stage: changes for stage in there if (changes := changed_options(stage, by_stage[stage], device))}
     for stage in chosen:
         if stage in others:
