@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import quantize
-from compressed import checkpoints, cifar100, claims, grids, kaist, mnet
+from compressed import checkpoints, cifar100, claims, grids, kaist, kernels, mnet
 from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_record, save_tensors, sha256
@@ -199,7 +199,7 @@ def images(folder: Path) -> dict:
 def files(folder: Path):
     """Make the files in a folder, and yield {kind: (path, function that reads it)}. They are smaller than real ones."""
     with mock.patch.object(checkpoints, "load_checkpoint", small_checkpoint), mock.patch.dict(cifar100.COUNT), \
-            mock.patch.dict(cifar100.FINGERPRINT):
+            mock.patch.dict(cifar100.FINGERPRINT), mock.patch.object(kernels, "library", lambda dtype: None):
         yield networks(folder) | run(folder) | images(folder)
 
 

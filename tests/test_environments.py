@@ -29,16 +29,20 @@ from training.progress import Progress
 from training.state import stop_noted
 
 ROOT = Path(__file__).resolve().parent.parent
+AFTER_IMPORTS = signal.getsignal(signal.SIGINT)
 PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch, tmp_path):
-    """An empty current folder and none of the variables that the project reads."""
+    """An empty current folder, none of the variables that the project reads, and Ctrl-C as on a terminal."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for name in (*PROCESS, "CC", "CIFAR100_DIR", "TEACHERS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     command_line.say_once.cache_clear()
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------------------------------------- environment variables
@@ -364,7 +368,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
 
 
 def test_importing_a_script_changes_no_signal():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert AFTER_IMPORTS is not command_line.end_at_once
 
 
 def interrupt_after(seconds: float) -> None:
