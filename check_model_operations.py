@@ -17,6 +17,9 @@ import sys
 from collections import Counter
 from fractions import Fraction
 
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

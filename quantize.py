@@ -20,6 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 from torch import nn
 

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import say_once
+from compressed.command_line import say_broken
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
 from compressed.graph import UNSIGNED, Operation, prepare, read, weight_layers
@@ -379,8 +379,7 @@ def thop_counts(model: nn.Module) -> list[int] | None:
         from thop import profile
         return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
     except Exception as error:  # of other versions of torch and numpy, or a warning that is an error
-        if not isinstance(error, ModuleNotFoundError) or error.name != "thop":
-            say_once(f"thop does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        say_broken("thop", error)
         return None
 
 

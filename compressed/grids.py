@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressed import cifar100, threads
+from compressed.command_line import with_progress
 from compressed.errors import BadInput
 from compressed.evaluation import divided
 from compressed.exact_network import folded
@@ -87,7 +88,7 @@ def bit_table(option: str | None, model: nn.Module) -> list[int]:
     submissions = has_the_submissions_layers(names)
     if option is None:
         return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
-    content = {"default": int(option)} if option.isdecimal() else read_table(option)
+    content = {"default": int(option)} if option.isdecimal() and len(option) < 9 else read_table(option)
     bits = content.get("bits", {})
     chosen = {name: bits.get(layer_kind(layer), content.get("default", 8)) for name, layer in layers.items()}
     for key, width in bits.items():
@@ -109,7 +110,7 @@ def read_table(path) -> dict:
         content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"no bit table {path!r}: give a number of bits or a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path}: not a TOML file ({error})") from error
     if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
         raise BadInput(f"{path}: expected nothing but `default = 8` and a table [bits]")
@@ -217,6 +218,7 @@ class Paused:
         def some(part):
             interpreter, found = torch.fx.Interpreter(self.graph), []
             for values in part:
+                threads.go_on()
                 interpreter.env = dict(values)
                 for node in nodes:
                     with torch.inference_mode():
@@ -250,9 +252,8 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
         return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
 
     least = divergence()
-    for name in graph.activation_points:
-        if name in graph.images:
-            continue
+    points = [name for name in graph.activation_points if name not in graph.images]
+    for name in with_progress(points, "activation steps chosen"):
         network.reach(name)
         quantizer = model.get_submodule(name)
         before = quantizer.step

@@ -29,6 +29,7 @@ from compressed.errors import BadInput
 from compressed.files import save_tensors
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
+OWN = Path(__file__).resolve().parent.parent / "mobilenet_v2.py"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
          torch.int32, torch.int64)
 
@@ -46,6 +47,8 @@ def add_option(parser, claimed: bool = False) -> None:
 def _module(place: str, said: str):
     """Import a module by name, or a .py file by its path."""
     try:
+        if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
+            place = str(OWN)  # the user's folder has a file of that name
         if not place.endswith(".py"):
             return importlib.import_module(place)
         path = Path(place).resolve()

@@ -277,7 +277,7 @@ def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch)
         with monkeypatch.context() as without:
             without.setitem(sys.modules, module, None)
             line = refused(["--checkpoint", str(checkpoint), "--out", out, "--verify"], capsys)
-            assert f"{module} is not installed: pip install onnx onnxruntime" in line
+            assert f"{module} is not installed: pip install -r requirements.txt" in line
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
         main(["--images", "0"])

@@ -32,7 +32,6 @@ any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which sa
 for exact kernels.
 """
 import functools
-import importlib
 import json
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from torch import nn
 
 from compressed import checkpoints, cifar100, claims, threads
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import run_script, some_path
+from compressed.command_line import needed, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import RELU6, exact_network, folded, table
@@ -58,17 +57,6 @@ from tools.agreement import agreement, describe, option_parser
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine
 BATCH = 32
 NOTICED = 0.999  # share of the predictions that must agree
-
-
-def needed(name: str):
-    """Import and return the module onnx or onnxruntime. Raises BadInput if it is missing or broken."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # an unfit version of numpy or protobuf may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
-        raise BadInput(f"{name} does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
-                       "pip install onnx onnxruntime") from error
 
 
 # ---- The ONNX graph ------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ from pathlib import Path
 from torch import nn
 
 from compressed import checkpoints, claims, counting, networks, shipping
-from compressed.command_line import command_line, run_script, some_path
+from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
 from compressed.graph import trace, weight_layers
 from compressed.mnet import stated_formats
-from tools import figures
 from training.runs import stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
@@ -424,8 +423,9 @@ def filled_pages(folder: Path, contents: dict[str, str]) -> dict[str, tuple[str,
     return {page: (text, fill(text, contents)) for page, text in pages.items()}
 
 
-def made_figures(measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
+def made_figures(measured: Measured, logs: list[Path]) -> dict:
     """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
+    figures = needed("tools.figures")
     claim, ours = measured.claim, measured.networks
     entries = {entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items()
                                              for value in values]) for entry in BOARD}
@@ -463,6 +463,8 @@ def main(argv=None) -> int:
                         help="folder to write the pages and figures/ to (that of --pages)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
+    if not args.check:
+        needed("tools.figures")  # before any work: matplotlib may be missing
     measured, to = measure(args.checkpoint, args.logs), args.to or args.pages
     pages = filled_pages(args.pages, tables(measured))
     if args.check:

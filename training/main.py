@@ -21,16 +21,18 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
-
 from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
-from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
+from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, plan, recipes, sparsity, teachers  # noqa: E402
 from training.runs import DECISIVE, STAGES  # noqa: E402
@@ -371,6 +373,9 @@ def run_stages(args, by_stage, job: Job) -> None:
     again = [] if args.resume else list(chosen or STAGES)
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
+    for stage in missing:
+        start = [args.start] if args.start and stage == missing[0] else []
+        check_outputs([args.run / f"{stage}.pt", args.run / f"{stage}.average.pt"], [*by_stage[stage].teacher, *start])
     changed = {stage: changed_options(stage, by_stage[stage], job) for stage in there}
     others = {stage: ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items())
               for stage, pairs in changed.items() if pairs}
