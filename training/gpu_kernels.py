@@ -83,8 +83,9 @@ class Layer:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return (PyTorch's layer, ours), with equal weights, in training mode."""
         if self.kind == "depthwise":
-            theirs, ours = (nn.Conv2d(self.channels, self.channels, 3, self.stride, 1, groups=self.channels, bias=False)
-                            for _ in range(2))
+            # skip_init: without random numbers, which are training's
+            theirs, ours = (nn.utils.skip_init(nn.Conv2d, self.channels, self.channels, 3, self.stride, 1,
+                                               groups=self.channels, bias=False) for _ in range(2))
             ours.__class__ = Depthwise
         else:
             theirs, ours = (nn.BatchNorm2d(self.channels) for _ in range(2))
