@@ -123,22 +123,20 @@ def test_what_is_not_finite_stays_so(activation):
     assert int((~y.isfinite()).sum()) == 8
 
 
-@pytest.mark.parametrize("share", (1, 2, 3))
-def test_results_do_not_depend_on_the_tiling(share, monkeypatch):
-    """Fewer programs than tiles, maps divided among programs, and every tiling that may be chosen."""
+def test_results_do_not_depend_on_the_tiling(monkeypatch):
+    """One tile or many, a program for each or one that has them all, whole maps or maps divided among programs."""
     results = []
-    for number in range(3):
-        for operator, tilings in triton_kernels.TILINGS.items():
-            tiling = (*tilings[number][:3], share) if number == share - 1 else (4, 16, 4, share)
-            monkeypatch.setitem(triton_kernels.TILINGS, operator, [tiling, *tilings[1:]])
-        monkeypatch.setattr(triton_kernels, "PROGRAMS", (1056, 1, 7)[number])
+    for tiling, programs in (((32, 16, 4, 5), 1056), ((8, 8, 4, 2), 1), ((4, 8, 4, 1), 4)):
+        for operator in triton_kernels.TILINGS:
+            monkeypatch.setitem(triton_kernels.TILINGS, operator, [tiling])
+        monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)
         torch.manual_seed(0)
-        ours, x, weight = pair(20, "relu", ((7, 6),))[1], maps(2, 20, 7, 6), torch.randn(20, 1, 3, 3, device=DEVICE)
+        ours, x, weight = pair(12, "relu", ((5, 4),))[1], maps(1, 12, 5, 4), torch.randn(12, 1, 3, 3, device=DEVICE)
         weight.requires_grad_()
         out = [triton_kernels.depthwise(ours(x), weight, stride) for stride in (1, 2)]
-        results.append([*out, *torch.autograd.grad([y.square().sum() for y in out], [x, weight, *ours.parameters()])])
+        results.append([*out, *torch.autograd.grad([y.sum() for y in out], [x, weight, *ours.parameters()])])
     for other in results[1:]:
-        agree(other, results[0], [1e-5] * len(other))
+        agree(other, results[0], [1e-4] * len(other))
 
 
 def test_other_memory_formats():
@@ -244,14 +242,14 @@ def timed(monkeypatch, *times):
 def test_the_faster_of_both_is_used(monkeypatch, capsys):
     """Layers are timed at the sizes of their inputs: PyTorch's, then the tilings of the operators, then ours."""
     depthwise, normalised = [5.0, 2, 1, 3, 1, 2, 3, 3, 2, 1, 4.0], [5.0, 1, 2, 3, 3, 2, 1, 6.0]
-    timed(monkeypatch, *depthwise, *normalised)
+    timed(monkeypatch, *depthwise, *normalised * 3)
     model = network()
-    with fast_on_a_gpu(model, [8], compiled=False, **OPTIONS):
-        assert isinstance(model[3], Depthwise) and model[3].sizes == ((8, 8),)
+    with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
+        assert isinstance(model[3], Depthwise) and model[3].sizes == ((4, 4),)
         assert type(model[1]) is nn.BatchNorm2d and type(model[2]) is nn.ReLU and model[1].training
-        found = step(model, maps(2, 3, 8, 8).detach())
+        found = step(model, maps(2, 3, 4, 4).detach())
     assert type(model[3]) is nn.Conv2d and all(value.isfinite().all() for value in found)
-    key = 16, 8, 8, 2
+    key = 16, 4, 4, 2
     for operator, best in (("depthwise", 1), ("depthwise_input_gradient", 0), ("depthwise_weight_gradient", 2)):
         assert triton_kernels.chosen[operator, *key] == triton_kernels.TILINGS[operator][best]
     assert "Triton: 1 of 1 depthwise layers, 0 of 3 BatchNorm layers" in capsys.readouterr().out
@@ -261,10 +259,10 @@ def test_a_fused_activation(monkeypatch):
     timed(monkeypatch, 5.0, *[1.0] * 6, 4.0)
     monkeypatch.setattr(gpu_kernels, "KINDS", ("BatchNorm",))
     model = network()
-    with fast_on_a_gpu(model, [8, 16], compiled=False, **OPTIONS):
+    with fast_on_a_gpu(model, [2, 4], compiled=False, **OPTIONS):
         assert [type(model[k]) for k in (2, 5)] == [nn.Identity] * 2 and type(model[3]) is nn.Conv2d
         assert [model[k].activation for k in (1, 4, 7)] == ["relu", "relu", "none"]
-        assert model[4].sizes == ((4, 4), (8, 8))
+        assert model[4].sizes == ((1, 1), (2, 2))
 
 
 @pytest.mark.parametrize("fault", ("raises", "is wrong", "is not a number"))
@@ -280,7 +278,7 @@ def test_a_kernel_that_fails_is_not_used(fault, monkeypatch, capsys):
             monkeypatch.setattr(gpu_kernels, "distance", lambda found, wanted: math.nan)
     model = network()
     gpu_kernels.say_once.cache_clear()
-    with fast_on_a_gpu(model, [8], compiled=False, **OPTIONS):
+    with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
         assert not any(isinstance(module, (Depthwise, BatchNorm)) for module in model)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all("without Triton's" in line for line in lines)
