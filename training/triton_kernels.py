@@ -7,7 +7,7 @@ training/gpu_kernels.py decides where they are used. With TRITON_INTERPRET=1, se
 
 In the kernels a tile is [positions, channels]. `channels = groups * ALIGN` tells the compiler which power of two
 divides the number of channels, so that it can load vectors. Masked loads return zero, which is also the border of a
-convolution. Offsets are 32-bit integers: see LARGEST.
+convolution. Offsets are 32-bit integers: see gpu_kernels.LARGEST.
 """
 import functools
 
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST = 2**31 - 2**24  # values of a map: offsets, those of masked positions included, fit 32-bit integers
 PROGRAMS = 1056  # that share a sum, at most: eight for each multiprocessor of an H100
 
 # Tilings to choose from: {operator: [(positions, channels, warps, rows of the map for each program)]}, default first.
