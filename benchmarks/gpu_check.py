@@ -140,7 +140,7 @@ def main(argv=None) -> int:
         try_to_write(args.out)
     if not torch.cuda.is_available():
         raise BadInput("there is no CUDA device; on a CPU run pytest tests/test_triton_kernels.py")
-    began, device = time.monotonic(), torch.device("cuda")
+    began, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     threads.prepare()
     found = {"machine": threads.describe_machine(device), "batch_size": args.batch_size, "layers": {}, "steps": {}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()), flush=True)
