@@ -129,21 +129,25 @@ class Layer:
                 "normalise_gradients": lambda: op.normalise_gradients(x, y, *values, statistics, kind)}
 
 
+recorded = []  # the CUDA graph that was timed last; the next one takes over its memory
+timing_stream = functools.cache(torch.cuda.Stream)  # one for each device, because each stream's memory is its own
+
+
 def seconds(work, captured: bool, device: torch.device, repeats: int = 5) -> float:
     """Return the time that the device takes for work(), as a CUDA graph if `captured`."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, now = timing_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(now)
     with torch.cuda.stream(stream):
         for _ in range(2):
             work()  # compiles kernels and allocates memory
         if captured:
             graph = torch.cuda.CUDAGraph()  # torch.cuda.graph would collect garbage first, which takes longer than all
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(recorded[0].pool() if recorded else None, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
-            work = graph.replay
+            recorded[:], work = [graph], graph.replay
             work()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -151,7 +155,7 @@ def seconds(work, captured: bool, device: torch.device, repeats: int = 5) -> flo
             work()
         end.record()
         end.synchronize()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    now.wait_stream(stream)
     return start.elapsed_time(end) / 1000 / repeats
 
 
@@ -277,5 +281,7 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     except Exception as error:
         say_once(f"without Triton's kernels: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
         classes = {}
+    recorded.clear()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     with exchanged(classes):
         yield
