@@ -8,7 +8,7 @@ import check_model_operations
 import fuzz
 import quantize
 import testers
-from benchmarks import depthwise_shapes, inference_speed, training_speed
+from benchmarks import depthwise_shapes, gpu_check, inference_speed, profile_step, training_speed
 from compressed import cifar100
 from compressed.command_line import number, run_script
 from tools import baseline, compare, export_onnx, integer, quick, report, ship, train, verify
@@ -48,7 +48,10 @@ OPTIONS = {  # script: {option: what it cannot be}
     compare: dict.fromkeys(("--csv", "--figure"), NOTHING),
     verify: {"--checkpoint": NOTHING}, baseline: {"--out": ("x",)}, quick: {"--out": ("x",)},
     cifar100: {"--data": NOTHING}, teachers: {"--data": NOTHING, "--folder": ("", "nowhere")},
-    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
+    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds", "--workers"), WHOLE),
+                     "--json": ("", "/dev/null/x")},
+    profile_step: {**dict.fromkeys(("--batch-size", "--steps"), WHOLE), "--out": ("", "/dev/null/x")},
+    gpu_check: {"--batch-size": WHOLE, "--seconds": REAL, "--out": ("", "/dev/null/x")},
     depthwise_shapes: {**dict.fromkeys(("--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
     inference_speed: {**dict.fromkeys(("--threads", "--rounds", "--batches"), WHOLE), "--seconds": REAL,
                       "--checkpoint": NOTHING,

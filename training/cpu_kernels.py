@@ -55,11 +55,15 @@ class BatchNorm(nn.BatchNorm2d):
     """Compute BatchNorm2d and the following `activation`, one of ACTIVATIONS, on a CPU."""
     activation = "none"
 
+    def pytorchs(self, x):
+        """Return the same, computed by PyTorch."""
+        y = super().forward(x)
+        return y if self.activation == "none" else getattr(F, self.activation)(y, inplace=True)
+
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
         if not self.training or self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
-            y = super().forward(x)
-            return y if self.activation == "none" else getattr(F, self.activation)(y, inplace=True)
+            return self.pytorchs(x)
         y, mean, var = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps,
                                        ACTIVATIONS.index(self.activation))
         rows = x.numel() // x.shape[1]
@@ -125,27 +129,43 @@ class Depthwise(nn.Conv2d):
 
 # ---- Their use -----------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def fast_on_a_cpu(model: nn.Module):
-    """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
+def normalisations(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module | None]]:
+    """Return {BatchNorm2d: (one of ACTIVATIONS, its module)} of a model, ("none", None) where none follows.
 
-    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm. The latter includes the following
-    ReLU or hard swish if, by the network's graph, nothing else reads the value between them. Weights and state-dict
-    keys stay the same, and results differ by rounding only.
+    An activation counts if, by the network's graph, nothing else reads the value between the two.
     """
-    changed = [(m, Depthwise) for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
-    norms = {module: "none" for module in model.modules() if type(module) is nn.BatchNorm2d}
+    norms = {module: ("none", None) for module in model.modules() if type(module) is nn.BatchNorm2d}
     with contextlib.suppress(BadInput):  # if the graph cannot be read, the activations stay separate
         for norm, (activation, kind) in activated_norms(model).items():
-            norms[model.get_submodule(norm)] = kind
-            changed.append((model.get_submodule(activation), nn.Identity))
-    changed += [(norm, type("BatchNorm", (BatchNorm,), {"activation": activation}))
-                for norm, activation in norms.items()]
-    before = [(module, type(module)) for module, _ in changed]
-    for module, other in changed:
+            norms[model.get_submodule(norm)] = kind, model.get_submodule(activation)
+    return norms
+
+
+@contextlib.contextmanager
+def exchanged(classes: dict[nn.Module, type]):
+    """Give modules these classes within the block. Their weights and state-dict keys stay the same."""
+    before = {module: type(module) for module in classes}
+    for module, other in classes.items():
         module.__class__ = other
     try:
         yield
     finally:
-        for module, own in before:
+        for module, own in before.items():
             module.__class__ = own
+
+
+def with_activations(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
+    """Return {module: new class}: norms (see `normalisations`) become of this kind, their activations nn.Identity."""
+    return {norm: type(kind.__name__, (kind,), {"activation": activation, **attributes})
+            for norm, (activation, _) in norms.items()} | {
+        separate: nn.Identity for _, separate in norms.values() if separate is not None}
+
+
+def fast_on_a_cpu(model: nn.Module):
+    """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
+
+    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm, which includes the ReLU or hard
+    swish that follows. Results differ by rounding only.
+    """
+    convolutions = [module for module in model.modules() if type(module) is nn.Conv2d and module.groups > 1]
+    return exchanged(dict.fromkeys(convolutions, Depthwise) | with_activations(normalisations(model), BatchNorm))

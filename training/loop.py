@@ -26,6 +26,7 @@ from compressed.graph import weight_layers
 from compressed.networks import half_state, save_state
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
+from training.gpu_kernels import fast_on_a_gpu
 from training.muon import Muon
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
@@ -63,9 +64,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     plan, saved = stage.plan, time.monotonic()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
-        if stage.device.type == "cpu":
-            for replica in stage.replicas.models:
-                at_end.enter_context(fast_on_a_cpu(replica))
+        at_end.enter_context(stage.fast_kernels())
         while stage.progress["step"] < plan.steps:
             epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
             prepare(model, epoch)
@@ -127,6 +126,21 @@ class Stage:
         self.pace = math.inf  # seconds that the fastest step took, for each pixel of this process
         self.measured = 0.0  # seconds that the last evaluation took, the BatchNorm statistics included
         self.first_steps = 0  # steps made by this process since it started
+
+    @contextlib.contextmanager
+    def fast_kernels(self):
+        """Use the project's own kernels for this device within the block, see cpu_kernels and gpu_kernels."""
+        with contextlib.ExitStack() as at_end:
+            if self.device.type == "cpu":
+                for replica in self.replicas.models:
+                    at_end.enter_context(fast_on_a_cpu(replica))
+            if self.device.type == "cuda":
+                plan, sizes = self.plan, set(self.plan.sizes[self.progress["step"]:])
+                at_end.enter_context(fast_on_a_gpu(
+                    self.model, sorted(sizes), batch=len(range(plan.batch_size)[plan.mine]), device=self.device,
+                    dtype=getattr(torch, self.settings.precision), compiled=self.settings.compile,
+                    captured=self.graphs is not None))
+            yield
 
     # -- resume, save, stop
 
