@@ -9,7 +9,7 @@ from training.state import MACHINE
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
 # {option that is no setting but decides a result: the stages whose result it decides}
 DECISIVE = {**dict.fromkeys(("network", "teacher", "made_up", "holdout"), STAGES),
-            **dict.fromkeys(("penalty", "lam", "eps", "updates"), ("rew",)),
+            **dict.fromkeys(("penalty", "lam", "eps", "cost_power", "updates"), ("rew",)),
             **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
             "threshold": ("masked",), **dict.fromkeys(("grids", "frozen", "teachers"), ("quantized",))}
 REMEDY = "remove it, or restore it"
