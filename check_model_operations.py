@@ -2,20 +2,23 @@
 
     python check_model_operations.py                   the shipped checkpoint: a row for every operation, then the score
     python check_model_operations.py --checkpoint F    another one; its claim, if it has one, is F with the suffix .json
-    python check_model_operations.py --sparsity 0.5    what if: the architecture alone, half of every layer's weights 0
-    python check_model_operations.py --dense           what if: the architecture alone, no weight zero
+    python check_model_operations.py --sparsity 0.5    what if: no checkpoint, half of every layer's weights zero
+    python check_model_operations.py --dense           what if: no checkpoint, no weight zero
     python check_model_operations.py --checkpoint F.t7 one of the networks that KAIST AI published
 
-The widths of weights are found by looking at the values and held against the claim. A claim below what the values need,
-or about another file, is an error: it is named and the exit status is 2. Widths of activations cannot be seen in a
-checkpoint: they are the claim's (testers.py measures the accuracy that they leave), or 32 bits without one.
-The rules are in counting.py.
+The widths of weights are found in the stored values and compared with the claim. If the values need more bits than it
+claims, or if it is about another file, this is said, and the exit status is 2. Widths of activations do not show in a
+checkpoint: they are the claim's (testers.py measures the accuracy that they leave), and without a claim 32 bits. The
+rules are in compressed/counting.py.
 """
 import argparse
 import copy
 import sys
 from collections import Counter
 from fractions import Fraction
+
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
 
 import torch
 from torch import nn
@@ -32,7 +35,7 @@ from compressed.graph import prepare, read, weight_layers
 # ---- Cross-checks --------------------------------------------------------------------------------
 
 def flop_counter(model: nn.Module) -> int:
-    """Floating-point operations that torch's own counter sees: 2 for each multiply-accumulate."""
+    """Return the floating-point operations that torch's own counter finds: 2 for each multiply-accumulate."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
     return counter.get_total_flops()
@@ -41,7 +44,10 @@ def flop_counter(model: nn.Module) -> int:
 # ---- The report ----------------------------------------------------------------------------------
 
 def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
-    """Everything that is printed, in exact integers of bits; plain containers, so it is the JSON output as well."""
+    """Return everything that is printed, in exact integers of bits and plain containers: it is the JSON output, too.
+
+    density: as of counting.count.
+    """
     operations = read(model).operations
     rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
     stored = counting.storage(model, formats, density, operations)
@@ -71,13 +77,14 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
 
 
 def millions(bits: int) -> str:
-    """Bits as millions of 32-bit operations or parameters."""
+    """Return bits as millions of 32-bit operations or parameters."""
     return f"{bits / WORD / 1e6:.3f}"
 
 
 def widths(counts: dict[int, int]) -> str:
+    """Return the range of widths that occur in {bits: count}, such as "8-21"."""
     used = [bits for bits, count in counts.items() if count]
-    return "" if not used else f"{min(used)}" if min(used) == max(used) else f"{min(used)}-{max(used)}"
+    return "-".join(map(str, sorted({min(used), max(used)}))) if used else ""
 
 
 def row_lines(rows: list[dict]) -> list[str]:
@@ -155,7 +162,7 @@ def cross_check_lines(report: dict) -> list[str]:
 
 
 def width_lines(model: nn.Module, formats: Formats) -> list[str]:
-    """How many tensors and activation points have how many bits."""
+    """Return one line for each kind of tensor: how many of them have how many bits."""
     weights = [f"{name}.weight" for name, _ in weight_layers(model)]
     groups = {"weight tensors": [formats.tensors[name].bits for name in weights],
               "BatchNorm and bias tensors": [g.bits for name, g in formats.tensors.items() if name not in weights],
@@ -167,8 +174,9 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
 # ---- The script ----------------------------------------------------------------------------------
 
 def share(text: str) -> Fraction:
+    """Return a share from 0 to 1, exactly as typed: an argparse type."""
     try:
-        value = Fraction(text)  # exactly the decimal that was typed
+        value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         value = None
     if value is None or not 0 <= value <= 1:
@@ -181,7 +189,7 @@ AUTHORS = ("by the convention of its authors, KAIST AI (see compressed/kaist.py)
 
 
 def published(checkpoint) -> checkpoints.Checkpoint | None:
-    """One of KAIST AI's published networks, known by its suffix .t7; None for any other file."""
+    """Return one of KAIST AI's published networks, known by its suffix .t7; None for any other file."""
     if checkpoint.suffix != ".t7":
         return None
     model = prepare(kaist.load_micronet(checkpoint))
@@ -205,14 +213,14 @@ def parse(argv) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """Prints the report. Returns 0, or 2 if the values contradict the claim. Raises BadInput for unusable input."""
+    """Print the report; return the exit status: 0, or 2 if the values contradict the claim."""
     args = parse(argv)
     source, problems, density, weights = {}, [], None, None
     if args.dense or args.sparsity is not None:
         density = Fraction(1) if args.dense else 1 - args.sparsity
         model = prepare(networks.make(args.network or networks.DEFAULT))
         formats = float_formats(model)
-        source["counted"] = f"what if: the architecture alone, {float(density):.4g} of every layer's weights non-zero"
+        source["counted"] = f"what if: the network alone, {float(density):.4g} of every layer's weights non-zero"
     else:
         checkpoint = args.checkpoint
         read = published(checkpoint) or checkpoints.read(checkpoint, args.network)
@@ -228,7 +236,7 @@ def main(argv=None) -> int:
             stated = claim_file if claim_file.exists() else checkpoint
             source["widths"] = f"claimed by {stated}, held against the stored values"
         else:
-            source["widths"] = "found in the stored values; there is no claim beside them"
+            source["widths"] = "found in the stored values; there is no claim"
         weights = counting.weight_summary(model)
     if args.weight_bits or args.activation_bits:
         formats = what_if(formats, model, args.weight_bits, args.activation_bits)

@@ -18,8 +18,10 @@ Powers of two make the evaluation exact: see compressed/exact_network.py, the ne
 """
 import argparse
 import sys
-import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
 
 import torch
 from torch import nn
@@ -37,14 +39,13 @@ from compressed.files import (
     load_record,
     save_record,
     sha256,
-    stage_logs,
 )
 from compressed.formats import found_formats
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes
-from training.progress import duration
+from training.runs import stage_logs
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -162,19 +163,6 @@ class Accuracies:
         self.steps.append({"step": step, "correct": correct, "loss": loss})
 
 
-def shown(label: str, seconds: float = 10):
-    """Return a function of (done, count) that prints a line every few seconds, with the time left."""
-    started = last = time.monotonic()
-
-    def show(done: int, count: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= seconds:
-            print(f"{label} {done} of {count}, {duration((now - started) / done * (count - done))} left", flush=True)
-            last = now
-    return show
-
-
 def listed(widths) -> str:
     """Return the different ones of some widths, as in "6/8"."""
     return "/".join(map(str, sorted(set(widths))))
@@ -203,7 +191,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     quantize_activations(model, grids.calibrate(model, images, widths, start))
     accuracies.after(f"activations at {listed(chosen.activation_bits)} bits, {start}", model)
     if chosen.ranges == "logits":
-        choose_steps(model, images, reference, shown("activation steps by the logits: point"))
+        choose_steps(model, images, reference)
         accuracies.after("activation steps that the logits prefer", model)
     if chosen.renew:
         renew_means(model, train_data, chosen.renew, chosen.augment, generator())

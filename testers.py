@@ -11,6 +11,9 @@ contradicts the claim, or could not be verified, such as the accuracy without th
 import math
 import sys
 
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 from torch import nn
 

@@ -20,7 +20,7 @@ from compressed import cifar100, grids, kernels, networks, threads
 from compressed.command_line import command_line, number, run_script
 from compressed.exact_network import quantize_activations
 from compressed.graph import prepare, weight_layers
-from training import learned_steps, loop, plan, reweighted_l1
+from training import learned_steps, loop, masks, plan
 
 KINDS = {  # name: (on its grids, with frozen statistics, with compiled functions)
     "masked training": (False, False, True), "fine-tuning": (True, False, True),
@@ -43,7 +43,7 @@ def sparse_network(spec: str, data: cifar100.Images, on_grids: bool) -> nn.Modul
 def speed(spec: str, data: cifar100.Images, settings: loop.Settings, on_grids: bool, frozen: bool) -> float:
     """Return the images per second of the second epoch; the first one warms up."""
     model, marks = sparse_network(spec, data, on_grids), []
-    masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
 
     def began(network, epoch):
         for module in network.modules():
@@ -52,7 +52,7 @@ def speed(spec: str, data: cifar100.Images, settings: loop.Settings, on_grids: b
         marks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        loop.train("speed", model, data, None, settings, folder, masks=masks, prepare=began, save_seconds=1e9)
+        loop.train("speed", model, data, None, settings, folder, masks=zeros, prepare=began, save_seconds=1e9)
     return len(data) / (time.perf_counter() - marks[-1])
 
 

@@ -1,17 +1,17 @@
 """Compare the training speed of training/loop.py with that of an ordinary PyTorch loop ("plain"), in one run.
 
-    python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--precision P] [--alone] [--json F]
+    python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--workers W] [--alone] [--json F]
 
-The plain loop has a DataLoader with two workers, torchvision's crop, flip and normalisation, NCHW float32, and SGD.
+The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD.
 Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
 channels-last, bfloat16 where the processor has it, torch.compile on CUDA, and on a CPU one thread per core, among which
 the batch is divided. Both train the same network with the same augmentation and batch size on the same images.
 
-Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher and, on a CPU, without the
-compiled functions (kernels.c). On a CPU both loops are also measured while another process keeps two threads busy.
-Every measurement runs in a new process, because the loops configure the memory allocator differently. Rounds alternate,
-and the result is the median of the rounds' ratios, because other load on the machine slows all loops alike. Only the
-ratios are meaningful.
+Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher, on a CPU without the compiled
+functions (kernels.c), and on a GPU without the Triton kernels or without one kind of them. On a CPU both loops are
+also measured while another process keeps two threads busy. Every measurement runs in a new process, because the loops
+configure the memory allocator differently. Rounds alternate, and the result is the median of the rounds' ratios,
+because other load on the machine slows all loops alike. Only the ratios are meaningful.
 
 Last come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
 and on a CPU in one thread.
@@ -36,15 +36,20 @@ from compressed import cifar100, kaist, kernels, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
 from mobilenet_v2 import MobileNetV2
-from training import cpu_kernels, loop, teachers
+from training import cpu_kernels, gpu_kernels, loop, teachers
 from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
+ON_A_GPU = {"ours, PyTorch's functions": (), "ours, depthwise kernels": ("depthwise",),
+            "ours, BatchNorm kernels": ("BatchNorm",)}  # {loop: kinds of layers with Triton kernels}
 RATIOS = {  # name: (speed, beside which)
     "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
     "training without a teacher beside one with": ("ours", "ours, with a teacher"),
     "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
     "the compiled functions beside PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
+    "the Triton kernels beside PyTorch's functions": ("ours", "ours, PyTorch's functions"),
+    "those of depthwise convolutions alone": ("ours, depthwise kernels", "ours, PyTorch's functions"),
+    "those of BatchNorm alone": ("ours, BatchNorm kernels", "ours, PyTorch's functions"),
     "the plain loop alone, and beside a busy process": ("plain", "plain, beside a busy process"),
     "training alone, and beside a busy process": ("ours", "ours, beside a busy process")}
 
@@ -66,12 +71,12 @@ class PilImages(Dataset):
         return self.transform(self.to_pil(self.images[i])), self.labels[i]
 
 
-def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) -> float:
+def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device, workers: int = 2) -> float:
     """Seconds of an epoch of the plain loop, from the first batch's arrival on: starting the workers is not counted."""
     torch.manual_seed(0)
     model = MobileNetV2().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=2, drop_last=True,
+    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=workers, drop_last=True,
                         pin_memory=device.type == "cuda")
     batches, steps = iter(loader), len(loader)
     batch, started = next(batches), None
@@ -90,9 +95,13 @@ def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device) ->
 
 
 def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device, taught: bool = False,
-              compiled: bool = True) -> float:
-    """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not."""
+              compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
+    """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not.
+
+    compiled: use the functions of kernels.c on a CPU. kinds: of layers that may use Triton kernels on a GPU.
+    """
     threads.prepare()
+    gpu_kernels.KINDS = kinds
     if not compiled:
         kernels.library = lambda dtype: None
     torch.manual_seed(0)
@@ -197,6 +206,9 @@ def parse(argv=None):
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of ours (default: bfloat16 where the processor has it)")
+    parser.add_argument("--workers", type=number(int, 1, 1024), default=2,
+                        help="processes of the plain loop's DataLoader (%(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile, which CUDA has")
     parser.add_argument("--alone", action="store_true", help="leave out what runs beside a busy process")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
@@ -211,15 +223,17 @@ def parse(argv=None):
 
 
 def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int,
-            alone: bool = False) -> dict[str, list[float]]:
+            alone: bool = False, workers: int = 2) -> dict[str, list[float]]:
     """{loop: images a second in each round}; on a CPU both loops beside a busy process, too, unless `alone`."""
     small = dataclasses.replace(settings, sizes="24:0.999999,32")
-    kinds = {"plain": (plain_epoch, settings.batch_size, device), "ours": (our_epoch, settings, device),
+    kinds = {"plain": (plain_epoch, settings.batch_size, device, workers), "ours": (our_epoch, settings, device),
              "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
              "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
     if device.type == "cpu":
         kinds[PYTORCHS] = our_epoch, small, device, False, False
         kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours") if not alone}
+    if device.type == "cuda":
+        kinds |= {name: (our_epoch, settings, device, False, True, used) for name, used in ON_A_GPU.items()}
     speeds = {name: [] for name in kinds}
     for turn in range(rounds):
         for name, kind in kinds.items():
@@ -236,12 +250,13 @@ def main(argv=None) -> int:
         try_to_write(args.json)
     device = torch.device("cuda" if args.cuda else "cpu")
     options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
-                                   "--mixing", "none", "--refresh", "0", "--precision", args.precision])
+                                   "--mixing", "none", "--refresh", "0", "--precision", args.precision,
+                                   *["--no-compile"] * args.no_compile])
     settings = training_main.settings_for("pretrain", options, device)
     where = threads.describe_machine(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    speeds, ratios = compare(settings, device, args.images, args.rounds, args.alone), {}
+    speeds, ratios = compare(settings, device, args.images, args.rounds, args.alone, args.workers), {}
     for name, (above, below) in RATIOS.items():
         if {above, below} <= speeds.keys():
             ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))

@@ -67,6 +67,11 @@ def read(path, network: str | None = None) -> Checkpoint:
         model = prepare(load_checkpoint(path, *_stated(claim, beside, network)))
         if claim is not None and "network" in claim and (other := claims.other_network(claim["network"], model)):
             problems.append(f"{beside}: {other}")
+    if claim is not None and "network" in claim:
+        stated = claim["network"] if isinstance(claim["network"], dict) else {}
+        if own is not None and stated.get("graph") != own["network"]["graph"]:
+            problems.append(f"{beside} and {path} are of different networks")
+        claim["network"] = stated | {"spec": network} if network else stated  # whose code may be in another folder
     digest, found = sha256(path), found_formats(model)
     if claim is None:
         if own is None:

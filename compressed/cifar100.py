@@ -10,6 +10,7 @@ A training step first draws random parameters for the whole batch (`draw`) and t
 (`augment`). One of several processes draws for the whole batch and applies its slice, so that all processes together
 compute what a single one would.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -18,18 +19,20 @@ import math
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 import tempfile
 import urllib.request
 from pathlib import Path
+
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from compressed import environment
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, progress_bar, run_script, some_path
 from compressed.errors import BadInput
 
 CLASSES = 100
@@ -114,14 +117,14 @@ def download_through(scratch: Path, folder: Path) -> Path:
 
 def fetch(url: str, path: Path, name: str) -> None:
     """Download `url` to `path`; on a terminal, show a progress bar labelled `name`."""
-    from tqdm import tqdm
-
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
         size = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty()) as bar:
+        bar = progress_bar(total=size, unit="B", unit_scale=True, desc=name)
+        with contextlib.nullcontext() if bar is None else bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                bar.update(len(chunk))
+                if bar is not None:
+                    bar.update(len(chunk))
 
 
 def file_md5(path) -> str:

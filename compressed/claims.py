@@ -1,7 +1,8 @@
 """Read and write the claim of a checkpoint (F.json next to F.pt), and check the checkpoint's values against it.
 
     sha256               SHA-256 of the checkpoint file
-    network              {"spec", "classes", "mean", "std" of the input, "graph": digest}; without it, the default one
+    network              {"spec", "classes", "mean", "std" of the input, "graph": Graph.digest}; if it is missing, the
+                         submission's network. A spec in a FILE.py is code, which is only run if --network names it, too
     accuracy             {"data", "correct", "images", "loss"}, and if known "without_duplicates": {"correct", "images"}
                          (see cifar100.near_duplicates)
     accuracy_by_step     the accuracy after each step of quantize.py
@@ -62,13 +63,13 @@ def record(checkpoint, key: str, value: dict) -> None:
 
 
 def network(spec: str, model: nn.Module) -> dict:
-    """What a claim says of a network: how it is made, what it is given, and the digest of what it computes."""
+    """Return a claim's entry "network": how the network is made, its input and output, the digest of its graph."""
     graph = read_graph(model)
     return {"spec": spec, "classes": graph.points[-1].shape[0], "mean": MEAN, "std": STD, "graph": graph.digest}
 
 
 def other_network(stated: dict, model: nn.Module) -> str | None:
-    """A line if the network that was made is not the one that is stated; else None."""
+    """Return a line that says how a network differs from a claim's entry "network"; None if it does not."""
     made = network(stated.get("spec"), model)
     differing = [key for key in made if stated.get(key) != made[key]]
     if not differing:

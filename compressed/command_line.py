@@ -2,15 +2,18 @@
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from compressed.errors import BadInput
+from compressed import environment
+from compressed.errors import BadInput, one_line
 
 
 def command_line(text: str) -> argparse.ArgumentParser:
@@ -53,6 +56,54 @@ def complain(line: str) -> None:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
+def needed(name: str):
+    """Return a package that only some scripts use, imported. Raises BadInput if it is missing or does not work."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # of another version of numpy, of a broken one, or a warning under python -W error
+        state = "is not installed" if is_missing(name, error) else f"does not work here ({one_line(error)})"
+        raise BadInput(f"{name} {state}: pip install -r requirements.txt") from error
+
+
+def say_broken(name: str, error: Exception) -> None:
+    """Print once that a package is not used because of this error; nothing if it is not installed at all."""
+    if not is_missing(name, error):
+        say_once(f"{name} does not work here ({one_line(error)})")
+
+
+def is_missing(name: str, error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name == name
+
+
+def progress_bar(**options):
+    """Return a progress bar of tqdm on stderr; None if that is no terminal for it, or if there is no working tqdm."""
+    if not sys.stderr.isatty() or environment.is_dumb_terminal():
+        return None
+    try:
+        from tqdm import tqdm
+        return tqdm(**options)
+    except Exception as error:
+        say_broken("tqdm", error)
+        return None
+
+
+def with_progress(items: list, what: str, seconds: float = 10):
+    """Yield the items of long work, and print every few seconds how many of them are done, and the time left."""
+    began = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= seconds:
+            last, left = now, (now - began) / done * (len(items) - done)
+            print(f"{what}: {done} of {len(items)}, {left:.0f} s left", flush=True)
+        yield item
+
+
+def end_at_once(*_) -> None:
+    """Handle SIGINT while nothing can be lost: print one line and end the process, whatever it is doing."""
+    complain("interrupted")
+    os._exit(130)
+
+
 GONE = 128 + 13  # a shell's status of a process that SIGPIPE ended: the reader of its output has exited
 
 
@@ -64,6 +115,8 @@ def run_script(main) -> None:
     that something contradicts a claim. Output to closed streams is discarded and does not change the status.
     """
     prepare_streams()
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
     except SystemExit as ended:  # argparse

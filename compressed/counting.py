@@ -16,9 +16,12 @@ a skipped layer flatters the score. Where the rules leave a choice, the dearer o
 - ReLU is a multiplication of the value *before* it is rounded to the next activation's width, so at full width.
 - A residual addition is an addition at full width, too; an average of n values is n - 1 additions and a multiplication,
   although a multiplication by 1/16 is a shift.
-- Hard swish is x + 3, two clips, and the multiplications by x and by 1/6: 4 multiplications and an addition an element,
-  as KAIST AI's entry counted it. ReLU6 is two multiplications, a lower and an upper clip; hard sigmoid an addition, two
-  clips and a multiplication; a sigmoid, a transcendental function, one operation (a multiplication).
+- A pointwise function counts as its formula does, although it may be looked up in a table, which is not stored: its
+  entries follow from the function and the steps. Hard swish is x + 3, two clips, and the multiplications by x and by
+  1/6: 4 multiplications and an addition an element, as KAIST AI's entry counted it. ReLU6 is two multiplications, a
+  lower and an upper clip; hard sigmoid an addition, two clips and a multiplication. A transcendental function (sigmoid,
+  erf) is by the rules one operation, here a multiplication: SiLU is one more, for the product with x, and GELU an
+  addition and three more.
 - A maximum of n values is n - 1 comparisons, counted as multiplications like a ReLU's. Elements that are moved or
   concatenated cost nothing.
 - Rounding to an activation's grid is free: the rules need no tally of conversions to a format whose values float32
@@ -42,11 +45,11 @@ import torch
 from torch import Tensor, nn
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import say_once
+from compressed.command_line import say_broken
 from compressed.errors import BadInput
-from compressed.formats import WORD, Activation, Formats, Grid, signed_bits
-from compressed.graph import Operation, read, weight_layers
-from compressed.operations import is_point
+from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
+from compressed.graph import UNSIGNED, Operation, prepare, read, weight_layers
+from compressed.operations import CLIPS, FUNCTIONS, MOVES, is_point
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
@@ -54,17 +57,24 @@ CONVENTIONS = ("32-bit", "fixed", "tree")
 
 
 def macs(operations: list[Operation]) -> int:
-    """Multiply-accumulates of the dense convolutions and linear layers for one image."""
+    """Return the multiply-accumulates for one image of convolutions and linear layers, as if no weight were zero.
+
+    >>> macs(read(nn.Sequential(nn.Identity(), nn.Conv2d(3, 8, 3, padding=1))).operations) == 32 * 32 * 8 * 27
+    True
+    """
     return sum(op.fan_in * op.outputs for op in operations if op.kind in ("conv", "linear"))
 
 
 # ---- Accumulators --------------------------------------------------------------------------------
 
 def tree_additions(terms: int, leaf_bits: int) -> Counter:
-    """{bits: additions} of a balanced binary tree that adds `terms` numbers of `leaf_bits` bits; terms - 1 in all.
+    """Return {bits: additions} of a balanced binary tree that adds `terms` numbers of `leaf_bits` bits.
 
     m numbers become ceil(m/2) by floor(m/2) additions; an odd one waits. By the rules an addition counts the larger
     width of its *inputs*: the first level `leaf_bits`, each further level one bit more, up to 32.
+
+    >>> tree_additions(7, 16)
+    Counter({16: 3, 17: 2, 18: 1})
     """
     additions, bits = Counter(), min(leaf_bits, WORD)
     while terms > 1:
@@ -74,15 +84,20 @@ def tree_additions(terms: int, leaf_bits: int) -> Counter:
 
 
 def sum_bits(terms: int, leaf_bits: int) -> int:
-    """Width of the sum of `terms` numbers of `leaf_bits` bits, up to 32: a bit more for each level of the tree."""
+    """Return the width of a sum of `terms` numbers of `leaf_bits` bits: a bit more for each level of the tree; 32 at
+    most."""
     return min(WORD, leaf_bits + max(terms - 1, 0).bit_length())
 
 
 def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
-    """(lowest, highest) integer that the accumulator of each channel can ever hold. codes: a layer's, int64 [out, ...].
+    """Return the (lowest, highest) integer that the accumulator of each output channel can ever hold.
 
-    Each product's extreme is taken by itself, so partial sums stay within these bounds in any order. The final extremes
-    are reached by an input of extreme codes: no shorter accumulator is safe.
+    codes: the weights', int64 [out, ...]. activation: the format of the layer's input. Partial sums stay within these
+    bounds in any order, because the bounds add up the extreme of each product or 0. An input of extreme codes reaches
+    them: no shorter accumulator is safe.
+
+    >>> reach(torch.tensor([[3, -2, 1]]), Activation(8, signed=False))
+    [(-510, 1020)]
     """
     low, high, rows = activation.low, activation.high, codes.flatten(1)
     positive, negative = rows.clamp(min=0).sum(1).tolist(), rows.clamp(max=0).sum(1).tolist()
@@ -90,9 +105,10 @@ def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
 
 
 def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -> int:
-    """Length of a layer's accumulator under "fixed", its worst channel's; 32 if anything is floating point, at most 32.
+    """Return the length of a layer's accumulator under "fixed": of its worst channel; 32 at most, and for any float.
 
-    Without steps (a what-if), `terms` weights a channel with the most negative code stand for the unknown codes.
+    Without steps (a what-if) the codes are unknown: `terms` weights a channel, all of the most negative code, stand for
+    them.
     """
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD
@@ -105,15 +121,15 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -
 
 
 # ---- The rules: what an operation multiplies and adds --------------------------------------------
-# Each takes (operation, the formats of its inputs, all formats, convention, layout of its weights) and returns
-# ({bits: multiplications}, {bits: additions}, the format of its output until the next activation point).
+# Each takes an operation, the formats of its inputs, all formats, the accumulator convention, and the layout of its
+# weights, and returns {bits: multiplications}, {bits: additions}, and the format of its result, which is as wide as it
+# can become until the next activation point rounds it.
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight tensor is stored, and what is multiplied: with a mask, its non-zeros; without, all its values.
+    """How a weight tensor is stored and used: with a mask, its non-zeros alone; without one, all of its values.
 
-    terms: those of the dot product of each output channel; their sum is the number of stored values. bias: whether one
-    is added.
+    terms: of the dot product of each output channel; their sum is the number of stored values. bias: one is added.
     """
     masked: bool
     terms: list[int]
@@ -138,7 +154,7 @@ def layout(op: Operation, activation: Activation, formats: Formats, density: Fra
 
 
 def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
-    """Return {layer: its layout} of every convolution and linear layer among the operations (from `trace`)."""
+    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
     found, values = {}, {}
     for op in operations:
         inputs = [values[key] for key in op.inputs]
@@ -149,10 +165,10 @@ def layouts(operations: list[Operation], formats: Formats, density: Fraction | N
 
 
 def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
-    """Terms of the dot product of each output channel: its own non-zeros, or a what-if density of all, rounded up.
+    """Return the terms of the dot product of each output channel: its non-zeros, or a what-if density of all weights.
 
-    Channels are counted one by one: with a layer's mean density, as in the organisers' counter, thin channels would
-    have less than no additions.
+    A density is rounded up in each channel: with a layer's mean density, as in the organisers' counter, channels with
+    few weights would have less than no additions.
     """
     if density is None:
         return weight.detach().flatten(1).count_nonzero(1).tolist()
@@ -161,8 +177,8 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
 
 def dot_products(op: Operation, inputs, formats: Formats, convention: str, stored: Layout):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
-    none for a channel without weights. A bias is one more addition, at 32 bits: its step is not the products'. One of
-    zeros alone, which has gone into the shift of the BatchNorm behind it, is none."""
+    none for a channel without weights. A bias is one more addition, at 32 bits, because its step is not that of the
+    products. A bias of zeros alone, which has been folded into the BatchNorm behind it, is none."""
     weight, grid, activation = op.module.weight, formats.tensors[f"{op.name}.weight"], inputs[0]
     product_bits = min(WORD, grid.bits + activation.bits)
     terms = Counter(stored.terms)
@@ -191,43 +207,26 @@ def batchnorm(op: Operation, inputs, formats: Formats, convention: str, stored):
     return Counter({max(inputs[0].bits, scale): op.outputs}), Counter({wide: op.outputs}), Activation(wide)
 
 
-def relu(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """One multiplication an element, by the rules, at the width that the value has before it is rounded."""
-    return Counter({inputs[0].bits: op.outputs}), Counter(), formats.activation(op.name, signed=False)
-
-
-def relu6(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """Two multiplications an element: a ReLU's, and as much again for the upper clip."""
-    return Counter({inputs[0].bits: 2 * op.outputs}), Counter(), formats.activation(op.name, signed=False)
-
-
-def plus_three(value: Activation, convention: str) -> tuple[int, int]:
-    """Return (the width at which x + 3 is counted, the width of the sum).
-
-    The conventions are about the length of an accumulator. The sum is none: it has one bit more than x under each.
+def pointwise(op: Operation, inputs, formats: Formats, convention: str, stored):
+    """A clip or another function of single values, as its formula is written, at the widths that the values have before
+    they are rounded. An addition (x + 3, 1 + erf) is none of an accumulator: "fixed" and "tree" count it at x's width.
     """
-    return WORD if convention == "32-bit" else value.bits, min(WORD, value.bits + 1)
-
-
-def hardswish(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """x min(max(x + 3, 0), 6) / 6: an addition; two clips and the product with x at the sum's width; the multiplication
-    by 1/6 at the product's."""
-    addition, bits = plus_three(inputs[0], convention)
-    wide = min(WORD, inputs[0].bits + bits)
-    multiplications = Counter({bits: 3 * op.outputs})
-    multiplications[wide] += op.outputs
-    return multiplications, Counter({addition: op.outputs}), Activation(wide)
-
-
-def hardsigmoid(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """min(max(x + 3, 0), 6) / 6: an addition; two clips and the multiplication by 1/6 at the sum's width."""
-    addition, bits = plus_three(inputs[0], convention)
-    return Counter({bits: 3 * op.outputs}), Counter({addition: op.outputs}), Activation(bits, False)
-
-
-def sigmoid(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """One operation at the input's width: the rules count a transcendental function as one."""
-    return Counter({inputs[0].bits: op.outputs}), Counter(), Activation(inputs[0].bits, False)
+    x = inputs[0].bits
+    plus = min(WORD, x + 1)  # the width of x + 3
+    wide = min(WORD, x + plus)  # of its product with x
+    multiplications, addition, out = {
+        "relu": ([x], False, x),
+        "relu6": ([x, x], False, x),  # a lower and an upper clip
+        "hardsigmoid": ([plus] * 3, True, plus),  # min(max(x + 3, 0), 6) / 6: two clips, and the factor 1/6
+        "hardswish": ([plus] * 3 + [wide], True, wide),  # the two clips, times x; the factor 1/6
+        "sigmoid": ([x], False, x),
+        "silu": ([x, x], False, min(WORD, 2 * x)),  # the sigmoid, times x
+        "gelu": ([x, x, plus, wide], True, wide),  # x (1 + erf(x / sqrt 2)) / 2: 1 / sqrt 2 and erf, times x; 1/2
+    }[op.kind]
+    counts = {width: number * op.outputs for width, number in Counter(multiplications).items()}
+    sums = {WORD if convention == "32-bit" else x: op.outputs} if addition else {}
+    result = Activation(out, op.kind not in UNSIGNED)
+    return Counter(counts), Counter(sums), formats.activation(op.name, False) if op.kind in CLIPS else result
 
 
 def product(op: Operation, inputs, formats: Formats, convention: str, stored):
@@ -278,11 +277,10 @@ def image(op: Operation, inputs, formats: Formats, convention: str, stored):
     return Counter(), Counter(), Activation()
 
 
-RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "relu": relu, "relu6": relu6,
-         "hardswish": hardswish, "hardsigmoid": hardsigmoid, "sigmoid": sigmoid, "add": residual, "product": product,
-         "mean": mean, "max": maximum, "moved": free, "concatenation": free, "nothing": free, "normalisation": free,
-         "point": point, "input": image}
-FREE = "moved", "concatenation", "nothing", "normalisation", "point", "input"
+RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "add": residual, "product": product,
+         "mean": mean, "max": maximum, "point": point, "input": image}
+RULES |= dict.fromkeys((*CLIPS, *FUNCTIONS), pointwise) | dict.fromkeys((*MOVES, "nothing", "normalisation"), free)
+FREE = *MOVES, "nothing", "normalisation", "point", "input"
 
 
 # ---- Totals --------------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ class Row:
 
 
 def count(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None = None) -> list[Row]:
-    """A row for every operation (from `trace`) that multiplies or adds.
+    """Return a row for every operation (of `graph.read`) that multiplies or adds.
 
     density: None counts the weights' own non-zeros, and the zeros of a tensor without a mask (see `layout`); 1 counts
     as if no weight were zero; another fraction, a what-if, that share of every layer's weights, rounded up in each
@@ -325,8 +323,6 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
     rows, values, stored = [], {}, layouts(operations, formats, density)
     for op in operations:
         inputs = [values[key] for key in op.inputs]
-        if op.kind not in RULES:
-            raise BadInput(f"no counting rule for {op.name} ({op.kind})")
         multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention,
                                                                      stored.get(op.name))
         if op.kind not in FREE:
@@ -335,7 +331,7 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
 
 
 def totals(rows: list[Row]) -> dict[str, int]:
-    """Sums over rows: counts of multiplications and additions, and their bits (count x bits; /32 are operations)."""
+    """Return the sums over rows: how many multiplications and additions, and their bits (/32: the operations)."""
     return {"multiplications": sum(sum(row.multiplications.values()) for row in rows),
             "additions": sum(sum(row.additions.values()) for row in rows),
             "multiplication_bits": sum(row.multiplication_bits for row in rows),
@@ -345,7 +341,8 @@ def totals(rows: list[Row]) -> dict[str, int]:
 
 def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
             operations: list[Operation] | None = None) -> dict[str, int]:
-    """Bits of every value that inference needs, by kind, and "total": layers that never run are left out.
+    """Return the bits of every value that inference needs, by kind, and their "total". Layers that never run do not
+    count.
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
     positions), as `layout` says. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
@@ -382,21 +379,38 @@ def thop_counts(model: nn.Module) -> list[int] | None:
         from thop import profile
         return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
     except Exception as error:  # of other versions of torch and numpy, or a warning that is an error
-        if not isinstance(error, ModuleNotFoundError) or error.name != "thop":
-            say_once(f"thop does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        say_broken("thop", error)
         return None
 
 
 def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     """The challenge's score and its two terms, {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations /
-    10.49B, "score": their sum}, from bits: of storage, and count x bits of the operations for one image."""
+    10.49B, "score": their sum}. storage_bits: the "total" of `storage`; operation_bits: the "bits" of `totals`.
+
+    >>> score(32 * 36_500_000, 32 * 1_049_000_000)["score"]
+    1.1
+    """
     terms = {"storage": storage_bits / WORD / STORAGE_BASE, "operations": operation_bits / WORD / OPERATIONS_BASE}
     return terms | {"score": sum(terms.values())}
 
 
+def prices(model: nn.Module, bits: int = 8) -> dict[str, float]:
+    """Return {layer: score that one non-zero weight of it costs}, of a dense network with 32-bit accumulators.
+
+    A weight costs its storage, and a multiplication and an addition for every position of the layer's output. bits: of
+    weights and activations.
+    """
+    model = prepare(copy.deepcopy(model))
+    layers = dict(weight_layers(model))
+    formats = what_if(float_formats(model), model, bits, bits)
+    rows = count(read(model).operations, formats, "32-bit", Fraction(1))
+    return {row.name: score(bits, row.bits / layers[row.name].weight.numel())["score"]
+            for row in rows if row.name in layers}
+
+
 def summary(model: nn.Module, formats: Formats) -> dict:
-    """What a claim says of a checkpoint, in plain containers: {"weights": see `weight_summary`, without its tensors;
-    "storage": bits by kind; "operations": `totals` by convention; "score": both terms and their sum by convention}."""
+    """Return the counts in a claim: {"weights": `weight_summary` without its tensors, "storage": bits by kind,
+    "operations": {convention: `totals`}, "score": {convention: `score`}}."""
     operations = read(model).operations
     stored = storage(model, formats, operations=operations)
     by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
@@ -407,31 +421,32 @@ def summary(model: nn.Module, formats: Formats) -> dict:
 
 # ---- The values of the tensors --------------------------------------------------------------------
 
+def _zeros(name: str, values: Tensor) -> dict:
+    total, nonzeros = values.numel(), int(values.detach().count_nonzero())
+    return {"name": name, "shape": list(values.shape), "total": total, "zeros": total - nonzeros, "nonzeros": nonzeros}
+
+
 def tensor_rows(model: nn.Module, formats: Formats) -> list[dict]:
-    """{"index", "name", "shape", "total", "zeros", "nonzeros", "bits", "kind"} of every parameter, as plain values.
+    """Return {"index", "name", "shape", "total", "zeros", "nonzeros", "bits", "kind"} of every parameter.
 
     index: in the bit table; None for BatchNorms and biases. bits, kind: those of its Grid in `formats`.
     """
     index = {f"{name}.weight": i for i, (name, _) in enumerate(weight_layers(model))}
-    rows = []
-    for name, parameter in model.named_parameters():
-        total, nonzeros = parameter.numel(), int(parameter.detach().count_nonzero())
-        rows.append({"index": index.get(name), "name": name, "shape": list(parameter.shape), "total": total,
-                     "zeros": total - nonzeros, "nonzeros": nonzeros,
-                     "bits": formats.tensors[name].bits, "kind": formats.tensors[name].kind})
-    return rows
+    return [{"index": index.get(name)} | _zeros(name, parameter)
+            | {"bits": formats.tensors[name].bits, "kind": formats.tensors[name].kind}
+            for name, parameter in model.named_parameters()]
 
 
 # ---- By the submission's convention --------------------------------------------------------------
 
 def submission_operations(operations: list[Operation], sparsity=0, bits: int = 16) -> dict[str, int]:
-    """Operations as the submission reported them: 77.84M multiplications, 153.41M additions.
+    """Return the operations as the submission counted them, with the keys of `totals`.
 
-    By the organisers' counter: every convolution with a bias (its folded BatchNorm: an addition, but no multiplication)
-    and a ReLU behind it, the shortcuts included; the linear layer with bias; neither residual additions nor the
-    average. Mean density instead of non-zeros; multiplications at `bits` of 32, additions at 32. Exact integers (a
-    total that is not whole is rounded up); "bits" is their weighted sum. Raises BadInput if the sparsity is not in
-    [0, 1].
+    It reported 77.84M multiplications and 153.41M additions of a dense network. By the organisers' counter: every
+    convolution has a bias (its folded BatchNorm: an addition, but no multiplication) and a ReLU behind it, those of
+    shortcuts, too, and the linear layer a bias; neither residual additions nor the average count. A mean density takes
+    the place of non-zeros; multiplications have `bits` bits, additions 32. A total that is not whole is rounded up.
+    Raises BadInput if the sparsity is not in [0, 1].
     """
     density = 1 - Fraction(sparsity)
     if not 0 <= density <= 1:
@@ -450,19 +465,17 @@ def submission_operations(operations: list[Operation], sparsity=0, bits: int = 1
 
 
 def weight_summary(model: nn.Module) -> dict:
-    """Zeros of every weight tensor, exactly, and the totals beside the submission's way of counting.
+    """Return the zeros of every weight tensor, and totals by our way of counting and by the submission's.
 
     {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
      "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression" (None if all are zero)},
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone}
     """
-    tensors = []
-    for index, (name, module) in enumerate(weight_layers(model)):
-        weight = module.weight.detach()
-        kind = "linear" if isinstance(module, nn.Linear) else "depthwise" if module.groups > 1 else "conv"
-        nonzeros = int(weight.count_nonzero())
-        tensors.append({"index": index, "name": f"{name}.weight", "shape": list(weight.shape), "kind": kind,
-                        "total": weight.numel(), "zeros": weight.numel() - nonzeros, "nonzeros": nonzeros})
+    def kind(layer):
+        return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
+
+    tensors = [{"index": index, "kind": kind(layer)} | _zeros(f"{name}.weight", layer.weight)
+               for index, (name, layer) in enumerate(weight_layers(model))]
 
     def ratios(total, zeros):
         return {"total": total, "zeros": zeros, "nonzeros": total - zeros, "sparsity": zeros / total,

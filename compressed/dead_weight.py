@@ -1,8 +1,9 @@
-"""Dead weight: what no non-zero weight reaches or reads. Found and set to zero exactly: the logits stay the same.
+"""Remove dead weight: what cannot change a logit, because nothing reaches it or nothing reads it. It is set to zero.
 
 A channel is never read if every weight that would read it is zero; then what computes it is dead. A channel is always
 zero if nothing but zeros reaches it and its shift rounds to the code 0; then what reads it is dead. Each removal can
-make others, so both passes alternate until nothing changes. What is zero need not be stored (see counting.layout).
+make others, so both passes alternate until nothing changes. What is zero need not be stored (see counting.layout), but
+tensors keep their shapes: a channel or filter of zeros is not cut out of the network.
 """
 import torch
 from torch import Tensor, nn
@@ -12,32 +13,32 @@ from compressed.graph import Branch, Point, read
 
 
 def group_rows(layer: nn.Module, used: Tensor) -> Tensor:
-    """used, bool [out, in of a group], for each group: [in]. An input is read if any output of its group reads it."""
+    """Return which inputs are read, bool [in]; used: which each output reads, bool [out, in of a group]."""
     groups = getattr(layer, "groups", 1)
     return used.view(groups, -1, used.shape[1]).any(1).flatten()
 
 
 def reads(layer: nn.Module) -> Tensor:
-    """Which input channels a convolution or a linear layer reads: bool [in]."""
+    """Return which input channels a convolution or a linear layer reads, bool [in]."""
     return group_rows(layer, (layer.weight != 0).flatten(2).any(2) if layer.weight.dim() > 2 else layer.weight != 0)
 
 
 def drop_inputs(layer: nn.Module, dead: Tensor) -> None:
-    """Set the weights to zero that read these input channels, bool [in]."""
+    """Set to zero the weights that read the input channels `dead`, bool [in]."""
     groups, weight = getattr(layer, "groups", 1), layer.weight
     for rows, part in zip(weight.view(groups, -1, *weight.shape[1:]), dead.view(groups, -1)):
         rows[:, part] = 0
 
 
 def drop_outputs(model: nn.Module, branch: Branch, dead: Tensor) -> None:
-    """Set to zero what computes these channels, bool [out], in a layer and its BatchNorm."""
+    """Set to zero what computes the output channels `dead`, bool [out], in a layer and its BatchNorm."""
     for name in {branch.name, branch.norm} - {None}:
         for values in model.get_submodule(name).parameters():
             values[dead] = 0
 
 
 def moved_from(branch: Branch, used: Tensor, channels: int) -> Tensor:
-    """The source's channels, bool [channels], that stand anywhere in the channels `used` of a "moved" branch."""
+    """Return the source's channels, bool [channels], that stand anywhere in the channels `used` of a "moved" branch."""
     numbers, size = branch.index[used], branch.elements // channels
     found = torch.zeros(channels, dtype=torch.bool)
     found[((numbers[numbers > 0] - 1) // size).unique()] = True
@@ -45,7 +46,7 @@ def moved_from(branch: Branch, used: Tensor, channels: int) -> Tensor:
 
 
 def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
-    """Removes what computes a channel that is never read, from the logits to the image."""
+    """Remove what computes a channel that is never read, from the logits to the image."""
     needed = {point.name: torch.zeros(point.shape[0], dtype=torch.bool) for point in order}
     needed[order[-1].name][:] = True
     for point in reversed(order):
@@ -66,7 +67,10 @@ def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
 
 
 def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
-    """(the channels in which nothing but zeros reaches a branch, bool; what is added in them: its shift)."""
+    """Return (the channels that nothing but zeros reaches, bool; what a branch adds there: its shift).
+
+    zero: of each point, the channels that are always zero; weights that read them are set to zero.
+    """
     if branch.kind == "layer":
         layer = model.get_submodule(branch.name)
         drop_inputs(layer, zero[branch.source])
@@ -91,7 +95,7 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
 
 
 def forward(model: nn.Module, order: tuple[Point, ...], steps: dict[str, float]) -> None:
-    """Removes what reads a channel that is always zero, from the image to the logits."""
+    """Remove what reads a channel that is always zero, from the image to the logits."""
     zero = {}
     for point in order:
         found, shifts = zip(*(nothing(model, branch, zero) for branch in point.branches))

@@ -5,6 +5,7 @@
     RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT
                                     of one process among several: torchrun sets all of them
     TERM                            "dumb": no progress bars
+    MPLBACKEND                      replaced: figures are drawn into files
 
 An empty variable counts as one that is not set. Whatever a variable cannot be raises BadInput with its name.
 """
@@ -36,7 +37,7 @@ def whole(name: str, low: int, high: int = 2**31 - 1) -> int | None:
 def folder(name: str) -> Path | None:
     """Return the absolute path in a variable; None if it is not set."""
     value = text(name)
-    return None if value is None else Path(value).expanduser().absolute()
+    return None if value is None else Path(os.path.expanduser(value)).absolute()  # Path's own may raise
 
 
 def compiler() -> list[str]:
@@ -78,3 +79,8 @@ def processes_here() -> int:
 
 def is_dumb_terminal() -> bool:
     return text("TERM") == "dumb"
+
+
+def draw_into_files() -> None:
+    """Make matplotlib, when it is imported, draw into files, whatever a notebook has set: that may not exist here."""
+    os.environ["MPLBACKEND"] = "Agg"

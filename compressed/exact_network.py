@@ -22,16 +22,19 @@ from compressed.graph import read
 
 # ---- The network on its grids --------------------------------------------------------------------
 
-# On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once.
+# On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once. The
+# last bits of the others depend on the machine. Rounded to float32 they decide no code (tested for 8 bits); without,
+# SiLU and GELU of a large x, which differ from x by some 2^-53, could lie on either side of a half of a step.
 FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
-             "sigmoid": torch.sigmoid}
+             "sigmoid": lambda x: torch.sigmoid(x).float(), "silu": lambda x: F.silu(x).float(),
+             "gelu": lambda x: F.gelu(x).float()}
 RELU6 = 6.0
 
 
 class Quantizer(nn.Module):
-    """Puts an activation on its grid. Without a sign its lower clip is the ReLU. Holds no state-dict keys.
+    """Round an activation to its grid. Without a sign the lower clip at 0 is the ReLU. Has no keys in the state dict.
 
-    most: an upper clip, in units of the values, as of a ReLU6.
+    most: an upper clip in units of the values, such as 6 for a ReLU6.
     """
 
     def __init__(self, bits: int, signed: bool, step: float, most: float = math.inf):
@@ -39,7 +42,7 @@ class Quantizer(nn.Module):
         self.bits, self.signed, self.step, self.most = bits, signed, step, most
 
     def range(self) -> tuple[int, int]:
-        """The smallest and the largest code."""
+        """Return the smallest and the largest code."""
         low, high = code_range(self.bits, self.signed)
         return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
 
@@ -59,7 +62,10 @@ class Quantizer(nn.Module):
 
 
 class ScaleShift(nn.Module):
-    """A folded BatchNorm of exact sums: a float64 holds their products with 11-bit scales, plus the shift, exactly."""
+    """Scale and shift exact sums as a folded BatchNorm does, in float64.
+
+    It holds the product of a sum below 2^24 with a float16 scale (11 significant bits), plus the shift, exactly.
+    """
 
     def __init__(self, bn: nn.BatchNorm2d):
         super().__init__()
@@ -72,7 +78,7 @@ class ScaleShift(nn.Module):
 
 
 class Function(nn.Module):
-    """A pointwise function of values on a grid, in float64: the Quantizer behind it rounds it to codes."""
+    """Compute a pointwise function of values on a grid in float64; the Quantizer behind it rounds to codes."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -83,13 +89,16 @@ class Function(nn.Module):
 
 
 def table(function: str, source: Activation, step: float, target: Activation, target_step: float) -> Tensor:
-    """The code (int32, of the target) of a function of each code of the source, from its lowest on."""
+    """Return a function as a table of codes: for each code of the source, from the lowest on, that of the target.
+
+    function: a key of FUNCTIONS. step, target_step: of the codes. The entries are int32.
+    """
     values = FUNCTIONS[function](torch.arange(source.low, source.high + 1).double() * step)
     return codes(values, target_step, target.low, target.high).int()
 
 
 class Rescale(Quantizer):
-    """A Quantizer with the ScaleShift before it: one pass over memory where there is a compiler."""
+    """Scale, shift and round: a ScaleShift and the Quantizer behind it, compiled where kernels.c can be."""
 
     def __init__(self, norm: ScaleShift, behind: Quantizer):
         super().__init__(behind.bits, behind.signed, behind.step, behind.most)
@@ -106,35 +115,36 @@ class Rescale(Quantizer):
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether kernels.c computes it."""
+    """Return True if kernels.c can compute with this tensor: float32 on a CPU, dense, and there is a compiler."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     return x.device.type == "cpu" and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer's sums are the longest by far, and cost nothing: in float64 they are exact up to 2^53."""
+    """Compute a linear layer in float64, where its sums, by far the longest of a network, are exact up to 2^53."""
 
     def forward(self, x):
         return F.linear(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
 
 
 class ExactConv2d(nn.Conv2d):
-    """A convolution whose sums of products are exact in float32, and its bias is added in float64."""
+    """Compute a convolution in float32, where its sums are exact, and add its bias in float64."""
 
     def forward(self, x):
         return self._conv_forward(x, self.weight, None).double().add_(self.bias.double()[:, None, None])
 
 
 def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a BatchNorm in eval mode: a = gamma / sqrt(var + eps), b = beta - mean a; float64 [C]."""
+    """Return (scale, shift) of a BatchNorm in eval mode, float64 [C]: gamma / sqrt(var + eps), beta - mean x scale."""
     scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
     return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
 
 
 def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
-    """Put a Quantizer at every activation point, in the place of the ReLU or the Identity there.
+    """Put a Quantizer in the place of the ReLU or Identity at every activation point, in place.
 
-    Raises BadInput if the list does not name exactly the network's points.
+    activations: {"name", "bits", "signed", "step"} of each point, as in a claim. Raises BadInput if the names are not
+    exactly the network's points, or a format cannot be.
     """
     graph = read(model)
     if graph.normalised:
@@ -159,7 +169,10 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
 
 
 def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
-    """A copy of a shipped model that computes as claimed, to the last bit on any machine (see this file's head)."""
+    """Return a copy of a shipped model that computes on its grids, with the same logits to the last bit on any machine.
+
+    activations: as of `quantize_activations`.
+    """
     network, graph = copy.deepcopy(model).eval(), read(model)
     quantize_activations(network, activations)
     for branch in graph.layers:
@@ -183,11 +196,12 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
 
 
 def probe_images(count: int = 4) -> Tensor:
-    """A fixed made-up batch, uint8 [count, 3, 32, 32], from whole-number arithmetic alone: the same everywhere."""
+    """Return a fixed batch of made-up images, uint8 [count, 3, 32, 32], the same on every machine."""
     position = torch.arange(count * 3 * IMAGE_SIZE * IMAGE_SIZE)
     return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 @torch.inference_mode()
 def probe_logits(network: nn.Module) -> list[list[float]]:
+    """Return the logits of the `probe_images`, by which a claim can be checked without data."""
     return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()

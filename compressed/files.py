@@ -160,14 +160,24 @@ def no_number(text: str):
     raise ValueError(f"{text} is no number of JSON")
 
 
-def load_json(path) -> dict:
-    """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
+def parsed(path, language: str, parse):
+    """Return parse(text) of a UTF-8 file, with or without a byte-order mark. Raises BadInput if that fails."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=no_number)
+        return parse(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
-        raise BadInput(f"{path}: not readable as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number too long, nested too deeply
+        raise BadInput(f"{path}: not readable as {language} ({error})") from error
+
+
+def load_toml(path) -> dict:
+    """Return the contents of a TOML file. Raises BadInput if it is missing or not TOML."""
+    return parsed(path, "TOML", tomllib.loads)
+
+
+def load_json(path) -> dict:
+    """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
+    value = parsed(path, "JSON", lambda text: json.loads(text, parse_constant=no_number))
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds {type(value).__name__}, expected a JSON object")
     return value
@@ -186,16 +196,6 @@ def load_lines(path) -> list[dict]:
             raise BadInput(f"{path}: line {number} is no line of a log; remove the file, or restore it")
         lines.append(line)
     return lines
-
-
-def stage_logs(folder) -> list[Path]:
-    """Return the paths of a run folder's logs, in the order of training.
-
-    masked-1, masked-2, ... are repetitions of the masked stage before the last one, which is named masked.
-    """
-    numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
-    stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked", "quantized")
-    return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
 
 
 def digest(record: dict) -> str:
@@ -242,16 +242,3 @@ def git_commit() -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def load_toml(path) -> dict:
-    """Return the contents of a TOML file, read as UTF-8 with or without a byte-order mark.
-
-    Raises BadInput if it is missing or not TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadInput(f"{path}: not readable as TOML ({error})") from error

@@ -1,10 +1,19 @@
-"""The network's graph, found in its own forward pass: the one place that everybody reads who needs to know what follows
-what.
+"""The graph of a network, found in its own forward pass: what is computed from what, and where values are stored.
 
-`read` lists the operations, for whoever counts them, and the points: the values that are stored, each with the branches
-that are added up to it. Quantizer, dead weight, integer network, packed file and ONNX model are built along them. A
-network whose forward pass has no module where a value is stored gets them by `prepare`. Change the forward pass, and
-all of them follow; for an operation that they do not know, they raise.
+`read` lists the operations, which are counted, and the activation points: the values that are rounded to codes and
+stored, each with the branches that are added up to it. Quantizer, dead weight, integer network, packed file and ONNX
+model follow them. A network whose forward pass has no module where a value is stored gets one by `prepare`.
+
+A value is an activation point if it is
+  the output of a ReLU or ReLU6;
+  read by a convolution, a linear layer, a mean, a maximum, a product, a pointwise function, or a move of elements
+    (concatenation, view, slice, padding, ...), which all read codes;
+  read by a BatchNorm that does not stand alone behind a convolution or linear layer, into which it is folded;
+  the output of a pointwise function other than these two;
+  or read by more than one operation.
+The image is the first point of most networks. Where a value goes through an nn.Identity, that is its point, and a
+function's output goes to an nn.Identity that alone reads it. Elements that are moved several times in a row are moved
+once, from the point before to the point behind. Additions have no point of their own: what is added is not rounded.
 """
 import copy
 import functools
@@ -13,12 +22,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import CLIPS, FUNCTIONS, MODULES, Operation, Window, trace, traced
+from compressed.operations import CLIPS, FUNCTIONS, MODULES, MOVES, Operation, Window, trace, traced
 
-READ_CODES = "conv", "linear", "mean", "max", "product", "concatenation", "moved", *FUNCTIONS  # of what they read
+READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
+UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -33,13 +44,18 @@ def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @dataclass(frozen=True)
 class Branch:
-    """One term of a value, each from the codes of the point `source` alone ("product": and of the point `other`).
+    """One of the terms that are added up to the value of a Point; it is computed from the codes of other points alone.
 
-    kind: "layer", a convolution or linear layer with the BatchNorm `norm` behind it, or None; "norm", a BatchNorm of a
-    point; "unchanged", a point as it is; "mean" and "max", over the `window`, of `terms` values; "function", a
-    pointwise `function`; "product"; "moved", a point's elements at other places (see Operation.index); "pixels", the
-    normalised image.
-    name: the layer's, or one made after the module that adds.
+    kind: what it computes from the codes of `source`:
+      "pixels"      the normalised image, the network's input
+      "layer"       a convolution or linear layer, and the BatchNorm `norm` behind it, if there is one
+      "norm"        the BatchNorm `norm`
+      "unchanged"   the value itself
+      "mean", "max" of the `terms` values in every position of the `window`
+      "function"    the pointwise `function`
+      "product"     its product with the value of the point `other`
+      "moved"       its elements, `elements` in number, at other places: `index`, as in Operation
+    name: the layer's, or one made after the module in whose forward pass it is computed; unique.
     """
     kind: str
     name: str
@@ -50,18 +66,20 @@ class Branch:
     function: str | None = None
     window: Window | None = field(default=None, compare=False)
     index: Tensor | None = field(default=None, compare=False, repr=False)
-    elements: int = field(default=0, compare=False)  # of the source, where it is moved
+    elements: int = field(default=0, compare=False)
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """The names of the points that it reads."""
         return (self.source,) if self.other is None else (self.source, self.other)
 
 
 @dataclass(frozen=True)
 class Point:
-    """An activation point: a value that is rounded and stored. The last one, "logits", is not rounded.
+    """An activation point: a value that is rounded to codes and stored. The last one, "logits", is not rounded.
 
-    activation: "relu", "relu6" or "none". signed: it can be below zero. shape: of one image's value, channels first.
+    name: that of the module behind which it is rounded. branches: what is added up to it. activation: "relu", "relu6"
+    or "none", applied to the sum. signed: it can be below zero. shape: of one image's value, channels first.
     """
     name: str
     branches: tuple[Branch, ...]
@@ -72,18 +90,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a network computes: its operations as they run, and its points; the last point is the logits."""
+    """What a network computes: its operations and its points, in the order of running; the last point is the logits.
+    """
     operations: tuple[Operation, ...]
     points: tuple[Point, ...]
 
     @property
     def activation_points(self) -> dict[str, bool]:
-        """{name: whether it is signed} of the places where an activation is stored, in order."""
+        """{name: True if it is signed} of all points but the logits, in order."""
         return {point.name: point.signed for point in self.points[:-1]}
 
     @property
     def layers(self) -> list[Branch]:
-        """Every convolution and linear layer with its BatchNorm and what it reads, and every BatchNorm of a point."""
+        """All branches that have parameters: convolutions, linear layers, and BatchNorms that are folded into none."""
         return [branch for point in self.points for branch in point.branches if branch.kind in ("layer", "norm")]
 
     @property
@@ -93,13 +112,12 @@ class Graph:
 
     @property
     def normalised(self) -> bool:
-        """Whether the network scales or shifts its input itself, instead of taking pixels as cifar100.normalise makes
-        them: it can be counted, but has no integer form here."""
+        """True if the network scales or shifts its input itself: it can be counted, but has no integer form here."""
         return any(op.kind == "normalisation" for op in self.operations)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the list of operations: kinds, names, inputs, shapes, and what else decides what they compute."""
+        """SHA-256 of what the operations compute, but for the parameters' values: kinds, names, inputs, shapes, ..."""
         names = {op.key: op.name for op in self.operations}
         lines = [repr((op.kind, op.name, [names[key] for key in op.inputs], op.shape, op.window, op.fan_in,
                        getattr(op.module, "groups", 1), getattr(op.module, "bias", None) is not None,
@@ -108,9 +126,14 @@ class Graph:
 
 
 class _Walk:
-    """Finds the points of a list of operations, and where a module is lacking: {key: name of the point to insert}."""
+    """Finds the points of a list of operations.
+
+    values: {key of an operation: a Point, or the branches of a value that is not rounded}. found: {name: Point}.
+    lacking: {key: name of a point} of the operations behind which there is no module to round their value.
+    """
 
     def __init__(self, operations: list[Operation]):
+        self.operations = operations
         self.readers = {op.key: [] for op in operations}
         for op in operations:
             for key in op.inputs:
@@ -121,24 +144,22 @@ class _Walk:
             self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
 
     def value(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
-        """What an operation gives: a point, or the branches of one to come."""
+        """Return the value of an operation. read: the values that it reads."""
         value = self.branches(op, read)
         if isinstance(value, Point):
             return value
-        own = self.alone(op)
+        own = self.alone(op) and op.kind in ("point", *CLIPS)
         if op.kind in CLIPS:
             return self.point(op, value, own, op.kind)
-        if op.kind == "point" and own and (hasattr(op.module, "signed") or self.stored(op, value)):
+        if self.stored(op, value) or own and hasattr(op.module, "signed"):  # the latter is a Quantizer
             return self.point(op, value, own)
-        if op.kind != "point" and self.stored(op, value):
-            return self.point(op, value, False)
         return value
 
     def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
-        """The branches of an operation's value; where it passes a point on, the point."""
+        """Return the value of an operation before it is rounded; where it passes a point on, the point."""
         if op.kind == "normalisation":
             return (replace(read[0][0], name=op.name),)
-        if op.kind in READ_CODES and not all(isinstance(each, Point) for each in read):
+        if op.kind in READ_CODES and not all(isinstance(each, Point) or moves_again(op, each) for each in read):
             raise AssertionError(f"{op.name} reads a value that is not rounded")
         if op.kind == "input":
             return (Branch("pixels", "pixels", "pixels"),)
@@ -153,9 +174,9 @@ class _Walk:
             return (Branch("function", op.name, read[0].name, function=op.kind),)
         if op.kind == "product":
             return (Branch("product", op.name, read[0].name, other=read[1].name),)
-        if op.kind in ("moved", "concatenation"):
-            return tuple(Branch("moved", f"{op.name}.{i}", each.name, index=index, elements=math.prod(each.shape))
-                         for i, (each, index) in enumerate(zip(read, op.index)))
+        if op.kind in MOVES:
+            moved = [branch for each, index in zip(read, op.index) for branch in moved_branches(each, index)]
+            return tuple(replace(branch, name=f"{op.name}.{i}") for i, branch in enumerate(moved))
         if op.kind == "batchnorm":
             if folds(read[0]):
                 return (replace(read[0][0], norm=op.name),)
@@ -169,7 +190,7 @@ class _Walk:
         return read[0]
 
     def alone(self, op: Operation) -> bool:
-        """Whether an operation is a module, and the only one of it: what is rounded there is rounded nowhere else."""
+        """Return True if the operation is a module that runs once: then it can round this value and no other."""
         return op.module is not None and self.uses[op.module] == 1
 
     @staticmethod
@@ -177,32 +198,48 @@ class _Walk:
         return (Branch("unchanged", name, value.name),) if isinstance(value, Point) else value
 
     def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
-        """Whether what an operation gives has to be rounded right behind it: who reads it wants codes."""
-        readers = self.readers[op.key]
+        """Return True if the value of an operation is an activation point, by the rules at the head of this file."""
+        readers = [each for each in self.readers[op.key] if not moves_again(each, value)]
         if value[0].kind == "function" and op.kind in FUNCTIONS:
             return not (len(readers) == 1 and readers[0].kind == "point")  # the table's entries are codes
-        return len(readers) > 1 or any(each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value)
-                                       for each in readers) or op.kind == "point" and value[0].kind == "function"
+        several = len(self.readers[op.key]) > 1
+        return several or op.kind == "point" and value[0].kind == "function" or any(
+            each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value) for each in readers)
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
-        """A point behind an operation; own: its module is where values are rounded, otherwise it has to be inserted."""
+        """Return a new point behind an operation; own: its module can round, otherwise one has to be inserted."""
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         unsigned = activation in CLIPS or all(self.unsigned(branch) for branch in branches)
         signed = getattr(op.module, "signed", not unsigned) if own else not unsigned
         if not own:
             self.lacking[op.key] = name
+        if len(op.shape) > 3:
+            raise BadInput(f"{op.name} gives a value of {len(op.shape)} dimensions that has to be stored: expected at "
+                           "most channels, height and width")
         self.found[name] = Point(name, branches, activation, signed, op.shape)
         return self.found[name]
 
     def unsigned(self, branch: Branch) -> bool:
-        """Whether a branch cannot be below zero."""
+        """Return True if a branch cannot be below zero."""
         if branch.kind == "function":
-            return branch.function != "hardswish"
+            return branch.function in UNSIGNED
         return branch.kind not in ("layer", "norm", "pixels") and not any(self.found[s].signed for s in branch.sources)
 
 
+def moves_again(op: Operation, value) -> bool:
+    """Return True if an operation moves elements that were moved before: both moves together are one."""
+    return op.kind in MOVES and isinstance(value, tuple) and all(branch.kind == "moved" for branch in value)
+
+
+def moved_branches(value: Point | tuple[Branch, ...], index: Tensor) -> list[Branch]:
+    """Return the branches of a point's elements, or of elements that were moved before, at the places of `index`."""
+    if isinstance(value, Point):
+        return [Branch("moved", "", value.name, index=index, elements=math.prod(value.shape))]
+    return [replace(branch, index=F.pad(branch.index.flatten(), (1, 0))[index]) for branch in value]
+
+
 def folds(value) -> bool:
-    """Whether a BatchNorm of this value is folded into it: a convolution without one."""
+    """Return True if a BatchNorm that reads this value is folded into it: a layer without one."""
     return isinstance(value, tuple) and len(value) == 1 and value[0].kind == "layer" and value[0].norm is None
 
 
@@ -212,7 +249,7 @@ KEPT = "_graph_read"  # the attribute in which a network keeps its graph, with w
 
 
 def _structure(model: nn.Module) -> list:
-    """What decides a network's graph: its modules, and their plain attributes."""
+    """Return what decides a network's graph: its modules, and their plain attributes."""
     plain = (int, float, str, tuple, type(None))
     return [(name, module, type(module), {key: value for key, value in vars(module).items()
                                           if isinstance(value, plain) and key not in ("training", KEPT)})
@@ -223,54 +260,59 @@ def read(model: nn.Module) -> Graph:
     """Return the graph of a network. It is traced once; the network keeps it until one of its modules is changed.
 
     Raises BadInput, naming it, for an operation without a rule, and where a stored value is no module's output.
+
+    >>> net = prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)))
+    >>> [(point.name, point.branches[0].kind) for point in read(net).points]
+    [('points.image', 'pixels'), ('1', 'layer'), ('points.2', 'moved'), ('logits', 'layer')]
     """
     kept = vars(model).get(KEPT)
-    if kept and kept[0] == _structure(model):
-        return kept[1]
-    operations = trace(model)
-    walk = _Walk(operations)
+    return kept[1] if kept and kept[0] == _structure(model) else _keep(model, _Walk(trace(model)))
+
+
+def _keep(model: nn.Module, walk: _Walk) -> Graph:
+    """Return the graph that a walk found, and keep it with the network."""
+    operations = walk.operations
     if walk.lacking:
         key = next(iter(walk.lacking))
         name = next(op.name for op in operations if op.key == key)
         raise BadInput(f"{name} gives a value that has to be rounded, and is read unrounded: graph.prepare inserts the "
                        "activation points of a network")
-    last = walk.values[_last(operations)]
+    end = _last(operations)
+    last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
-    shape = next(op.shape for op in reversed(operations))
-    graph = Graph(tuple(operations), (*walk.found.values(), Point("logits", last, "none", True, shape)))
+    graph = Graph(tuple(operations), (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
     vars(model)[KEPT] = _structure(model), graph
     return graph
 
 
-def _last(operations: list[Operation]) -> str:
-    """The key of the operation that gives the logits: the one that nobody reads."""
+def _last(operations: list[Operation]) -> Operation:
+    """Return the operation that gives the logits: the one that no other reads."""
     read_by = {key for op in operations for key in op.inputs}
     ends = [op for op in operations if op.key not in read_by]
     if len(ends) > 1:
         raise BadInput(f"{ends[0].name} is computed, but read by nothing")
-    return ends[0].key
+    return ends[0]
 
 
 def prepare(model: nn.Module) -> nn.Module:
     """Return a network in eval mode in which every value that is stored is a module's output.
 
     That is the model itself if all of its points are modules already, as in our MobileNetV2. Otherwise it is a copy
-    with the same state dict whose forward pass has been rewritten: where a value has to be rounded there is an
-    nn.Identity, or the activation, called points.NAME, and pointwise functions are modules called functions.NAME. The
-    name is that of the operation, so that layers.0.bn1 becomes points.layers_0_bn1. A functional dropout is gone from
-    it. Raises BadInput as `read` does.
+    with the same state dict and a rewritten forward pass: where a value has to be rounded there is an nn.Identity, or
+    the activation, called points.NAME, and pointwise functions are modules called functions.NAME. NAME is that of the
+    operation with "_" for ".": layers.0.bn1 becomes points.layers_0_bn1. Raises BadInput as `read` does.
     """
-    operations = trace(model.eval())
-    walk = _Walk(operations)
-    loose = [op for op in operations if op.kind in FUNCTIONS and not walk.alone(op)]
+    walk = _Walk(trace(model.eval()))
+    loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
     if not walk.lacking and not loose:
+        _keep(model, walk)
         return model
     for taken in ("points", "functions"):
         if hasattr(model, taken):
             raise BadInput(f"the network has a part called {taken}, the name of what is inserted: call it otherwise")
     graph, modules = copy.deepcopy(traced(model)), {}
-    nodes, kinds = {node.name: node for node in graph.nodes}, {op.key: op.kind for op in operations}
+    nodes, kinds = {node.name: node for node in graph.nodes}, {op.key: op.kind for op in walk.operations}
     for key, name in walk.lacking.items():
         if kinds[key] in CLIPS:
             modules[name] = _as_module(nodes[key], name, kinds[key])
@@ -288,13 +330,13 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def _as_module(node: fx.Node, name: str, kind: str) -> nn.Module:
-    """Make a node of a traced graph, a clip or a pointwise function, a call of the module `name`; return that."""
+    """Return a module that computes the clip or function of a node, which becomes a call of it by the name `name`."""
     node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
     return next(layer for layer, own in MODULES.items() if own == kind)()
 
 
 def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> nn.Module:
-    """A copy of a model with more modules, {name: module}, and this graph as its forward pass."""
+    """Return a copy of a model with more modules, {name: module}, and this graph as its forward pass."""
     network = copy.deepcopy(model)
     for name, module in modules.items():
         holder, _, own = name.partition(".")
@@ -316,3 +358,14 @@ def sole_readers(model: nn.Module) -> dict[str, str]:
     times = Counter(node.target for node in nodes if node.op == "call_module")
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
+
+
+def activated_norms(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return {name of a BatchNorm: (name of the activation that alone reads it, "relu" or "hardswish")} of any network.
+
+    Pairs of modules that both run once. Raises BadInput if the forward pass cannot be followed.
+    """
+    kinds = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+    return {name: (reader, kind) for name, reader in sole_readers(model).items()
+            if type(model.get_submodule(name)) is nn.BatchNorm2d
+            and (kind := kinds.get(type(model.get_submodule(reader))))}

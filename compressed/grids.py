@@ -101,7 +101,7 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
     be given by their index. Raises BadInput for anything else in the file, for an unknown name, and for widths outside
     2 to 8 (wider values would not be summed exactly).
     """
-    content = {"default": int(option)} if option.isdecimal() else read_table(option)
+    content = {"default": int(option)} if option.isdecimal() and len(option) < 9 else read_table(option)
     bits = content.get("bits", {})
     chosen = {name: bits.get(kind, content.get("default", 8)) for name, kind in kinds.items()}
     for key, width in bits.items():

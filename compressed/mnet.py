@@ -1,35 +1,45 @@
-"""The packed file, .mnet: everything that inference needs, each value at its stated width, and nothing else.
+"""The packed file, .mnet: every value that inference needs, each at its stated width. This text specifies it.
 
-All numbers are little-endian; bits are packed with the highest first, each stream filled up to a byte with zeros.
+Integers and floats are little-endian. A bit stream is packed with the highest bit of each byte first, and filled up
+with zeros to a whole byte.
 
   bytes      content
   4          "MNET"
-  1, 1       version; and a 0
-  2          classes                                      unsigned
-             version 1, our MobileNetV2
-  8          width multiplier of the network              float64
-             version 2, any network
-  2, ...     its specification (see networks.py)          length unsigned, UTF-8
-  4, 4       input normalisation: a pixel from 0 to 255 becomes (pixel - mean) / deviation      float32
-  32         digest of its graph (graph.Graph.digest)
-             both
-  2 each     the activation points, in network order      format, exponent of the step
-  ...        the parameters, in state-dict order          format, exponent of the step (2 bytes), and then
-               if masked      a bit a position, 1 where the code is not zero; the codes of those positions alone
-               if not         the codes of all positions, b bits each in two's complement
-               if float16     the 16 bits of each value
+  1          version: 1, the MobileNetV2 of mobilenet_v2.py, or 2, any network
+  1          0
+  2          number of classes, unsigned
+  8          version 1: width multiplier, float64
+  2, ...     version 2: length of the network's specification, unsigned, and the specification (networks.py) in UTF-8
+  4, 4       version 2: mean and deviation of the input, float32; in version 1 they are 128 and 64
+  32         version 2: digest of the network's operations (graph.Graph.digest), which a decoder may skip
+  2 each     the activation points: format; exponent
+  2, ...     each parameter: format; exponent; then, if the format says
+               float16     its values, 2 bytes each
+               mask        a bit stream with a bit for every position, 1 where the code is not 0; and then a second bit
+                           stream, of the codes at these positions
+               neither     a bit stream of all codes
   32         SHA-256 of all bytes before
 
-A format is a byte: the width b in its lower 5 bits; 0x20 marks a signed activation, 0x40 float16, 0x80 a mask. Steps
-are powers of two, and their exponent is a signed byte. A weight tensor is masked where `counting.layout` says so; a
-reader takes either. BatchNorms are folded, so their mean is 0 and their variance 1 - eps;
-`num_batches_tracked` is no part of inference: it is read back as 0. Shapes follow from the network.
+A format is one byte: 0x80 a mask, 0x40 float16, 0x20 a signed activation, and in the lower five bits the width b of a
+code, from 1 to 16; that of float16 is 0x50. An exponent e is a signed byte. A code of b bits stands for code x 2^e. The
+codes of parameters, and of signed activations, are in two's complement. A weight may be stored with a mask or without;
+`pack` takes what `counting.layout` finds cheaper.
 
-The values of a tensor stand in row-major order, a convolution's as [out, in, height, width]. Network order is that in
-which the forward pass computes, `Graph.activation_points`; state-dict order is that of `named_parameters()`. Our
-MobileNetV2 has 55 points: the image; the ReLU of the stem; for each of 17 blocks both ReLUs and the output; the ReLU of
-the head; the pooled features. Its parameters are conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2,
-bn2, conv3, bn3 and, where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
+Order. The parameters stand as in `named_parameters()` of the network, each in row-major order, a convolution's as
+[out, in / groups, height, width]; their shapes are the network's. The activation points stand in the order in which the
+forward pass computes them. Of any network they are found by the rules in graph.py. Our MobileNetV2 has 55: the image;
+the ReLU of the stem; for each of 17 blocks both ReLUs and the block's output; the ReLU of the head; the pooled
+features. Its parameters: conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2, bn2, conv3, bn3 and,
+where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
+
+Meaning. A pixel p from 0 to 255 enters as (p - mean) / deviation. At an activation point a value v becomes the code
+v / 2^e, rounded with halves to even, and clipped to the codes of its format: 0 to 2^b - 1, or, signed, -2^(b-1) to
+2^(b-1) - 1; behind a ReLU6 not above 6 / 2^e, rounded. Everything between two points is exact. BatchNorms are folded:
+y = weight x + bias, and their mean is 0 and their variance 1 - eps. A mean is the sum times 1/n. The result of a
+pointwise function is the value of the point behind it: a table of codes, which is not stored, because it follows from
+the function and both steps. Hard swish and hard sigmoid are computed in double precision, x min(max(x + 3, 0), 6) / 6
+in this order; sigmoid, SiLU and GELU (with erf), too, and then rounded to float32, so that no code depends on the last
+bits of a machine's exp or erf. `num_batches_tracked` is no part of inference: it is read back as 0.
 """
 import hashlib
 import struct
@@ -54,7 +64,7 @@ CHECKSUM = 32
 
 
 def stated_formats(model: nn.Module, claim: dict) -> Formats:
-    """The claim's formats of all tensors and activations. Raises BadInput if one is missing or the values deny it."""
+    """Return the claim's formats. Raises BadInput if one is missing, or if the values do not fit it."""
     formats, problems = claims.hold(claim, "the claim", model, found_formats(model))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
@@ -63,7 +73,7 @@ def stated_formats(model: nn.Module, claim: dict) -> Formats:
 
 
 def stored_exponent(step, name: str) -> int:
-    """e of a step 2^e, -128 to 127. Raises BadInput for any other step."""
+    """Return the exponent e of a step 2^e, from -128 to 127. Raises BadInput for any other step."""
     e = exponent(step)
     if e is None or not -128 <= e <= 127:
         raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
@@ -73,13 +83,13 @@ def stored_exponent(step, name: str) -> int:
 # ------------------------------------------------------------------------------------------------------- bit streams
 
 def to_bits(codes: np.ndarray, bits: int) -> bytes:
-    """Signed codes [n], `bits` each (1 to 16), as one stream."""
+    """Return signed codes [n] as a bit stream, `bits` (1 to 16) each."""
     planes = codes.astype(np.int16)[:, None] >> np.arange(bits - 1, -1, -1, dtype=np.int16)
     return np.packbits((planes & 1).astype(np.uint8)).tobytes()
 
 
 def from_bits(stream: bytes, n: int, bits: int) -> np.ndarray:
-    """The n signed codes (int32) of a stream."""
+    """Return the n signed codes (int32) of a bit stream."""
     planes = np.unpackbits(np.frombuffer(stream, np.uint8), count=n * bits).reshape(n, bits).astype(np.int32)
     places = 1 << np.arange(bits - 1, -1, -1, dtype=np.int32)
     places[0] *= -1  # two's complement
@@ -87,7 +97,7 @@ def from_bits(stream: bytes, n: int, bits: int) -> np.ndarray:
 
 
 class Reader:
-    """Takes bytes from the front. Raises BadInput when there are too few, before anything is allocated for them."""
+    """Take bytes from the front. Raises BadInput when there are too few, before anything is allocated for them."""
 
     def __init__(self, data: bytes):
         self.data, self.position = data, 0
@@ -105,24 +115,22 @@ class Reader:
 
 # ------------------------------------------------------------------------------------------------- one tensor and back
 
-def pack_tensor(values: Tensor, grid: Grid, name: str, masked: bool) -> dict[str, bytes]:
-    """{"format", "mask", "values"}: the parts of a parameter's record, in their order in the file."""
+def pack_tensor(values: Tensor, grid: Grid, name: str, masked: bool) -> tuple[bytes, bytes, bytes]:
+    """Return the parts of a parameter's record, in their order in the file: format and exponent, mask, values."""
     if grid.kind == "float16":
-        halves = values.half().flatten().numpy().astype("<f2")
-        return {"format": FORMAT.pack(16 | HALF, 0), "mask": b"", "values": halves.tobytes()}
+        return FORMAT.pack(16 | HALF, 0), b"", values.half().flatten().numpy().astype("<f2").tobytes()
     if len(grid.steps) != 1 or grid.bits > 16:
         raise BadInput(f"{name} ({grid.kind}) has {grid.bits} bits and {len(grid.steps)} steps: "
                        f"the packed file holds float16, and codes of up to 16 bits with one step a tensor")
     e, codes = stored_exponent(grid.steps[0], name), grid.codes(values).flatten().numpy()
-    if masked:
-        mask = codes != 0
-        return {"format": FORMAT.pack(grid.bits | MASKED, e), "mask": np.packbits(mask).tobytes(),
-                "values": to_bits(codes[mask], grid.bits)}
-    return {"format": FORMAT.pack(grid.bits, e), "mask": b"", "values": to_bits(codes, grid.bits)}
+    if not masked:
+        return FORMAT.pack(grid.bits, e), b"", to_bits(codes, grid.bits)
+    mask = codes != 0
+    return FORMAT.pack(grid.bits | MASKED, e), np.packbits(mask).tobytes(), to_bits(codes[mask], grid.bits)
 
 
 def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor, dict]:
-    """(float32 values, the claim for them)."""
+    """Read a parameter's record; return its float32 values and their entry in a claim's "tensors"."""
     n = shape.numel()
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
     bits = kind & BITS
@@ -146,10 +154,9 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
 
 # --------------------------------------------------------------------------------------------------- the file and back
 
-def header(model: nn.Module, claim: dict, width: float) -> bytes:
-    """The header: of version 1 if that can say which network it is. width: where the claim does not say it."""
-    stated, graph = claim.get("network", {}), read(model)
-    spec = stated.get("spec", f"{networks.DEFAULT}?width={width!r}")
+def header(model: nn.Module, spec: str) -> bytes:
+    """Return the header of a network: of version 1 if that can say which one it is."""
+    graph = read(model)
     classes = graph.points[-1].shape[0]
     if (width := networks.width(spec)) is not None:
         return HEADER.pack(MAGIC, 1, 0, classes) + WIDTH.pack(width)
@@ -158,30 +165,17 @@ def header(model: nn.Module, claim: dict, width: float) -> bytes:
             + INPUT.pack(cifar100.MEAN, cifar100.STD, bytes.fromhex(graph.digest)))
 
 
-def check_width(model: nn.Module, width: float) -> None:
-    """Raise BadInput if a network is no MobileNetV2 of this width: a claim without a network is of one."""
-    with torch.device("meta"):
-        wanted = networks.make(f"{networks.DEFAULT}?width={width!r}", read(model).points[-1].shape[0]).state_dict()
-    ours = model.state_dict()
-    other = next((key for key in {**wanted, **ours} if key not in ours or key not in wanted
-                  or ours[key].shape != wanted[key].shape), None)
-    if other is not None:
-        raise BadInput(f"the packed file holds a MobileNetV2 of width {width:g}; this network has another {other}")
+def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
+    """Write the packed file of a shipped model; return the bytes of its sections, named as in `counting.storage`.
 
-
-def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, int]:
-    """Write the packed file of a shipped model. Returns the bytes of its sections, named as in `counting.storage`.
-
-    width: of a MobileNetV2 whose claim does not say which network it is. What was packed is unpacked and compared
-    before a byte is written. Raises BadInput if the claim does not fit the model, or if anything in them would not come
-    back as it is.
+    What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
+    model, or if anything in them would not come back as it is.
     """
-    if "network" not in claim:
-        check_width(model, width)
+    spec = claim.get("network", {}).get("spec", networks.DEFAULT)
     formats = stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
-    parts = [("header", header(model, claim, width))]
+    parts = [("header", header(model, spec))]
     for name in read(model).activation_points:
         activation = formats.activations[name]
         if activation.bits > 16:
@@ -193,12 +187,15 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
         kind = "weights" if name in layouts else "batchnorm" if isinstance(owner, nn.BatchNorm2d) else "biases"
         record = pack_tensor(parameter.detach(), formats.tensors[name], name,
                              masked=name in layouts and layouts[name].masked)
-        parts += zip(("steps", "masks", kind), record.values())
-    parts.append(("checksum", hashlib.sha256(b"".join(part for _, part in parts)).digest()))
+        parts += zip(("steps", "masks", kind), record)
     data = b"".join(part for _, part in parts)
+    parts.append(("checksum", hashlib.sha256(data).digest()))
+    data += parts[-1][1]
 
-    returned, own = unpack_bytes(data, claim.get("network", {}).get("spec"))
-    problems = differences(model, claim, returned, own)
+    try:
+        problems = differences(model, claim, *unpack_bytes(data, spec))
+    except BadInput as error:
+        raise BadInput(f"the packed file cannot hold this network as {spec}: {error}") from error
     if problems:
         raise BadInput("the packed file cannot hold " + ", ".join(problems))
     with replacing(path) as file:
@@ -210,7 +207,7 @@ def pack(model: nn.Module, claim: dict, path, width: float = 1.3) -> dict[str, i
 
 
 def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: dict) -> list[str]:
-    """What is not the same in both, by name: values of the state dict that inference reads, formats."""
+    """Return the names of what differs in two networks: values that inference reads, and formats."""
     ours, theirs = model.state_dict(), other.state_dict()
     found = [key for key in sorted(ours.keys() | theirs.keys()) if not key.endswith("num_batches_tracked")
              and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
@@ -218,7 +215,7 @@ def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: di
 
 
 def format_differences(claim: dict, other: dict) -> list[str]:
-    """Names of the tensors and activations whose formats two claims state differently."""
+    """Return "the format of NAME" for every tensor and activation whose formats two claims state differently."""
     found = []
     for key in ("tensors", "activations"):
         ours, theirs = ({name: [entry.get(k) for k in ("bits", "step", "kind", "signed")]
@@ -229,11 +226,10 @@ def format_differences(claim: dict, other: dict) -> list[str]:
 
 
 def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
-    """(the model in eval mode, its formats as a claim has them: {"tensors", "activations", and "network" in version 2})
-    of a packed file.
+    """Return (the model in eval mode, its claim: {"network", "tensors", "activations"}) of a packed file.
 
-    network: the specification that it has to be of, if it is given; it must be for code other than this repository's.
-    Raises BadInput, and nothing else, if the file is missing, foreign, cut, damaged, or of another version.
+    network: the user's --network, or None (see networks.followed). Raises BadInput, and nothing else, if the file is
+    missing, foreign, cut, damaged, or of another version or network.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
@@ -246,7 +242,7 @@ def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
 
 
 def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict]:
-    """(the network that a header names, without values; {"network": what the claim says of it} in version 2)."""
+    """Read the header; return the network that it names, without values, and what a claim says of that network."""
     _, version, _, classes = HEADER.unpack(reader.take(HEADER.size))
     if version not in VERSIONS:
         raise BadInput(f"a packed network of version {version}; this program reads versions 1 and 2")
@@ -267,15 +263,16 @@ def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict
         model = networks.make(spec, classes)
     model = prepare(model)
     if version == 1:
-        return model, {}
+        return model, claims.network(spec, model)
     mean, std, digest = INPUT.unpack(reader.take(INPUT.size))
     stated = {"spec": spec, "classes": classes, "mean": mean, "std": std, "graph": digest.hex()}
     if problem := claims.other_network(stated, model):
         raise BadInput(problem)
-    return model, {"network": stated}
+    return model, stated
 
 
 def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, dict]:
+    """Return what `unpack` does, of a packed file's content."""
     if data[:len(MAGIC)] != MAGIC:
         raise BadInput("not a packed network (.mnet): it does not begin with MNET")
     if len(data) < HEADER.size + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
@@ -299,4 +296,4 @@ def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, di
             state[f"{name}.running_var"] = torch.full((norm.num_features,), 1 - norm.eps)
             state[f"{name}.num_batches_tracked"] = torch.tensor(0)
     model.load_state_dict(state, assign=True)
-    return model.eval(), stated | {"tensors": tensors, "activations": activations}
+    return model.eval(), {"network": stated, "tensors": tensors, "activations": activations}

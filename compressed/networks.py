@@ -16,6 +16,7 @@ import inspect
 import os
 import pickle
 import re
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -28,6 +29,7 @@ from compressed.errors import BadInput
 from compressed.files import save_tensors
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
+OWN = Path(__file__).resolve().parent.parent / "mobilenet_v2.py"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
          torch.int32, torch.int64)
 
@@ -42,14 +44,16 @@ def add_option(parser, claimed: bool = False) -> None:
                              f"({stated})")
 
 
-def _module(place: str, spec: str):
+def _module(place: str, said: str):
     """Import a module by name, or a .py file by its path."""
     try:
+        if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
+            place = str(OWN)  # the user's folder has a file of that name
         if not place.endswith(".py"):
             return importlib.import_module(place)
         path = Path(place).resolve()
         if not path.is_file():
-            raise BadInput(f"--network {spec}: there is no file {place}")
+            raise BadInput(f"{said}: there is no file {place}")
         found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
         module = importlib.util.module_from_spec(found)
         sys.modules[found.name] = module  # dataclasses and pickle look their module up
@@ -60,16 +64,16 @@ def _module(place: str, spec: str):
     except BadInput:
         raise
     except Exception as error:  # whatever the user's own code raises
-        raise BadInput(f"--network {spec}: {place} cannot be imported ({type(error).__name__}: {error})") from error
+        raise BadInput(f"{said}: {place} cannot be imported ({type(error).__name__}: {error})") from error
 
 
-def _arguments(text: str, spec: str) -> dict:
+def _arguments(text: str, said: str) -> dict:
     """{name: value} of "width=0.5&stem=32". What is no Python literal is a string."""
     arguments = {}
     for part in filter(None, text.split("&")):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise BadInput(f"--network {spec}: {part!r} is no argument, expected NAME=VALUE")
+            raise BadInput(f"{said}: {part!r} is no argument, expected NAME=VALUE")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -77,19 +81,29 @@ def _arguments(text: str, spec: str) -> dict:
     return arguments
 
 
+def find(spec: str, option: str = "--network") -> tuple:
+    """Return (class or function, {argument: value}) of a specification. option: where it was given, for messages.
+
+    Raises BadInput for a specification that names nothing.
+    """
+    said = f"{option} {spec}"
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    if not place or not name.isidentifier():
+        raise BadInput(f"{said}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
+    found = getattr(_module(place, said), name, None)
+    if not callable(found):
+        raise BadInput(f"{said}: {place} has no class or function {name}")
+    return found, _arguments(text, said)
+
+
 def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     """Return the network of a specification, with random weights from torch's global generator.
 
     Raises BadInput for a specification that names nothing, and for arguments that its constructor refuses.
     """
-    what, _, text = spec.partition("?")
-    place, _, name = what.rpartition(":")
-    if not place or not name.isidentifier():
-        raise BadInput(f"--network {spec}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
-    constructor = getattr(_module(place, spec), name, None)
-    if not callable(constructor):
-        raise BadInput(f"--network {spec}: {place} has no class or function {name}")
-    arguments = _arguments(text, spec)
+    constructor, arguments = find(spec)
+    name = spec.partition("?")[0].rpartition(":")[2]
     try:
         if "num_classes" in inspect.signature(constructor).parameters:
             arguments.setdefault("num_classes", num_classes)
@@ -104,22 +118,33 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 def width(spec: str) -> float | None:
     """The width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
     what, _, text = spec.partition("?")
-    arguments = _arguments(text, spec)
+    arguments = _arguments(text, f"--network {spec}")
     found = arguments.pop("width", 1.3)
     return float(found) if what == DEFAULT and not arguments and isinstance(found, (int, float)) else None
 
 
-def followed(spec: str, given: str | None) -> str:
-    """Return the specification that a file states, if its code may be run: this repository's own, or what is given.
+def _parts(spec: str) -> tuple[str, str, dict]:
+    """(name of the file or module without its folder, name of the class or function, arguments) of a specification."""
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    return os.path.basename(place), name, _arguments(text, spec)
 
-    given: the user's --network, or None. Raises BadInput, naming both, if they differ, and for foreign code that the
-    user has not asked for: reading a file must not run what it names.
+
+def followed(spec: str, given: str | None) -> str:
+    """Return the specification to make a file's network from; spec: what the file states; given: the user's --network.
+
+    Reading a file must not run code that it names: without --network only this repository's own is run. The user's file
+    may lie in another folder. Raises BadInput for foreign code without --network, and, naming both, if they differ.
     """
-    if given is not None and (spec != given and (width(spec) is None or width(spec) != width(given))):
+    if not spec.isprintable():
+        raise BadInput("the specification of its network holds characters that cannot be printed")
+    if given is None:
+        if not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
+            raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)}")
+        return spec
+    if _parts(spec) != _parts(given) and (width(spec) is None or width(spec) != width(given)):
         raise BadInput(f"it is of the network {spec}, and not of {given}")
-    if given is None and not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
-        raise BadInput(f"it is of the network {spec}: to run that code, say --network {spec}")
-    return spec
+    return given
 
 
 # ---- Checkpoint files ----------------------------------------------------------------------------

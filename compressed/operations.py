@@ -6,7 +6,6 @@ nowhere else, it gets one name, its kind. Whatever is unknown is refused by its 
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,21 +15,24 @@ from torch import Tensor, fx, nn
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 
-FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid"  # pointwise functions, other than the two that clip: relu and relu6
 CLIPS = "relu", "relu6"
+FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # the other pointwise functions: of codes, tables
+MOVES = "moved", "concatenation"  # the output's elements are those of the inputs, at other places
 MODULES = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu", nn.ReLU6: "relu6",
-           nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Identity: "point",
-           nn.MaxPool2d: "max", nn.AvgPool2d: "mean", nn.AdaptiveAvgPool2d: "mean", nn.Flatten: "moved",
-           nn.Dropout: "nothing", nn.Dropout2d: "nothing"}
+           nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
+           nn.GELU: "gelu", nn.Identity: "point", nn.MaxPool2d: "max", nn.AvgPool2d: "mean",
+           nn.AdaptiveAvgPool2d: "mean", nn.Flatten: "moved", nn.Dropout: "nothing", nn.Dropout2d: "nothing"}
 CALLS = {"relu": (F.relu, F.relu_, torch.relu, "relu", "relu_"), "relu6": (F.relu6,), "hardswish": (F.hardswish,),
          "hardsigmoid": (F.hardsigmoid,), "sigmoid": (F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"),
-         "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+         "silu": (F.silu,), "gelu": (F.gelu,), "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
          "product": (operator.mul, operator.imul, torch.mul, "mul", "mul_"), "concatenation": (torch.cat, torch.concat),
          "mean": (torch.mean, "mean", F.avg_pool2d, F.adaptive_avg_pool2d), "max": (F.max_pool2d, torch.max_pool2d),
          "moved": (torch.flatten, torch.reshape, F.pad, operator.getitem, "flatten", "view", "reshape", "permute",
-                   "transpose", "squeeze", "unsqueeze", torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze),
-         "nothing": (F.dropout, F.dropout2d, "contiguous")}
+                   "transpose", "squeeze", "unsqueeze", "expand", "expand_as", torch.transpose, torch.permute,
+                   torch.squeeze, torch.unsqueeze),
+         "split": (torch.chunk, torch.split, "chunk", "split"), "nothing": (F.dropout, F.dropout2d, "contiguous")}
 KINDS = {call: kind for kind, calls in CALLS.items() for call in calls}
+NOT_LISTED = "size", "constant", "split"  # numbers, stored tensors, and tuples, whose parts are operations
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
 
@@ -47,13 +49,14 @@ class Window:
 class Operation:
     """An operation for one image.
 
-    name: unique; the module's, or made of the module that holds it and the kind, as in "layers.0.add". key: of its node
-    in the traced graph. kind: a key of counting.RULES. inputs: the keys of the operations whose outputs it reads.
-    fan_in: terms of a dense dot product, or the values that a mean averages or a maximum is taken of. outputs: elements
-    that it makes. channels: of the output. module: the module itself (its weights are looked at when counting), or
-    None. shape: of the output, without the batch. window: of a convolution or a pooling. index: where elements are only
-    moved, for each input, the number of the element (from 1, in row-major order) that stands at each place of the
-    output; 0 for a zero, and for an element of another input.
+    key: the name of its node in the traced graph. name: unique; the module's, or that of the module whose forward pass
+    it stands in and the kind, as in "layers.0.add". kind: a value of MODULES or a key of CALLS, "input", or
+    "normalisation", which scales or shifts the input by constants. inputs: keys of the operations that it reads.
+    fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. outputs: number
+    of elements of its result. channels: of its result. module: the module that is called, or None. shape: of its
+    result, without the batch. window: of a convolution or a pooling. index: of an operation in MOVES, for each input:
+    at every place of the result the number of the input's element there, counted from 1 in row-major order; 0 where
+    there is a zero or an element of another input.
     """
     key: str
     name: str
@@ -71,12 +74,12 @@ class Operation:
 # ---- Tracing -------------------------------------------------------------------------------------
 
 def is_point(module: nn.Module) -> bool:
-    """Whether values are rounded after this module: an activation, an Identity, or quantize.py's Quantizer for it."""
+    """Return True if values can be rounded by this module: a clip, an Identity, or the Quantizer in its place."""
     return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity)) or hasattr(module, "signed")
 
 
 class Tracer(fx.Tracer):
-    """Follows the forward pass down to the modules of torch.nn; a module of the user's own is followed, too."""
+    """Follow a forward pass down to the modules of torch.nn; a module of the user's own is followed, too."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = any(base.__module__.startswith("torch.nn.") and base not in (nn.Module, *CONTAINERS)
@@ -85,7 +88,7 @@ class Tracer(fx.Tracer):
 
 
 def traced(model: nn.Module) -> fx.Graph:
-    """Return the graph of a network's forward pass; of one that graph.prepare rewrote, the graph it was made from.
+    """Return the torch.fx graph of a network's forward pass; of a prepared network (see graph.prepare) its own.
 
     Raises BadInput if the forward pass cannot be followed, because it depends on values.
     """
@@ -100,222 +103,264 @@ def traced(model: nn.Module) -> fx.Graph:
                        f"{' '.join(str(error).split())[:200]}") from error
 
 
-class _Results(fx.Interpreter):
+class _Run(fx.Interpreter):
     """Runs a traced graph and keeps what every node gives."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
-        self.found = {}
+        self.results = {}
 
     def run_node(self, node):
-        self.found[node] = result = super().run_node(node)
+        self.results[node] = result = super().run_node(node)
         return result
 
+    def gives(self, node: fx.Node, values: dict[fx.Node, Tensor]):
+        """What a node gives if it reads these values; of others, those of the run. Parts of tuples follow from them."""
+        def value(other):
+            return values[other] if other in values else self.gives(other, values) if self.is_tuple(other) \
+                else self.results[other]
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+        return getattr(self, node.op)(node.target, args, kwargs)
 
-# ---- One spelling --------------------------------------------------------------------------------
+    def is_tuple(self, node: fx.Node) -> bool:
+        return (isinstance(self.results[node], (tuple, list))
+                and any(isinstance(part, Tensor) for part in self.results[node]))
 
-def _arguments(node: fx.Node, module: nn.Module | None, results: dict, **defaults) -> dict:
-    """The parameters of a pooling, by name, in the order in which its function takes them."""
-    if module is not None:
-        return {name: getattr(module, name, default) for name, default in defaults.items()}
-    args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), results.__getitem__)  # sizes of maps
-    return defaults | dict(zip(defaults, args)) | {k: v for k, v in kwargs.items() if k in defaults}
+    def read(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of the tensors that a node reads; x + x reads x twice. A tuple stands for what it is made of."""
+        nodes, found = [], []
+        fx.node.map_arg((node.args, node.kwargs), nodes.append)
+        for each in nodes:
+            found += self.read(each) if self.is_tuple(each) else [each] * isinstance(self.results[each], Tensor)
+        return found
 
+
+# ---- One node: its kind, and what it computes ----------------------------------------------------
 
 def _pair(value) -> tuple[int, int]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values
 
 
-def _mean_window(node, module, size: tuple[int, int], results: dict) -> Window | None:
-    """The window of a mean over positions of a map of this size; None for a mean of another kind."""
-    if node.target is F.adaptive_avg_pool2d or isinstance(module, nn.AdaptiveAvgPool2d):
-        out = _pair(_arguments(node, module, results, output_size=None)["output_size"] or (0, 0))
-        if not all(isinstance(part, int) and part and whole % part == 0 for whole, part in zip(size, out)):
-            return None
-        kernel = tuple(whole // part for whole, part in zip(size, out))
-        return Window(kernel, kernel)
-    if node.target is F.avg_pool2d or isinstance(module, nn.AvgPool2d):
-        given = _arguments(node, module, results, kernel_size=None, stride=None, padding=0, ceil_mode=False,
-                           count_include_pad=True, divisor_override=None)
-        if any(_pair(given["padding"])) or given["ceil_mode"] or given["divisor_override"]:
-            return None
-        return Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]))
-    given = _arguments(node, module, results, dim=None, keepdim=False)
-    dims = given["dim"] if isinstance(given["dim"], (tuple, list)) else ()
-    return Window(size, size) if sorted(dim % 4 for dim in dims) == [2, 3] else None
+class _Node:
+    """A node of a traced graph, with the module that it calls, or None, and the nodes whose tensors it reads."""
 
+    def __init__(self, node: fx.Node, run: _Run, model: nn.Module):
+        self.node, self.run, self.result = node, run, run.results[node]
+        self.module = model.get_submodule(node.target) if node.op == "call_module" else None
+        self.read = run.read(node)
+        self.inputs = [run.results[each] for each in self.read]
+        self.kind = self.found_kind()
 
-def _window(node, module, kind: str, inputs: list[Tensor], results: dict) -> Window | None:
-    """The window of a convolution or a pooling. Raises BadInput, naming it, for one that nobody here can follow."""
-    if kind == "conv":
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            raise BadInput(f"{node.target}: padding {module.padding!r} in mode {module.padding_mode!r}; expected "
-                           "numbers, and zeros")
-        return Window(module.kernel_size, module.stride, module.padding, module.dilation)
-    size = tuple(inputs[0].shape[2:])
-    if kind == "mean":
-        window = _mean_window(node, module, size, results) if len(size) == 2 else None
-        if window is None:
-            raise BadInput(f"no counting rule for operation {node.name} ({node.target} with {node.args[1:]}): a mean "
-                           "is over both dimensions of a map, or over windows without padding")
+    def refused(self, why: str = "") -> BadInput:
+        return BadInput(f"no counting rule for operation {self.node.name} ({self.node.op} {self.node.target} with "
+                        f"{self.node.args[1:]}){why}")
+
+    def found_kind(self) -> str:
+        """The kind. Raises BadInput, naming the node, if it has none."""
+        node = self.node
+        if node.op in ("placeholder", "get_attr"):
+            return {"placeholder": "input", "get_attr": "constant"}[node.op]
+        if self.module is not None:
+            kind = next((kind for layer, kind in MODULES.items() if isinstance(self.module, layer)), None)
+            if kind is None and not is_point(self.module):
+                raise BadInput(f"no counting rule for layer {node.target} ({type(self.module).__name__})")
+            return "point" if kind is None else kind
+        kind = KINDS.get(node.target)
+        if not isinstance(self.result, Tensor):
+            if not self.run.is_tuple(node):
+                return "size"  # x.size(0), x.shape
+            if kind != "split":
+                raise self.refused(": it gives several tensors")
+        elif kind is None:
+            raise self.refused()
+        if node.target is operator.getitem and not node.users and self.run.is_tuple(node.args[0]):
+            return "size"  # a part of a split that nobody reads
+        return kind
+
+    def arguments(self, **defaults) -> dict:
+        """Parameters by name, in the order in which the function takes them."""
+        if self.module is not None:
+            return {name: getattr(self.module, name, default) for name, default in defaults.items()}
+        args, kwargs = fx.node.map_arg((self.node.args[1:], dict(self.node.kwargs)), self.run.results.__getitem__)
+        return defaults | dict(zip(defaults, args)) | {k: v for k, v in kwargs.items() if k in defaults}
+
+    def check(self, own: set[str]) -> None:
+        """Raise BadInput for what looks like a known operation and computes another. own: names of all parameters."""
+        node, kind = self.node, self.kind
+        if self.module is not None:
+            self.check_module(own)
+        if any(each.op == "get_attr" for each in self.read) and kind != "normalisation":
+            raise self.refused(": it reads a constant")
+        if kind in ("add", "product"):
+            shapes = sorted((tuple(each.shape) for each in self.inputs), key=lambda shape: -sum(shape))
+            fits = len(shapes) == 2 and "alpha" not in node.kwargs
+            if not fits or shapes[0] != shapes[1] and (kind == "add" or shapes[1] != (*shapes[0][:2], 1, 1)):
+                raise self.refused()
+        if kind == "gelu" and self.arguments(approximate="none")["approximate"] != "none":
+            raise BadInput(f"{node.name}: the tanh approximation of GELU has no rule; expected approximate='none'")
+        if node.target in (F.dropout, F.dropout2d) and self.arguments(p=0.5, training=True)["training"]:
+            raise BadInput(f"{node.name}: a dropout that is switched on in eval mode, too; pass training=self.training")
+        if kind == "linear" and self.inputs[0].dim() != 2:
+            raise BadInput(f"{node.target} reads {self.inputs[0].dim() - 1} dimensions of an image, expected one: "
+                           "flatten it before")
+        if self.in_place():
+            order, changed = list(node.graph.nodes), node.all_input_nodes[0]
+            late = [user for user in changed.users if order.index(user) > order.index(node)]
+            if late:
+                raise BadInput(f"{node.name} changes {changed.name} in place, which {late[0].name} reads afterwards: "
+                               "change a copy")
+
+    def check_module(self, own: set[str]) -> None:
+        name, module = self.node.target, self.module
+        layer = next((layer for layer in MODULES if isinstance(module, layer)), None)
+        if layer and type(module).forward is not layer.forward and not hasattr(module, "step"):  # ours round weights
+            raise BadInput(f"{name}: {type(module).__name__} has a forward pass of its own, which has no rule")
+        if self.kind == "batchnorm" and (module.weight is None or module.running_mean is None):
+            raise BadInput(f"{name}: a BatchNorm without scale and shift, or without statistics, has no rule")
+        if self.kind in ("conv", "linear", "batchnorm"):
+            if f"{name}.weight" not in own:
+                raise BadInput(f"{name}: its weight is shared with another layer, or computed from other tensors; "
+                               "expected a parameter of its own")
+            uses = sum(other.target == name for other in self.node.graph.nodes if other.op == "call_module")
+            if uses > 1:
+                raise BadInput(f"{name} is used {uses} times: each layer may run once")
+
+    def in_place(self) -> bool:
+        """True if the node writes its result over the tensor that it reads first."""
+        node = self.node
+        method = node.op == "call_method" and node.target.endswith("_")
+        return bool(method or node.target in (operator.iadd, operator.imul, F.relu_)
+                    or self.kind in (*CLIPS, *FUNCTIONS) and self.arguments(inplace=False)["inplace"] is True)
+
+    def window(self) -> Window | None:
+        """The window of a convolution or a pooling; otherwise None. Raises BadInput for one that has no rule."""
+        node, module = self.node, self.module
+        if self.kind == "conv":
+            if isinstance(module.padding, str) or module.padding_mode != "zeros":
+                raise BadInput(f"{node.target}: padding {module.padding!r} in mode {module.padding_mode!r}; expected "
+                               "numbers, and zeros")
+            return Window(module.kernel_size, module.stride, module.padding, module.dilation)
+        if self.kind == "mean":
+            window = self.mean_window(tuple(self.inputs[0].shape[2:])) if self.inputs[0].dim() == 4 else None
+            if window is None:
+                raise self.refused(": a mean is over both dimensions of a map, or over windows without padding")
+            return window
+        if self.kind != "max":
+            return None
+        given = self.arguments(kernel_size=None, stride=None, padding=0, dilation=1)
+        window = Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]),
+                        _pair(given["padding"]), _pair(given["dilation"]))
+        floor = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
+                      zip(self.inputs[0].shape[2:], window.kernel, window.stride, window.padding, window.dilation))
+        if tuple(self.result.shape[2:]) != floor:
+            raise BadInput(f"{node.name}: max pooling with ceil_mode reads beyond the map's edge, which has no rule")
         return window
-    given = _arguments(node, module, results, kernel_size=None, stride=None, padding=0, dilation=1)
-    window = Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]),
-                    _pair(given["padding"]), _pair(given["dilation"]))
-    floor = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
-                  zip(size, window.kernel, window.stride, window.padding, window.dilation))
-    if tuple(results[node].shape[2:]) != floor:
-        raise BadInput(f"{node.name}: max pooling with ceil_mode reads beyond the map's edge, which has no rule")
-    return window
 
+    def mean_window(self, size: tuple[int, int]) -> Window | None:
+        """The window of a mean over positions of a map of this size; None for a mean of another kind."""
+        if self.node.target is F.adaptive_avg_pool2d or isinstance(self.module, nn.AdaptiveAvgPool2d):
+            out = _pair(self.arguments(output_size=None)["output_size"] or (0, 0))
+            if not all(isinstance(part, int) and part and whole % part == 0 for whole, part in zip(size, out)):
+                return None
+            kernel = tuple(whole // part for whole, part in zip(size, out))
+            return Window(kernel, kernel)
+        if self.node.target is F.avg_pool2d or isinstance(self.module, nn.AvgPool2d):
+            given = self.arguments(kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+                                   divisor_override=None)
+            if any(_pair(given["padding"])) or given["ceil_mode"] or given["divisor_override"]:
+                return None
+            return Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]))
+        dims = self.arguments(dim=None, keepdim=False)["dim"]
+        dims = dims if isinstance(dims, (tuple, list)) else ()
+        return Window(size, size) if sorted(dim % 4 for dim in dims) == [2, 3] else None
 
-def _index(node, module, read: list[fx.Node], results: dict) -> tuple[Tensor, ...]:
-    """Operation.index: the operation itself is run on the numbers of the elements."""
-    found = []
-    for position in range(len(read)):
-        numbers = {node: torch.zeros(results[node].shape, dtype=torch.int64) for node in read}
-        source = results[read[position]]
-        numbers[read[position]] = torch.arange(1, source.numel() + 1).view(source.shape)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: numbers.get(n, results[n]))
-        if module is not None:
-            moved = module(*args)
-        elif node.op == "call_method":
-            moved = getattr(args[0], node.target)(*args[1:], **kwargs)
-        else:
-            moved = node.target(*args, **kwargs)
-        if moved.shape[0] != 1:
-            raise BadInput(f"{node.name} ({node.target}) moves elements between images")
-        found.append(moved[0].contiguous())
-    return tuple(found)
+    def index(self) -> tuple[tuple[Tensor, ...], list[fx.Node]]:
+        """Operation.index, and the nodes whose elements it counts: the operation itself is run on these numbers.
 
+        A tensor that is read twice has one index, and one whose shape alone is read has none.
+        """
+        nothing = {each: torch.zeros(self.run.results[each].shape, dtype=torch.int64) for each in self.read}
+        found = []
+        for each in (None, *nothing):
+            counted = {} if each is None else {
+                each: torch.arange(1, nothing[each].numel() + 1).view(nothing[each].shape)}
+            found.append(self.run.gives(self.node, nothing | counted))
+        if found[0].any():
+            raise self.refused(": it adds elements that are not zero")
+        if found[0].shape[0] != 1:
+            raise BadInput(f"{self.node.name} ({self.node.target}) moves elements between images")
+        moved = {each: numbers[0].contiguous() for each, numbers in zip(nothing, found[1:]) if numbers.any()}
+        return tuple(moved.values()), list(moved)
 
-def _kind(node: fx.Node, module: nn.Module | None, results: dict) -> str:
-    """The kind of a node of the traced graph. Raises BadInput, naming it, if it has none."""
-    if node.op in ("placeholder", "get_attr"):
-        return {"placeholder": "input", "get_attr": "constant"}[node.op]
-    if not isinstance(results[node], Tensor):
-        if isinstance(results[node], (tuple, list)) and any(isinstance(part, Tensor) for part in results[node]):
-            raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target}): it gives several")
-        return "size"  # x.size(0), x.shape
-    if module is not None:
-        kind = next((kind for layer, kind in MODULES.items() if isinstance(module, layer)), None)
-        if kind is None and not is_point(module):
-            raise BadInput(f"no counting rule for layer {node.target} ({type(module).__name__})")
-        return "point" if kind is None else kind
-    kind = KINDS.get(node.target)
-    if node.target in (F.dropout, F.dropout2d) and _arguments(node, None, results, p=0.5, training=True)["training"]:
-        raise BadInput(f"{node.name}: a dropout that is switched on in eval mode, too; pass training=self.training")
-    if kind is None:
-        raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target} with {node.args[1:]})")
-    return kind
-
-
-def _check_module(node: fx.Node, module: nn.Module, kind: str) -> None:
-    """Raise BadInput for a layer that computes something other than what its class says."""
-    if kind not in ("conv", "linear", "batchnorm"):
-        return
-    layer = next(layer for layer in MODULES if isinstance(module, layer))
-    if type(module).forward is not layer.forward and not hasattr(module, "step"):  # ours round their weights
-        raise BadInput(f"{node.target}: {type(module).__name__} has a forward pass of its own, which has no rule")
-    if kind == "batchnorm" and (module.weight is None or module.running_mean is None):
-        raise BadInput(f"{node.target}: a BatchNorm without scale and shift, or without statistics, has no rule")
-
-
-def _check_shapes(node: fx.Node, kind: str, inputs: list[Tensor], values: int) -> None:
-    """Raise BadInput for sums and products of other than two values, and of other than these shapes."""
-    if kind not in ("add", "product"):
-        return
-    shapes = sorted((tuple(each.shape) for each in inputs), key=lambda shape: -sum(shape))
-    fits = len(shapes) == 2 == values and "alpha" not in node.kwargs
-    if not fits or shapes[0] != shapes[1] and (kind == "add" or shapes[1] != (*shapes[0][:2], 1, 1)):
-        raise BadInput(f"no counting rule for operation {node.name} ({node.op} {node.target} with {node.args[1:]})")
+    def operation(self, name: str) -> Operation:
+        """The Operation of this node."""
+        out, kind, read, index = self.result, self.kind, self.read, ()
+        if kind in MOVES:
+            index, read = self.index()
+            same = kind == "moved" and torch.equal(index[0].flatten(), torch.arange(1, self.inputs[0].numel() + 1))
+            if same and self.inputs[0].shape[1] == out.shape[1]:
+                kind = "nothing"  # [N, C, 1, 1] to [N, C], or back
+        if kind == "product" and self.inputs[0].shape[2:].numel() < self.inputs[1].shape[2:].numel():
+            read = read[::-1]
+        window = self.window()
+        fan_in = window.kernel[0] * window.kernel[1] if window else 0
+        if kind in ("conv", "linear"):
+            fan_in = self.module.weight[0].numel()
+        channels = out.shape[-1] if kind == "linear" else out.shape[1]
+        return Operation(self.node.name, name, kind, tuple(each.name for each in read if each.op != "get_attr"),
+                         fan_in, out.numel(), channels, self.module, tuple(out.shape[1:]), window, index)
 
 
 # ---- The list ------------------------------------------------------------------------------------
 
-def _normalisation(kind: str, kinds: list[str]) -> bool:
-    """Whether an operation scales or shifts the network's input by constants: preprocessing."""
-    return (kind in ("add", "product") and kinds[0] in ("input", "normalisation")
-            and all(each == "constant" for each in kinds[1:]))
-
-
-def _nodes(graph: fx.Graph, results: dict) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """(node, the nodes of the values that it reads; x + x reads x twice) of every node that gives a value."""
-    for node in graph.nodes:
-        read = []
-        fx.node.map_arg((node.args, node.kwargs), read.append)
-        yield node, [each for each in read if isinstance(results[each], Tensor)]
-
-
-def _names(nodes, kinds: dict) -> dict[fx.Node, str]:
-    """A unique name for every node: the module's, or the holding module's and the kind."""
-    names, used = {}, Counter()
-    for node in nodes:
-        stack = list(node.meta.get("nn_module_stack", {}).values())
+def _names(nodes: list[_Node]) -> list[str]:
+    """A unique name for every node: the module's, or that of the module whose forward pass it stands in, and the kind.
+    """
+    names, used = [], Counter()
+    for each in nodes:
+        stack = list(each.node.meta.get("nn_module_stack", {}).values())
         holder = f"{stack[-1][0]}." if stack and stack[-1][0] else ""
-        name = {"call_module": node.target, "placeholder": node.name}.get(node.op, f"{holder}{kinds[node]}")
-        names[node] = f"{name}_{used[name]}" if used[name] else name
+        name = {"call_module": each.node.target, "placeholder": each.node.name}.get(each.node.op,
+                                                                                    f"{holder}{each.kind}")
+        names.append(f"{name}_{used[name]}" if used[name] else name)
         used[name] += 1
     return names
 
 
 def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
-    """Return every operation of the model for one image of `shape` (channels, height, width), in the order of running.
+    """Return every operation of a model for one image of `shape` (channels, height, width), in the order of running.
 
-    The graph is that of the model's own `forward` in eval mode, followed on tensors without data. Raises BadInput,
-    naming it, for anything that has no rule here. The model is left as it was.
+    The graph is that of the model's own `forward` in eval mode, followed on tensors without data; the model is left as
+    it was. Raises BadInput, naming it, for anything that has no rule here.
+
+    >>> [op.kind for op in trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))]
+    ['input', 'conv', 'batchnorm', 'relu']
     """
     copied = copy.deepcopy(model).to("meta").eval()
     graph = traced(copied)
-    run = _Results(fx.GraphModule(copied, graph))
+    run = _Run(fx.GraphModule(copied, graph))
     try:
         run.run(torch.empty(1, *shape, device="meta"))
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
                        f"({' '.join(str(error).split())[:200]})") from error
-    results, kinds, read = run.found, {}, {}
-    for node, inputs in _nodes(graph, results):
+    nodes, kinds = [], {}
+    for node in graph.nodes:
         if node.op == "output":
-            if len(inputs) != 1 or not isinstance(results[node], Tensor):
+            if len(run.read(node)) != 1 or not isinstance(run.results[node], Tensor):
                 raise BadInput("the network returns more than its logits")
             continue
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        kind = _kind(node, module, results)
-        if _normalisation(kind, [kinds[each] for each in inputs]):
-            kind = "normalisation"
-        kinds[node], read[node] = kind, inputs
-    uses = Counter(node.target for node in kinds if node.op == "call_module")
-    names = _names(kinds, kinds)
-    return [_operation(node, kind, names[node], read[node], results, uses,
-                       model.get_submodule(node.target) if node.op == "call_module" else None)
-            for node, kind in kinds.items() if kind not in ("size", "constant")]
-
-
-def _operation(node, kind: str, name: str, read: list[fx.Node], results, uses: Counter, module) -> Operation:
-    """The Operation of a node."""
-    out, inputs, window, index = results[node], [results[each] for each in read], None, ()
-    if module is not None:
-        _check_module(node, module, kind)
-        if uses[node.target] > 1 and next(module.parameters(), None) is not None:
-            raise BadInput(f"{node.target} is used {uses[node.target]} times: each layer may run once")
-    if kind != "normalisation":
-        _check_shapes(node, kind, inputs, len(read))
-    if kind in ("conv", "mean", "max"):
-        window = _window(node, module, kind, inputs, results)
-    if kind in ("moved", "concatenation"):
-        index = _index(node, module, read, results)
-        same = kind == "moved" and torch.equal(index[0].flatten(), torch.arange(1, inputs[0].numel() + 1))
-        if same and inputs[0].shape[1] == out.shape[1]:
-            kind = "nothing"  # [N, C, 1, 1] to [N, C], or back
-    if kind == "linear" and inputs[0].dim() != 2:
-        raise BadInput(f"{name} reads {inputs[0].dim() - 1} dimensions of an image, expected one: flatten it before")
-    if kind == "product" and inputs[0].shape[2:].numel() < inputs[1].shape[2:].numel():
-        read = read[::-1]
-    if kind in ("conv", "linear"):
-        fan_in = module.weight[0].numel()
-    else:
-        fan_in = window.kernel[0] * window.kernel[1] if window else 0
-    channels = out.shape[-1] if kind == "linear" else out.shape[1]
-    return Operation(node.name, name, kind, tuple(each.name for each in read if each.op != "get_attr"), fan_in,
-                     out.numel(), channels, module, tuple(out.shape[1:]), window, index)
+        found = _Node(node, run, model)
+        if (found.kind in ("add", "product") and kinds[found.read[0]] in ("input", "normalisation")
+                and all(kinds[each] == "constant" for each in found.read[1:])):
+            found.kind = "normalisation"
+        kinds[node] = found.kind
+        nodes.append(found)
+    names, own = _names(nodes), {name for name, _ in model.named_parameters()}
+    operations = []
+    for each, name in zip(nodes, names):
+        if each.kind not in NOT_LISTED:
+            each.check(own)
+            operations.append(each.operation(name))
+    return operations

@@ -14,7 +14,7 @@ from pathlib import Path
 from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.errors import BadInput
-from compressed.files import held, sha256, stage_logs
+from compressed.files import held, sha256
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
@@ -32,15 +32,15 @@ def of_a_run(record: Path) -> list[Path]:
     return sorted(path for path in record.glob("*") if path.is_file() and OF_A_RUN.fullmatch(path.name))
 
 
-def copy_record(run: Path, claim: dict, record: Path) -> None:
-    """Copy logs, options, recipe and masked weights of a run into a new folder `record`.
+def copy_record(run: Path, logs: list[Path], claim: dict, record: Path) -> None:
+    """Copy logs, options, recipe and masked weights of a run into a new folder `record`. logs: those of its stages.
 
     The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
     Raises BadInput if the weights are no longer those that were quantized.
     """
     record.mkdir()
     stages = {stage["stage"] for stage in claim["made_by"]["training"]}
-    logs = [log for log in stage_logs(run) if log.stem != "quantized" or "quantized" in stages]
+    logs = [log for log in logs if log.stem != "quantized" or "quantized" in stages]
     for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
         if path.is_file():
             shutil.copyfile(path, record / path.name)

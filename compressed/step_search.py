@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressed import cifar100, grids, threads
+from compressed.command_line import with_progress
 from compressed.evaluation import divided
 from compressed.graph import read
 from compressed.operations import traced
@@ -31,6 +32,7 @@ class Paused:
         def some(part):
             interpreter, found = torch.fx.Interpreter(self.graph), []
             for values in part:
+                threads.go_on()
                 interpreter.env = dict(values)
                 for node in nodes:
                     with torch.inference_mode():
@@ -51,13 +53,12 @@ class Paused:
         return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
 
 
-def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=lambda done, count: None) -> None:
+def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
     """Pass once over the activation steps, but the image's: keep twice or half of each where the logits gain.
 
     What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
     these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
-    A step that is clearly worse on the first images is not tried on the others. progress: called with the number of
-    points done, and of all.
+    A step that is clearly worse on the first images is not tried on the others. Prints how far it is.
     """
     few = max(FIRST, len(images) // 8)
     parts = [few, len(images) - few] if len(images) > few else [len(images)]
@@ -81,7 +82,7 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=l
         least = [divergences(k) for k in range(len(parts))]
         graph = read(model)
         points = [name for name in graph.activation_points if name not in graph.images]
-        for i, name in enumerate(points):
+        for name in with_progress(points, "activation steps chosen"):
             for network in networks:
                 network.reach(name)
             quantizer = model.get_submodule(name)
@@ -93,4 +94,3 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor, progress=l
                     break
             else:
                 quantizer.step = before
-            progress(i + 1, len(points))

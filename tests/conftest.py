@@ -7,6 +7,8 @@ import torch
 # Most batches here are tiny, and a second thread makes them wait longer than they run. Subprocesses get the same.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 REAL = os.environ.get("CIFAR100_DIR")
 

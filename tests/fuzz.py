@@ -9,20 +9,24 @@ the scripts read it. What may come of it:
     same       the file was accepted, and what was read from it is what was written: the change touched nothing
     accepted   silently, with other contents                                                    a hole
     traceback  any other exception                                                              a bug
-A digest can be computed anew by whoever alters a record on purpose. Such records ("... signed again") may be accepted
-where nothing else contradicts them; so may a log, which is a text for readers and no run goes on from. A traceback is a
-bug there too. Exit status 1 if there was a hole or a bug.
+
+Two sorts of files may be accepted with other contents. A text that a user writes (a recipe, a bit table) or only reads
+(a log, from which no run is resumed) has nothing that would contradict it. And a digest can be computed anew by whoever
+alters a record on purpose: "signed again". A traceback is a bug there too. Exit status 1 if there was a hole or a bug.
 """
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import pickle
 import random
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,27 +34,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import quantize  # noqa: E402
-from compressed import (
-    checkpoints,  # noqa: E402
-    cifar100,  # noqa: E402
-    kaist,  # noqa: E402
-    mnet,  # noqa: E402
-)
-from compressed.command_line import command_line, number, run_script  # noqa: E402
-from compressed.errors import BadInput  # noqa: E402
-from compressed.files import load_json, load_lines, save_record, save_tensors, sha256  # noqa: E402
-from compressed.networks import load_checkpoint  # noqa: E402
-from small import CLASSES, WIDTH, tiny_network  # noqa: E402
-from training import loop, teachers  # noqa: E402
-from training.state import State  # noqa: E402
+import quantize
+from compressed import checkpoints, cifar100, claims, grids, kaist, kernels, mnet
+from compressed.command_line import command_line, number, run_script
+from compressed.errors import BadInput
+from compressed.files import load_json, load_lines, save_record, save_tensors, sha256
+from compressed.networks import load_checkpoint
+from small import CLASSES, WIDTH, tiny_network
+from training import loop, main as training, recipes, teachers
+from training.state import State
 
 WEIRD = (None, True, "", "x", "nan", -1, 0, 1, 10**9, 10**30, 1e308, 0.5, -0.0, float("nan"), float("inf"), [], {}, [1],
          {"a": 1}, "../x")
+TEXTS = ("log", "recipe", "bit table")
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
-    """A few bits turned; bytes overwritten, cut out, put in; a block zeroed, swapped, doubled; the end cut off."""
+    """Return the content with bits flipped; bytes overwritten, removed or added; blocks zeroed; or the end cut off."""
     data, n = bytearray(content), len(content)
     at, size = rng.randrange(n), rng.choice((1, 2, 8, 64, 512))
     kind = rng.randrange(9)
@@ -74,7 +74,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_value(record, rng: random.Random):
-    """A JSON record with one value replaced by a weird one, one key renamed, or one thing left out, at any depth."""
+    """Return a JSON record with one value replaced by a weird one, one key renamed, or one thing left out."""
     record = json.loads(json.dumps(record))
     places, stack = [], [record]
     while stack:
@@ -97,7 +97,7 @@ def damage_value(record, rng: random.Random):
 
 
 def same(one, other) -> bool:
-    """Whether two things that were read are the same, tensors to the last bit."""
+    """Return True if two things that were read are the same, tensors to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -107,106 +107,133 @@ def same(one, other) -> bool:
     return type(one) is type(other) and (one == other or one != one and other != other)
 
 
+# ---- The files, and how each is read -------------------------------------------------------------
+
+def small_checkpoint(path, *_):
+    return load_checkpoint(path, f"mobilenet_v2:MobileNetV2?width={WIDTH}", CLASSES)
+
+
 def network_and_claim(path):
     model, claim = checkpoints.load(path)
     return {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}, claim
 
 
-class Kinds:
-    """The files, made in a folder; `all`: {kind: (file, how it is read, whether it is JSON)}."""
+def unpacked(path):
+    model, claim = mnet.unpack(path)
+    return dict(model.named_parameters()), claim
 
-    def __init__(self, folder: Path):
-        def small_checkpoint(path, *_):
-            return load_checkpoint(path, f"mobilenet_v2:MobileNetV2?width={WIDTH}", CLASSES)
 
-        checkpoints.load_checkpoint = small_checkpoint
-        model, claim = tiny_network()
-        save_tensors(model.state_dict(), folder / "network.pt")
-        save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1},
-                             "made_by": {"seed": 0}},
-                    folder / "network.json")
-        mnet.pack(model, claim, folder / "alone.mnet", WIDTH)
-        save_tensors(model.state_dict(), folder / "float.pt")
-        self.train(folder / "run")
-        state = folder / "run" / "fuzz.state"
-        self.state = State(state, None)
-        self.state.settings = load_json(state / "state.json")["settings"]
-        options = folder / "run" / "masked.options.json"
-        save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
-        (folder / "run" / "masked.jsonl").write_bytes((folder / "run" / "fuzz.jsonl").read_bytes())
-        self.images(folder / "set")
-        micronet = kaist.Micronet().state_dict()
-        micronet["linear.mask"] = torch.ones_like(micronet["linear.weight"])
-        save_tensors(micronet, folder / "teacher.t7")
-        parts = {f"state part {part}": (state / name, self.load_state, False)
-                 for part, name in load_json(state / "state.json")["files"].items()}
-        self.all = {
-            ".pt": (folder / "network.pt", lambda: network_and_claim(folder / "network.pt"), False),
-            ".pt without a claim": (folder / "float.pt", lambda: small_checkpoint(folder / "float.pt").state_dict(),
-                                    False),
-            "claim": (folder / "network.json", lambda: network_and_claim(folder / "network.pt"), True),
-            ".mnet": (folder / "alone.mnet", lambda: dict(mnet.unpack(folder / "alone.mnet")[0].named_parameters()),
-                      False),
-            **parts,
-            "state.json": (state / "state.json", self.load_state, True),
-            "log": (folder / "run" / "fuzz.jsonl",
-                    lambda: [line["step"] for line in load_lines(folder / "run" / "fuzz.jsonl")], False),
-            "options": (options, lambda: quantize.training_record(folder / "run" / "masked.pt"), True),
-            "CIFAR-100": (folder / "set" / "train", lambda: vars(cifar100.load(folder / "set", "train")), False),
-            "teacher": (folder / "teacher.t7", lambda: teachers.load(folder / "teacher.t7").state_dict(), False)}
+def resolved(recipe):
+    """Return the options of every stage that a recipe gives."""
+    content = recipes.read(recipe)
+    return {stage: vars(parser.parse_args(recipes.words(content, stage, parser))) for stage, parser in (
+        ("pretrain", training.make_parser()), ("rew", training.make_parser()), ("masked", training.make_parser()),
+        ("quantized", quantize.make_parser()))}
 
-    def train(self, folder: Path) -> None:
-        class Tiny(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv = torch.nn.Conv2d(3, 4, 3, stride=4)
-                self.linear = torch.nn.Linear(4, 100)
 
-            def forward(self, x):
-                return self.linear(self.conv(x).relu().mean((2, 3)))
+def networks(folder: Path) -> dict:
+    model, claim = tiny_network()
+    save_tensors(model.state_dict(), folder / "network.pt")
+    save_record(claim | {"sha256": sha256(folder / "network.pt"), "accuracy": {"correct": 1}, "made_by": {"seed": 0}},
+                folder / "network.json")
+    save_tensors(model.state_dict(), folder / "float.pt")
+    spec = f"mobilenet_v2:MobileNetV2?width={WIDTH}"  # version 1 knows the width alone
+    for name, version in (("one", spec), ("two", f"{spec}&num_classes={CLASSES}")):
+        mnet.pack(model, claim | {"network": claims.network(version, model)}, folder / f"{name}.mnet")
+    micronet = kaist.Micronet().state_dict()
+    micronet["linear.mask"] = torch.ones_like(micronet["linear.weight"])
+    save_tensors(micronet, folder / "teacher.t7")
+    (folder / "table.toml").write_text('default = 8\n[bits]\n"layers.3.conv2" = 4\ndepthwise = 6\n"conv1" = 8\n')
+    return {".pt": (folder / "network.pt", network_and_claim),
+            ".pt without a claim": (folder / "float.pt", lambda path: small_checkpoint(path).state_dict()),
+            "claim": (folder / "network.json", lambda path: network_and_claim(path.with_suffix(".pt"))),
+            ".mnet version 1": (folder / "one.mnet", unpacked), ".mnet version 2": (folder / "two.mnet", unpacked),
+            "teacher": (folder / "teacher.t7", lambda path: teachers.load(path).state_dict()),
+            "bit table": (folder / "table.toml", lambda path: grids.bit_table(str(path), model))}
 
-        self.settings = loop.Settings(epochs=3, batch_size=20, refresh=0)
-        data = cifar100.made_up(40, 0)
-        with contextlib.redirect_stdout(None):
-            for _ in range(3):  # a step each: into the second epoch
-                loop.train("fuzz", Tiny(), data, None, self.settings, folder, max_seconds=0)
 
-    def load_state(self):
-        return self.state.load("cpu", functools.partial(loop.constant_so_far, epoch_steps=2))
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, stride=4)
+        self.linear = torch.nn.Linear(4, 100)
 
-    def images(self, folder: Path) -> None:
-        folder.mkdir()
-        for split, n in (("train", 200), ("test", 100)):
-            content = {"data": np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8),
-                       "fine_labels": [i % 100 for i in range(n)]}
-            (folder / split).write_bytes(pickle.dumps(content, 4))
-            cifar100.FINGERPRINT[split] = cifar100.fingerprint(cifar100.digests(*cifar100.read(folder / split)))
-            cifar100.COUNT[split] = n
+    def forward(self, x):
+        return self.linear(self.conv(x).relu().mean((2, 3)))
 
+
+def run(folder: Path) -> dict:
+    """Return the kinds of files of a run folder, of a stage that was stopped in its second epoch."""
+    with contextlib.redirect_stdout(None):
+        for _ in range(3):  # a step each
+            loop.train("fuzz", Tiny(), cifar100.made_up(40, 0), None,
+                       loop.Settings(epochs=3, batch_size=20, refresh=0), folder, max_seconds=0)
+    state, options = folder / "fuzz.state", folder / "masked.options.json"
+    record, saved = load_json(state / "state.json"), State(state, None)
+    saved.settings = record["settings"]
+
+    def load_state(_):
+        return saved.load("cpu", functools.partial(loop.constant_so_far, epoch_steps=2))
+
+    save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
+    shutil.copy(folder / "fuzz.jsonl", folder / "masked.jsonl")
+    shutil.copy(recipes.find("default"), folder / "recipe.toml")
+    return {**{f"state part {part}": (state / name, load_state) for part, name in record["files"].items()},
+            "state.json": (state / "state.json", load_state),
+            "log": (folder / "fuzz.jsonl", lambda path: [line["step"] for line in load_lines(path)]),
+            "options": (options, lambda path: quantize.training_record(path.with_name("masked.pt"))),
+            "recipe": (folder / "recipe.toml", resolved)}
+
+
+def images(folder: Path) -> dict:
+    for split, n in (("train", 200), ("test", 100)):
+        content = {"data": np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8),
+                   "fine_labels": [i % 100 for i in range(n)]}
+        (folder / split).write_bytes(pickle.dumps(content, 4))
+        cifar100.FINGERPRINT[split] = cifar100.fingerprint(cifar100.digests(*cifar100.read(folder / split)))
+        cifar100.COUNT[split] = n
+    return {"CIFAR-100": (folder / "train", lambda path: vars(cifar100.load(path.parent, "train")))}
+
+
+@contextlib.contextmanager
+def files(folder: Path):
+    """Make the files in a folder, and yield {kind: (path, function that reads it)}. They are smaller than real ones."""
+    with mock.patch.object(checkpoints, "load_checkpoint", small_checkpoint), mock.patch.dict(cifar100.COUNT), \
+            mock.patch.dict(cifar100.FINGERPRINT), mock.patch.object(kernels, "library", lambda dtype: None):
+        yield networks(folder) | run(folder) | images(folder)
+
+
+# ---- The attack ----------------------------------------------------------------------------------
 
 def forged_digest(record: dict) -> str:
-    """`files.digest` of whoever forges a record: of NaN and infinity, too, for which that refuses to make one."""
+    """Return `files.digest` of whoever forges a record: of NaN and infinity, too, for which that refuses to make one.
+    """
     content = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def outcome(read, wanted) -> str:
+def outcome(path, read, wanted) -> str:
+    said = io.StringIO()
     try:
-        found = read()
+        with contextlib.redirect_stderr(said):
+            found = read(path)
     except (BadInput, OSError) as error:
         return "refused" if "\n" not in str(error) else f"traceback: {type(error).__name__} of several lines"
+    except SystemExit as ended:  # argparse, for an option of a recipe
+        return "refused" if ended.code == 2 and ": error: " in said.getvalue() else f"traceback: status {ended.code}"
     except Exception as error:
         return f"traceback: {type(error).__name__}: {str(error)[:100]}"
     return "same" if same(found, wanted) else "accepted"
 
 
-def attack(path: Path, read, is_json: bool, count: int, rng: random.Random) -> dict[str, Counter]:
-    """{how: Counter of outcomes}; the file is as it was afterwards."""
-    original, wanted = path.read_bytes(), read()
-    found = {"bytes": Counter(), **({"values": Counter(), "values, signed again": Counter()} if is_json else {})}
+def attack(path: Path, read, count: int, rng: random.Random) -> dict[str, Counter]:
+    """Return {how: Counter of outcomes} of a file's damages; the file is as it was afterwards."""
+    original, wanted = path.read_bytes(), read(path)
+    ways = ("bytes", "values", "values, signed again") if path.suffix == ".json" else ("bytes",)
+    found = {how: Counter() for how in ways}
     try:
         for i in range(count):
-            how = list(found)[i % len(found)]
+            how = ways[i % len(ways)]
             if how == "bytes":
                 content = damage_bytes(original, rng)
             else:
@@ -216,7 +243,7 @@ def attack(path: Path, read, is_json: bool, count: int, rng: random.Random) -> d
                 content = json.dumps(record).encode()
             if content != original:
                 path.write_bytes(content)
-                found[how][outcome(read, wanted)] += 1
+                found[how][outcome(path, read, wanted)] += 1
     finally:
         path.write_bytes(original)
     return found
@@ -227,23 +254,22 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=number(int, 1, 10**9), default=1000, metavar="N",
                         help="damaged files of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--kinds", nargs="+", metavar="K", help="some kinds alone")
+    parser.add_argument("--kinds", nargs="+", metavar="K", help="only these kinds")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    bad = 0
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = Kinds(Path(folder)).all
+    total = holes = bugs = 0
+    with tempfile.TemporaryDirectory() as folder, files(Path(folder)) as kinds:
         for kind in args.kinds or kinds:
             if kind not in kinds:
                 parser.error(f"no kind {kind!r}; there are: {', '.join(kinds)}")
             for how, outcomes in attack(*kinds[kind], args.count, random.Random(f"{args.seed} {kind}")).items():
-                holes = outcomes["accepted"] if "signed" not in how and kind != "log" else 0
-                bugs = sum(number for name, number in outcomes.items() if name.startswith("traceback"))
-                bad += holes + bugs
-                print(f"{kind + ', ' + how:<40}" + ", ".join(f"{number} {name}"
-                                                             for name, number in sorted(outcomes.items())), flush=True)
-    print(f"{bad} silently accepted or with a traceback")
-    return int(bad > 0)
+                total += outcomes.total()
+                holes += outcomes["accepted"] if "signed" not in how and kind not in TEXTS else 0
+                bugs += sum(times for name, times in outcomes.items() if name.startswith("traceback"))
+                print(f"{kind + ', ' + how:<40}"
+                      + ", ".join(f"{times} {name}" for name, times in sorted(outcomes.items())), flush=True)
+    print(f"{total:,} damaged files: {holes} silently accepted, {bugs} with a traceback")
+    return int(holes + bugs > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Kill every stage again and again at random moments: weights and log must be those of a run that nobody killed.
+"""Kill every stage again and again at random moments; check that weights and log are those of a run without kills.
 
     python tests/kills.py [--kills 20] [--seed 0]
 
 Each stage of training/main.py trains on made-up images, with the weight average, from the second on with the penalty or
-the masks and with a teacher. It writes its state after every step. SIGKILL ends it up to two seconds after it wrote
-the first one, in a step or in the middle of writing, and the same command goes on. Exit status 1 if a bit differs.
+the masks and with a teacher. It writes its state after every step. SIGKILL ends it up to two seconds after the first
+state was written, in a step or in the middle of writing, and the same command resumes it. Exit status 1 if a bit
+differs.
 """
 import json
 import random
@@ -19,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compressed.command_line import command_line, number, run_script  # noqa: E402
+from compressed.command_line import command_line, number, run_script
 
 COMMON = ("--made-up 160 --batch-size 16 --epochs 12 --lr 0.02 --warmup-epochs 1 --augment plain --refresh 32 "
           "--eval-every 4 --sizes 8:0.8,32 --no-cuda").split()
@@ -33,7 +34,7 @@ def train(stage: str, folder: Path, *more) -> subprocess.Popen:
 
 
 def kill_often(stage: str, folder: Path, kills: int, rng: random.Random) -> int:
-    """Trains a stage to its end; how often it was killed."""
+    """Train a stage to its end, with kills on the way; return how many there were."""
     state, done = folder / f"{stage}.state" / "state.json", 0
     while not (folder / f"{stage}.pt").is_file():
         process, before = train(stage, folder, "--save-seconds", "0"), state.read_bytes() if state.is_file() else b""
@@ -50,6 +51,7 @@ def kill_often(stage: str, folder: Path, kills: int, rng: random.Random) -> int:
 
 
 def same(stage: str, one: Path, other: Path) -> bool:
+    """Return True if a stage left the same weights and the same log, but for the seconds, in both folders."""
     weights = [torch.load(folder / f"{stage}.pt") for folder in (one, other)]
     logs = [[json.loads(line) | {"seconds": 0} for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
             for folder in (one, other)]
@@ -62,7 +64,7 @@ def main(argv=None) -> int:
                         help="of each stage (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="S", help="(%(default)s)")
     args = parser.parse_args(argv)
-    rng, bad = random.Random(args.seed), 0
+    rng, total, bad = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         for stage in STAGES:
@@ -70,8 +72,9 @@ def main(argv=None) -> int:
                 return 1
             kills = kill_often(stage, killed, args.kills, rng)
             equal = same(stage, whole, killed)
-            bad += not equal
+            total, bad = total + kills, bad + (not equal)
             print(f"{stage}: killed {kills} times, {'equal to the last bit' if equal else 'DIFFERENT'}", flush=True)
+    print(f"{total} kills: {len(STAGES) - bad} of {len(STAGES)} stages equal to the last bit")
     return int(bad > 0)
 
 

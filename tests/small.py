@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from compressed import cifar100, grids
+from compressed import cifar100, claims, grids
 from compressed.formats import code_range
 from compressed.graph import read, weight_layers
 from mobilenet_v2 import MobileNetV2
@@ -45,7 +45,8 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
     tensors.append(grids.store_fixed(model.linear.bias, "linear.bias"))
     order = [name for name, _ in model.named_parameters()]
     activations = grids.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
-    return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations}
+    return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations,
+                   "network": claims.network(f"mobilenet_v2:MobileNetV2?width={width}", model)}
 
 
 def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:

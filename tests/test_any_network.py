@@ -1,5 +1,9 @@
 """Networks that were not made for this repository go through the whole chain, to the same logits to the last bit."""
 import copy
+import functools
+import hashlib
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -8,29 +12,33 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import check_model_operations
+import quantize
 import testers
 import user_networks
-from compressed import cifar100, checkpoints, claims, counting, dead_weight, grids, mnet, networks
+from compressed import cifar100, checkpoints, claims, counting, dead_weight, formats, graph, grids, mnet, networks
+from compressed import operations
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import FUNCTIONS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import UNSIGNED, prepare, read, weight_layers
 from compressed.mnet import stated_formats
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
+from tools import integer, pack
 from tools.integer import IntegerNetwork
 from training import teachers
 
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
     "ResNet?option='A'": 10, "ResNet?option='B'&width=4": 7, "Mobile": 10, "Mobile?six=True": 10, "Excited": 10,
-    "VGG": 10, "Dense": 10}.items()}
+    "VGG": 10, "Dense": 10, "Shuffled": 10}.items()}
 
 
+@functools.cache
 @torch.no_grad()
 def shipped(spec: str, classes: int, activation_bits: str = "8") -> tuple[nn.Module, nn.Module, dict]:
-    """(the plain network, the same as it is shipped: sparse, 4-bit weights; its claim)"""
+    """Return (a plain network, the same as it is shipped: sparse, 4-bit weights; its claim), not to be changed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         plain = networks.make(spec, classes)
@@ -54,8 +62,21 @@ def shipped(spec: str, classes: int, activation_bits: str = "8") -> tuple[nn.Mod
     before = logits(exact_network(network, activations), cifar100.made_up(4, 2).images)
     dead_weight.remove(network, activations)
     assert torch.equal(logits(exact_network(network, activations), cifar100.made_up(4, 2).images), before)
+    # the folded and rounded network is the quantized one, but for values that lie close to a half of a step
+    rounded = logits(model.eval(), cifar100.made_up(4, 2).images)
+    assert (before - rounded).std() < 0.2 * rounded.std()
     claim = {"tensors": tensors, "activations": activations, "network": claims.network(spec, network)}
     return plain, network, claim
+
+
+def signs(model: nn.Module) -> dict[str, bool]:
+    """{activation point: True if any of its values is below zero for some images}"""
+    found = {}
+    for name in read(model).activation_points:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, out, name=name: found.__setitem__(name, bool((out < 0).any())))
+    model(cifar100.normalise(cifar100.made_up(8, 5).images))
+    return found
 
 
 @pytest.mark.parametrize("spec, classes", SPECS.items(), ids=[spec.split(":")[1] for spec in SPECS])
@@ -64,16 +85,18 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
     images = cifar100.made_up(16, 3).images
     x = cifar100.normalise(images[:2])
     assert list(network.state_dict()) == list(plain.state_dict()) and torch.equal(prepare(plain)(x), plain(x))
+    negative = signs(copy.deepcopy(prepare(plain)))
+    for point in read(network).points[:-1]:  # a mean of values of both signs may be above zero in all images
+        assert point.signed == negative[point.name] or point.signed and point.branches[0].kind == "mean"
 
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.std() > 0.01 and len(wanted.unique()) > 20
-    integer = IntegerNetwork(network, claim)
-    found = integer(images)
+    ours = IntegerNetwork(network, claim)
+    found = ours(images)
     assert not found.is_floating_point()
-    assert torch.equal((found.double() * 2.0**integer.logit_exponent).float(), wanted)
+    assert torch.equal((found.double() * 2.0**ours.logit_exponent).float(), wanted)
 
-    formats = stated_formats(network, claim)
-    costs = counting.summary(network, formats)["operations"]
+    costs = counting.summary(network, stated_formats(network, claim))["operations"]
     assert costs["tree"]["bits"] < costs["32-bit"]["bits"] and costs["fixed"]["bits"] < costs["32-bit"]["bits"]
     with FlopCounterMode(display=False) as counter:
         plain(x[:1])
@@ -86,6 +109,12 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
         mnet.unpack(path)
     with pytest.raises(BadInput, match="and not of mobilenet_v2:SmallMobileNetV2"):
         mnet.unpack(path, "mobilenet_v2:SmallMobileNetV2")
+    content = path.read_bytes()[:-32]
+    for part, said in ((struct.pack("<ff", 128, 64), "mean 0.0 and not 128"),
+                       (bytes.fromhex(read(network).digest), "graph 0000"), (b":", "cannot be printed")):
+        changed = content.replace(part, bytes(len(part)), 1)
+        with pytest.raises(BadInput, match=said):
+            mnet.unpack_bytes(changed + hashlib.sha256(changed).digest(), spec)
 
 
 def test_a_claim_says_which_network_it_is_of(tmp_path):
@@ -99,6 +128,14 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
         checkpoints.read(path)
     with pytest.raises(BadInput, match="network.json: it is of the network .*Excited, and not of .*Mobile"):
         checkpoints.read(path, f"{FILE}:Mobile")
+    (tmp_path / "moved").mkdir()
+    there = f"{shutil.copy(FILE, tmp_path / 'moved')}:Excited"  # the same file in another folder
+    read_back = checkpoints.read(path, there)
+    assert not read_back.problems and read_back.claim["network"]["spec"] == there
+    mnet.pack(network, read_back.claim, tmp_path / "alone.mnet")
+    with pytest.raises(BadInput, match="alone.mnet: it is of the network .*Excited: to run that code, say --network"):
+        checkpoints.read(tmp_path / "alone.mnet")
+    assert checkpoints.read(tmp_path / "alone.mnet", spec).claim["network"] == claim["network"]
     wrong = claim["network"] | {"graph": "0" * 64}
     save_record(claim | {"sha256": sha256(path), "network": wrong}, path.with_suffix(".json"))
     (problem,) = checkpoints.read(path, spec).problems
@@ -125,6 +162,34 @@ def test_onnxruntime_computes_the_same(spec, classes):
     assert torch.equal(found, logits(exact_network(network, claim["activations"]), images)) and graph.rounded == 0
 
 
+def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(tmp_path, monkeypatch, capsys):
+    """By the command lines of every script, with fine-tuning; each of them has the same logits."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from tools import export_onnx
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    spec = f"{FILE}:Shuffled"
+    plain, *_ = shipped(spec, cifar100.CLASSES)
+    networks.save_state(plain.state_dict(), "masked.pt")
+    network, data = ["--network", spec], ["--made-up", "40"]
+    assert quantize.main(["--checkpoint", "masked.pt", "--out", "q.pt", "--table", "4", "--calibration", "20",
+                          "--renew", "20", "--ranges", "mse", "--epochs", "1", "--batch-size", "10", "--lr", "0.05",
+                          "--augment", "none", "--mixing", "none", "--no-cuda", *network, *data]) == 0
+    before, after = plain.state_dict(), networks.load_checkpoint("q.pt", spec)
+    claim = claims.read("q.json")
+    assert "fine-tuned for 1 epochs" in [step["step"] for step in claim["accuracy_by_step"]]
+    for name, layer in weight_layers(after):
+        assert not layer.weight[before[f"{name}.weight"] == 0].any()
+    at = ["--checkpoint", "q.pt", *network]
+    assert pack.main(at) == testers.main([*at, *data]) == check_model_operations.main(at) == 0
+    assert testers.main(["--checkpoint", "q.mnet", *network, *data]) == 0
+    capsys.readouterr()
+    for script, options in ((integer, []), (export_onnx, ["--verify"])):
+        assert script.main([*at, *data, *options]) == 0
+        assert "same logits to the last bit: 100/100" in capsys.readouterr().out
+
+
 def test_the_family_of_the_small_network(monkeypatch):
     """Its parts in a few blocks: hard swish behind every BatchNorm, another table, another width, ten classes."""
     few = Table(stages=((3, 8, 2, 1), (3, 12, 1, 2), (2, 12, 1, 2)), stem=8, head=None, activation=nn.Hardswish,
@@ -133,10 +198,10 @@ def test_the_family_of_the_small_network(monkeypatch):
         self, num_classes, width, few))
     _, network, claim = shipped("mobilenet_v2:SmallMobileNetV2?width=0.5", 10)
     images = cifar100.made_up(16, 3).images
-    integer = IntegerNetwork(network, claim)
+    ours = IntegerNetwork(network, claim)
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.shape == (16, 10)
-    assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)
+    assert torch.equal((ours(images).double() * 2.0**ours.logit_exponent).float(), wanted)
     points = read(network).activation_points
     assert all(f"points.layers_0_{name}" in points for name in ("bn1", "relu1", "bn2", "relu2"))
 
@@ -147,7 +212,7 @@ def test_the_family_of_the_small_network(monkeypatch):
 def test_a_function_is_a_table_of_codes(function):
     """Every code through the exact network's float64 and through the table, for steps far apart."""
     for step, target_step in ((2.0**-5, 2.0**-6), (2.0, 2.0**-3), (2.0**-9, 2.0**-8)):
-        source, target = Activation(8), Activation(8, signed=function == "hardswish")
+        source, target = Activation(8), Activation(8, signed=function not in UNSIGNED)
         entries = table(function, source, step, target, target_step)
         assert len(entries) == 256 and target.low <= entries.min() and entries.max() <= target.high
         x = torch.arange(-128, 128).float() * step
@@ -155,6 +220,19 @@ def test_a_function_is_a_table_of_codes(function):
         assert torch.equal(found, entries * target_step)
         theirs = getattr(torch.nn.functional, function)(x.double())
         assert (entries * target_step - theirs).abs()[(entries < target.high)].max() <= target_step * (0.5 + 1e-9)
+
+
+@pytest.mark.parametrize("function", ("sigmoid", "silu", "gelu"))
+def test_no_table_depends_on_the_last_bits_of_a_function(function):
+    """Another machine's exp or erf, with errors of some units in the last place, gives the same codes."""
+    exactly = getattr(torch.nn.functional, function)
+    for step in (2.0**exponent for exponent in range(-12, 4)):
+        values = exactly(torch.arange(-128, 128).double() * step)
+        error = 2.0**-48 * values.abs().clamp(min=1)
+        for target in (2.0**exponent for exponent in range(-14, 2)):
+            entries = table(function, Activation(8), step, Activation(8), target)
+            for moved in (values - error, values + error):
+                assert torch.equal(formats.codes(moved.float(), target, -128, 127).int(), entries)
 
 
 # ---- What is not known is refused by its name ----------------------------------------------------
@@ -165,7 +243,7 @@ class Lone(nn.Module):
     def __init__(self, run, **parts):
         super().__init__()
         for name, part in parts.items():
-            self.add_module(name, part)
+            setattr(self, name, part)
         self.run, self.linear = run, nn.Linear(4, 10)
 
     def forward(self, x):
@@ -177,8 +255,24 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+class Twice(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def conv(**options):
     return nn.Conv2d(3, 4, 3, **options)
+
+
+def shared() -> dict[str, nn.Module]:
+    """Two layers with one weight."""
+    layers = {"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)}
+    layers["b"].weight = layers["a"].weight
+    return layers
+
+
+def in_place(x):
+    return nn.functional.relu(x, inplace=True) + x
 
 
 @pytest.mark.parametrize("network, said", (
@@ -195,37 +289,120 @@ def conv(**options):
     (Lone(lambda s, x: s.c(x).transpose(0, 1), c=conv(padding=1)), "does not take an image|between images"),
     (Lone(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=nn.BatchNorm2d(4, affine=False)), "b: a BatchNorm without"),
     (Lone(lambda s, x: s.c(x) - s.c.weight.sum(), c=conv(padding=1)), "no counting rule for operation"),
-), ids=range(13))
+    (Lone(lambda s, x: s.c(x) * s.c.bias.view(1, -1, 1, 1), c=conv(padding=1)), "view .* it reads a constant"),
+    (Lone(lambda s, x: s.c(x) * s.scale, c=conv(padding=1), scale=nn.Parameter(torch.ones(1, 4, 1, 1))),
+     "mul .* it reads a constant"),
+    (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Twice()), "a: Twice has a forward pass of its own"),
+    (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=nn.GELU("tanh")), "tanh approximation of GELU"),
+    (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=1.0), c=conv(padding=1)), "pad .* not zero"),
+    (Lone(lambda s, x: nn.functional.max_pool2d(s.c(x), 2, return_indices=True)[0], c=conv(padding=1)),
+     "max_pool2d.* several tensors"),
+    (Lone(lambda s, x: in_place(s.c(x)), c=conv(padding=1)), "relu changes c in place, which add reads afterwards"),
+    (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared()), "b: its weight is shared"),
+    (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
+    (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
+), ids=range(23))
 def test_what_is_not_known_is_named(network, said):
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
+    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"))
-def test_torchvisions_networks_are_followed_or_refused_in_one_line(name):
-    import torchvision
-    plain = getattr(torchvision.models, name)(num_classes=10).eval()
-    try:
-        network = prepare(plain)
-    except BadInput as error:
-        assert name == "shufflenet_v2_x0_5" and "chunk" in str(error) and "\n" not in str(error)
-        return
+@pytest.mark.parametrize("name, points", (("mobilenet_v3_small", 101), ("shufflenet_v2_x0_5", 88),
+                                          ("squeezenet1_1", 38)))
+def test_torchvisions_networks_are_counted_and_quantized(name, points):
+    plain, network, claim = shipped(f"torchvision.models:{name}?num_classes=10", 10)
     x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(network(x), plain(x)) and list(network.state_dict()) == list(plain.state_dict())
+    assert torch.equal(prepare(plain)(x), plain(x)) and list(network.state_dict()) == list(plain.state_dict())
     with FlopCounterMode(display=False) as counter:
         plain(x)
     assert counter.get_total_flops() == 2 * counting.macs(read(network).operations)
+    assert len(read(network).activation_points) == points
+    images = cifar100.made_up(2, 3).images
+    wanted = logits(exact_network(network, claim["activations"]), images)
+    ours = IntegerNetwork(network, claim)
+    assert torch.equal((ours(images).double() * 2.0**ours.logit_exponent).float(), wanted) and len(wanted.unique()) > 9
+
+
+def test_elements_that_are_moved_several_times_are_moved_once():
+    """And a tensor that stands twice in a concatenation is no sum of itself."""
+    def run(s, x):
+        x = torch.relu(s.c(x))
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, nn.functional.pad(first, (1, 1)).transpose(2, 3)[:, :, 1:33], second], 1)[:, :4]
+
+    network = prepare(Lone(run, c=conv(padding=1)).eval())
+    found = {point.name: point for point in read(network).points}
+    assert list(found)[:3] == ["points.image", "points.relu", "points.moved_5"]
+    moved = found["points.moved_5"].branches
+    assert [branch.source for branch in moved] == ["points.relu"] * 2 and not found["points.moved_5"].signed
+    x = torch.arange(1, 4 * 32 * 32 + 1).view(1, 4, 32, 32)
+    wanted = torch.cat([x[:, 2:], nn.functional.pad(x[:, :2], (1, 1)).transpose(2, 3)[:, :, 1:33]], 1)
+    assert torch.equal(sum(branch.index for branch in moved), wanted[0, :, :, :32])
+
+
+def test_an_identity_that_runs_twice_rounds_nothing():
+    def run(s, x):
+        return s.d(s.i(s.c(s.i(x))))
+    network = Lone(run, i=nn.Identity(), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)).eval()
+    assert list(read(prepare(network)).activation_points) == ["points.image", "points.i_1", "points.d",
+                                                                  "points.mean"]
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(prepare(network)(x), network(x))
+
+
+def test_a_channel_that_nothing_reads_is_dead_wherever_it_was_moved():
+    _, network, claim = shipped(f"{FILE}:Shuffled", 10)
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        network.excite.weight.fill_(0.5)
+        network.conv2.weight.fill_(0.5)
+        network.conv2.weight[:, :8] = 0  # these channels are the first four, twice
+    dead_weight.remove(network, claim["activations"])
+    assert not network.excite.weight[:4].any() and not network.excite.bias[:4].any()
+    assert network.excite.weight[8:].all() and network.conv2.weight[:, 8:].all()
+
+
+def test_the_digest_is_of_what_is_computed():
+    """Any change of it is another digest; other values of the parameters are not."""
+    def digest(run=lambda s, x: s.c(x), groups=1, **options):
+        network = prepare(Lone(run, a=nn.Conv2d(3, 4, 1), c=nn.Conv2d(4, 4, 3, padding=1, groups=groups, **options),
+                               m=nn.ReLU()).eval())
+        return read(network).digest
+
+    def swapped(s, x):
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, first], 1)
+
+    def behind(change):
+        return lambda s, x: change(s, s.c(s.a(x)))
+    runs = [lambda s, x: x, lambda s, x: s.m(x), lambda s, x: nn.functional.relu6(x), lambda s, x: x + x,
+            lambda s, x: nn.functional.max_pool2d(x, 2), lambda s, x: nn.functional.avg_pool2d(x, 2),
+            lambda s, x: nn.functional.max_pool2d(x, 3, 2, 1), swapped,
+            lambda s, x: torch.cat([x[:, 1:], x[:, :1]], 1)]
+    plain = behind(runs[0])
+    digests = [digest(behind(run)) for run in runs] + [
+        digest(plain, groups=2), digest(plain, bias=False), digest(plain, padding_mode="zeros", stride=2)]
+    assert len(set(digests)) == len(digests) and digest(plain) == digests[0]
+
+
+@pytest.mark.parametrize("module", (counting, graph, operations, formats), ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings(module):
+    import doctest
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 # ---- A board entry that somebody else counted ----------------------------------------------------
 
-def test_kaists_published_score(capsys):
+def test_kaists_published_score(capsys, monkeypatch):
     try:
         file = teachers.find() / "micronet_v2_pr_60.t7" if teachers.os.environ.get("TEACHERS_DIR") else None
     except BadInput:
         file = None
     if file is None:
         pytest.skip("TEACHERS_DIR does not name KAIST AI's files")
+    monkeypatch.setattr(check_model_operations, "thop_counts", lambda model: None)
     assert check_model_operations.main(["--summary", "--checkpoint", str(file)]) == 0
     out = capsys.readouterr().out
     assert "score 0.00562; they publish 0.00562" in out and "twice as many, as it should be" in out

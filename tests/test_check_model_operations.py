@@ -8,7 +8,7 @@ from torch import nn
 
 import check_model_operations
 from check_model_operations import main
-from compressed import checkpoints, counting
+from compressed import checkpoints, claims, counting
 from compressed.claims import hold
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
@@ -18,13 +18,14 @@ from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 
 SIGNED = re.compile(r"image|.*\.out")
+SPEC = "mobilenet_v2:MobileNetV2?width=0.25"
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """(checkpoint, claim) of a network whose random weights stand on 4-, 6- and 8-bit grids, 80% of them zero."""
+    """(checkpoint, claim) of a thin network whose random weights stand on 4-, 6- and 8-bit grids, 80% of them zero."""
     generator = torch.Generator().manual_seed(0)
-    model, tensors = MobileNetV2().eval(), []
+    model, tensors = MobileNetV2(width=0.25).eval(), []
 
     def snap(name, parameter, bits, step, share=1.0):
         codes = torch.randint(-2 ** (bits - 1), 2 ** (bits - 1), parameter.shape, generator=generator)
@@ -48,7 +49,8 @@ def shipped(tmp_path_factory):
     save_tensors(model.state_dict(), path)
     activations = [{"name": name, "bits": 8, "signed": bool(SIGNED.fullmatch(name)), "step": 0.0625}
                    for name in read(model).activation_points]
-    claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
+    claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations,
+             "network": claims.network(SPEC, model)}
     save_record(claim, path.with_suffix(".json"))
     return path, claim
 
@@ -80,8 +82,11 @@ def test_true_claim(shipped, capsys):
     assert len(found["formats"]) == 173 and found["formats"]["conv1.weight"] == {"bits": 4, "grid": "claimed"}
     storage, bits = found["storage"], {entry["name"]: entry["bits"] for entry in claim["tensors"]}
     stored = sum(row["nonzeros"] * bits[row["name"]] for row in found["weights"]["tensors"])
-    assert storage["weights"] == stored and storage["masks"] == 3_944_032
-    assert storage["batchnorm"] == 16 * 45_536 and storage["biases"] == 1600
+    positions = sum(row["total"] for row in found["weights"]["tensors"])
+    assert storage["weights"] == stored and storage["masks"] == positions
+    scales = [p.numel() for name, p in load_checkpoint(path, SPEC).named_parameters() if "linear" not in name
+              and p.dim() == 1]
+    assert storage["batchnorm"] == 16 * sum(scales) and storage["biases"] == 1600
     assert storage["steps"] == 32 * (58 + 57 + 1 + 55)  # weights, shifts, the bias, activations; float16 has none
     assert storage["total"] == sum(bits for kind, bits in storage.items() if kind != "total")
     assert len(found["rows"]) == 57 + 57 + 36 + 14 + 2
@@ -103,25 +108,26 @@ def test_table(shipped, capsys):
     path, _ = shipped
     assert main(["--checkpoint", str(path)]) == 0
     out = capsys.readouterr().out
-    for text in ("layers.16.shortcut.0", "layers.0.add", "77.846M + 153.407M = 231.253M",
-                 "39.494M + 76.704M = 116.198M", "153,407,488", "306,814,976", "3,905,632",
-                 "weight tensors: 20 at 4 bits, 19 at 6 bits, 19 at 8 bits",
-                 "activation points: 55 at 8 bits", "storage / 36.5M", "3.990M parameters", "without thop's count"):
+    for text in ("layers.16.shortcut.0", "layers.0.add", "weight tensors: 20 at 4 bits, 19 at 6 bits, 19 at 8 bits",
+                 "activation points: 55 at 8 bits", "storage / 36.5M"):
         assert text in out, text
-    assert main(["--checkpoint", str(path), "--summary"]) == 0
+    assert main(["--dense", "--summary"]) == 0
     short = capsys.readouterr().out
-    assert "layers.0.add" not in short and "operations / 10.49B" in short
+    for text in ("77.846M + 153.407M = 231.253M", "39.494M + 76.704M = 116.198M", "153,407,488", "306,814,976",
+                 "3.990M parameters", "operations / 10.49B", "without thop's count"):
+        assert text in short, text
+    assert "layers.0.add" not in short
 
 
 def test_without_a_claim(shipped, tmp_path, capsys):
     path, claim = shipped
     alone = tmp_path / "alone.pt"
     alone.write_bytes(path.read_bytes())
-    found = report(capsys, "--checkpoint", alone)
+    found = report(capsys, "--checkpoint", alone, "--network", SPEC)
     assert {name: f["bits"] for name, f in found["formats"].items()} == {e["name"]: e["bits"] for e in claim["tensors"]}
     assert found["storage"]["steps"] == 32 * (58 + 57 + 1) and found["formats"]["bn1.weight"]["grid"] == "float16"
     assert list(found["rows"][0]["conventions"]["fixed"]["additions"]) == ["32"]  # float32 activations
-    narrow = report(capsys, "--checkpoint", alone, "--activation-bits", "8")
+    narrow = report(capsys, "--checkpoint", alone, "--network", SPEC, "--activation-bits", "8")
     both = report(capsys, "--checkpoint", path)
     assert narrow["score"]["tree"] == both["score"]["tree"] and narrow["storage"] == both["storage"]
     assert narrow["source"]["what if"] == "--activation-bits 8"
@@ -135,7 +141,7 @@ def changed(claim, key, index, **values):
 
 def test_wrong_claims(shipped):
     path, claim = shipped
-    tensors, model = claim["tensors"], load_checkpoint(path)
+    tensors, model = claim["tensors"], load_checkpoint(path, SPEC)
     found = found_formats(model)
     assert hold(claim, path, model, found)[1] == []
     cases = [
@@ -163,7 +169,7 @@ def test_wrong_claims(shipped):
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
     path, claim = shipped
-    model = load_checkpoint(path)
+    model = load_checkpoint(path, SPEC)
     formats, _ = hold(claim, path, model, found_formats(model))
     counts = counting.summary(model, formats)
     claimed(claim | {"counts": counts})
@@ -234,6 +240,13 @@ def test_what_if_without_a_checkpoint(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--dense", "--checkpoint", "x.pt"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_trace_that_torch_contradicts_is_a_problem(capsys, monkeypatch):
+    monkeypatch.setattr(check_model_operations, "flop_counter", lambda model: 2)
+    assert main(["--dense", "--summary"]) == 2
+    out, err = capsys.readouterr()
+    assert "NOT twice as many" in out and "FlopCounterMode does not count two" in err
 
 
 @pytest.mark.parametrize("argv", [["--activation-bits", "33"], ["--dense", "--sparsity", "0.5"]])

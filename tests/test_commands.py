@@ -1,24 +1,21 @@
 """Impossible command lines: refused at once, in one line, with status 2, before anything is read or written."""
 import re
-import subprocess
-import sys
 from argparse import ArgumentTypeError
-from pathlib import Path
 
 import pytest
 
 import check_model_operations
+import fuzz
 import quantize
 import testers
-from benchmarks import depthwise_shapes, inference_speed, training_speed
+from benchmarks import depthwise_shapes, gpu_check, inference_speed, profile_step, training_speed
 from compressed import cifar100
 from compressed.command_line import number, run_script
-from tools import baseline, export_onnx, integer, quick, report, ship, train, verify
+from tools import baseline, compare, export_onnx, integer, quick, report, ship, train, verify
 from tools import pack as packed
 from training import main as training
 from training import teachers
 
-ROOT = Path(__file__).resolve().parent.parent
 WHOLE = ("-1", "1.5")
 REAL = ("-1", "nan")
 NOTHING = ("",)
@@ -35,7 +32,8 @@ OPTIONS = {  # script: {option: what it cannot be}
                "--precision": ("float8",)},
     quantize: {**dict.fromkeys(("--epochs", "--batch-size", "--seed", "--made-up", "--calibration", "--renew",
                                 "--activation-bits"), WHOLE),
-               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher"), NOTHING),
+               "--lr": REAL, **dict.fromkeys(("--checkpoint", "--out", "--data", "--teacher",
+                                             "--tuning-folder"), NOTHING),
                "--scheme": ("x",)},
     testers: {"--made-up": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
     integer: {"--made-up": WHOLE, "--images": WHOLE, "--checkpoint": NOTHING, "--data": NOTHING},
@@ -47,9 +45,13 @@ OPTIONS = {  # script: {option: what it cannot be}
     report: dict.fromkeys(("--checkpoint", "--logs", "--pages", "--to"), NOTHING),
     ship: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--into"), NOTHING), "--checkpoint": ("x",)},
     train: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--run"), NOTHING), "--run-f": ("x",), "--ship": ("x",)},
+    compare: dict.fromkeys(("--csv", "--figure"), NOTHING),
     verify: {"--checkpoint": NOTHING}, baseline: {"--out": ("x",)}, quick: {"--out": ("x",)},
     cifar100: {"--data": NOTHING}, teachers: {"--data": NOTHING, "--folder": ("", "nowhere")},
-    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
+    training_speed: {**dict.fromkeys(("--images", "--batch-size", "--rounds", "--workers"), WHOLE),
+                     "--json": ("", "/dev/null/x")},
+    profile_step: {**dict.fromkeys(("--batch-size", "--steps"), WHOLE), "--out": ("", "/dev/null/x")},
+    gpu_check: {"--batch-size": WHOLE, "--seconds": REAL, "--out": ("", "/dev/null/x")},
     depthwise_shapes: {**dict.fromkeys(("--batch-size", "--rounds"), WHOLE), "--json": ("", "/dev/null/x")},
     inference_speed: {**dict.fromkeys(("--threads", "--rounds", "--batches"), WHOLE), "--seconds": REAL,
                       "--checkpoint": NOTHING,
@@ -81,10 +83,9 @@ def test_impossible_command_lines(script, words, tmp_path, monkeypatch, capsys):
     assert re.match(r"\S+: ", last) and all(re.match(r"usage: | {2,}", line) for line in usage)
 
 
-def test_the_fuzzer_finds_nothing():
+def test_the_fuzzer_finds_nothing(capsys):
     """A short run of it; `python tests/fuzz.py` is the long one."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "fuzz.py"), "--count", "9", "--seed", "1"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("\n0 silently accepted or with a traceback\n")
-    assert done.stdout.count("refused") >= 15
+    status, out = fuzz.main(["--count", "6", "--seed", "1"]), capsys.readouterr().out
+    assert status == 0, out
+    assert re.search("\n[0-9]+ damaged files: 0 silently accepted, 0 with a traceback\n$", out)
+    assert out.count("refused") >= 15

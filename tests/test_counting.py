@@ -387,11 +387,14 @@ def test_pointwise_functions_products_and_maxima_by_hand():
     assert one("hardswish", 8) == ({9: 30, 17: 10}, {8: 10}, 17)  # 8 + 1 bits of x + 3; times x: 17
     assert one("hardsigmoid", 8) == ({9: 30}, {8: 10}, 9)
     assert one("sigmoid", 8) == ({8: 10}, {}, 8)
+    assert one("silu", 8) == ({8: 20}, {}, 16)  # the sigmoid, and its product with x
+    assert one("gelu", 8) == ({8: 20, 9: 10, 17: 10}, {8: 10}, 17)  # x / sqrt 2 and erf, times x, times 1/2; 1 + erf
     assert one("relu6", 22) == ({22: 20}, {}, 8)
     assert one("product", 8, 6) == ({8: 10}, {}, 14)
     assert one("max", 8, fan_in=9) == ({8: 80}, {}, 8)
+    assert one("add", 8, 6) == ({}, {9: 10}, 9)
     for kind in ("moved", "nothing", "concatenation"):
-        assert one(kind, 8, 4)[:2] == ({}, {})
+        assert one(kind, 8, 4) == ({}, {}, 8)
 
 
 # ---- A slow reference: the network executed number by number -------------------------------------
@@ -594,6 +597,9 @@ def test_zeros_are_stored_with_a_mask_or_counted_as_values(side, positions):
 def test_storage_of_the_network(network):
     floats = float_formats(network)
     assert storage(network, floats, Fraction(1))["total"] == 32 * 3_989_668
+    spare = copy.deepcopy(network)
+    spare.spare = nn.Linear(3, 3)  # never runs
+    assert storage(spare, float_formats(spare), Fraction(1)) == storage(network, floats, Fraction(1))
     half = storage(network, floats, Fraction(1, 2))
     assert half["masks"] == 3_944_032 and half["batchnorm"] == 32 * 45_536 and half["biases"] == 32 * 100
 
@@ -601,3 +607,17 @@ def test_storage_of_the_network(network):
 def test_score():
     assert score(32 * 36_500_000, 32 * 10_490_000_000) == {"storage": 1.0, "operations": 1.0, "score": 2.0}
     assert f"{score(32 * 351_000, 32 * 231_253_376)['score']:.4f}" == "0.0317"  # FACTS: with the sister's storage
+
+
+def test_prices_by_hand():
+    """A weight of a layer with 16 positions costs 16 products of 8 by 8 bits and nearly 16 additions of 32 bits."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, stride=8, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                          nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 5))
+    before = copy.deepcopy(model.state_dict())
+    prices = counting.prices(model.train())
+    stored = 8 / 32 / 36.5e6
+    positions = {"0": (16, 2 / 3), "3": (16, 8 / 9), "6": (1, 1)}  # fan_in - 1 additions; a bias adds one more
+    assert prices == {name: pytest.approx(stored + n * (8 + 32 * additions) / 32 / 10.49e9, rel=1e-12)
+                      for name, (n, additions) in positions.items()}
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

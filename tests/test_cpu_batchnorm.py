@@ -20,7 +20,6 @@ from training.learned_steps import LearnedQuantizer, learn_steps
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
-BEHIND = {"none": (), "relu": (nn.ReLU,), "hardswish": (nn.Hardswish,)}
 PYTORCHS = {"none": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 
 
@@ -32,7 +31,7 @@ def pair(channels: int, activation: str) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d
     nn.init.normal_(norm.bias)
     nn.init.normal_(norm.running_mean)
     ours = copy.deepcopy(norm)
-    ours.__class__, ours.behind = cpu_kernels.BatchNorm, [(nn.Identity(), kind) for kind in BEHIND[activation]]
+    ours.__class__, ours.activation = cpu_kernels.BatchNorm, activation
     return norm.double(), ours
 
 
@@ -121,13 +120,12 @@ def test_a_step_of_the_network_is_the_same_without_a_compiler(activation, precis
             kinds = [type(module) for module in model.modules()]
             with fast_on_a_cpu(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
                 assert not any(isinstance(module, activation) for module in model.modules())
-                fused = [[own for _, own in module.behind] for module in model.modules()
-                         if isinstance(module, cpu_kernels.BatchNorm)]
+                fused = [module.activation for module in model.modules() if isinstance(module, cpu_kernels.BatchNorm)]
                 out = model(x)
                 out.float().logsumexp(1).mean().backward()
             assert [type(module) for module in model.modules()] == kinds
-            assert len(fused) == 57 and fused.count([activation]) == kinds.count(activation) == 36
-            assert fused.count([]) == 57 - 36
+            assert len(fused) == 57 and fused.count(activation.__name__.lower()) == kinds.count(activation) == 36
+            assert fused.count("none") == 57 - 36
             found.append((out.float(), model.linear.weight.grad, model.bn2.running_var, model.bn1.running_mean))
     for ours, theirs, exact in zip(*found):
         assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3 * exact.norm()
@@ -139,7 +137,7 @@ def with_rounding(channels: int, activation: str, signed: bool) -> nn.ModuleList
     if activation == "hardswish":
         modules += [nn.Hardswish(), LearnedQuantizer(Quantizer(4, True, 0.125))]
     modules[0].__class__ = nn.BatchNorm2d
-    del modules[0].behind
+    del modules[0].activation
     return nn.ModuleList(modules)
 
 
@@ -151,6 +149,7 @@ def test_rounding_with_trained_steps_is_that_of_autograd(activation, signed, fro
     slow = with_rounding(24, activation, signed).train(not frozen)
     ours = copy.deepcopy(slow)
     ours[0].__class__, ours[0].behind = cpu_kernels.BatchNorm, [(each, type(each)) for each in ours[1:]]
+    ours[0].activation = "rounded_hardswish" if activation == "hardswish" else "rounded"
     x = maps(3, 24, 9, 9)
     same, y = x.detach().clone().requires_grad_(), ours[0](x)
     wanted = same
@@ -220,8 +219,7 @@ def test_a_network_with_trained_steps_is_changed_and_changed_back(most, there, m
             logits = each(x)
             logits.float().logsumexp(1).mean().backward()
             inside = copy.deepcopy(each)(x)  # as an evaluation in the midst of a stage
-        assert kinds == [type(module) for module in each.modules()] and not any(
-            hasattr(module, "behind") for module in each.modules())
+        assert kinds == [type(module) for module in each.modules()]
         assert inside.shape == logits.shape
         found.append((logits.detach(), each.linear.weight.grad, each.linear.log_step.grad,
                       each.layers[15].conv3.weight.grad, each.layers[14].bn1.weight.grad))

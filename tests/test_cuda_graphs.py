@@ -1,5 +1,6 @@
 """Steps recorded as CUDA graphs: what a CPU can show of them, and on a GPU that they compute what plain steps do."""
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from compressed import cifar100
 from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
 from training import cuda_graphs as captured
-from training import loop
+from training import gpu_kernels, loop
 from training.loop import Processes, Settings
-from training.reweighted_l1 import Masks, target_masks
+from training.masks import Masks, target_masks
 
 MUON = Settings(epochs=5, batch_size=16, lr=0.05, optimizer="muon", warmup_epochs=1, clean=0.34, refresh=0)
 
@@ -82,8 +83,27 @@ def test_each_kind_is_run_once_and_then_recorded(monkeypatch):
     assert len(waits) == 10  # before and after each step
 
 
-def test_on_a_cpu_nothing_is_recorded(tmp_path):
-    assert new_stage(tmp_path, SETTINGS).graphs is None
+def test_on_a_cpu_nothing_is_recorded_and_no_triton_kernel_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "faster", lambda *args, **options: pytest.fail("there is no GPU"))
+    stage = new_stage(tmp_path, SETTINGS)
+    with stage.fast_kernels():
+        classes = {type(module) for module in stage.model.modules()}
+    assert stage.graphs is None and not any(issubclass(each, (gpu_kernels.BatchNorm, gpu_kernels.Depthwise))
+                                            for each in classes)
+
+
+def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
+    """The image sizes of the rest of the stage, the batch of this process, and how steps are run."""
+    found = []
+    monkeypatch.setattr(gpu_kernels, "faster", lambda model, sizes, **options: found.append((sizes, options)) or {})
+    settings = dataclasses.replace(MUON, sizes="16:0.4,32", precision="bfloat16")
+    stage = new_stage(tmp_path, settings)
+    stage.device = torch.device("cuda")
+    for stage.progress["step"] in (0, 10):
+        with stage.fast_kernels():
+            pass
+    options = {"batch": 16, "dtype": torch.bfloat16, "device": stage.device, "compiled": False, "captured": False}
+    assert found == [([16, 32], options), ([32], options)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -61,14 +61,14 @@ def test_no_other_weight_is_touched(sparse):
 
 def dense():
     torch.manual_seed(0)
-    model = MobileNetV2().eval()
+    model = MobileNetV2(width=0.25).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.bias.data.fill_(0.5)
     return model
 
 
-ONES = [{"name": name, "step": 0.125} for name in graph.read(MobileNetV2()).activation_points]
+ONES = [{"name": name, "step": 0.125} for name in graph.read(MobileNetV2(width=0.25)).activation_points]
 
 
 def test_a_dense_network_has_none():

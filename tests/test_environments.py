@@ -17,28 +17,33 @@ import torch
 import check_model_operations
 import quantize
 import testers
+import user_networks
 from compressed import cifar100, command_line, counting, environment, kernels, networks, threads
 from compressed.command_line import run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers
 from compressed.files import save_tensors
-from tools import divergence, export_onnx, integer, layers, pack
+from tools import divergence, integer, layers, pack, report
 from training import main as training
 from training import plan, replicas, teachers
 from training.progress import Progress
 from training.state import stop_noted
 
 ROOT = Path(__file__).resolve().parent.parent
+AFTER_IMPORTS = signal.getsignal(signal.SIGINT)
 PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch, tmp_path):
-    """An empty current folder and none of the variables that the project reads."""
+    """An empty current folder, none of the variables that the project reads, and Ctrl-C as on a terminal."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for name in (*PROCESS, "CC", "CIFAR100_DIR", "TEACHERS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     command_line.say_once.cache_clear()
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------------------------------------- environment variables
@@ -106,6 +111,7 @@ def test_processes_that_do_not_find_each_other(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, value", [("CIFAR100_DIR", "nowhere"), ("CIFAR100_DIR", "~/nowhere-at-all"),
+                                         ("CIFAR100_DIR", "~no-such-user/x"), ("TEACHERS_DIR", "~no-such-user"),
                                          ("CIFAR100_DIR", "a.txt"), ("TEACHERS_DIR", "nowhere"),
                                          ("CIFAR100_DIR", "/proc/self/mem"), ("TEACHERS_DIR", "/dev/null")])
 def test_folders_that_are_none_are_named_by_their_absolute_path(monkeypatch, capsys, tmp_path, name, value):
@@ -168,32 +174,100 @@ def test_no_temporary_folder_is_done_without(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, said", [
-    ("raise RuntimeError('broken\\nhere')", "thop does not work here (RuntimeError: broken here)"),
-    ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"), ("profile = None", "TypeError"),
-    ("raise DeprecationWarning('old')", "DeprecationWarning"), ("def profile(*a, **k): return {}", "KeyError"),
-    ("x = ", "SyntaxError"), ("", "cannot import name")])
-def test_a_thop_that_does_not_work_is_done_without(monkeypatch, tmp_path, capsys, content, said):
-    (tmp_path / "thop.py").write_text(content)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "thop", raising=False)
+BROKEN = [("raise RuntimeError('broken\\nhere')", "(RuntimeError: broken here)"), ("x = ", "SyntaxError"),
+          ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"),
+          ("raise DeprecationWarning('old')", "DeprecationWarning: old")]
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Function (name, content): make `import name` find a module with this content, until the test ends."""
+    def make(name, content):
+        for module in [module for module in sys.modules if module.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        (tmp_path / f"{name}.py").write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        made.append(name)
+
+    made = []
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("content, said", [*BROKEN, ("profile = None", "TypeError"), ("", "cannot import name"),
+                                           ("def profile(*a, **k): return {}", "KeyError")])
+def test_a_thop_that_does_not_work_is_done_without(stand_in, capsys, content, said):
+    stand_in("thop", content)
     assert counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")) is None
     line, = capsys.readouterr().err.splitlines()
-    assert said in line
-    sys.modules.pop("thop", None)
+    assert "thop does not work here" in line and said in line
 
 
-@pytest.mark.parametrize("content, said", [
-    ("raise RuntimeError('broken')", "does not work here (RuntimeError: broken)"),
-    ("import no_such_part_of_it", "no_such_part_of_it")])
-def test_an_onnx_that_does_not_work_is_named(monkeypatch, tmp_path, content, said):
-    (tmp_path / "broken_onnx.py").write_text(content)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BadInput, match="pip install onnx") as raised:
-        export_onnx.needed("broken_onnx")
-    assert said in str(raised.value)
-    with pytest.raises(BadInput, match="no_such_onnx is not installed"):
-        export_onnx.needed("no_such_onnx")
+@pytest.mark.parametrize("content, said", [*BROKEN, ("tqdm = None", "TypeError"), ("", "cannot import name")])
+def test_a_tqdm_that_does_not_work_is_done_without(stand_in, capsys, monkeypatch, content, said):
+    stand_in("tqdm", content)
+    monkeypatch.delenv("TERM", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert command_line.progress_bar(total=1) is None and command_line.progress_bar(total=1) is None
+    line, = capsys.readouterr().err.splitlines()
+    assert "tqdm does not work here" in line and said in line
+
+
+@pytest.mark.parametrize("absent", ("tqdm", "thop", "matplotlib", "onnx", "onnxruntime"))
+def test_a_package_that_is_not_installed_is_done_without_or_named(monkeypatch, capsys, absent):
+    monkeypatch.setitem(sys.modules, absent, None)  # then its import raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "tools.figures", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    if absent == "thop":
+        assert counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")) is None
+    elif absent == "tqdm":
+        assert command_line.progress_bar(total=1) is None
+    else:
+        with pytest.raises(BadInput, match=f"{absent}.*pip install -r requirements.txt"):
+            command_line.needed("tools.figures" if absent == "matplotlib" else absent)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content, said", BROKEN)
+@pytest.mark.parametrize("name", ("onnx", "matplotlib"))
+def test_a_package_that_does_not_work_is_named(stand_in, monkeypatch, capsys, tmp_path, name, content, said):
+    """The report with figures needs matplotlib, and says so before it does anything."""
+    monkeypatch.delitem(sys.modules, "tools.figures", raising=False)
+    stand_in(name, content)
+    if name == "onnx":
+        with pytest.raises(BadInput) as raised:
+            command_line.needed("onnx")
+        line = str(raised.value)
+    else:
+        status, out, line = ended(report.main, ["--to", str(tmp_path / "to")], capsys)
+        assert (status, out, len(line.splitlines())) == (2, "", 1)
+    assert "does not work here" in line and said in line and "pip install" in line
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("backend", ("module://matplotlib_inline.backend_inline", "no-such-backend"))
+def test_the_backend_of_a_notebook_does_not_matter(backend):
+    """matplotlib looks at the variable once in a process: hence a new one."""
+    code = "from tools import figures; f = figures.plt.figure(); f.savefig('a.png'); print(figures.plt.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.lower() == "agg\n" and Path("a.png").stat().st_size > 100, done.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_that_are_errors(monkeypatch, capsys):
+    """As under python -W error: nothing of ours warns, and a package that warns is done without."""
+    monkeypatch.setattr(kernels, "library", lambda dtype: None)  # no compiler: it would take longer than the rest
+    data, network = ["--made-up", "40"], ["--network", f"{user_networks.__file__}:ResNet?width=4"]
+    for main, words in (
+            (training.main, ["--pretrain", *data, "--batch-size", "20", "--epochs", "1", "--no-cuda"]),
+            (quantize.main, ["--checkpoint", "runs/default/pretrain.pt", "--out", "small.pt", "--calibration", "10",
+                             "--renew", "20", *data, "--no-cuda"]),
+            (testers.main, ["--checkpoint", "small.pt", *data]),
+            (check_model_operations.main, ["--checkpoint", "small.pt"])):
+        status, out, err = ended(main, [*words, *network], capsys)
+        assert status == 0, (words, out, err)
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -242,6 +316,13 @@ def test_text_that_a_terminal_cannot_show(variables, first):
     assert (found.returncode, found.stderr, found.stdout.splitlines()[0]) == (0, b"", first)
 
 
+def test_long_work_shows_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: 4 * next(clock))
+    assert list(command_line.with_progress(["a", "b", "c", "d", "e"], "letters")) == ["a", "b", "c", "d", "e"]
+    assert capsys.readouterr().out == "letters: 2 of 5, 18 s left\n"
+
+
 def test_help_into_a_closed_pipe():
     text = ("from compressed.command_line import command_line, run_script\n"
             "run_script(lambda: command_line(100_000 * 'x').parse_args(['--help']))\n")
@@ -251,6 +332,37 @@ def test_help_into_a_closed_pipe():
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupts
+
+SLOW_TORCH = """
+import time
+print("importing", flush=True)
+for _ in range(2):
+    try:
+        time.sleep(30)
+    except BaseException:  # as some of torch's files do
+        pass
+"""
+
+
+@pytest.mark.parametrize("script", ["testers.py", "quantize.py", "check_model_operations.py", "training/main.py",
+                                    "-m tools.integer", "-m tools.report", "-m compressed.cifar100",
+                                    "-m training.teachers"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    process = subprocess.Popen([sys.executable, *script.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    name = script.split(".")[-1] + ".py" if script.startswith("-m") else Path(script).name
+    assert (process.returncode, out, err) == (130, "", f"{name}: interrupted\n")
+    assert time.monotonic() - began < 2
+
+
+def test_importing_a_script_changes_no_signal():
+    assert AFTER_IMPORTS is not command_line.end_at_once
+
 
 def interrupt_after(seconds: float) -> None:
     threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -270,7 +382,7 @@ def test_ctrl_c_ends_an_evaluation_within_two_seconds(monkeypatch, cores):
 
 def test_an_error_in_one_thread_ends_the_others_soon(monkeypatch):
     def engine(batch):
-        time.sleep(0.05)
+        time.sleep(0.01)
         if batch[0] == 299:
             raise BadInput("this one")
         return batch
@@ -280,7 +392,7 @@ def test_an_error_in_one_thread_ends_the_others_soon(monkeypatch):
     images[200] = 299
     with pytest.raises(BadInput, match="this one"):
         answers(engine, images, 1)
-    assert time.monotonic() - began < 8  # it waited for the first part, of 5 seconds
+    assert time.monotonic() - began < 4  # it waited for the first part, of one second
 
 
 def test_a_noted_ctrl_c_ends_the_process_only_behind_the_block():
@@ -373,10 +485,24 @@ def test_one_value_a_channel_has_no_variance(batch, workers, sizes, good):
         plan.Plan(settings, 10, replicas.Processes(), 1)
 
 
+@pytest.mark.parametrize("option", ("--start", "--teacher"))
+@pytest.mark.parametrize("name", ("pretrain.pt", "pretrain.average.pt", "link.pt"))
+def test_training_again_does_not_destroy_what_it_reads(capsys, option, name):
+    run = Path("run")
+    for path in (run / "pretrain.pt", run / "pretrain.average.pt"):
+        save_tensors({"x": torch.ones(2)}, path)
+    (run / "link.pt").symlink_to("pretrain.pt")
+    status, out, err = ended(training.main, ["--pretrain", "--no-resume", "--run", "run", "--made-up", "100",
+                                             "--no-cuda", option, str(run / name)], capsys)
+    assert_one_line(status, err, "which is read; give another place")
+    assert sorted(path.name for path in run.iterdir()) == ["link.pt", "pretrain.average.pt", "pretrain.pt"]
+
+
 # ------------------------------------------------------------------------------------------------------- command lines
 
 FILES = {"empty.pt": b"", "text.pt": b"hello", "zip.pt": b"PK\x05\x06" + bytes(18), "json.pt": b"{}", "a.mnet": b"MNET",
          "empty.mnet": b"", "bom.toml": b"\xef\xbb\xbfdefault = 99", "latin.toml": b"a = '\xe9'", "x.toml": b"x",
+         "deep.toml": b"a = " + b"[" * 10_000,
          "list.pt": torch.ones(2), "odd.pt": {"conv1.weight": torch.ones(2)}, "nothing.pt": {}}
 CHECKPOINTS = (*(name for name in FILES if not name.endswith(".toml")), "missing.pt", "folder", "folder/", "loop.pt",
                "pipe.pt", "/dev/null", "a\nb.pt", "caf\udce9.pt", "x" * 300, "~/x.pt")
@@ -390,7 +516,8 @@ LINES = [(script, [checkpoint if word == "F" else word for word in words])
          for script, words in ARGUMENTS for checkpoint in CHECKPOINTS]
 LINES += [(quantize, ["--checkpoint", "odd.pt", "--out", "out.pt", "--made-up", "10", *words]) for words in (
     ["--table", "x.toml"], ["--table", "latin.toml"], ["--table", "missing.toml"], ["--table", "99"],
-    ["--table", "folder"], ["--out", "out"], ["--out", "out.json"], ["--out", "odd.pt"], ["--out", "pipe.pt"],
+    ["--table", "folder"], ["--table", "deep.toml"], ["--table", "9" * 5000], ["--out", "out"],
+    ["--out", "out.json"], ["--out", "odd.pt"], ["--out", "pipe.pt"],
     ["--out", "folder/../odd.pt"])]
 LINES += [(training, ["--recipe", name]) for name in ("x.toml", "latin.toml", "missing", "folder", "bom.toml")]
 LINES += [(layers, ["--network", spec]) for spec in ("x", "x:", "empty.pt:X", "folder:X", "os:path", "x.toml:X",

@@ -15,9 +15,9 @@ from tools.integer import IntegerNetwork
 
 @pytest.fixture(scope="module")
 def pictures():
-    return torch.cat([cifar100.made_up(6, 7).images,
+    return torch.cat([cifar100.made_up(2, 7).images,
                       torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32),
-                      torch.randint(0, 256, (3, 3, 32, 32),
+                      torch.randint(0, 256, (1, 3, 32, 32),
                                     generator=torch.Generator().manual_seed(0)).to(torch.uint8)])
 
 

@@ -12,7 +12,8 @@ from compressed.graph import weight_layers
 from training import feedback, loop
 from training.feedback import Feedback
 from training.progress import zeros
-from training.reweighted_l1 import ReweightedL1, already_zero, group_norms, target_masks
+from training.masks import already_zero, group_norms, target_masks
+from training.penalties import ReweightedL1
 
 LAYERS = ["conv2", "conv3", "conv4", "conv5", "linear"]
 TRAIN = cifar100.made_up(512, 0, classes=10)

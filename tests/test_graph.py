@@ -15,6 +15,7 @@ from compressed import exact_network as exact
 from compressed.errors import BadInput
 from compressed.graph import Branch, Point, prepare, read
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
+from small import with_hardswish
 from tools import export_onnx, integer
 from tools import pack as packed
 from training import main as training
@@ -77,12 +78,21 @@ def test_modules_whose_output_one_module_reads():
     assert readers["bn1"] == "relu1" and readers["layers.0.bn1"] == "layers.0.relu1" and "layers.0.bn3" not in readers
     assert readers["layers.0.relu1"] == "layers.0.conv2" and "layers.1.out" not in readers
 
+
+def test_pairs_of_batchnorm_and_activation_in_any_network():
+    model = MobileNetV2(width=0.25)
+    pairs = graph.activated_norms(model)
+    assert len(pairs) == 36 and pairs["layers.0.bn1"] == ("layers.0.relu1", "relu") and "layers.0.bn3" not in pairs
+    assert graph.activated_norms(with_hardswish(model))["bn1"] == ("relu1", "hardswish")
+
     class Shared(Odd):
         def forward(self, x):
             y = self.bn1(self.conv1(x))
             return self.between(y) + y
 
-    assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))  # the sum reads the BatchNorm, too
+    assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))
+    assert not graph.activated_norms(Shared(nn.ReLU()))  # the sum reads the BatchNorm, too
+    assert not graph.activated_norms(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6())))
 
 
 class Odd(nn.Module):
@@ -110,7 +120,7 @@ def test_what_has_no_rule_is_named(between, said):
 def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsys):
     """Fewer blocks, other widths, another stride: from training to ONNX, by the scripts, to the same logits to the
     last bit."""
-    other = Table(((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)), 32, 1280)
+    other = Table(((1, 8, 1, 2), (3, 16, 2, 1), (6, 24, 1, 1), (4, 40, 2, 2)), 16, 64)
     monkeypatch.setattr(MobileNetV2.__init__, "__defaults__", (100, 1.3, other))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
@@ -118,7 +128,7 @@ def test_another_table_goes_through_the_whole_chain(tmp_path, monkeypatch, capsy
                          "--run run".split()) == 0
     options = ["--made-up", "100"]
     assert quantize.main(["--checkpoint", "run/masked.pt", "--out", "small.pt", "--calibration", "20", "--renew", "40",
-                          *options]) == 0
+                          "--ranges", "mse", *options]) == 0
     claim = json.loads(Path("small.json").read_text())
     assert len(claim["activations"]) == len(graph.read(MobileNetV2()).activation_points) < 55
     at = ["--checkpoint", "small.pt"]

@@ -340,10 +340,9 @@ def test_steps_that_the_logits_prefer(first, monkeypatch):
     def steps():
         return {name: model.get_submodule(name).step for name in before}
 
-    worst, done = divergence(), []
-    step_search.choose_steps(model, images, reference, lambda *progress: done.append(progress))
+    worst = divergence()
+    step_search.choose_steps(model, images, reference)
     chosen, least = steps(), divergence()
-    assert done == [(i + 1, 54) for i in range(54)]
     for name, step in before.items():
         model.get_submodule(name).step = step
     for name in list(before)[1:]:

@@ -24,9 +24,9 @@ from compressed.files import load_json, save_record, save_tensors
 from compressed.graph import weight_layers
 from training import loop, plan, progress
 from training.loop import Processes, Settings
-from training.magnitude import GradualMagnitude
 from training.plan import learning_rate
-from training.reweighted_l1 import Masks, ReweightedL1, target_masks
+from training.masks import Masks, target_masks
+from training.penalties import ReweightedL1, make
 
 
 class Tiny(nn.Module):
@@ -62,11 +62,8 @@ def stage(folder, variant="sgd", test=TEST, model=None, **kwargs):
     """(result, the model that was trained) of a stage that is made anew, as a new process would."""
     optimizer, form, masked, average = VARIANTS[variant]
     model = model or Tiny()
-    strength = {"target": 0.5} if form == "proximal" else {"lam": 1e-3}
-    if form == "magnitude":
-        penalty = GradualMagnitude(model, LAYERS[1:], 0.5)
-    else:
-        penalty = form and ReweightedL1(model, LAYERS[1:], form=form, **strength)
+    strength = {"lam": 1e-3} if form == "loss" else {"target": 0.5}
+    penalty = form and make(form, model, LAYERS[1:], **strength)
     masks = Masks(model, target_masks(model, LAYERS, 0.4)) if masked else None
     settings = kwargs.pop("settings", dataclasses.replace(SETTINGS, optimizer=optimizer, average=average))
     teachers = [Tiny(1).eval(), Tiny(2).eval()] if variant == "taught" else []
@@ -196,7 +193,7 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     model, teacher = Tiny(), Tiny(seed=1).eval()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     lam = 0.05
-    penalty = form and ReweightedL1(model, ["conv1", "linear"], form=form, lam=lam, eps=0.1)
+    penalty = form and make(form, model, ["conv1", "linear"], lam=lam, eps=0.1)
     order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
 
     reference = Tiny().train()
@@ -444,8 +441,8 @@ def test_progress_where_there_is_no_terminal(tmp_path, capsys):
 def test_the_time_left_is_that_of_the_whole_run(tmp_path, capsys, monkeypatch):
     """Once early, after some steps; and with the stages that follow, in proportion to their images' pixels."""
     monkeypatch.setattr(progress, "FIRST", 4)
-    clock = itertools.count()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a second between two looks
+    clock = itertools.count(0, 0.1)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a tenth of a second between two looks
     stage(tmp_path, later=9 * 32**2 * SETTINGS.batch_size, show_seconds=100)
     line, = (line for line in capsys.readouterr().out.splitlines() if "images/s" in line)
     rate, = re.findall(r"([\d.]+) images/s", line)
@@ -671,6 +668,35 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
         stage(tmp_path / "late", start_epoch=3)
 
 
+@pytest.mark.parametrize("limit, step", ((4, 2), (30, 4), (1e9, None)))
+def test_a_stage_ends_within_its_time(tmp_path, monkeypatch, limit, step):
+    """The time for BatchNorm statistics and evaluation at the end is left: estimated first, and measured later.
+
+    A step of 16 images takes 1 s, so 40 + 30 images at half of its pace 2.2 s; in fact they take 10 + 5 s.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def slow(function, seconds):
+        def slower(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+        return slower
+    for where, name, seconds in ((loop.Stage, "learn", 1), (loop, "renew_statistics", 10), (loop, "evaluate", 5)):
+        monkeypatch.setattr(where, name, slow(getattr(where, name), seconds))
+    finished = stage(tmp_path, max_seconds=limit)[0] is not None
+    assert finished == (step is None) and (finished or state_of(tmp_path)["progress"]["step"] == step)
+    assert clock[0] <= limit + (10 if step == 2 else 0)  # what the first estimate does not know
+
+
+def test_a_stop_at_an_epochs_end_evaluates_once(tmp_path, monkeypatch):
+    renewed, renew = [], loop.renew_statistics
+    monkeypatch.setattr(loop, "renew_statistics", lambda *args: renewed.append(0) or renew(*args))
+    for _ in range(3):  # three steps are an epoch
+        assert stage(tmp_path, max_seconds=0)[0] is None
+    assert len(renewed) == 3 and len(log(tmp_path)) == 1
+
+
 def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     """They decide the result too, though they are no Settings."""
     def changed(word, **kwargs):
@@ -683,9 +709,10 @@ def test_another_penalty_or_mask_or_teacher_or_set_does_not_resume(tmp_path):
     loop.train("stage", model, TRAIN, TEST, SETTINGS, tmp_path, max_seconds=0, **same)
     model = Tiny()
     same["masks"] = Masks(model, target_masks(Tiny(), LAYERS, 0.3))
-    for penalty in (dict(target=0.6), dict(lam=1e-3), dict(target=0.5, eps=0.1), dict(lam=1e-3, form="loss"),
+    for penalty in (dict(target=0.6), dict(lam=1e-3), dict(target=0.5, eps=0.1),
                     dict(target=0.5, kind="filter")):
         changed("penalty", penalty=ReweightedL1(model, LAYERS, **penalty))
+    changed("penalty", penalty=make("loss", model, LAYERS, lam=1e-3))
     changed("penalty", penalty=ReweightedL1(model, LAYERS[:2], target=0.5))
     changed("penalty", penalty=None)
     changed("penalty", penalty=ReweightedL1(model, LAYERS, target=0.5), penalty_updates=4)

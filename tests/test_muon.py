@@ -7,8 +7,8 @@ from torch import nn
 
 from compressed.graph import weight_layers
 from mobilenet_v2 import MobileNetV2
-from training.muon import Muon, mixes_channels, orthogonal
-from training.reweighted_l1 import Masks, target_masks
+from training.masks import Masks, target_masks
+from training.muon import ITERATIONS, MOMENTUM, A, B, C, Muon, mixes_channels, orthogonal
 
 
 def network() -> nn.Sequential:
@@ -31,7 +31,7 @@ def with_gradients(model: nn.Module, seed: int = 1) -> nn.Module:
 def test_singular_values_come_near_one(shape, dtype, scale):
     torch.manual_seed(0)
     matrix = scale * torch.randn(shape)
-    found = orthogonal(matrix, dtype)
+    found, = orthogonal(matrix[None], dtype)
     assert found.shape == matrix.shape and found.dtype == torch.float32
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     inside = left.t() @ found @ right.t()  # diagonal: the singular vectors stay
@@ -53,9 +53,48 @@ def test_a_step_has_its_length_and_keeps_the_norm():
         assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
         assert ((new - old).norm() / old.norm()).item() == pytest.approx(0.025, rel=0.01)
         # the first momentum is along the gradient
-        direction = orthogonal(gradient.flatten(1)).flatten()
+        direction = orthogonal(gradient.flatten(1)[None]).flatten()
         direction -= old.flatten() * (direction @ old.flatten()) / old.norm() ** 2
         assert torch.cosine_similarity((old - new).flatten(), direction, 0) > 0.99
+
+
+def turned(weight, gradient, momentum, kept, length: float):
+    """(weight, momentum) after a step, one matrix at a time and in float64: the formulas of the module's docstring."""
+    gradient = gradient * kept
+    momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+    x = (MOMENTUM * momentum + (1 - MOMENTUM) * gradient).flatten(1)
+    x = x / x.norm()
+    x = x.t() if len(x) > x.shape[1] else x
+    for _ in range(ITERATIONS):
+        gram = x @ x.t()
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    step = (x if len(x) == len(weight) else x.t()).reshape(weight.shape) * kept
+    step = step - weight * (step * weight).sum() / weight.norm()**2
+    new = weight - step * length * weight.norm() / step.norm()
+    return new * weight.norm() / new.norm(), momentum
+
+
+def test_weights_of_one_shape_are_turned_as_if_alone():
+    """Masked and unmasked ones, tall and wide ones, channels-last ones, and one without a gradient in a step."""
+    torch.manual_seed(0)
+    shapes = [(8, 6, 1, 1)] * 3 + [(6, 8, 1, 1)] * 2 + [(4, 3, 3, 3)] * 2 + [(5, 5, 1, 1)]
+    weights = [nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes]
+    kept = {weight: (torch.rand_like(weight) < 0.5).float() for weight in weights[1:5]}
+    for weight, mask in kept.items():
+        weight.data *= mask
+    optimizer = Muon(weights, 0.1, 0.03, 0.0, kept)
+    assert sorted(map(len, optimizer.groups)) == [1, 1, 2, 2, 2]
+    known = [(weight.detach().double(), torch.zeros(weight.shape, dtype=torch.float64)) for weight in weights]
+    for step in range(3):
+        for k, weight in enumerate(weights):
+            if (step, k) != (1, 2):
+                weight.grad = torch.randn_like(weight)
+                known[k] = turned(known[k][0], weight.grad.double(), known[k][1],
+                                  kept.get(weight, torch.ones(())).double(), 0.03)
+        optimizer.step()
+        for weight, (wanted, momentum) in zip(weights, known):
+            assert (weight - wanted).norm() < 1e-5 * wanted.norm()
+            assert (optimizer.state[weight]["momentum_buffer"] - momentum).norm() <= 1e-5 * momentum.norm()
 
 
 def test_the_rest_is_nesterov_sgd():

@@ -6,17 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import testers
-from compressed import cifar100, counting, threads
+from compressed import counting, threads
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, sha256, stage_logs
+from compressed.files import load_json, load_lines, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
 from tools import report
+from training.runs import stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md", "training/METHOD.md")}
@@ -25,7 +28,8 @@ shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), 
 
 
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-               for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py"))
+               for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py")
+               if path.name != "__init__.py")
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
 TOOL_LIBRARIES = {"tools.agreement", "tools.figures"}  # without a command line; only tools may import them
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
@@ -266,7 +270,7 @@ def test_the_board_takes_in_a_second_network(tmp_path, monkeypatch):
     measured = report.measure(ROOT / "cifar100_mobilenetv2.pt", ROOT / "record")
     small = measured.networks[1]
     assert [network.folder for network in measured.networks] == ["", "small"]
-    assert small.description() == ("MobileNetV2, 3,944,032 weights, 81% sparse, 6/8-bit weights, 8-bit activations")
+    assert small.description() == "MobileNetV2 x1.3, 3,944,032 weights, 81% sparse, 6/8-bit weights, 8-bit activations"
     for found in small.claim["counts"]["score"].values():
         found["score"] /= 4
     rows = report.board(measured).splitlines()[2:]
@@ -363,12 +367,47 @@ def test_figures_quoted_in_the_readme():
     assert f"{dense['bits'] / 32e6:.3f}M" in ACCOUNT and f"{half['bits'] / 32e6:.3f}M" in ACCOUNT
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The folder of an installed package: what pip finds in a wheel, built from a copy, for it leaves files behind."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, wheels, installed = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "installed"))
+    shutil.copytree(ROOT / "compressed", source / "compressed", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mobilenet_v2.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(wheels)], cwd=source, check=True, capture_output=True)
+    wheel, = wheels.iterdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    return installed
+
+
+def test_the_package_has_all_that_the_libraries_need(package):
+    assert {path.name for path in package.iterdir() if path.suffix != ".dist-info"} == {"compressed", "mobilenet_v2.py"}
+    for folder in (ROOT / "compressed", package / "compressed"):
+        assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == {
+            path.name for path in (ROOT / "compressed").iterdir() if path.suffix in (".py", ".c", ".csv")}
+
+
 @shipped
-def test_the_readmes_python_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1].replace('"cifar', f'"{ROOT}/cifar')
-    scope = {"images": cifar100.made_up(2, 0).images}
-    exec(code, scope)
-    assert scope["logits"].shape == (2, 100)
+def test_the_readmes_python_runs_anywhere(package, tmp_path):
+    """In a folder with files of our modules' names, with the installed package."""
+    for name in ("files", "graph", "errors", "networks", "mobilenet_v2", "training", "tools"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')")
+    for suffix in (".pt", ".json"):
+        (tmp_path / f"cifar100_mobilenetv2{suffix}").symlink_to(ROOT / f"cifar100_mobilenetv2{suffix}")
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    (tmp_path / "example.py").write_text(f"import torch\nimages = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)\n{code}"
+                                         "print(tuple(logits.shape), checkpoints.__file__)\n")
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(package), "CC": "false"})
+    assert done.stdout == f"(2, 100) {package / 'compressed' / 'checkpoints.py'}\n", done.stderr
+
+
+def test_the_package_requires_what_requirements_txt_does():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    assert sorted(stated) == sorted((ROOT / "requirements.txt").read_text().splitlines())
 
 
 def test_the_first_page_is_short():

@@ -19,7 +19,8 @@ from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 from training import main as training
-from training.reweighted_l1 import group_norms, prune_ratios
+from training import sparsity
+from training.masks import group_norms, prune_ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "main.py"
@@ -87,7 +88,7 @@ def test_the_first_documented_command_means_what_it_meant():
     tricks = settings.mixing, settings.smoothing, settings.warmup_epochs, settings.schedule
     assert tricks == ("none", 0.0, 0, "constant")
     model = MobileNetV2(width=0.5)
-    penalty = training.make_penalty(args, model)
+    penalty = sparsity.make_penalty(args, model)
     assert (penalty.kind, penalty.form, penalty.lam, penalty.target) == ("irregular", "loss", 1e-6, None)
     assert penalty.eps == 1e-3
     assert args.rew and not args.pretrain and not args.masked_retrain
@@ -107,7 +108,7 @@ def test_the_second_documented_command_means_what_it_meant():
         for _, module in weight_layers(model):
             module.weight.view(-1)[0] = 0.99e-4
             module.weight.view(-1)[1] = -1.01e-4
-    training.make_masks(args, model)
+    sparsity.make_masks(args, model)
     for name, module in weight_layers(model):
         pruned = name in prune_ratios("config_mobile_v2_0.7", model)
         assert (module.weight.view(-1)[0] == 0) == pruned == (name not in ("conv1", "linear"))
@@ -133,19 +134,31 @@ def test_defaults_of_the_stages():
         assert settings.mixing == "both" and settings.average is None and not settings.compile
         muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
-    penalty = training.make_penalty(args, MobileNetV2(width=0.5))
+    penalty = sparsity.make_penalty(args, MobileNetV2(width=0.5))
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 
 
 def test_magnitude_takes_the_penaltys_place():
     args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
-    pruning = training.make_penalty(args, MobileNetV2(width=0.5))
+    pruning = sparsity.make_penalty(args, MobileNetV2(width=0.5))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
     assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
     assert training.parse("--penalty magnitude --updates 9".split()).updates == 9
     for wrong in ("--lambda 1", "--sparsity-type filter"):
         with pytest.raises(SystemExit):
             training.parse(["--penalty", "magnitude", *wrong.split()])
+
+
+def test_the_penalty_of_the_page_is_led_to_its_target(narrow):
+    """The example in training/README.md, by a command like the one there."""
+    page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    command = re.search(r"main.py (--rew --penalty \S+ --target-sparsity \S+)", page)[1].replace('"', "")
+    assert run(f"{QUICK} {command} --epochs 30 --sizes 8:0.95,32 --refresh 0 --eval-every 0") == 0
+    line = lines("run/rew.jsonl")[-1]
+    assert line["zeros_path"] == pytest.approx(0.8) and line["zeros_share"] == pytest.approx(0.8, abs=0.03)
+    with pytest.raises(BadInput, match=r"trained with other options \(penalty lp.py:Lp.p=0.5 -> lp.py:Lp.p=1"):
+        run(f"{QUICK} {command.replace('p=0.5', 'p=1')} --epochs 30 --sizes 8:0.95,32 --refresh 0")
 
 
 def test_the_help_names_the_mended_defects(capsys):
@@ -220,6 +233,54 @@ def test_no_resume_starts_a_stage_again(narrow, capsys):
     assert_same(Path("again.pt"), Path("first.pt"))
 
 
+def test_no_option_is_dropped_without_a_word(narrow, capsys):
+    """What has no effect is named, and a finished run with other options is refused rather than passed by."""
+    assert run(QUICK + " --rew --turn 0.1 --threshold 0.5 --teaching mean --mixing cutmix --alpha 2") == 0
+    out = capsys.readouterr().out
+    for option in ("turn without --optimizer muon", "teaching without --teacher", "alpha without mixup",
+                   "threshold on this stage"):
+        assert f"rew: --{option} has no effect\n" in out
+    assert "--lr" not in out
+    assert run(QUICK + " --pretrain --lambda 1 --eps 0.1 --mixing none --clean 0.5") == 0
+    out = capsys.readouterr().out
+    assert all(f"pretrain: --{option} has no effect\n" in out
+               for option in ("lambda on this stage", "eps on this stage", "clean without mixing"))
+    assert run(QUICK) == 0
+    assert re.search(r"rew: run/rew.pt exists, trained with other options \(.*mixing cutmix -> both",
+                     capsys.readouterr().out)
+    assert run(QUICK) == 0  # nothing is left to do, and no option says otherwise
+    with pytest.raises(BadInput, match="trained with other options .seed 0 -> 1.*--no-resume"):
+        run(QUICK + " --seed 1")
+    with pytest.raises(BadInput, match="trained with other options .*made_up 32 -> 34"):
+        run(QUICK.replace("32", "34", 1))
+    capsys.readouterr()
+    assert run(QUICK + " --start run/masked.pt") == 0
+    assert "pretrain.pt exists; --start has no effect on it" in capsys.readouterr().out
+    assert run(QUICK + " --no-resume --max-minutes 0") == 0
+    assert "the same command without --no-resume resumes it" in capsys.readouterr().out
+    assert not any(Path(f"run/{stage}.pt").exists() for stage in training.STAGES)
+    Path("run/pretrain.average.pt").rename("average.pt")
+    assert run(QUICK + " --start average.pt") == 0
+    assert "the weights are those of run/pretrain.state, and --start has no effect" in capsys.readouterr().out
+
+
+def test_a_state_that_does_not_name_its_images_knows_them_by_its_options(narrow):
+    """As states of older versions: as many other images are refused, the same ones are accepted, and named from now on.
+    """
+    assert run(QUICK + " --pretrain --max-minutes 0") == 0
+    path = Path("run/pretrain.state/state.json")
+    record = json.loads(path.read_text())
+    assert re.fullmatch("[0-9a-f]{16}", record["settings"].pop("data"))
+    files.save_record(record, path)
+    options = files.load_json("run/pretrain.options.json")
+    files.save_record(options | {"options": options["options"] | {"made_up": None, "holdout": True}},
+                      "run/pretrain.options.json")
+    with pytest.raises(BadInput, match="holds a run on other images"):
+        run(QUICK + " --pretrain")
+    files.save_record(options, "run/pretrain.options.json")
+    assert run(QUICK + " --pretrain") == 0
+
+
 def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
     """What the masked stage is not given is as the run's reweighted stage had it, and a line says so."""
     Path("some.toml").write_text('[prune_ratios]\n"layers.5.conv1" = 0.5\nconv2 = 0.5\n')
@@ -268,7 +329,7 @@ def test_what_the_mask_takes_over(narrow, capsys, rew, masked, said):
     args = training.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
     model = MobileNetV2(width=0.5)
-    training.make_masks(training.sparsity_of_run(args, print), model, print)
+    sparsity.make_masks(sparsity.of_run(args, print), model, print)
     out = capsys.readouterr().out
     assert said in out and "; 0.00% of them were zero already" in out
     assert ("as given, though run/rew.options.json has" in out) == (masked not in ("", "--target-sparsity 0.3"))
@@ -471,6 +532,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
     ("--rew --masked-retrain", "one stage"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
     ("--mixup --mixing both", "exclude"), ("--rew --sparsity-type threshold", "threshold"),
     ("--sparsity-type threshold", "threshold"), ("--sparsity-type rows", "rows"), ("--optmzr lion", "lion"),
+    ("--start-epoch 2", "give --start"), ("--rew --penalty magnitude --eps 0.1", "magnitude has no --eps"),
     ("--lr-scheduler step", "step"), ("--distill 1.5", "--distill"), ("--nonsense", "--nonsense")))
 def test_impossible_options_are_refused_at_once(options, said, capsys):
     with pytest.raises(SystemExit) as error:
@@ -510,7 +572,9 @@ def no_layer(model):
     (one_stage, "--rew --config-file nowhere", "nowhere"), (no_layer, "--rew --config-file zero.toml", "zero.toml"),
     (no_layer, "--masked-retrain --start run/pretrain.pt --config-file zero.toml", "zero.toml"),
     (empty, "--pretrain --lr 100 --weight-decay 1 --no-warmup --epochs 20", "--lr"),
-    (empty, "--data nowhere", "nowhere"),
+    (empty, "--data nowhere", "nowhere"), (one_stage, "--rew --penalty l1", "known are loss, proximal, magnitude"),
+    (one_stage, "--rew --penalty nowhere.py:Mine", "there is no file nowhere.py"),
+    (one_stage, "--rew --penalty loss --target-sparsity 0.5", "cannot be led to a target sparsity"),
     # of later stages, before the first one begins
     (empty, "--sparsity-type filter", "--config-file"), (empty, "--config-file nowhere", "nowhere"),
     (empty, "--schedule constant --cooldown 150 --epochs 120", "--cooldown 150")))

@@ -144,3 +144,27 @@ class Dense(nn.Module):
         out = F.avg_pool2d(self.transition(F.relu(self.bn3(out))), 2)
         out = F.avg_pool2d(F.relu(self.bn4(out)), 8)
         return self.linear(out.view(out.size(0), -1))
+
+
+class Shuffled(nn.Module):
+    """A ShuffleNet unit: half of the channels passes by, both halves are shuffled; SiLU and GELU; an excitation that is
+    expanded; what is split in three, and one of them not read."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)
+        self.branch = nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.GELU(),
+                                    nn.Conv2d(6, 6, 3, 1, 1, groups=6, bias=False), nn.BatchNorm2d(6), nn.SiLU(True))
+        self.excite, self.conv2, self.bn2 = nn.Conv2d(12, 12, 1), nn.Conv2d(16, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = F.silu(self.bn1(self.conv1(x)))
+        x1, x2 = x.chunk(2, dim=1)
+        x = torch.cat((x1, self.branch(x2)), 1)
+        n, channels, height, width = x.size()
+        x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(n, -1, height, width)
+        x = x * torch.sigmoid(self.excite(F.adaptive_avg_pool2d(x, 1))).expand_as(x)
+        first, _, last = torch.split(x, [4, 4, 4], 1)
+        x = self.bn2(self.conv2(torch.cat([first, first, last, F.gelu(last)], 1)))
+        return self.linear(F.silu(x).mean((2, 3)))

@@ -32,7 +32,6 @@ any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which sa
 for exact kernels.
 """
 import functools
-import importlib
 import json
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from torch import nn
 
 from compressed import checkpoints, cifar100, claims, threads
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import run_script, some_path
+from compressed.command_line import needed, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import RELU6, exact_network, folded, table
@@ -58,17 +57,6 @@ from tools.agreement import agreement, describe, option_parser
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine
 BATCH = 32
 NOTICED = 0.999  # share of the predictions that must agree
-
-
-def needed(name: str):
-    """Import and return the module onnx or onnxruntime. Raises BadInput if it is missing or broken."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # an unfit version of numpy or protobuf may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise BadInput(f"{name} is not installed: pip install onnx onnxruntime") from error
-        raise BadInput(f"{name} does not work here ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
-                       "pip install onnx onnxruntime") from error
 
 
 # ---- The ONNX graph ------------------------------------------------------------------------------
@@ -192,9 +180,17 @@ class Floats(Graph):
         return self.node("Relu", point.name, x) if point.activation == "relu" else x
 
     def function(self, point: Point, values: dict[str, str]) -> str:
+        function, x = point.branches[0].function, values[point.branches[0].source]
+        if function == "silu":
+            return self.node("Mul", point.name, x, self.node("Sigmoid", f"{point.name}.sigmoid", x))
+        if function == "gelu":  # x (1 + erf(x / sqrt 2)) / 2: opset 17 has no operator of that name
+            root, half = (self.constant(f"{point.name}.{i}", 0.5**i, np.float32) for i in (0.5, 1))
+            erf = self.node("Erf", f"{point.name}.erf", self.node("Mul", f"{point.name}.scaled", x, root))
+            halves = self.node("Mul", f"{point.name}.half", x, half)
+            return self.node("Add", point.name, halves, self.node("Mul", f"{point.name}.product", halves, erf))
         operator, *alpha = {"hardswish": ["HardSwish"], "hardsigmoid": ["HardSigmoid", 1 / 6],
-                            "sigmoid": ["Sigmoid"]}[point.branches[0].function]
-        return self.node(operator, point.name, values[point.branches[0].source], **dict(zip(["alpha"], alpha)))
+                            "sigmoid": ["Sigmoid"]}[function]
+        return self.node(operator, point.name, x, **dict(zip(["alpha"], alpha)))
 
 
 class Codes(Graph):

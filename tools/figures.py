@@ -5,9 +5,9 @@ cost_figure       where storage and operations go
 training_figure   loss and accuracy by epoch, stage after stage
 board_figure      accuracy against score, ours and the challenge's entries
 """
-import matplotlib
+from compressed import environment
 
-matplotlib.use("Agg")
+environment.draw_into_files()
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import nn
 
 from compressed import checkpoints, claims, counting, networks, shipping
-from compressed.command_line import command_line, run_script, some_path
+from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_text, stage_logs
+from compressed.files import load_json, load_lines, save_text
 from compressed.graph import trace, weight_layers
 from compressed.mnet import stated_formats
-from tools import figures
+from training.runs import stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -80,7 +80,9 @@ class Shipped:
         return [entry["bits"] for entry in self.claim["tensors"] if entry["name"] in layers]
 
     def description(self) -> str:
-        name = self.claim.get("network", {}).get("spec", networks.DEFAULT).partition(":")[2]
+        spec = self.claim.get("network", {}).get("spec", networks.DEFAULT)
+        width = networks.width(spec)  # None for another network than the submission's
+        name = spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
         weights = self.claim["counts"]["weights"]["all"]
         bits = ["/".join(map(str, sorted(set(each)))) for each in (
             self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
@@ -296,7 +298,7 @@ def executed(m: Measured) -> str:
     for engine, found, identical, command in (
             ("integers", m.claim["integer"], "identical", "`python -m tools.integer --record`"),
             ("onnxruntime, 8-bit", m.claim["onnx"], "same_logits", "`python -m tools.export_onnx --record`")):
-        rows.append((engine, found["images"], *(f"{found[key]:,}" for key in ("correct", "agree", identical)), command))
+        rows.append((engine, *(f"{found[key]:,}" for key in ("images", "correct", "agree", identical)), command))
     return table(("executed by", "images", "correct", "same prediction as `testers.py`",
                   "same logits to the last bit", "command"), rows)
 
@@ -421,8 +423,9 @@ def filled_pages(folder: Path, contents: dict[str, str]) -> dict[str, tuple[str,
     return {page: (text, fill(text, contents)) for page, text in pages.items()}
 
 
-def made_figures(measured: Measured, logs: list[Path]) -> dict[str, figures.Figure]:
+def made_figures(measured: Measured, logs: list[Path]) -> dict:
     """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
+    figures = needed("tools.figures")
     claim, ours = measured.claim, measured.networks
     entries = {entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items()
                                              for value in values]) for entry in BOARD}
@@ -460,6 +463,8 @@ def main(argv=None) -> int:
                         help="folder to write the pages and figures/ to (that of --pages)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
+    if not args.check:
+        needed("tools.figures")  # before any work: matplotlib may be missing
     measured, to = measure(args.checkpoint, args.logs), args.to or args.pages
     pages = filled_pages(args.pages, tables(measured))
     if args.check:

@@ -21,6 +21,7 @@ from compressed import cifar100, claims, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from compressed.errors import BadInput
+from training.runs import stage_logs
 
 ROOT = shipping.ROOT
 
@@ -70,7 +71,7 @@ def build(args, words: list[str], new: Path) -> None:
     run_all(("-m", "tools.pack", *checkpoint),
             ("-m", "tools.integer", "--record", *checkpoint, *data),
             ("-m", "tools.export_onnx", "--record", *checkpoint, *data))
-    shipping.copy_record(args.run, claim, new / "record")
+    shipping.copy_record(args.run, stage_logs(args.run), claim, new / "record")
     run_all(("-m", "tools.verify", *checkpoint, *data))
 
 

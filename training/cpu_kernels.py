@@ -10,16 +10,19 @@ import contextlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressed import kernels
 from compressed.errors import BadInput
 from compressed.formats import code_range
-from compressed.graph import sole_readers
+from compressed.graph import activated_norms, sole_readers
 from training.learned_steps import LearnedConv2d, LearnedQuantizer, power_of_two
 
-# classes of the modules behind a BatchNorm that are computed with it: the functions of kernels.c, in its order
-FUNCTIONS = (), (nn.ReLU,), (nn.Hardswish,), (LearnedQuantizer,), (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)
+ACTIVATIONS = "none", "relu", "hardswish"
+FUNCTIONS = *ACTIVATIONS, "rounded", "rounded_hardswish"  # in the order of kernels.c
+# modules behind a BatchNorm that are computed with it in fine-tuning
+ROUNDED = {"rounded": (LearnedQuantizer,), "rounded_hardswish": (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)}
 MOST_CHANNELS = 4096  # of a BatchNorm, whose sums are kept on the stack
 LEAST_CHANNELS = 16  # of a depthwise convolution, which computes so many channels at a time
 LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which is kept on the stack for some channels
@@ -60,31 +63,37 @@ class Normalise(torch.autograd.Function):
         return dx, *others, *steps, None, None, None
 
 
-def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, behind) -> tuple:
-    """Return Normalise's result; behind: the modules behind the BatchNorm, with the classes that they had."""
-    function = FUNCTIONS.index(tuple(own for _, own in behind))
-    rounding = [module for module, own in behind if own is LearnedQuantizer]
+def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, function: str, rounding=()) -> tuple:
+    """Return Normalise's result. function: one of FUNCTIONS. rounding: the LearnedQuantizers that it includes."""
     steps = [power_of_two(module.log_step) for module in rounding] + [None, None]
     ranges = [code_range(module.bits, module.signed) for module in rounding] + [(0, 0), (0, 0)]
-    return Normalise.apply(x, weight, bias, *steps[:2], mean, var, (eps, function, ranges[:2], frozen))
+    options = eps, FUNCTIONS.index(function), ranges[:2], frozen
+    return Normalise.apply(x, weight, bias, *steps[:2], mean, var, options)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Compute BatchNorm2d and the modules behind it, one of FUNCTIONS, on a CPU.
+    """Compute BatchNorm2d and the function behind it, on a CPU.
 
-    behind: [(module, the class that it had)]; a list, so that they are not registered twice.
+    activation: one of FUNCTIONS. behind: the modules that it stands for if it rounds, as [(module, the class it had)].
     """
-    behind = ()
+    activation, behind = "none", ()
+
+    def pytorchs(self, x):
+        """Return the same, computed by PyTorch."""
+        y = super().forward(x)
+        if self.activation in ("relu", "hardswish"):
+            return getattr(F, self.activation)(y, inplace=True)
+        for module, own in self.behind:
+            y = own.forward(module, y)
+        return y
 
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
         if self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
-            y = super().forward(x)
-            for module, own in self.behind:
-                y = own.forward(module, y)
-            return y
+            return self.pytorchs(x)
+        rounding = [module for module, own in self.behind if own is LearnedQuantizer]
         y, mean, var = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
-                                 not self.training, self.behind)
+                                 not self.training, self.activation, rounding)
         rows = x.numel() // x.shape[1]
         if self.training:
             with torch.no_grad():
@@ -102,7 +111,7 @@ class Rounding(LearnedQuantizer):
         if x.dim() != 4 or x.shape[1] > MOST_CHANNELS or kernels.library(x.dtype) is None:
             return super().forward(x)
         ones, zeros = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-        return normalise(x, ones, zeros, zeros, ones, 0.0, True, [(self, LearnedQuantizer)])[0]
+        return normalise(x, ones, zeros, zeros, ones, 0.0, True, "rounded", [self])[0]
 
 
 # ---- Depthwise convolution -----------------------------------------------------------------------
@@ -159,52 +168,76 @@ class Depthwise(nn.Conv2d):
 
 # ---- Their use -----------------------------------------------------------------------------------
 
+def normalisations(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module | None]]:
+    """Return {BatchNorm2d: (one of ACTIVATIONS, its module)} of a model, ("none", None) where none follows.
+
+    An activation counts if, by the network's graph, nothing else reads the value between the two.
+    """
+    norms = {module: ("none", None) for module in model.modules() if type(module) is nn.BatchNorm2d}
+    with contextlib.suppress(BadInput):  # if the graph cannot be read, the activations stay separate
+        for norm, (activation, kind) in activated_norms(model).items():
+            norms[model.get_submodule(norm)] = kind, model.get_submodule(activation)
+    return norms
+
+
+@contextlib.contextmanager
+def exchanged(classes: dict[nn.Module, type]):
+    """Give modules these classes within the block. Their weights and state-dict keys stay the same."""
+    before = {module: type(module) for module in classes}
+    for module, other in classes.items():
+        module.__class__ = other
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            module.__class__ = own
+
+
+def with_activations(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
+    """Return {module: new class}: norms (see `normalisations`) become of this kind, their activations nn.Identity."""
+    return {norm: type(kind.__name__, (kind,), {"activation": activation, **attributes})
+            for norm, (activation, _) in norms.items()} | {
+        separate: nn.Identity for _, separate in norms.values() if separate is not None}
+
+
 def can_round(module: nn.Module) -> bool:
     """Return True for a LearnedQuantizer that kernels.c can compute: one without an upper clip of its own."""
     return type(module) is LearnedQuantizer and module.most == math.inf
 
 
-def followers(model: nn.Module, norm: str, readers: dict[str, str]) -> list[nn.Module]:
-    """Return the modules behind a BatchNorm that are computed with it: the longest chain that is one of FUNCTIONS.
+def roundings(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
+    """Return {BatchNorm2d: (a key of ROUNDED, the modules behind it)} of those whose output has a trained step.
 
-    readers: see graph.sole_readers.
+    By the network's graph, nothing else reads the values between the modules.
     """
-    found, chain = [], []
-    while (norm := readers.get(norm)) is not None and len(chain) < len(FUNCTIONS[-1]):
-        chain.append(model.get_submodule(norm))
-        if isinstance(chain[-1], LearnedQuantizer) and not can_round(chain[-1]):
-            break
-        if tuple(map(type, chain)) in FUNCTIONS:
-            found = list(chain)
+    found, readers = {}, {}
+    with contextlib.suppress(BadInput):  # if the graph cannot be read, the modules stay separate
+        readers = sole_readers(model)
+    for name, module in model.named_modules():
+        chain = []
+        while type(module) is nn.BatchNorm2d and (name := readers.get(name)) is not None and len(chain) < 3:
+            chain.append(model.get_submodule(name))
+            if isinstance(chain[-1], LearnedQuantizer) and not can_round(chain[-1]):
+                break
+            found |= {module: (kind, list(chain)) for kind, classes in ROUNDED.items()
+                      if classes == tuple(map(type, chain))}
     return found
 
 
-@contextlib.contextmanager
 def fast_on_a_cpu(model: nn.Module):
     """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
 
-    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm. The latter includes the activation
-    behind it and the rounding to trained steps if, by the network's graph, nothing else reads the values between them;
-    other roundings become Rounding. Weights and state-dict keys stay the same, and results differ by rounding only.
+    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm, which includes the ReLU or hard
+    swish that follows, or its rounding to trained steps; other such roundings become Rounding. Results differ by
+    rounding only.
     """
-    changed = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
+    classes = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
-    changed |= {module: Rounding for module in model.modules() if can_round(module)}
-    norms, readers = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d
-                      and module.affine and module.track_running_stats}, {}
-    with contextlib.suppress(BadInput):  # if the graph cannot be read, every module stays separate
-        readers = sole_readers(model)
-    for name, module in norms.items():
-        module.behind = [(each, type(each)) for each in followers(model, name, readers)]
-        changed[module] = BatchNorm
-        changed |= {each: nn.Identity for each, _ in module.behind}
-    before = [(module, type(module)) for module in changed]
-    for module, other in changed.items():
-        module.__class__ = other
-    try:
-        yield
-    finally:
-        for module, own in before:
-            module.__class__ = own
-        for module in norms.values():
-            del module.behind
+    classes |= {module: Rounding for module in model.modules() if can_round(module)}
+    norms = {norm: kind for norm, kind in normalisations(model).items() if norm.affine and norm.track_running_stats}
+    classes |= with_activations(norms, BatchNorm)
+    for norm, (function, behind) in roundings(model).items():
+        classes[norm] = type("BatchNorm", (BatchNorm,), {"activation": function,
+                                                         "behind": [(each, type(each)) for each in behind]})
+        classes |= dict.fromkeys(behind, nn.Identity)
+    return exchanged(classes)

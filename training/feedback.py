@@ -85,15 +85,6 @@ class Feedback:
         vars(self).update(state)
 
 
-def first_lambda(q: float, eps: float, lr_to_come: float) -> float:
-    """Return the lambda at which weights up to the size q are zero when FIRST is spent, if the loss does not oppose it.
-
-    lr_to_come: sum of the learning rates of the stage.
-    """
-    q = max(q, eps)  # lambda must not be 0 if the wanted zeros exist already: feedback multiplies it
-    return q * (q + eps) / (FIRST * lr_to_come)
-
-
 def quantile(values: Tensor, share: float) -> float:
     """Return the value that this share of `values` does not exceed."""
     return values.kthvalue(max(1, math.ceil(share * values.numel()))).values.item()

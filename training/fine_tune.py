@@ -17,7 +17,7 @@ from compressed.exact_network import Quantizer, quantize_activations
 from compressed.files import git_commit, load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
-from training import loop, reweighted_l1, teachers
+from training import loop, masks, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
 
 
@@ -72,11 +72,11 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                      "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},
                     file.with_suffix(".options.json"))
 
-    masks = reweighted_l1.Masks(model, reweighted_l1.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
     moved(model, device)
     taught_by = [moved(teachers.load(path), device) for path in tuning.teachers]
-    finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=masks,
+    finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
                           teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen), watch=Oscillation(model))
     if finished is None:

@@ -26,20 +26,12 @@ from compressed.graph import weight_layers
 from compressed.networks import half_state, save_state
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
+from training.gpu_kernels import fast_on_a_gpu
 from training.muon import Muon
 from training.plan import Plan, Settings, constant_so_far
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas
 from training.state import State, brief, fingerprint, stop_noted
-
-
-class NoPenalty:
-    """Stand in for a penalty where a stage has none: every method does nothing."""
-    form = "none"
-
-    def update(self, lr_to_come: float) -> None: pass
-    def shrink(self, lr: float) -> None: pass
-    def record(self) -> dict: return {}
 
 
 def save_half(model: nn.Module, path) -> None:
@@ -57,7 +49,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
 
     name:     name of the stage. Its files: FOLDER/NAME.jsonl (one line per epoch), FOLDER/NAME.state/ (while it runs)
               and, after a stop, FOLDER/NAME.average.pt (float16: the result as if the stage had ended there).
-    penalty:  a ReweightedL1 or GradualMagnitude on `model`, updated `penalty_updates` times at equal distances.
+    penalty:  a Penalty (penalties.py) on `model`, updated `penalty_updates` times at equal distances.
     masks:    Masks on `model`, applied after every step and checked before anything is written.
     teachers: models in eval mode. Their logits for the same mixed images, always at 32x32, are distilled.
     prepare:  function of (model, epoch from 0), called before each epoch's first step; it may set train or eval modes.
@@ -74,9 +66,7 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
     plan, saved = stage.plan, time.monotonic()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
-        if stage.device.type == "cpu":
-            for replica in stage.replicas.models:
-                at_end.enter_context(fast_on_a_cpu(replica))
+        at_end.enter_context(stage.fast_kernels())
         while stage.progress["step"] < plan.steps:
             epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
             prepare(model, epoch)
@@ -87,7 +77,8 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
                 stage.step(epoch, i)
                 stage.first_steps += 1
                 shown.step(i + 1)
-                pause = processes.agree(bool(asked) or stage.seconds_here() > max_seconds, stage.device)
+                late = stage.seconds_here() + stage.closing(test_data) > max_seconds
+                pause = processes.agree(bool(asked) or late, stage.device)
                 if i + 1 == plan.epoch_steps:
                     shown.close()
                     hurry = signal.SIGINT in asked and stage.progress["step"] < plan.steps
@@ -97,7 +88,8 @@ def train(name: str, model: nn.Module, train_data: cifar100.Images, test_data: c
                     stage.save()
                     saved = time.monotonic()
                     if pause:
-                        return stage.leave(average=signal.SIGINT not in asked)
+                        stage.leave(average=signal.SIGINT not in asked)
+                        return None
     return stage.result
 
 
@@ -107,8 +99,9 @@ class Stage:
     def __init__(self, name, model, data, settings, folder, penalty, penalty_updates, masks, teachers, context,
                  processes, watch=None):
         self.name, self.model, self.data, self.settings, self.folder = name, model, data, settings, folder
-        self.penalty, self.masks, self.teachers = penalty or NoPenalty(), masks, list(teachers)
+        self.penalty, self.masks, self.teachers = penalty, masks, list(teachers)
         self.processes, self.watch = processes, watch
+        self.penalty_in_loss = penalty is not None and penalty.in_loss
         self.device = data.labels.device
         self.plan = Plan(settings, len(data), processes, penalty_updates)
         self.average = copy.deepcopy(model) if settings.average != 0 else None
@@ -126,12 +119,30 @@ class Stage:
         # dynamic=False: a stage has few image sizes, and kernels compiled for one size are faster
         self.stepped = [torch.compile(model, dynamic=False) if settings.compile else model, *self.replicas.models[1:]]
         # a CUDA graph can only record work on the device: no other process, and the learning rate in a tensor
-        recordable = (self.device.type == "cuda" and processes.count == 1 and self.penalty.form != "loss"
+        recordable = (self.device.type == "cuda" and processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
         self.graphs = Graphs(self.learn_on_one, self.device) if recordable else None
         self.rates = {}  # {factor: tensor on the device that holds the learning rate times this factor}
         self.result = None  # the finished model
+        self.so_far = None  # (step, the model that the stage would return if it ended there)
+        self.pace = math.inf  # seconds that the fastest step took, for each pixel of this process
+        self.measured = 0.0  # seconds that the last evaluation took, the BatchNorm statistics included
         self.first_steps = 0  # steps made by this process since it started
+
+    @contextlib.contextmanager
+    def fast_kernels(self):
+        """Use the project's own kernels for this device within the block, see cpu_kernels and gpu_kernels."""
+        with contextlib.ExitStack() as at_end:
+            if self.device.type == "cpu":
+                for replica in self.replicas.models:
+                    at_end.enter_context(fast_on_a_cpu(replica))
+            if self.device.type == "cuda":
+                plan, sizes = self.plan, set(self.plan.sizes[self.progress["step"]:])
+                at_end.enter_context(fast_on_a_gpu(
+                    self.model, sorted(sizes), batch=len(range(plan.batch_size)[plan.mine]), device=self.device,
+                    dtype=getattr(torch, self.settings.precision), compiled=self.settings.compile,
+                    captured=self.graphs is not None))
+            yield
 
     # -- resume, save, stop
 
@@ -140,6 +151,7 @@ class Stage:
         """
         steps, log_path = self.plan.epoch_steps, self.folder / f"{self.name}.jsonl"
         self.progress = {"step": round(start_epoch * steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
+        self.way_on = "the same command" + " without --no-resume" * (not wanted)
         if not wanted and self.processes.first:
             self.state.remove()
         found = self.state.load(self.device, functools.partial(constant_so_far, epoch_steps=steps)) if wanted else None
@@ -169,6 +181,15 @@ class Stage:
 
     def seconds_here(self) -> float:
         return time.monotonic() - self.started
+
+    def closing(self, test_data) -> float:
+        """Return about how many seconds it takes to re-estimate BatchNorm statistics and to evaluate.
+
+        As long as it took the last time; before that, an image is taken to need half of its time in the fastest
+        training step so far, which has a backward pass, too.
+        """
+        images = self.settings.refresh + (0 if test_data is None else len(test_data))
+        return self.measured or images * cifar100.IMAGE_SIZE**2 * self.pace / 2
 
     def read_totals(self) -> list[float]:
         """Return the epoch's sums of loss and accuracy over all processes. Raises BadInput if the loss is not finite.
@@ -201,8 +222,7 @@ class Stage:
             if average:
                 save_half(self.result_so_far(), self.folder / f"{self.name}.average.pt")
             print(f"{self.name}: stopped at epoch {self.progress['step'] / self.plan.epoch_steps:.2f} of "
-                  f"{self.settings.epochs}, state written to {self.state.folder}; the same command resumes it",
-                  flush=True)
+                  f"{self.settings.epochs}, state written to {self.state.folder}; {self.way_on} resumes it", flush=True)
 
     # -- the method
 
@@ -214,11 +234,11 @@ class Stage:
 
     def step(self, epoch: int, i: int) -> None:
         """Make step i of an epoch: gradients of all shares, optimizer, penalty, masks, weight average."""
-        plan, settings, step = self.plan, self.settings, epoch * self.plan.epoch_steps + i
+        plan, settings, step, began = self.plan, self.settings, epoch * self.plan.epoch_steps + i, time.monotonic()
         lr = plan.lrs[step]
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(lr, group.get("factor", 1.0))
-        if step in plan.updates:
+        if self.penalty is not None and step in plan.updates:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = cifar100.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
@@ -229,8 +249,8 @@ class Stage:
             self.learn(lambda k: self.batch(index[plan.shares[k]], draws[plan.shares[k]]), kind)
         else:
             self.graphs.step(kind, self.batch(index, draws))
-        if self.penalty.form != "loss":
-            self.penalty.shrink(lr)
+        if self.penalty is not None:
+            self.penalty.after_step(lr)
         if self.masks is not None:
             self.masks.apply()
         if self.average is not None:
@@ -238,6 +258,7 @@ class Stage:
         if self.watch is not None:
             self.watch.step()
         self.progress["step"] = step + 1
+        self.pace = min(self.pace, (time.monotonic() - began) / plan.work_of(step) * self.processes.count)
 
     def rate(self, lr: float, factor: float):
         """Return lr * factor: a number, or with CUDA graphs always the same tensor, because a graph reads its address.
@@ -262,7 +283,7 @@ class Stage:
             replica.zero_grad(set_to_none=True)
         self.totals += sum(threads.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
         self.replicas.gather(self.processes)
-        if self.penalty.form == "loss":
+        if self.penalty_in_loss:
             self.penalty.loss().backward()
         self.optimizer.step()
 
@@ -302,7 +323,7 @@ class Stage:
                   "zeros": count_zeros(self.model),
                   "weights": sum(module.weight.numel() for _, module in weight_layers(self.model))}
         self.totals.zero_()
-        last = step == plan.steps
+        last, began = step == plan.steps, time.monotonic()
         if last:
             self.result = self.finish(self.model if self.average is None else self.average)
             self.check_masks(self.result)
@@ -313,7 +334,9 @@ class Stage:
                 except BadInput as error:  # the average's loss is not finite, though the epoch's was
                     raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(test_data)}
-        record |= self.penalty.record() | (self.watch.record() if self.watch else {})
+                self.measured = time.monotonic() - began
+        for figures in (self.penalty, self.watch):
+            record |= figures.record() if figures is not None else {}
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.before + self.seconds_here(), 1)}
         self.progress["log"].append(record)
@@ -323,8 +346,11 @@ class Stage:
             print(describe(record, self.settings), flush=True)
 
     def result_so_far(self) -> nn.Module:
-        """Return a copy of the model that the stage would return if it ended now."""
-        return self.finish(copy.deepcopy(self.model if self.average is None else self.average))
+        """Return a copy of the model that the stage would return if it ended now; do not change it."""
+        step = self.progress["step"]
+        if self.so_far is None or self.so_far[0] != step:
+            self.so_far = step, self.finish(copy.deepcopy(self.model if self.average is None else self.average))
+        return self.so_far[1]
 
     @torch.no_grad()
     def finish(self, result: nn.Module) -> nn.Module:

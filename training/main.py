@@ -5,7 +5,7 @@
     python training/main.py --recipe NAME      with the options of training/recipes/NAME.toml
     torchrun --nproc-per-node 2 training/main.py ...
 
-METHOD.md explains the method. reweighted_l1.py computes it, and loop.py is the training loop. A run folder holds
+METHOD.md explains the method. penalties.py computes it, and loop.py is the training loop. A run folder holds
   STAGE.options.json    the resolved options                   STAGE.jsonl    a log, one line per epoch
   STAGE.state/          what a resume needs, until it is done  STAGE.pt       the weights of the finished stage
 If a run was stopped, the same command resumes it.
@@ -21,21 +21,23 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
-
 from compressed import cifar100, environment, networks, threads  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
-from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
+from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
-from training import loop, magnitude, plan, recipes, reweighted_l1, teachers  # noqa: E402
-from training.state import MACHINE  # noqa: E402
+from training import loop, plan, recipes, sparsity, teachers  # noqa: E402
+from training.runs import DECISIVE, STAGES  # noqa: E402
+from training.state import MACHINE, fingerprint  # noqa: E402
 
-STAGES = ("pretrain", "rew", "masked")
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"sgd": {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}, "adam": dict.fromkeys(STAGES, 1e-3)}
@@ -43,8 +45,6 @@ PEAK_LR["muon"] = PEAK_LR["sgd"]  # for the parameters that Muon leaves to SGD
 # {option of the submission: the same setting here}
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
-SPARSITY = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
-DEFAULT_TARGET = 0.8
 FLAG = argparse.BooleanOptionalAction
 
 
@@ -71,31 +71,6 @@ def stage_options(group) -> None:
                        help="seconds between saves of the state (%(default)s)")
     group.add_argument("--eval-every", type=number(int, 0, 10**6), default=1, metavar="E",
                        help="epochs between evaluations; 0: only after the last epoch (%(default)s)")
-
-
-def sparsity_options(group) -> None:
-    group.add_argument("--target-sparsity", type=number(float, 0.001, 0.999), metavar="S",
-                       help="wanted share of zeros in the pruned layers; lambda is adjusted to reach it (0.8)")
-    group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
-                       help="fixed strength of the penalty, instead of --target-sparsity")
-    group.add_argument("--eps", type=number(float, 1e-9, 1), default=1e-3,
-                       help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
-    group.add_argument("--penalty", choices=("loss", "proximal", "magnitude"),
-                       help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
-                            "METHOD.md); magnitude: no penalty, gradual magnitude pruning to --target-sparsity, as a "
-                            "baseline")
-    group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="number of updates of alpha, or with magnitude of the zeros, at equal distances (with a "
-                            "lambda 5, with a target 20, with magnitude 100)")
-    group.add_argument("--sparsity-type", choices=(*reweighted_l1.GROUPS, "threshold"),
-                       help="groups of weights that become zero together (irregular: single weights). Given without a "
-                            "target, it selects the submission's method: the penalty in the loss, lambda 1e-6, and "
-                            "masks from --threshold or, for groups, from the ratios of --config-file. A filter of "
-                            "zeros is counted as zeros, but not removed from the network")
-    group.add_argument("--config-file", metavar="NAME",
-                       help="TOML file with the layers' prune ratios, or its name in training/profile/")
-    group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
-                       help="with --sparsity-type threshold: smaller weights are pruned (%(default)s)")
 
 
 def machine_options(group) -> None:
@@ -126,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
     networks.add_option(parser)
     cifar100.add_options(parser.add_argument_group("data"))
-    sparsity_options(parser.add_argument_group("sparsity"))
+    sparsity.add_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
                        help="checkpoints to distil from: ours, or KAIST AI's (see teachers.py), such as "
@@ -134,7 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
         f"{stage} {EPOCHS[stage]}, {PEAK_LR['sgd'][stage]}" for stage in STAGES) + "; lr of adam 0.001")
-    names = [field.name for field in dataclasses.fields(loop.Settings) if field.metadata and field.name not in TEACHING]
+    names = [field.name for field in dataclasses.fields(loop.Settings)
+             if field.metadata and field.name not in (*TEACHING, "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
     machine_options(parser.add_argument_group("machine"))
     submission_options(parser.add_argument_group("the submission's names, for its commands"))
@@ -147,21 +123,15 @@ def parse(argv=None, *before: str) -> argparse.Namespace:
     args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
     if args.pretrain + args.rew + args.masked_retrain > 1:
         parser.error("--pretrain, --rew and --masked-retrain are one stage each; give one of them, or none for all")
-    if args.lam is not None and args.target_sparsity is not None:
-        parser.error("--lambda and --target-sparsity exclude each other")
-    if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
-        parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(reweighted_l1.GROUPS))
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
-    if args.penalty == "magnitude" and (args.lam is not None or args.sparsity_type is not None):
-        parser.error("--penalty magnitude prunes single weights towards --target-sparsity: it has no --lambda and no "
-                     "--sparsity-type")
     if args.cooldown and args.schedule != "constant":
         parser.error("--cooldown belongs to --schedule constant")
+    if args.start_epoch and not args.start:
+        parser.error("--start-epoch needs the weights of that epoch: give --start, too")
     if args.sizes is not None:
         plan.image_sizes(args.sizes)
-    form, lam, _ = strength(args)
-    args.updates = args.updates or (100 if form == "magnitude" else 20 if lam is None else 5)
+    sparsity.check(args, parser)
     return args
 
 
@@ -169,16 +139,20 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     """Return the options of the whole run and of each stage: those of the recipe, overridden by the command line.
 
     The recipe is that of --recipe, or the one with which the run folder was begun; args.recipe is its path or None.
+    args.given holds the names of the options on the command line.
     """
-    args = parse(argv)
+    args, parser = parse(argv), make_parser()
     kept = args.run / "recipe.toml"
     path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
-    if path is None:
-        return args, {stage: copy.copy(args) for stage in STAGES}
-    recipe, parser = recipes.read(path), make_parser()
-    by_stage = {stage: parse(argv, *recipes.words(recipe, stage, parser)) for stage in STAGES}
+    by_stage = {stage: copy.copy(args) for stage in STAGES}
+    if path is not None:
+        recipe = recipes.read(path)
+        by_stage = {stage: parse(argv, *recipes.words(recipe, stage, parser)) for stage in STAGES}
     for each in (args, *by_stage.values()):
         each.recipe = path
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = vars(parser.parse_args(argv)).keys()  # on the command line
     return args, by_stage
 
 
@@ -207,89 +181,24 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     return loop.Settings(**chosen)
 
 
-def pruned_layers(args, model) -> list[str]:
-    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
-    if args.config_file:
-        layers = list(reweighted_l1.prune_ratios(args.config_file, model))
-        if not layers:
-            raise BadInput(f"{args.config_file}: no layer has a ratio above 0")
-        return layers
-    return reweighted_l1.default_layers(model)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Hold what all stages of a call share: images, device, processes, and the time.monotonic() at which to stop."""
+    data: cifar100.Images
+    test: cifar100.Images
+    device: torch.device
+    processes: loop.Processes
+    deadline: float
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Return the digest by which a run recognises its train images."""
+        return fingerprint([self.data.images, self.data.labels])
 
-def strength(args) -> tuple[str, float | None, float | None]:
-    """Return (form, lambda, target) of the penalty; lambda or target is None.
-
-    Without a target, --sparsity-type and --penalty loss select the submission's penalty: in the loss, lambda 1e-6.
-    """
-    lam, target = args.lam, args.target_sparsity
-    if args.penalty == "magnitude":
-        return "magnitude", None, target or DEFAULT_TARGET
-    form = args.penalty or ("loss" if args.sparsity_type and target is None else "proximal")
-    if lam is None and target is None:
-        lam, target = (1e-6, None) if args.sparsity_type or form == "loss" else (None, DEFAULT_TARGET)
-    return form, lam, target
-
-
-def make_penalty(args, model) -> reweighted_l1.ReweightedL1 | magnitude.GradualMagnitude:
-    """Return the penalty that the options select, on the model."""
-    form, lam, target = strength(args)
-    if form == "magnitude":
-        return magnitude.GradualMagnitude(model, pruned_layers(args, model), target)
-    return reweighted_l1.ReweightedL1(model, pruned_layers(args, model), args.sparsity_type or "irregular", form,
-                                      lam=lam, target=target, eps=args.eps)
-
-
-def sparsity_of_run(args, say=lambda line: None) -> argparse.Namespace:
-    """Return the masked stage's options, with those of SPARSITY that are not given taken from the reweighted stage.
-
-    say: function that gets one line on what was taken from where, and one for every given option that differs. Nothing
-    is taken if the options select the submission's rule: without a target, --sparsity-type threshold, or any type with
-    --config-file.
-    """
-    path = args.run / "rew.options.json"
-    theirs = dict.fromkeys(SPARSITY)
-    if path.is_file():
-        options = parse([])
-        vars(options).update(load_record(path, "give another --run folder")["options"])
-        theirs = {name: getattr(options, name) for name in SPARSITY} | {"target_sparsity": strength(options)[2]}
-    given = {name: getattr(args, name) for name in SPARSITY if getattr(args, name) is not None}
-    for name, value in given.items():
-        before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
-        if before not in (None, value):
-            say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
-    if args.target_sparsity is None and (args.sparsity_type == "threshold" or args.sparsity_type and args.config_file):
-        return args
-    args = argparse.Namespace(**vars(args) | theirs | given)
-    if args.target_sparsity is None and args.config_file is None and "sparsity_type" not in given:
-        args.target_sparsity = DEFAULT_TARGET  # theirs was a lambda
-    if len(given) < len(SPARSITY):
-        target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
-        source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
-        say(f"masked: {f'target {target}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
-            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
-            f"what was not given is {source}")
-    return args
-
-
-def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
-    """Return the masks that the options select, on the model. say(line) gets how many of their zeros existed before."""
-    layers = pruned_layers(args, model)
-    if args.target_sparsity is not None or args.sparsity_type is None:
-        kind = args.sparsity_type if args.sparsity_type in reweighted_l1.GROUPS else "irregular"
-        masks = reweighted_l1.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
-    elif args.sparsity_type == "threshold":
-        masks = reweighted_l1.threshold_masks(model, layers, args.threshold)
-    elif args.config_file:
-        ratios = reweighted_l1.prune_ratios(args.config_file, model)
-        masks = reweighted_l1.ratio_masks(model, ratios, args.sparsity_type)
-    else:
-        raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
-                       "--config-file, or a --target-sparsity")
-    total, pruned, already = reweighted_l1.already_zero(model, masks)
-    say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
-        f"{already / max(1, pruned):.2%} of them were zero already")
-    return reweighted_l1.Masks(model, masks)
+    def say(self, line: str) -> None:
+        """Print a line, in the first process only."""
+        if self.processes.first:
+            print(line, flush=True)
 
 
 def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], device: torch.device) -> None:
@@ -299,9 +208,9 @@ def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], dev
         model = networks.make(args.network)
         settings_for(stage, args, device)
         if stage == "rew":
-            make_penalty(args, model)
+            sparsity.make_penalty(args, model)
         elif stage == "masked":
-            make_masks(args if "rew" in stages else sparsity_of_run(args), model)
+            sparsity.make_masks(args if "rew" in stages else sparsity.of_run(args), model)
 
 
 def starting_point(stage: str, args) -> nn.Module:
@@ -310,12 +219,8 @@ def starting_point(stage: str, args) -> nn.Module:
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     if args.start and args.start.is_dir():
-        model = networks.make(args.network)
-        try:
-            model.load_state_dict(loop.State(args.start, None).read("weights"))
-        except RuntimeError as error:
-            raise BadInput(f"{args.start}: holds the state of another network") from error
-        return model
+        weights = loop.State(args.start, None).read("weights")
+        return networks.fill(networks.make(args.network), weights, f"{args.start} does not fit {args.network}")
     if args.start:
         return load_checkpoint(args.start, args.network)
     before = {"rew": "pretrain", "masked": "rew"}.get(stage)
@@ -331,128 +236,181 @@ def starting_point(stage: str, args) -> nn.Module:
     return networks.make(args.network)
 
 
-def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str]:
-    """Return lines that say what will be trained: device, network, images, run folder, and the steps of each stage."""
+def plan_for(stage: str, args, job: Job) -> plan.Plan:
+    """Return the steps of a stage."""
+    return plan.Plan(settings_for(stage, args, job.device), len(job.data), job.processes, 1)
+
+
+def say_what_is_trained(stages: list[str], by_stage, job: Job) -> None:
+    """Print device, network, images, run folder, and the steps of each stage."""
     parts, args = [], by_stage[stages[0]]
     for stage in stages:
-        settings = settings_for(stage, by_stage[stage], device)
-        work = plan.Plan(settings, len(data), processes, 1)
-        parts.append(f"{stage} {work.steps:,} steps ({settings.epochs} epochs in batches of {work.batch_size}, "
+        steps = plan_for(stage, by_stage[stage], job)
+        settings = steps.settings
+        parts.append(f"{stage} {steps.steps:,} steps ({settings.epochs} epochs in batches of {steps.batch_size}, "
                      f"{settings.optimizer}, images {settings.sizes}, {len(by_stage[stage].teacher)} teachers)")
     recipe = f"; recipe {args.recipe}" if args.recipe else ""
-    machine = threads.describe_machine(device, processes.count)
-    return [f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
-            f"{machine['torch']}); {len(data):,} train images; "
-            f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
+    machine = threads.describe_machine(job.device, job.processes.count)
+    job.say(f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
+            f"{machine['torch']}); {len(job.data):,} train images; run folder {args.run}{recipe}")
+    job.say("to train: " + ", ".join(parts))
 
 
-def run_stage(stage: str, args, data, test, device, processes, deadline: float, later: float = 0,
-              head: list[str] | None = None) -> bool:
+def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    deadline: time.monotonic() at which to stop. later: work (see Plan.work) of the stages that follow. head: lines to
-    print, and to remove, once the first stage begins.
+    later: work (see Plan.work) of the stages that follow.
     """
-    settings = settings_for(stage, args, device)
-    model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
-    if head:
-        print("\n".join(head), flush=True)
-        head.clear()  # once a run
-    penalty = make_penalty(args, model) if stage == "rew" else None
+    settings, state = settings_for(stage, args, job.device), args.run / f"{stage}.state"
+    model = model.to(job.device, memory_format=torch.channels_last)
+    if args.start and args.resume and state.is_dir():
+        job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
+    penalty = sparsity.make_penalty(args, model) if stage == "rew" else None
     masks = None
     if stage == "masked":
-        say = functools.partial(print, flush=True) if processes.first else lambda line: None
-        args = sparsity_of_run(args, say)
-        masks = make_masks(args, model, say)
-    taught_by = [teachers.load(path, args.network).to(device, memory_format=torch.channels_last)
+        args = sparsity.of_run(args, job.say)
+        masks = sparsity.make_masks(args, model, job.say)
+    taught_by = [teachers.load(path, args.network).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
 
     def began():
-        if processes.first:
+        if job.processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            save_record({"stage": stage, "machine": threads.describe_machine(device, processes.count),
-                         "train_images": len(data.labels), "commit": git_commit(),
+            save_record({"stage": stage, "machine": threads.describe_machine(job.device, job.processes.count),
+                         "train_images": len(job.data), "data": job.digest, "commit": git_commit(),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
     with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
-            stage, model, data, test, settings, args.run, penalty=penalty, penalty_updates=args.updates, masks=masks,
-            teachers=taught_by, context={"network": args.network}, resume=args.resume, start_epoch=args.start_epoch,
-            eval_every=args.eval_every, save_seconds=args.save_seconds, show_seconds=args.show_seconds,
-            max_seconds=deadline - time.monotonic(), later=later, processes=processes, began=began)
+            stage, model, job.data, job.test, settings, args.run, penalty=penalty, penalty_updates=args.updates,
+            masks=masks, teachers=taught_by, context={"network": args.network}, resume=args.resume,
+            start_epoch=args.start_epoch, eval_every=args.eval_every, save_seconds=args.save_seconds,
+            show_seconds=args.show_seconds, max_seconds=job.deadline - time.monotonic(), later=later,
+            processes=job.processes, began=began)
     if finished is None:
         return False
-    if processes.first:
+    if job.processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
         save_state(weights, args.run / f"{stage}.pt")
-        loop.State(args.run / f"{stage}.state", settings).remove()
+        loop.State(state, settings).remove()
         loop.save_half(finished, args.run / f"{stage}.average.pt")
-        print(f"{stage}: wrote {args.run / f'{stage}.pt'}", flush=True)
-    if processes.count > 1:
+        job.say(f"{stage}: wrote {args.run / f'{stage}.pt'}")
+    if job.processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
-    return not processes.agree(bool(asked), device)
+    return not job.processes.agree(bool(asked), job.device)
 
 
-# {option that is no setting but decides a result: the stages whose result it decides}
-DECISIVE = {"network": STAGES, "made_up": STAGES, "holdout": STAGES, "teacher": STAGES,
-            **dict.fromkeys(("penalty", "lam", "eps", "updates"), ("rew",)),
-            **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
-            "threshold": ("masked",)}
+# {option: (option or value without which it has no effect, function of options and settings that finds it)}
+NEEDS = {"turn": ("--optimizer muon", lambda args, settings: settings.optimizer == "muon"),
+         **dict.fromkeys(TEACHING, ("--teacher", lambda args, settings: args.teacher)),
+         "alpha": ("mixup", lambda args, settings: settings.mixing in ("both", "mixup")),
+         "clean": ("mixing", lambda args, settings: settings.mixing != "none"),
+         "threshold": ("--sparsity-type threshold", lambda args, settings: args.sparsity_type == "threshold")}
 
 
-def changed_options(stage: str, args, device: torch.device) -> str:
-    """Return as text how the options of a finished stage differ from the present ones; "" if they are equal."""
-    path = args.run / f"{stage}.options.json"
+def idle_options(stage: str, args, given: set[str], device: torch.device, alone: bool) -> list[str]:
+    """Return, as text, which of the given options have no effect on a stage.
+
+    alone: True if no other stage is trained, on which they might have one. --no-tricks explains what it overrides.
+    """
+    settings, needs = settings_for(stage, args, device), NEEDS
+    if args.no_tricks:
+        needs = {name: need for name, need in NEEDS.items() if name not in ("alpha", "clean")}
+    idle = {name: f"without {need}" for name, (need, has) in needs.items()
+            if stage in DECISIVE.get(name, STAGES) and not has(args, settings)}
+    if alone:
+        idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
+    return [f"--{'lambda' if name == 'lam' else name.replace('_', '-')} {why}" for name, why in idle.items()
+            if name in given]
+
+
+def recorded(stage: str, run: Path) -> dict | None:
+    """Return what a stage has written to its options.json, or None. Raises BadInput if the file was altered."""
+    path = run / f"{stage}.options.json"
     if not path.is_file():
-        return ""
+        return None
     record = load_record(path, "remove it, or give --no-resume")
-    theirs, before = record.get("settings"), record.get("options")
-    if not isinstance(theirs, dict) or not isinstance(before, dict):
+    if not isinstance(record.get("settings"), dict) or not isinstance(record.get("options"), dict):
         raise BadInput(f"{path}: not what a stage writes; remove it, or give --no-resume")
-    now = dataclasses.asdict(settings_for(stage, args, device))
-    pairs = {key: (theirs.get(key, value), value) for key, value in now.items() if key not in MACHINE}
-    asked = sparsity_of_run(args, lambda line: None) if stage == "masked" else args
-    options = json.loads(json.dumps(vars(asked), default=str))
-    pairs |= {key: (before.get(key, options[key]), options[key]) for key, stages in DECISIVE.items() if stage in stages}
-    return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new)
+    return record
 
 
-def run_stages(args, by_stage, data, test, device, processes, deadline: float) -> None:
+def refuse_other_images(stage: str, args) -> None:
+    """Raise BadInput if a saved state does not name its images (by a digest), and its options chose others.
+
+    The loop itself compares the digests, which states of older versions lack.
+    """
+    path = args.run / f"{stage}.state" / "state.json"
+    if not path.is_file() or "data" in loop.State(path.parent, None).record()["settings"]:
+        return
+    before = (recorded(stage, args.run) or {"options": {}})["options"]
+    if any(before.get(name) != getattr(args, name) for name in ("made_up", "holdout") if name in before):
+        raise BadInput(f"{path.parent} holds a run on other images: give the same --made-up or --holdout to resume it, "
+                       "or --no-resume to start it again")
+
+
+def changed_options(stage: str, args, job: Job) -> dict[str, tuple]:
+    """Return {option: (old, new value)} of what decides a finished stage's result and differs now."""
+    record = recorded(stage, args.run)
+    if record is None:
+        return {}
+    now = dataclasses.asdict(settings_for(stage, args, job.device))
+    pairs = {key: (record["settings"].get(key, value), value) for key, value in now.items() if key not in MACHINE}
+    options = json.loads(json.dumps(vars(sparsity.of_run(args) if stage == "masked" else args), default=str))
+    pairs |= {key: (record["options"].get(key, options[key]), options[key])
+              for key, stages in DECISIVE.items() if stage in stages}
+    pairs["data"] = record.get("data", job.digest), job.digest
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def run_stages(args, by_stage, job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
-    again = [] if args.resume else chosen
+    again = [] if args.resume else list(chosen or STAGES)
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
-    others = {stage: changes for stage in there if (changes := changed_options(stage, by_stage[stage], device))}
-    for stage in chosen:
-        if stage in others:
+    for stage in missing:
+        start = [args.start] if args.start and stage == missing[0] else []
+        check_outputs([args.run / f"{stage}.pt", args.run / f"{stage}.average.pt"], [*by_stage[stage].teacher, *start])
+    changed = {stage: changed_options(stage, by_stage[stage], job) for stage in there}
+    others = {stage: ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items())
+              for stage, pairs in changed.items() if pairs}
+    for stage in others:
+        if stage in chosen or not missing and args.given & changed[stage].keys():
             raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
                            "--no-resume to train it again, or another --run folder")
-    refuse_early(missing, by_stage, device)
-    head = head_lines(missing, by_stage, data, device, processes) if missing and processes.first else []
-    work = {stage: plan.Plan(settings_for(stage, by_stage[stage], device), len(data), processes, 1).work()
-            for stage in missing}
-    if processes.count > 1:
+    refuse_early(missing, by_stage, job.device)
+    work = {stage: plan_for(stage, by_stage[stage], job).work() for stage in missing}
+    if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
-    if processes.first and args.recipe:
+    if job.processes.first and args.recipe:
         save_text(args.recipe.read_text(encoding="utf-8-sig"), args.run / "recipe.toml")
-    for stage in again if processes.first else ():
+    for stage in again if job.processes.first else ():
         (args.run / f"{stage}.pt").unlink(missing_ok=True)
     start, start_epoch = args.start, args.start_epoch
     for stage in chosen or STAGES:
+        options, first = by_stage[stage], missing[:1] == [stage]
+        late = job.processes.agree(time.monotonic() >= job.deadline, job.device)
         if stage in there:
-            if processes.first:
-                print(f"{stage}: {args.run / f'{stage}.pt'} exists"
-                      + (f", trained with other options ({others[stage]})" if stage in others else "")
-                      + ("; --no-resume trains it again" if chosen else ""), flush=True)
-            start, start_epoch = None, 0
-            continue
-        options = by_stage[stage]
-        options.start, options.start_epoch = start, start_epoch
-        later = sum(work[other] for other in missing[missing.index(stage) + 1:])
-        if not run_stage(stage, options, data, test, device, processes, deadline, later, head):
+            job.say(f"{stage}: {args.run / f'{stage}.pt'} exists"
+                    + (f", trained with other options ({others[stage]})" if stage in others else "")
+                    + "; --start has no effect on it" * bool(start) + "; --no-resume trains it again" * bool(chosen))
+        elif late and not first:
+            job.say(f"{stage}: not begun, the time is up; the same command goes on with it")
             break
+        else:
+            options.start, options.start_epoch = start, start_epoch
+            if args.resume:
+                refuse_other_images(stage, options)
+            model = starting_point(stage, options)
+            if first:
+                say_what_is_trained(missing, by_stage, job)
+            for line in idle_options(stage, options, args.given, job.device, alone=bool(chosen)):
+                job.say(f"{stage}: {line} has no effect")
+            later = sum(work[other] for other in missing[missing.index(stage) + 1:])
+            if not run_stage(stage, options, model, job, later):
+                break
         start, start_epoch = None, 0  # --start is for the first stage only
 
 
@@ -485,7 +443,7 @@ def main(argv=None) -> int:
         data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
         with held(args.run) if processes.first else contextlib.nullcontext():
-            run_stages(args, by_stage, data, test, device, processes, deadline)
+            run_stages(args, by_stage, Job(data, test, device, processes, deadline))
         return 0
     finally:
         if processes.count > 1:

@@ -5,6 +5,8 @@ semi-orthogonal matrix to its momentum, so that directions with small gradients 
 Here a BatchNorm follows every convolution, so only the direction of a convolution's weights matters. A step therefore
 rotates the weights by a given angle (`turn`, at the peak learning rate) and keeps their norm; weight decay is not used.
 """
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +19,22 @@ MOMENTUM = 0.95
 ITERATIONS, A, B, C = 3, 3.4445, -4.7750, 2.0315
 
 
-def orthogonal(matrix: Tensor, dtype=torch.float32) -> Tensor:
-    """Return a matrix [m, n] with the same singular vectors, and singular values near one (Newton-Schulz iterations).
+def orthogonal(matrices: Tensor, dtype=torch.float32) -> Tensor:
+    """Return matrices [k, m, n] with the same singular vectors, and singular values near one.
 
-    dtype: of the iterations; the result has that of `matrix`.
+    dtype: of the Newton-Schulz iterations; the result has that of `matrices`.
     """
-    x = (matrix / matrix.norm().clamp(min=1e-20)).to(dtype)
-    x = x.t() if len(x) > x.shape[1] else x  # the smaller of the two Gram matrices
+    x = (matrices / norms(matrices)).to(dtype)
+    x = x.mT if x.shape[1] > x.shape[2] else x  # the smaller of the two Gram matrices
     for _ in range(ITERATIONS):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return (x if x.shape == matrix.shape else x.t()).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
+
+
+def norms(matrices: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix, [k, 1, 1], never zero."""
+    return matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
 
 
 def mixes_channels(weight: Tensor) -> bool:
@@ -55,35 +62,54 @@ class Muon(torch.optim.SGD):
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
                          lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.ratio, self.kept, self.dtype, self.streams = turn / lr if lr else 0.0, kept, dtype, None
-        # the most expensive first: every thread takes every n-th, and so all have about the same amount of work
-        self.turned.sort(key=lambda p: -p.numel() * min(len(p), p[0].numel()))
+        # weights of one shape are one batch of matrices; the most expensive first: every thread takes every n-th
+        groups = defaultdict(list)
+        for weight in self.turned:
+            groups[weight.shape, weight in kept].append(weight)
+        self.groups = sorted(groups.values(), key=lambda group: -sum(p.numel() * min(len(p), p[0].numel())
+                                                                     for p in group))
 
     @torch.no_grad()
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
-        moved = [p for p in self.turned if p.grad is not None]
-        if moved and moved[0].device.type == "cuda":
+        groups = [[p for p in group if p.grad is not None] for group in self.groups]
+        groups = [group for group in groups if group]
+        if groups and groups[0][0].device.type == "cuda":
             self.streams = self.streams or Streams()
-            self.streams.for_each(lambda weight: self.turn(weight, length), moved)
-        else:
-            threads.for_each(lambda weights: [self.turn(weight, length) for weight in weights], moved)
-        for weight in moved:
+            self.streams.for_each(lambda group: self.turn(group, length), groups)
+        elif groups:
+            count = min(threads.cores(), len(groups))
+            threads.in_threads(lambda k: [self.turn(group, length) for group in groups[k::count]], range(count))
+        for weight in self.turned:
             weight.grad = None  # SGD skips parameters without a gradient
         super().step()
 
-    def turn(self, weight: Tensor, length: float) -> None:
-        """Rotate a weight by `length` radians in the direction of its orthogonalized momentum; keep its norm."""
-        gradient, kept = weight.grad, self.kept.get(weight)
-        if kept is not None:
-            gradient = gradient * kept
-        if "momentum_buffer" not in self.state[weight]:
-            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        momentum = self.state[weight]["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM)
-        step = orthogonal(ahead.flatten(1), self.dtype).reshape(weight.shape)
-        if kept is not None:
-            step = step * kept
-        norm = weight.norm().clamp(min=1e-20)
-        step -= weight * ((step * weight).sum() / norm**2)  # without the part that only scales the weight
-        weight.sub_(step * (length * norm / step.norm().clamp(min=1e-20)))
-        weight.mul_(norm / weight.norm().clamp(min=1e-20))
+    @torch.no_grad()
+    def turn(self, weights: list[Tensor], length: float) -> None:
+        """Rotate weights of one shape by `length` radians in the directions of their orthogonalized momenta.
+
+        Their norms stay.
+        """
+        gradients = [weight.grad for weight in weights]
+        kept = [self.kept[weight] for weight in weights if weight in self.kept]
+        if kept:
+            gradients = torch._foreach_mul(gradients, kept)
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        steps = orthogonal(stacked(torch._foreach_lerp(gradients, momenta, MOMENTUM)), self.dtype)
+        if kept:
+            steps = steps * stacked(kept)
+        old = stacked(weights)
+        norm = norms(old)
+        steps -= old * ((steps * old).sum((1, 2), keepdim=True) / norm**2)  # without the part that only scales a weight
+        new = old - steps * (length * norm / norms(steps))
+        new *= norm / norms(new)
+        torch._foreach_copy_(weights, [each.reshape(weight.shape) for each, weight in zip(new, weights)])
+
+
+def stacked(weights: list[Tensor]) -> Tensor:
+    """Return weights [m, ...] of one shape as a new batch of matrices [k, m, n]."""
+    return torch.stack(weights).flatten(2)

@@ -1,9 +1,8 @@
 """Show the progress of a training run, and word its log lines."""
 import math
-import sys
 import time
 
-from compressed import environment
+from compressed.command_line import progress_bar
 from training.plan import Settings
 
 
@@ -26,12 +25,11 @@ class Progress:
     def __init__(self, stage, epoch: int, seconds: float, later: float = 0):
         self.stage, self.epoch, self.later = stage, epoch, later
         self.last, self.at = stage.progress["step"] % stage.plan.epoch_steps, time.monotonic()
-        self.seconds, self.bar = seconds if stage.processes.first else math.inf, None
-        if stage.processes.first and sys.stderr.isatty() and not environment.is_dumb_terminal():
-            from tqdm import tqdm
-            self.bar = tqdm(total=stage.plan.epoch_steps, initial=self.last, leave=False,
-                            desc=f"{stage.name} {epoch + 1}/{stage.settings.epochs}")
-            self.seconds = 0.5
+        self.seconds, self.bar = math.inf, None
+        if stage.processes.first:
+            self.bar = progress_bar(total=stage.plan.epoch_steps, initial=self.last, leave=False,
+                                    desc=f"{stage.name} {epoch + 1}/{stage.settings.epochs}")
+            self.seconds = seconds if self.bar is None else 0.5
 
     def step(self, done: int) -> None:
         """Show the progress if it is time to. done: number of the epoch's steps that are made."""

@@ -52,8 +52,8 @@ class State:
         step = record["progress"]["step"]
         free = constant and set(changed) <= set(LENGTH) and constant(theirs, step) and constant(self.settings, step)
         if changed and not free:
-            told = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
-            raise BadInput(f"{self.folder} holds a run with other settings ({told}): give the same options to resume "
+            pairs = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
+            raise BadInput(f"{self.folder} holds a run with other settings ({pairs}): give the same options to resume "
                            "it, or --no-resume to start it again, or another --run folder"
                            + "; its length may change only while the learning rate is constant"
                            * (set(changed) <= set(LENGTH)))

@@ -14,6 +14,9 @@ import http.client
 import os
 from pathlib import Path
 
+if __name__ == "__main__":
+    import compressed.interrupt  # noqa: F401
+
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval

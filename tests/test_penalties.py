@@ -1,27 +1,15 @@
-"""The penalty, its updates and the masks: cases computed by hand, and properties on random weights."""
-import math
-import tomllib
-
+"""Penalties: cases computed by hand, and properties on random weights (resuming: test_loop.py)."""
 import pytest
 import torch
 from torch import nn
 
+from compressed import counting
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
-from mobilenet_v2 import MobileNetV2
-from training.reweighted_l1 import (
-    GROUPS,
-    PROFILES,
-    Masks,
-    ReweightedL1,
-    default_layers,
-    group_norms,
-    prune_ratios,
-    ratio_masks,
-    target_masks,
-    threshold_masks,
-    zero_masks,
-)
+from training import penalties
+from training.feedback import FIRST
+from training.masks import GROUPS, group_norms
+from training.penalties import GradualMagnitude, LossReweightedL1, Penalty, ReweightedL1
 
 KINDS = tuple(GROUPS)
 
@@ -61,12 +49,43 @@ LOSS = {"irregular": 2 * (3 / 4 + 4 / 5) + 12 / 13, "column": 2 * 5 / 6 + 12 / 1
         "kernel": 2 * 5 / 6 + 12 / 13, "filter": 5 / 6 + 13 / 14}  # sum alpha |w|, eps = 1
 
 
-def hand(kind, **kwargs) -> tuple[torch.Tensor, ReweightedL1]:
+def hand(kind, penalty=ReweightedL1, **kwargs) -> tuple[torch.Tensor, Penalty]:
     model = one(*HAND, shape=(2, 2, 1, 2))
-    return model.conv.weight, ReweightedL1(model, ["conv"], kind, eps=1.0, **kwargs)
+    return model.conv.weight, penalty(model, ["conv"], kind, eps=1.0, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------- penalty
+
+class Pyramid(nn.Sequential):
+    """Two equal convolutions, the first with 16 times as many positions as the second."""
+
+    def __init__(self, seed=0):
+        super().__init__(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        generator = torch.Generator().manual_seed(seed)
+        for _, module in weight_layers(self):
+            module.weight.data = torch.randn(module.weight.shape, generator=generator)
+
+
+def test_weights_that_cost_more_become_zero_earlier():
+    layers = ["3", "6"]
+    prices = counting.prices(Pyramid())
+    for power in (0.0, 0.5):
+        penalty = ReweightedL1(Pyramid(), layers, target=0.5, cost_power=power)
+        penalty.update(1.0)
+        ratio = (prices["3"] / prices["6"]) ** power
+        assert (penalty.factors[0] / penalty.factors[1]) == pytest.approx(ratio) and (ratio > 2) == (power > 0)
+        assert torch.equal(penalty.alphas[0], penalty.factors[0] / (penalty.weights[0].abs() + penalty.eps))
+        # without a loss: q is the quantile of |w| / sqrt(factor), so the first lambda makes as many zeros with prices
+        with torch.no_grad():
+            for _ in range(1000):
+                penalty.shrink(penalty.lam * FIRST / 1000)
+        first, second = ((weight == 0).double().mean().item() for weight in penalty.weights)
+        assert penalty.share().item() == pytest.approx(0.5 - 0.5 * (1 - FIRST / 0.75) ** 3, abs=0.01)
+        assert (first > 1.5 * second) == (power > 0)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_by_hand(kind):
@@ -91,7 +110,7 @@ def test_alpha_is_of_the_magnitude():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_by_hand(kind):
-    weight, penalty = hand(kind, form="loss", lam=0.5)
+    weight, penalty = hand(kind, LossReweightedL1, lam=0.5)
     penalty.update(1.0)
     loss = penalty.loss()
     assert loss.item() == pytest.approx(0.5 * LOSS[kind], rel=1e-12)
@@ -102,7 +121,7 @@ def test_loss_and_gradient_by_hand(kind):
 
 
 def test_alpha_stays_until_the_next_update():
-    weight, penalty = hand("irregular", form="loss", lam=0.5)
+    weight, penalty = hand("irregular", LossReweightedL1, lam=0.5)
     penalty.update(1.0)
     before = penalty.loss().item()
     weight.data *= 2
@@ -114,10 +133,10 @@ def test_alpha_stays_until_the_next_update():
 def test_shrink_by_hand():
     weight, penalty = hand("irregular", lam=4.0)
     penalty.update(1.0)
-    penalty.shrink(0.5)  # takes 2 / (|w| + 1) away
+    penalty.after_step(0.5)  # takes 2 / (|w| + 1) away
     assert weight.flatten().tolist() == pytest.approx([2.5, -3.6, 0, 0, -3.6, 2.5, 0, -12 + 2 / 13], rel=1e-12)
     weight.data = torch.tensor(HAND, dtype=torch.float64).view(2, 2, 1, 2)
-    penalty.shrink(4.0)  # takes 16 / (|w| + 1) away: 4, 3.2, 16 / 13
+    penalty.after_step(4.0)  # takes 16 / (|w| + 1) away: 4, 3.2, 16 / 13
     assert weight.flatten().tolist() == pytest.approx([0, -0.8, 0, 0, -0.8, 0, 0, -12 + 16 / 13], rel=1e-12)
 
 
@@ -126,7 +145,7 @@ def test_group_shrink_by_hand(kind):
     for strength in (6, 31, 200):  # a group of norm 5 and alpha 1/6 shrinks to 0.8 of itself, or goes
         weight, penalty = hand(kind, lam=strength)
         penalty.update(1.0)
-        penalty.shrink(1.0)
+        penalty.after_step(1.0)
         expected = [w * max(0, 1 - strength / (norm + 1) / norm) if norm else 0 for w, norm in zip(HAND, NORMS[kind])]
         assert weight.flatten().tolist() == pytest.approx(expected, rel=1e-12)
         assert [w == 0 for w in weight.flatten().tolist()] == [w == 0 for w in expected]  # exact zeros, not small ones
@@ -144,7 +163,7 @@ def test_shrink_never_flips_a_sign_and_never_grows_a_weight(kind, seed):
     penalty.update(1.0)
     before = [weight.detach().clone() for weight in penalty.weights]
     for _ in range(3):
-        penalty.shrink(0.1)
+        penalty.after_step(0.1)
         for old, new in zip(before, penalty.weights):
             assert (old * new >= 0).all() and (new.abs() <= old.abs()).all() and new.isfinite().all()
     assert any((old != new).any() for old, new in zip(before, penalty.weights))
@@ -159,7 +178,7 @@ def test_shrink_is_the_proximal_step(kind):
     penalty = ReweightedL1(model, LAYERS, kind, lam=0.7, eps=0.1)
     penalty.update(1.0)
     before = [weight.detach().clone() for weight in penalty.weights]
-    penalty.shrink(0.3)
+    penalty.after_step(0.3)
     zeros = [weight == 0 for weight in penalty.weights]
     assert any(zero.any() for zero in zeros) and not all(zero.all() for zero in zeros)
 
@@ -181,7 +200,7 @@ def test_no_strength_changes_nothing():
     before = model.conv.weight.clone()
     penalty = ReweightedL1(model, LAYERS, lam=0.0)
     penalty.update(1.0)
-    penalty.shrink(1.0)
+    penalty.after_step(1.0)
     assert torch.equal(model.conv.weight, before) and penalty.loss().item() == 0
 
 
@@ -211,7 +230,7 @@ def test_unopposed_weights_go_as_the_formula_says(kind):
     penalty = ReweightedL1(model, LAYERS, kind, lam=1.01 * q * (q + 0.05) / sum(lrs), eps=0.05)
     penalty.update(sum(lrs))
     for lr in lrs:
-        penalty.shrink(lr)
+        penalty.after_step(lr)
     zeros = 0
     for norm, weight in zip(norms, penalty.weights):
         assert torch.equal(group_norms(weight, kind) == 0, norm * (norm + penalty.eps) < sum(lrs) * penalty.lam)
@@ -228,18 +247,19 @@ def test_with_a_target_the_convolutions_keep_their_norms():
     penalty = ReweightedL1(model, LAYERS, target=0.5)
     penalty.update(1.0)
     for _ in range(100):
-        penalty.shrink(0.01)
+        penalty.after_step(0.01)
     assert penalty.feedback.spent == pytest.approx(1) and penalty.share() > 0.3
     assert layers["conv"].weight.norm().item() == pytest.approx(before["conv"], rel=1e-3)
     assert layers["linear"].weight.norm() < 0.99 * before["linear"] and not layers["depthwise"].weight.any()
 
 
-@pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(form="l0", lam=1.0), dict(),
-                                   dict(lam=1.0, target=0.5), dict(form="loss", target=0.5),
+@pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(),
+                                   dict(lam=1.0, target=0.5), dict(penalty=LossReweightedL1, target=0.5),
                                    dict(lam=1.0, eps=0.0), dict(lam=-1.0), dict(target=0.0), dict(target=1.0)))
 def test_impossible_penalties_are_refused(wrong):
+    penalty = wrong.pop("penalty", ReweightedL1)
     with pytest.raises(BadInput):
-        ReweightedL1(Net(), LAYERS, **wrong)
+        penalty(Net(), LAYERS, **wrong)
 
 
 @pytest.mark.parametrize("strength", (dict(target=0.5), dict(lam=0.1)))
@@ -249,179 +269,139 @@ def test_state_goes_into_another_penalty(strength):
     second.load_state_dict(first.state_dict())  # before any update
     first.update(1.0)
     for _ in range(20):
-        first.shrink(0.01)
+        first.after_step(0.01)
     second.load_state_dict(first.state_dict())
     theirs.load_state_dict(ours.state_dict())
     for penalty in (first, second):
         penalty.update(0.8)
         for _ in range(20):
-            penalty.shrink(0.01)
+            penalty.after_step(0.01)
     assert second.lam == first.lam > 0 and all(map(torch.equal, first.weights, second.weights))
     assert first.record() == second.record()
 
 
-# ----------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------------- gradual magnitude
 
-def test_threshold_mask_by_hand():
-    model = one(0.0, 1e-4, -1e-4, 0.99e-4, -0.99e-4, -3.0)
-    mask = threshold_masks(model, ["conv"], 1e-4)["conv"]
-    assert mask.flatten().tolist() == [False, True, True, False, False, True]
+class Counted(nn.Module):
+    """200 weights in two layers: 1, 2, ..., 100 and 101, ..., 200."""
 
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(10, 10, 1, bias=False)
+        self.linear = nn.Linear(10, 10)
+        for i, (_, layer) in enumerate(weight_layers(self)):
+            layer.weight.data = torch.arange(1.0, 101).view(layer.weight.shape).add(100 * i).neg_()
 
-def test_ratio_masks_by_hand():
-    """Half of the groups go; which of two that tie is not promised, so only the others are looked at."""
-    certain = {"irregular": {2: 0, 3: 0, 6: 0, 1: 1, 4: 1, 7: 1}, "column": {2: 0, 6: 0, 3: 1, 7: 1},
-               "kernel": {2: 0, 3: 0, 6: 1, 7: 1}, "filter": {0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 1}}
-    for kind in KINDS:
-        mask = ratio_masks(one(*HAND, shape=(2, 2, 1, 2)), {"conv": 0.5}, kind)["conv"].flatten().tolist()
-        assert sum(mask) == 4 and all(mask[i] == kept for i, kept in certain[kind].items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ratio", (0.0, 0.3, 0.5, 0.99))
-def test_ratio_masks_count_per_layer(kind, ratio):
-    model = Net()
-    masks = ratio_masks(model, {"conv": ratio, "linear": 0.5}, kind)
-    assert list(masks) == ["conv", "linear"]
-    for name, share in (("conv", ratio), ("linear", 0.5)):
-        weight, mask = dict(weight_layers(model))[name].weight, masks[name]
-        norms = group_norms(weight, kind)
-        gone = ~(group_norms(mask.double(), kind) > 0)  # groups with nothing left
-        assert gone.sum() == int(share * norms.numel())
-        assert torch.equal(mask, ~gone.expand_as(mask))  # groups whole
-        if 0 < gone.sum() < gone.numel():
-            assert norms[gone].max() <= norms[~gone].min()
+    def zeros(self) -> list[int]:
+        return [int((layer.weight == 0).sum()) for _, layer in weight_layers(self)]
 
 
-def test_all_equal_weights_are_pruned_to_the_count():
-    assert (~ratio_masks(one(*[1.0] * 10), {"conv": 0.3}, "irregular")["conv"]).sum() == 3
+def test_the_schedule_of_magnitudes_by_hand():
+    model = Counted()
+    pruning = GradualMagnitude(model, ["conv", "linear"], 0.8)
+    expected = {8.0: [0, 0], 6.0: [93, 0], 4.0: [100, 40], 0.0: [100, 60]}  # 160 (1 - 0.75^3), 160 (1 - 0.5^3), 160
+    for lr_to_come, zeros in expected.items():
+        pruning.update(lr_to_come)
+        pruning.after_step(0.1)
+        assert model.zeros() == zeros  # one ranking for both layers, the smallest first
+    model.conv.weight.data += 7  # what the optimizer does to them
+    model.linear.weight.data += 7
+    pruning.after_step(0.1)
+    assert model.zeros() == [100, 60]
+    assert model.linear.weight.flatten()[60:].tolist() == [-i + 7.0 for i in range(161, 201)]
 
 
-@pytest.mark.parametrize("target", (0.01, 0.25, 0.5, 0.7695, 0.95))
-@pytest.mark.parametrize("seed", range(3))
-def test_target_masks_prune_exactly_the_target(target, seed):
-    model = Net(seed)
-    masks = target_masks(model, LAYERS, target)
-    total = sum(mask.numel() for mask in masks.values())
-    assert sum((~mask).sum().item() for mask in masks.values()) == math.ceil(target * total)
-    weights = {name: module.weight.abs() for name, module in weight_layers(model)}  # one threshold for all layers
-    pruned = max(weights[n][~m].max() for n, m in masks.items() if not m.all())
-    assert pruned < min(weights[n][m].min() for n, m in masks.items())
+def test_only_the_named_layers_are_pruned():
+    model = Counted()
+    pruning = GradualMagnitude(model, ["linear"], 0.5)
+    pruning.update(1.0)
+    pruning.update(0.0)
+    assert model.zeros() == [0, 50]
 
 
-@pytest.mark.parametrize("kind", ("column", "kernel", "filter"))
-@pytest.mark.parametrize("target", (0.1, 0.5, 0.8))
-def test_target_masks_prune_whole_groups_to_at_least_the_target(kind, target):
-    model = Net(2)
-    masks = target_masks(model, LAYERS, target, kind)
-    total = sum(mask.numel() for mask in masks.values())
-    pruned, groups = 0, []
-    for name, mask in masks.items():
-        kept = (group_norms(mask.double(), kind) > 0).expand_as(mask)
-        assert torch.equal(mask, kept)
-        pruned += (~mask).sum().item()
-        groups.append(mask.numel() // group_norms(mask.double(), kind).numel())
-    assert target * total <= pruned < target * total + max(groups)
+def test_state_of_magnitudes_of_another_process():
+    ours, theirs = Counted(), Counted()
+    first, second = GradualMagnitude(ours, ["conv", "linear"], 0.8), GradualMagnitude(theirs, ["conv", "linear"], 0.8)
+    second.load_state_dict(first.state_dict())  # before any update
+    first.update(8.0)
+    first.update(6.0)
+    second.load_state_dict(first.state_dict())
+    second.after_step(0.1)
+    assert theirs.zeros() == ours.zeros() == [93, 0]
+    second.update(4.0)
+    assert theirs.zeros() == [100, 40]
+    assert first.options() == second.options() != GradualMagnitude(ours, ["conv"], 0.8).options()
 
 
-def test_groups_of_different_size_are_ranked_by_root_mean_square():
-    model = nn.Module()
-    model.small, model.large = nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 3, bias=False)
-    model.small.weight.data.fill_(0.5)
-    model.large.weight.data.fill_(0.4)  # norm 1.2, but every weight is smaller than the other layer's
-    masks = target_masks(model, ["small", "large"], 0.5, "filter")
-    assert masks["small"].all() and not masks["large"].any()
+@pytest.mark.parametrize("target", (0, 1, -0.1))
+def test_an_impossible_target(target):
+    with pytest.raises(BadInput, match="impossible target"):
+        GradualMagnitude(Counted(), ["conv"], target)
 
 
-def test_ties_and_zeros_do_not_fall_short_of_the_target():
-    masks = target_masks(one(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0), ["conv"], 0.25)
-    assert (~masks["conv"]).sum() == 3  # every zero that there is
-    masks = target_masks(one(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 2.0), ["conv"], 0.5)
-    assert (~masks["conv"]).sum() == 7
+# ----------------------------------------------------------------------------------------------- a penalty of one's own
+
+OWN = """
+from training.penalties import Penalty
+
+class Soft(Penalty):
+    def __init__(self, *args, power=1, **options):
+        super().__init__(*args, **options)
+        self.power = power
+    def shrink(self, strength):
+        for weight in self.weights:
+            weight.sub_(weight.clamp(-strength, strength))
+
+class Ridge(Penalty):
+    def __init__(self, model, layers, lam):
+        super().__init__(model, layers, lam=lam)
+    def loss(self):
+        return self.lam * sum(weight.square().sum() for weight in self.weights)
+
+def function(): pass
+"""
 
 
-def test_zero_masks_keep_what_is_there():
-    model = Net()
-    model.conv.weight.data[0, 1:3] = 0
-    mask = zero_masks(model, ["conv"])["conv"]
-    assert not mask[0, 1:3].any() and mask.sum() == mask.numel() - 18
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
 
 
-def test_masks_refuse_what_does_not_fit():
-    model = Net()
-    good = {name: torch.ones_like(module.weight, dtype=torch.bool) for name, module in weight_layers(model)}
-    Masks(model, good)
-    for wrong in ({"conv9": good["conv"]}, {"conv": good["conv"][:, :1]}, {"conv": good["conv"].float()},
-                  {"conv": good["linear"]}, {"bn": torch.ones(6, dtype=torch.bool)}):
-        with pytest.raises(BadInput, match=next(iter(wrong))):
-            Masks(model, wrong)
+def test_a_penalty_from_a_file(own):
+    penalty = penalties.make("own.py:Soft?power=2", Net(), LAYERS, target=0.5)
+    assert (penalty.power, penalty.form, penalty.in_loss) == (2, "own.py:Soft?power=2", False)
+    assert penalty.options()["form"] != penalties.make("own.py:Soft", Net(), LAYERS, target=0.5).options()["form"]
+    ridge = penalties.make("own.py:Ridge", Net(), LAYERS, lam=0.5)
+    assert ridge.in_loss and ridge.loss().item() == pytest.approx(
+        0.5 * sum(weight.square().sum().item() for weight in ridge.weights))
+    assert penalties.takes("own.py:Soft", "kind") and not penalties.takes("own.py:Ridge", "kind")
+    assert [penalties.takes("magnitude", name) for name in ("target", "lam", "kind")] == [True, False, False]
 
 
-@pytest.mark.parametrize("channels_last", (False, True))
-def test_masks_zero_and_catch_what_revives(channels_last):
-    model = Net()
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    before = model.conv.weight.detach().clone()
-    keep = target_masks(model, LAYERS, 0.5)
-    masks = Masks(model, keep)
-    for name, module in weight_layers(model):
-        assert torch.equal(module.weight != 0, keep[name])
-    assert torch.equal(model.conv.weight[keep["conv"]], before[keep["conv"]])
-    masks.check(model)
-
-    dead = (~keep["depthwise"]).nonzero()[0]
-    with torch.no_grad():
-        model.depthwise.weight[tuple(dead)] = 1e-30
-    with pytest.raises(AssertionError, match="depthwise"):
-        masks.check(model)
-    masks.apply()
-    masks.check(model)
-    with pytest.raises(AssertionError):
-        masks.check(Net())  # another model, such as an average, is looked at itself
+def test_the_feedback_leads_a_penalty_of_ones_own_to_its_target(own):
+    """Weights that a loss pulls back to where they were; plain L1, whose first lambda is q / rate."""
+    model = Net(3)
+    penalty = penalties.make("own.py:Soft", model, LAYERS, target=0.6)
+    home = [weight.detach().clone() for weight in penalty.weights]
+    penalty.update(40.0)
+    assert penalty.lam.item() == pytest.approx(
+        torch.cat([w.flatten().abs() for w in home]).kthvalue(34).values.item() / 2)  # 0.6 - 0.6 (14 / 15)^3 of 300
+    for _ in range(400):
+        with torch.no_grad():
+            for weight, wanted in zip(penalty.weights, home):
+                weight.lerp_(wanted, 0.05)
+        penalty.after_step(0.1)
+    assert 0.59 <= penalty.share() <= 0.62 and penalty.record()["zeros_path"] == pytest.approx(0.6)
 
 
-# -------------------------------------------------------------------------------------------------- prune-ratio files
-
-@pytest.fixture(scope="module")
-def mobilenet():
-    return MobileNetV2()
-
-
-def test_the_shipped_profile_lists_every_convolution(mobilenet):
-    listed = tomllib.loads((PROFILES / "config_mobile_v2_0.7.toml").read_text())["prune_ratios"]
-    convs = [name for name, module in weight_layers(mobilenet) if isinstance(module, nn.Conv2d)]
-    assert len(convs) == 57 and list(listed) == convs
-    assert listed["conv1"] == 0 and all(ratio == 0.7 for name, ratio in listed.items() if name != "conv1")
-    for name in ("config_mobile_v2_0.7", "config_mobile_v2_0.7.toml", PROFILES / "config_mobile_v2_0.7.toml"):
-        assert prune_ratios(name, mobilenet) == dict.fromkeys(convs[1:], 0.7)
-
-
-def test_default_layers_are_all_but_the_stem(mobilenet):
-    layers = default_layers(mobilenet)
-    assert len(layers) == 57 and "conv1" not in layers and {"conv2", "linear", "layers.16.shortcut.0"} < set(layers)
-
-
-def test_ratio_files(tmp_path):
-    path = tmp_path / "ratios.toml"
-    path.write_text('[prune_ratios]\nconv = 0.25\nlinear = 0\n')
-    assert prune_ratios(path, Net()) == {"conv": 0.25}
-
-
-@pytest.mark.parametrize("content, named", (
-    ("[prune_ratios]\nconv9 = 0.5", "conv9"), ("[prune_ratios]\nconv = 1", "conv is 1"),
-    ("[prune_ratios]\nconv = -0.1", "-0.1"), ("[prune_ratios]\nconv = '0.5'", "'0.5'"),
-    ("[prune_ratios]\nconv = nan", "nan"),
-    ("[ratios]\nconv = 0.5", "prune_ratios"), ("[prune_ratios\nconv = 0.5", "ratios.toml"),
-    ("prune_ratios = 0.5", "prune_ratios"), (b"\xff\xfe", "ratios.toml")))
-def test_bad_ratio_files_are_refused(tmp_path, content, named):
-    path = tmp_path / "ratios.toml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(BadInput) as error:
-        prune_ratios(path, Net())
-    assert named in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_missing_ratio_file_names_those_that_exist():
-    with pytest.raises(BadInput, match="config_mobile_v2_0.7"):
-        prune_ratios("config_mobile_v9", Net())
+@pytest.mark.parametrize("spec, options, said", (
+    ("nothing", {}, "known are loss, proximal, magnitude"), ("own.py:Other", {}, "no class or function Other"),
+    ("own.py:function", {}, "expected a subclass of Penalty"), ("none.py:Soft", {}, "there is no file none.py"),
+    ("own.py:Soft?speed=1", {"lam": 1.0}, "Soft refuses its arguments"), ("own.py:Soft?9", {}, "expected NAME=VALUE"),
+    ("own.py:Ridge", {"target": 0.5}, "Ridge refuses its arguments"),
+    ("loss", {"target": 0.5}, "cannot be led to a target")))
+def test_a_penalty_that_cannot_be_is_refused_in_a_line(own, spec, options, said):
+    with pytest.raises(BadInput, match=said) as error:
+        penalties.make(spec, Net(), LAYERS, **options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,114 @@
+"""Profile training steps: a table of the kernels of a GPU, or of a CPU's operators, by time.
+
+    python -m benchmarks.profile_step [--network N] [--batch-size B] [--size S] [--teacher] [--out F]
+
+A step is that of training/loop.py with Muon on made-up images; on CUDA it runs as a CUDA graph, and the table has the
+kernels on the device. The first steps, which compile and record, are not counted. --out writes the table to a file, as
+JSON if its name ends in .json.
+"""
+import contextlib
+import tempfile
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.training_speed import synchronize
+from compressed import cifar100, kaist, networks, threads
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.files import save_json, save_text, try_to_write
+from training import gpu_kernels, loop, teachers
+from training import main as training_main
+
+WARM_UP = 4  # steps: compile, record, replay
+
+
+@contextlib.contextmanager
+def stage_on_made_up_images(network: str, batch_size: int, size: int, steps: int, device: torch.device, *options: str,
+                            taught: bool = False):
+    """Give a stage that can make this many steps, with its kernels in use. options: of training/main.py."""
+    words = ["--epochs", "1", "--batch-size", str(batch_size), "--optimizer", "muon", "--average", "0.999"]
+    words += ["--sizes", "32" if size == 32 else f"{size}:0.999999,32"]
+    settings = training_main.settings_for("pretrain", training_main.parse([*words, *options]), device)
+    torch.manual_seed(0)
+    model = networks.make(network).to(device, memory_format=torch.channels_last)
+    teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
+    data = cifar100.made_up(batch_size * (steps + 1), seed=0, device=device)  # the last step may have another size
+    with tempfile.TemporaryDirectory() as folder:
+        stage = loop.Stage("profile", model, data, settings, some_path(folder), None, 5, None, [teacher] * taught, None,
+                           loop.Processes())
+        stage.resume(False, 0)
+        with stage.fast_kernels():
+            stage.begin(0)
+            yield stage
+
+
+def kernel_table(stage: loop.Stage, steps: int, device: torch.device) -> list[dict]:
+    """Return [{"name", "calls", "seconds"}] per step of the device's kernels or the CPU's operators, longest first."""
+    cuda = device.type == "cuda"
+    for i in range(WARM_UP):
+        stage.step(0, i)
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][:1 + cuda]) as profiler:
+        for i in range(steps):
+            stage.step(0, WARM_UP + i)
+        synchronize(device)
+    rows = []
+    for event in profiler.key_averages():
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
+            micros = event.self_device_time_total if cuda else event.self_cpu_time_total
+            rows.append({"name": event.key, "calls": event.count / steps, "seconds": micros / 1e6 / steps})
+    return sorted((row for row in rows if row["seconds"] > 0), key=lambda row: -row["seconds"])
+
+
+def as_text(rows: list[dict], most: int = 40) -> str:
+    """Return the table of the `most` longest, and the sum of all."""
+    total = sum(row["seconds"] for row in rows)
+    lines = [f"{'ms':>9}{'share':>8}{'calls':>8}  name"]
+    lines += [f"{1000 * row['seconds']:>9.3f}{row['seconds'] / total:>8.1%}{row['calls']:>8.1f}  {row['name'][:90]}"
+              for row in rows[:most]]
+    rest = rows[most:]
+    if rest:
+        seconds, calls = (sum(row[key] for row in rest) for key in ("seconds", "calls"))
+        lines.append(f"{1000 * seconds:>9.3f}{seconds / total:>8.1%}{calls:>8.1f}  {len(rest)} others")
+    calls = sum(row["calls"] for row in rows)
+    return "\n".join([*lines, f"{1000 * total:>9.3f}{1:>8.1%}{calls:>8.1f}  in a step"]) + "\n"
+
+
+def main(argv=None) -> int:
+    parser = command_line(__doc__)
+    networks.add_option(parser)
+    parser.add_argument("--batch-size", type=number(int, 2, 10**6), help="(default: 256 on CUDA, else 32)")
+    parser.add_argument("--size", type=int, choices=(8, 16, 24, 32), default=32, help="of the images (%(default)s)")
+    parser.add_argument("--steps", type=number(int, 1, 10**4), default=5, help="profiled steps (%(default)s)")
+    parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-triton", action="store_true", help="without the Triton kernels")
+    parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--out", type=some_path, metavar="F", help="write the table to F, as text or .json")
+    args = parser.parse_args(argv)
+    if args.out:
+        try_to_write(args.out)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    batch, network = args.batch_size or (256 if device.type == "cuda" else 32), args.network or networks.DEFAULT
+    options = ["--precision", args.precision, *["--no-compile"] * args.no_compile]
+    machine = threads.describe_machine(device)
+    threads.prepare()
+    if args.no_triton:
+        gpu_kernels.KINDS = ()
+    with stage_on_made_up_images(network, batch, args.size, WARM_UP + args.steps, device, *options,
+                                 taught=args.teacher) as stage:
+        rows = kernel_table(stage, args.steps, device)
+    text = f"{network}, batch {batch}, {args.size}x{args.size}, {machine['device']}, torch {machine['torch']}\n" + \
+        as_text(rows)
+    print(text, end="")
+    if args.out and args.out.suffix == ".json":
+        save_json({"machine": machine, "network": network, "batch_size": batch, "size": args.size, "kernels": rows},
+                  args.out)
+    elif args.out:
+        save_text(text, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,115 @@
+"""The comparison of one's own runs: rows and means by hand, and runs as training/main.py leaves them."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressed import networks
+from compressed.errors import BadInput
+from compressed.files import save_record, save_tensors
+from tools import compare
+from training import main as training
+from training.runs import read_stages
+
+
+def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2, **settings) -> None:
+    """A log of two epochs of 10 steps, in batches of 32; the accuracy is of the second."""
+    run.mkdir(parents=True, exist_ok=True)
+    lines = [{"stage": stage, "epoch": epoch, "step": 10 * epoch, "loss": 2 / epoch, "zeros": zeros, "weights": 100,
+              "accuracy": 0.5} for epoch in (1, 2)]
+    lines[1] |= {"test_accuracy": accuracy} if accuracy is not None else {}
+    (run / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_record({"settings": {"epochs": epochs, "batch_size": 32, "seed": seed, "workers": seed, **settings},
+                 "options": {"network": "my.py:Net", "run": str(run), "lam": 1.0}}, run / f"{stage}.options.json")
+
+
+def write_claim(path: Path, score: float, bits=4) -> None:
+    path.write_bytes(b"weights")
+    save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80}, "tensors": [{"bits": bits}],
+                 "counts": {"weights": {"all": {"sparsity": 0.5}}, "score": {"32-bit": {"score": score}}}},
+                path.with_suffix(".json"))
+
+
+def test_rows_by_hand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_stage(Path("a"), "pretrain", 0.5)
+    write_stage(Path("a"), "masked", epochs=5)
+    write_claim(Path("a/small.pt"), 0.01)
+    assert compare.main(["a", "--csv", "t.csv"]) == 0
+    rows = list(csv.DictReader(Path("t.csv").open()))
+    assert [list(row.values()) for row in rows] == [
+        ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0", "0.5", "0.25", ""],
+        ["a", "masked", "my.py:Net", "2 of 5", "0", "640", "1.0", "", "0.25", ""],
+        ["a", "small.pt", "", "", "0", "", "", "0.75", "0.5", "0.01"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(compare.COLUMNS)
+    assert lines[1].split() == ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0000", "50.00%", "25.00%", "-"]
+    assert lines[3].split() == ["a", "small.pt", "-", "-", "0", "-", "-", "75.00%", "50.00%", "0.01000"]
+    assert len(lines) == 4  # one run: nothing to average
+
+
+def test_mean_and_deviation_over_seeds_alone(tmp_path, capsys):
+    """Runs with another setting, in this stage or in one before, are no repetitions."""
+    for name, seed, accuracy, lr in (("a", 0, 0.5, 1), ("b", 1, 0.7, 1), ("other", 2, 0.9, 2), ("again", 0, 0.5, 3)):
+        write_stage(tmp_path / name, "pretrain", accuracy, seed, lr=lr)
+        write_stage(tmp_path / name, "masked", accuracy if name != "b" else None, seed, lr=1)
+        write_claim(tmp_path / name / "q.pt", accuracy / 10)
+    runs = [tmp_path / name for name in ("a", "b", "other", "again")]
+    rows = compare.over_seeds([row for run in runs for row in compare.rows_of(run, read_stages(run))])
+    assert [(row["stage"], row["runs"]) for row in rows] == [("pretrain", 2), ("masked", 2), ("q.pt", 2)]
+    assert rows[0]["accuracy"] == pytest.approx((0.6, 0.02**0.5)) and rows[0]["zeros"] == (0.25, 0)
+    assert rows[1]["accuracy"] is None and rows[2]["score"] == pytest.approx((0.06, 0.0002**0.5))
+    write_claim(tmp_path / "b" / "q.pt", 0.07, bits=8)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert "60.00% +- 14.14%" in out and out.count("% +- ") == 3 and "0.0600 +-" not in out  # q.pt has other bits
+
+
+def test_a_fine_tuning_and_the_claim_next_to_it(tmp_path):
+    write_stage(tmp_path / "out.run", "quantized", 0.6)
+    write_claim(tmp_path / "out.pt", 0.02)
+    rows = compare.rows_of(tmp_path / "out.run", read_stages(tmp_path / "out.run"))
+    assert [(row["stage"], row.get("score")) for row in rows] == [("quantized", None), ("out.pt", 0.02)]
+
+
+def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
+    write_stage(tmp_path, "pretrain", 0.5)
+    write_stage(tmp_path, "rew", zeros=75)
+    points = compare.curves(read_stages(tmp_path))
+    assert [at * 1e6 for at, _ in points["loss"]] == [320, 640, 960, 1280]
+    assert points["accuracy"] == [(640 / 1e6, 50.0)] and [share for _, share in points["zeros"]] == [25, 25, 75, 75]
+    save_tensors({"conv.weight": torch.tensor([[[[0.0, 1.0, 0.0, 0.0]]]]), "bn.weight": torch.zeros(3)},
+                 tmp_path / "rew.average.pt")  # of an unfinished stage
+    assert compare.main([str(tmp_path), "--layers", "--figure", str(tmp_path / "f.svg")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["conv", "75.00%"]
+    assert (tmp_path / "f.svg").read_text().startswith("<?xml")
+
+
+def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.25")
+    quick = "--pretrain --made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --refresh 0".split()
+    for seed in "01":
+        assert training.main([*quick, "--seed", seed, "--run", f"runs/{seed}"]) == 0
+    capsys.readouterr()
+    assert compare.main(["runs/0", "runs/1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:6] == ["runs/0", "pretrain", networks.DEFAULT, "1", "0", "32"]
+    assert lines[-1].split()[:3] == ["pretrain", networks.DEFAULT, "2"]
+
+
+@pytest.mark.parametrize("prepare, options, said", (
+    (lambda: None, "nowhere", "nowhere: there is no run"),
+    (lambda: write_stage(Path("a"), "rew"), "a --figure f.doc", "expected a name that ends in"),
+    (lambda: write_stage(Path("a"), "rew"), "a --csv a", "cannot be written .it is a folder"),
+    (lambda: (write_stage(Path("a"), "rew"), Path("a/rew.jsonl").write_text("{}\n")), "a", "no line of a log"),
+    (lambda: (write_stage(Path("a"), "rew"), save_record({}, "a/rew.options.json")), "a", "not what a stage writes"),
+    (lambda: (write_stage(Path("a"), "rew"), Path("a/x.pt").touch(), save_record({}, "a/x.json")), "a",
+     "not a claim with accuracy")))
+def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, prepare, options, said):
+    monkeypatch.chdir(tmp_path)
+    prepare()
+    with pytest.raises(BadInput, match=said):
+        compare.main(options.split())

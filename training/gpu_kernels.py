@@ -1,0 +1,287 @@
+"""Train faster on a GPU with triton_kernels.py: depthwise convolution, and BatchNorm with activation.
+
+Before a stage starts, every different layer is timed with these kernels and with PyTorch's functions, forward and
+backward, for the stage's batch and image sizes, and the results are compared. The kernels are used where they are
+faster. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
+"""
+import contextlib
+import dataclasses
+import functools
+import importlib
+import math
+import time
+
+import torch
+from torch import nn
+
+from compressed.command_line import say_once
+from training import cpu_kernels
+from training.cpu_kernels import ACTIVATIONS, exchanged, normalisations, with_activations
+
+KINDS = "depthwise", "BatchNorm"  # of layers that may use the kernels
+AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
+LARGEST = 2**31 - 2**24  # values of a map: the kernels' offsets, also of masked positions, are 32-bit integers
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+MODULES = {"none": nn.Identity, "relu": nn.ReLU, "hardswish": nn.Hardswish}
+
+
+# ---- Layers --------------------------------------------------------------------------------------
+
+def takes(x: torch.Tensor, sizes) -> bool:
+    """Return True if the kernels compute this input: (height, width) is one of `sizes`, and the type is supported."""
+    return tuple(x.shape[2:]) in sizes and x.dtype in DTYPES and 0 < x.numel() <= LARGEST
+
+
+class BatchNorm(cpu_kernels.BatchNorm):
+    """Compute BatchNorm2d and the following `activation` with Triton for inputs of `sizes`, else with PyTorch."""
+    sizes = ()
+
+    @staticmethod
+    def fits(norm: nn.BatchNorm2d) -> bool:
+        """Return True if the kernels can compute this BatchNorm."""
+        return (norm.affine and norm.track_running_stats and norm.momentum is not None
+                and norm.weight.dtype == torch.float32)
+
+    def forward(self, x):
+        if not self.training or not takes(x, self.sizes) or x.numel() == self.num_features:
+            return self.pytorchs(x)
+        y, statistics = torch.ops.training.normalise(x, self.weight, self.bias, self.running_mean, self.eps,
+                                                     ACTIVATIONS.index(self.activation))
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            torch._foreach_lerp_([self.running_mean, self.running_var], [statistics[0], statistics[1]], self.momentum)
+        return y
+
+
+class Depthwise(nn.Conv2d):
+    """Compute a depthwise Conv2d with Triton for inputs of `sizes`, else with PyTorch."""
+    sizes = ()
+    fits = staticmethod(cpu_kernels.Depthwise.fits)
+
+    def forward(self, x):
+        x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
+        return torch.ops.training.depthwise(x, self.weight, self.stride[0]) if takes(x, self.sizes) else \
+            super().forward(x)
+
+
+# ---- Timing --------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs."""
+    kind: str
+    channels: int
+    height: int
+    width: int
+    stride: int
+    activation: str
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    captured: bool
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return (PyTorch's layer, ours), with equal weights, in training mode."""
+        if self.kind == "depthwise":
+            # skip_init: without random numbers, which are training's
+            theirs, ours = (nn.utils.skip_init(nn.Conv2d, self.channels, self.channels, 3, self.stride, 1,
+                                               groups=self.channels, bias=False) for _ in range(2))
+            ours.__class__ = Depthwise
+        else:
+            theirs, ours = (nn.BatchNorm2d(self.channels) for _ in range(2))
+            ours.__class__, ours.activation = BatchNorm, self.activation
+            theirs = nn.Sequential(theirs, MODULES[self.activation]())
+        ours.sizes = ((self.height, self.width),)
+        for one, two in zip(theirs.parameters(), ours.parameters()):
+            one.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+            two.data.copy_(one)
+        return theirs.to(self.device), ours.to(self.device)
+
+    def maps(self, height: int, width: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x = torch.randn(self.batch, self.channels, height, width, device=self.device, generator=generator)
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def work(self, module: nn.Module):
+        """Return a function that runs the layer forward and backward and returns [output, gradients]."""
+        x = self.maps(self.height, self.width, 0).requires_grad_()
+        dy = self.maps((self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1, 1)
+
+        def work():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                y = module(x)
+            return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+        return work
+
+    def operators(self, module: nn.Module) -> dict:
+        """Return {operator: function that calls it} for the operators whose tilings are to be chosen."""
+        x, op = self.maps(self.height, self.width, 0), torch.ops.training
+        if self.kind == "depthwise":
+            weight, stride = module.weight.detach(), self.stride
+            dy = op.depthwise(x, weight, stride)
+            return {"depthwise": lambda: op.depthwise(x, weight, stride),
+                    "depthwise_input_gradient": lambda: op.depthwise_input_gradient(dy, weight, *x.shape[2:], stride),
+                    "depthwise_weight_gradient": lambda: op.depthwise_weight_gradient(x, dy, stride)}
+        values = module.weight.detach(), module.bias.detach()
+        kind = ACTIVATIONS.index(self.activation)
+        y, statistics = op.normalise(x, *values, module.running_mean, module.eps, kind)
+        return {"normalise": lambda: op.normalise(x, *values, module.running_mean, module.eps, kind),
+                "normalise_gradients": lambda: op.normalise_gradients(x, y, *values, statistics, kind)}
+
+
+recorded = []  # the CUDA graph that was timed last; the next one takes over its memory
+timing_stream = functools.cache(torch.cuda.Stream)  # one for each device, because each stream's memory is its own
+
+
+def seconds(work, captured: bool, device: torch.device, repeats: int = 5) -> float:
+    """Return the time that the device takes for work(), as a CUDA graph if `captured`."""
+    stream, now = timing_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(now)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()  # compiles kernels and allocates memory
+        if captured:
+            graph = torch.cuda.CUDAGraph()  # torch.cuda.graph would collect garbage first, which takes longer than all
+            graph.capture_begin(recorded[0].pool() if recorded else None, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+            recorded[:], work = [graph], graph.replay
+            work()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+    now.wait_stream(stream)
+    return start.elapsed_time(end) / 1000 / repeats
+
+
+def choose_tilings(layer: Layer, module: nn.Module) -> None:
+    """Time all tilings of the layer's operators and keep the fastest of each in triton_kernels.chosen."""
+    triton_kernels = importlib.import_module("training.triton_kernels")
+    for operator, work in layer.operators(module).items():
+        key = operator, layer.channels, layer.height, layer.width, layer.stride
+        times = {}
+        for tiling in triton_kernels.TILINGS[operator]:
+            triton_kernels.chosen[key] = tiling
+            with contextlib.suppress(Exception):  # a tiling may need more registers or memory than this GPU has
+                times[tiling] = seconds(work, layer.captured, layer.device)
+        triton_kernels.chosen[key] = min(times, key=times.get) if times else triton_kernels.TILINGS[operator][0]
+
+
+def distance(found: list, wanted: list) -> float:
+    """Return the largest distance of a tensor from the wanted one, relative to that one's norm; NaN counts as inf."""
+    errors = [((one.float() - two.float()).norm() / two.float().norm().clamp(min=1e-20)).item()
+              for one, two in zip(found, wanted, strict=True)]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+
+@functools.cache
+def measured(layer: Layer) -> dict:
+    """Return {"pytorch": seconds, "ours": seconds, "distance": of the results}; "error": why ours failed, if it did."""
+    theirs, ours = (layer.work(module) for module in layer.modules())
+    found = {"pytorch": seconds(theirs, layer.captured, layer.device), "ours": math.inf}
+    try:
+        choose_tilings(layer, layer.modules()[1])
+        found["distance"] = distance(ours(), theirs())
+        if not found["distance"] <= AGREEMENT:
+            raise ArithmeticError(f"its results are {found['distance']:.2g} from PyTorch's")
+        found["ours"] = seconds(ours, layer.captured, layer.device)
+    except Exception as error:  # the compiler, the driver or the device can fail in any way
+        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        say_once(f"without Triton's {layer.kind} kernels of {layer.channels} x {layer.height} x {layer.width}: "
+                 f"{found['error']}")
+    return found
+
+
+@functools.cache
+def compiled_speed(layer: Layer) -> float:
+    """Return how many times as fast torch.compile makes PyTorch's layer, whose activation it fuses."""
+    compiled = torch.compile(layer.modules()[0], dynamic=False)
+    return measured(layer)["pytorch"] / seconds(layer.work(compiled), layer.captured, layer.device)
+
+
+# ---- Their use -----------------------------------------------------------------------------------
+
+def input_sizes(model: nn.Module, modules: list, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
+    """Return {module: {(height, width) of its inputs}} for images of these sizes."""
+    found, modes = {module: set() for module in modules}, {module: module.training for module in model.modules()}
+    hooks = [module.register_forward_pre_hook(lambda module, args: found[module].add(tuple(args[0].shape[2:])))
+             for module in modules]
+    try:
+        with torch.no_grad():
+            model.eval()
+            for size in sizes:
+                model(torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return found
+
+
+def layers_of(model: nn.Module, norms: dict, sizes, **options) -> dict[nn.Module, list[Layer]]:
+    """Return {module: its Layers, one for each input size} of all layers that may use the kernels.
+
+    norms: see cpu_kernels.normalisations. options: the fields of a Layer from `batch` on.
+    """
+    kinds = {module: ("depthwise", module.in_channels, module.stride[0], "none") for module in model.modules()
+             if type(module) is nn.Conv2d and Depthwise.fits(module)}
+    kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation) for norm, (activation, _) in norms.items()
+              if BatchNorm.fits(norm)}
+    kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
+    inputs = input_sizes(model, list(kinds), sizes, options["device"])
+    return {module: [Layer(kind, channels, *size, stride, activation, **options) for size in sorted(inputs[module])]
+            for module, (kind, channels, stride, activation) in kinds.items()}
+
+
+def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module, type]:
+    """Return {module: class to give it} where the kernels are faster, and print how many. See fast_on_a_gpu."""
+    if not KINDS:
+        return {}
+    importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
+    began, norms = time.monotonic(), normalisations(model)
+    layers = layers_of(model, norms, sizes, **options)
+    normalised = [layer for several in layers.values() for layer in several if layer.kind == "BatchNorm"]
+    speed = {"depthwise": 1.0, "BatchNorm": 1.0}
+    if compiled and normalised:
+        speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
+    classes, counts = {}, []
+    for kind in KINDS:
+        used = {module: tuple((each.height, each.width) for each in several
+                              if measured(each)["ours"] * speed[kind] < measured(each)["pytorch"])
+                for module, several in layers.items() if several and several[0].kind == kind}
+        counts.append(f"{sum(map(bool, used.values()))} of {len(used)} {kind} layers")
+        for module, chosen in used.items():
+            if chosen and kind == "depthwise":
+                classes[module] = type("Depthwise", (Depthwise,), {"sizes": chosen})
+            elif chosen:
+                classes |= with_activations({module: norms[module]}, BatchNorm, sizes=chosen)
+    print(f"Triton: {', '.join(counts)} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)",
+          flush=True)
+    return classes
+
+
+@contextlib.contextmanager
+def fast_on_a_gpu(model: nn.Module, sizes, **options):
+    """Use the kernels within the block where they are faster, by changing the classes of the model's modules.
+
+    sizes: of the square images. options: batch, dtype, device and captured as in a Layer, and compiled: True if the
+    model is run with torch.compile, which fuses a BatchNorm's functions itself. Weights and state-dict keys stay the
+    same, and results differ by rounding only.
+    """
+    try:
+        classes = faster(model, sizes, **options)
+    except ImportError:  # there is no Triton on this system
+        classes = {}
+    except Exception as error:
+        say_once(f"without Triton's kernels: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+        classes = {}
+    recorded.clear()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    with exchanged(classes):
+        yield

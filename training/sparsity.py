@@ -1,0 +1,138 @@
+"""Make the penalty of the reweighted stage and the masks of the masked one from the options of training/main.py."""
+import argparse
+
+from compressed.command_line import number
+from compressed.errors import BadInput
+from compressed.files import load_record
+from training import masks, penalties
+
+OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
+DEFAULT_TARGET, DEFAULT_EPS = 0.8, 1e-3
+
+
+def add_options(group) -> None:
+    group.add_argument("--target-sparsity", type=number(float, 0.001, 0.999), metavar="S",
+                       help="wanted share of zeros in the pruned layers; lambda is adjusted to reach it (0.8)")
+    group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
+                       help="fixed strength of the penalty, instead of --target-sparsity")
+    group.add_argument("--eps", type=number(float, 1e-9, 1), default=DEFAULT_EPS,
+                       help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
+    group.add_argument("--cost-power", type=number(float, 0, 4), default=0.0, metavar="P",
+                       help="multiply a layer's penalty by (what one of its weights costs in the score)^P, to make "
+                            "zeros where they save more (%(default)s)")
+    group.add_argument("--penalty", metavar="P",
+                       help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
+                            "METHOD.md); magnitude: no penalty, gradual magnitude pruning to --target-sparsity, as a "
+                            "baseline; FILE.py:NAME: a class of your own (see training/README.md), with arguments as "
+                            "in FILE.py:NAME?p=0.5")
+    group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
+                       help="number of updates of alpha, or with magnitude of the zeros, at equal distances (with a "
+                            "lambda 5, with a target 20, with magnitude 100)")
+    group.add_argument("--sparsity-type", choices=(*masks.GROUPS, "threshold"),
+                       help="groups of weights that become zero together (irregular: single weights). Given without a "
+                            "target, it selects the submission's method: the penalty in the loss, lambda 1e-6, and "
+                            "masks from --threshold or, for groups, from the ratios of --config-file. A filter of "
+                            "zeros is counted as zeros, but not removed from the network")
+    group.add_argument("--config-file", metavar="NAME",
+                       help="TOML file with the layers' prune ratios, or its name in training/profile/")
+    group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
+                       help="with --sparsity-type threshold: smaller weights are pruned (%(default)s)")
+
+
+def check(args, parser: argparse.ArgumentParser) -> None:
+    """Set the default of --updates. Exits with an error for sparsity options that exclude each other."""
+    if args.lam is not None and args.target_sparsity is not None:
+        parser.error("--lambda and --target-sparsity exclude each other")
+    if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
+        parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
+    spec, lam, _ = strength(args)
+    for option, name in (("--lambda", "lam"), ("--sparsity-type", "kind"), ("--eps", "eps"),
+                         ("--cost-power", "cost_power")):
+        action = parser._option_string_actions[option]
+        given = getattr(args, action.dest) != action.default
+        if args.penalty and given and not penalties.takes(spec, name):
+            parser.error(f"--penalty {spec} has no {option}")
+    args.updates = args.updates or penalties.find(spec)[0].updates or (20 if lam is None else 5)
+
+
+def strength(args) -> tuple[str, float | None, float | None]:
+    """Return (specification, lambda, target) of the penalty; lambda or target is None.
+
+    Without a target, --sparsity-type and --penalty loss select the submission's penalty: in the loss, lambda 1e-6.
+    """
+    lam, target = args.lam, args.target_sparsity
+    spec = args.penalty or ("loss" if args.sparsity_type and target is None else "proximal")
+    if lam is None and target is None:
+        lam, target = (1e-6, None) if args.sparsity_type or spec == "loss" else (None, DEFAULT_TARGET)
+    return spec, lam, target
+
+
+def pruned_layers(args, model) -> list[str]:
+    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
+    if args.config_file:
+        layers = list(masks.prune_ratios(args.config_file, model))
+        if not layers:
+            raise BadInput(f"{args.config_file}: no layer has a ratio above 0")
+        return layers
+    return masks.default_layers(model)
+
+
+def make_penalty(args, model) -> penalties.Penalty:
+    """Return the penalty that the options select, on the model."""
+    spec, lam, target = strength(args)
+    options = {"kind": args.sparsity_type, "lam": lam, "target": target,
+               "eps": None if args.eps == DEFAULT_EPS else args.eps, "cost_power": args.cost_power or None}
+    return penalties.make(spec, model, pruned_layers(args, model),
+                          **{name: value for name, value in options.items()
+                             if value is not None and penalties.takes(spec, name)})
+
+
+def of_run(args, say=lambda line: None) -> argparse.Namespace:
+    """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
+
+    say: function that gets one line on what was taken from where, and one for every given option that differs. Nothing
+    is taken if the options select the submission's rule: without a target, --sparsity-type threshold, or any type with
+    --config-file.
+    """
+    path = args.run / "rew.options.json"
+    theirs = dict.fromkeys(OPTIONS)
+    if path.is_file():
+        options = argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
+                                     | load_record(path, "give another --run folder")["options"])
+        theirs = {name: getattr(options, name) for name in OPTIONS} | {"target_sparsity": strength(options)[2]}
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    for name, value in given.items():
+        before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
+        if before not in (None, value):
+            say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
+    if args.target_sparsity is None and (args.sparsity_type == "threshold" or args.sparsity_type and args.config_file):
+        return args
+    args = argparse.Namespace(**vars(args) | theirs | given)
+    if args.target_sparsity is None and args.config_file is None and "sparsity_type" not in given:
+        args.target_sparsity = DEFAULT_TARGET  # theirs was a lambda
+    if len(given) < len(OPTIONS):
+        target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
+        source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
+        say(f"masked: {f'target {target}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
+            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
+            f"what was not given is {source}")
+    return args
+
+
+def make_masks(args, model, say=lambda line: None) -> masks.Masks:
+    """Return the masks that the options select, on the model. say(line) gets how many of their zeros existed before."""
+    layers = pruned_layers(args, model)
+    if args.target_sparsity is not None or args.sparsity_type is None:
+        kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
+        kept = masks.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
+    elif args.sparsity_type == "threshold":
+        kept = masks.threshold_masks(model, layers, args.threshold)
+    elif args.config_file:
+        kept = masks.ratio_masks(model, masks.prune_ratios(args.config_file, model), args.sparsity_type)
+    else:
+        raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
+                       "--config-file, or a --target-sparsity")
+    total, pruned, already = masks.already_zero(model, kept)
+    say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
+        f"{already / max(1, pruned):.2%} of them were zero already")
+    return masks.Masks(model, kept)
