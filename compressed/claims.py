@@ -2,6 +2,7 @@
 
     sha256               SHA-256 of the checkpoint file
     network              {"spec", "classes", "mean", "std" of the input, "graph": digest}; without it, the default one
+    data_set             {"name", "classes", "digest"} of the images that it was made from; without it, CIFAR-100
     accuracy             {"data", "correct", "images", "loss"}, and if known "without_duplicates": {"correct", "images"}
                          (see cifar100.near_duplicates)
     accuracy_by_step     the accuracy after each step of quantize.py

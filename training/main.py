@@ -1,4 +1,4 @@
-"""Train a sparse network on CIFAR-100 in three stages: dense, reweighted L1, masked. Finished stages are not repeated.
+"""Train a sparse network in three stages: dense, reweighted L1, masked. Finished stages are not repeated.
 
     python training/main.py                    all stages that the run folder lacks
     python training/main.py --rew              one stage (--pretrain, --rew, --masked-retrain)
@@ -27,7 +27,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository's top level
 
-from compressed import cifar100, environment, networks, threads  # noqa: E402
+from compressed import datasets, environment, networks, threads  # noqa: E402
+from compressed.cifar100 import DataSet  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
 from compressed.files import git_commit, held, load_record, save_record, save_text, try_to_write  # noqa: E402
@@ -126,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
                      "singular near -eps (here |w|), and its reweighted stage never stepped the cosine schedule.")
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
     networks.add_option(parser)
-    cifar100.add_options(parser.add_argument_group("data"))
+    datasets.add_options(parser.add_argument_group("data"))
     sparsity_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
@@ -295,43 +296,58 @@ def make_masks(args, model, say=lambda line: None) -> reweighted_l1.Masks:
     return reweighted_l1.Masks(model, masks)
 
 
-def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], device: torch.device) -> None:
-    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options."""
+def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], data_set: DataSet, device) -> None:
+    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options or the data."""
     for stage in stages:
         args = by_stage[stage]
-        model = networks.make(args.network)
+        model = networks.make(args.network, data_set.classes)
+        networks.check_outputs(model, args.network, data_set.classes)
         settings_for(stage, args, device)
+        for path in args.teacher:
+            teachers.load(path, args.network, data_set)
         if stage == "rew":
             make_penalty(args, model)
         elif stage == "masked":
             make_masks(args if "rew" in stages else sparsity_of_run(args), model)
 
 
-def starting_point(stage: str, args) -> nn.Module:
+def refuse_other_data(args, stages: list[str], data_set: DataSet) -> None:
+    """Raise BadInput if one of the finished stages in the run folder was trained on another data set."""
+    for stage in stages:
+        path = args.run / f"{stage}.options.json"
+        record = load_record(path, "remove it, or give --no-resume") if path.is_file() else {}
+        theirs = record.get("data_set")
+        if isinstance(theirs, dict) and (theirs.get("classes"), theirs.get("digest")) != (data_set.classes,
+                                                                                           data_set.digest):
+            raise BadInput(f"{path} is of a run on {theirs.get('name')} (digest {theirs.get('digest')}), and the data "
+                           f"are {data_set}: give the same --data to go on, or another --run folder")
+
+
+def starting_point(stage: str, args, classes: int) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     if args.start and args.start.is_dir():
-        model = networks.make(args.network)
+        model = networks.make(args.network, classes)
         try:
             model.load_state_dict(loop.State(args.start, None).read("weights"))
         except RuntimeError as error:
             raise BadInput(f"{args.start}: holds the state of another network") from error
         return model
     if args.start:
-        return load_checkpoint(args.start, args.network)
+        return load_checkpoint(args.start, args.network, classes)
     before = {"rew": "pretrain", "masked": "rew"}.get(stage)
     if before:
         path = args.run / f"{before}.pt"
         if path.is_file():
-            return load_checkpoint(path, args.network)
+            return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
         print(f"warning: {path} is missing, the reweighted stage starts from random weights "
               "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
-    return networks.make(args.network)
+    return networks.make(args.network, classes)
 
 
 def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str]:
@@ -345,7 +361,7 @@ def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str
     recipe = f"; recipe {args.recipe}" if args.recipe else ""
     machine = threads.describe_machine(device, processes.count)
     return [f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
-            f"{machine['torch']}); {len(data):,} train images; "
+            f"{machine['torch']}); {len(data):,} train images of {data.data_set.name}; "
             f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
 
 
@@ -357,7 +373,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
     print, and to remove, once the first stage begins.
     """
     settings = settings_for(stage, args, device)
-    model = starting_point(stage, args).to(device, memory_format=torch.channels_last)
+    model = starting_point(stage, args, data.data_set.classes).to(device, memory_format=torch.channels_last)
     if head:
         print("\n".join(head), flush=True)
         head.clear()  # once a run
@@ -367,7 +383,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
         say = functools.partial(print, flush=True) if processes.first else lambda line: None
         args = sparsity_of_run(args, say)
         masks = make_masks(args, model, say)
-    taught_by = [teachers.load(path, args.network).to(device, memory_format=torch.channels_last)
+    taught_by = [teachers.load(path, args.network, data.data_set).to(device, memory_format=torch.channels_last)
                  for path in args.teacher]
 
     def began():
@@ -375,6 +391,7 @@ def run_stage(stage: str, args, data, test, device, processes, deadline: float, 
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
             save_record({"stage": stage, "machine": threads.describe_machine(device, processes.count),
                          "train_images": len(data.labels), "commit": git_commit(),
+                         "data_set": dataclasses.asdict(data.data_set),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
@@ -427,12 +444,13 @@ def run_stages(args, by_stage, data, test, device, processes, deadline: float) -
     again = [] if args.resume else chosen
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
+    refuse_other_data(args, there, data.data_set)
     others = {stage: changes for stage in there if (changes := changed_options(stage, by_stage[stage], device))}
     for stage in chosen:
         if stage in others:
             raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
                            "--no-resume to train it again, or another --run folder")
-    refuse_early(missing, by_stage, device)
+    refuse_early(missing, by_stage, data.data_set, device)
     head = head_lines(missing, by_stage, data, device, processes) if missing and processes.first else []
     work = {stage: plan.Plan(settings_for(stage, by_stage[stage], device), len(data), processes, 1).work()
             for stage in missing}
@@ -485,7 +503,7 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + (math.inf if args.max_minutes is None else 60 * args.max_minutes)
     processes, device = join_processes(args)
     try:
-        data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
+        data, test = (datasets.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
         with held(args.run) if processes.first else contextlib.nullcontext():
             run_stages(args, by_stage, data, test, device, processes, deadline)
