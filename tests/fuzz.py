@@ -34,6 +34,7 @@ import quantize  # noqa: E402
 from compressed import (
     checkpoints,  # noqa: E402
     cifar100,  # noqa: E402
+    datasets,  # noqa: E402
     kaist,  # noqa: E402
     mnet,  # noqa: E402
 )
@@ -153,6 +154,7 @@ class Kinds:
                     lambda: [line["step"] for line in load_lines(folder / "run" / "fuzz.jsonl")], False),
             "options": (options, lambda: quantize.training_record(folder / "run" / "masked.pt"), True),
             "CIFAR-100": (folder / "set" / "train", lambda: vars(cifar100.load(folder / "set", "train")), False),
+            ".npz of images": (folder / "set.npz", lambda: vars(datasets.load(folder / "set.npz")), False),
             "teacher": (folder / "teacher.t7", lambda: teachers.load(folder / "teacher.t7").state_dict(), False)}
 
     def train(self, folder: Path) -> None:
@@ -182,6 +184,10 @@ class Kinds:
             (folder / split).write_bytes(pickle.dumps(content, 4))
             cifar100.FINGERPRINT[split] = cifar100.fingerprint(cifar100.digests(*cifar100.read(folder / split)))
             cifar100.COUNT[split] = n
+        four = cifar100.made_up(40, 0, classes=4)
+        images, labels = four.images.permute(0, 2, 3, 1).numpy(), four.labels.numpy()
+        np.savez(folder.with_suffix(".npz"), train_images=images, train_labels=labels, test_images=images[:9],
+                 test_labels=labels[:9])
 
 
 def forged_digest(record: dict) -> str:

@@ -53,8 +53,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     threads.prepare()
     networks = {path: read(path) for path in args.checkpoints}
-    taught_by = [teachers.load(path) for path in args.teacher]
     data = datasets.chosen(args, "train")[0]
+    taught_by = [teachers.load(path, data_set=data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
     expected = sum(logits(teacher, mixed).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")

@@ -361,7 +361,7 @@ def head_lines(stages: list[str], by_stage, data, device, processes) -> list[str
     recipe = f"; recipe {args.recipe}" if args.recipe else ""
     machine = threads.describe_machine(device, processes.count)
     return [f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
-            f"{machine['torch']}); {len(data):,} train images of {data.data_set.name}; "
+            f"{machine['torch']}); {len(data):,} train images ({data.data_set.name}); "
             f"run folder {args.run}{recipe}", "to train: " + ", ".join(parts)]
 
 
