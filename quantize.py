@@ -17,6 +17,7 @@ behind its accumulators is too rare to be seen (see tools/export_onnx.py).
 Powers of two make the evaluation exact: see compressed/exact_network.py, the network that computes on these grids.
 """
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,11 +27,11 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from compressed import cifar100, claims, counting, dead_weight, grids, networks, threads
+from compressed import cifar100, claims, counting, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
-from compressed.evaluation import evaluate, logits, renew_means, renew_statistics, without_duplicates
+from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, probe_logits, quantize_activations
 from compressed.files import (
     check_outputs,
@@ -45,6 +46,7 @@ from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes
+from training.batchnorm import renew_means, renew_statistics
 from training.runs import stage_logs
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
@@ -115,7 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
                         "BatchNorm statistics once the weights are quantized, and the means once the activations are; "
                         "0: keep them (%(default)s)")
     networks.add_option(parser)
-    cifar100.add_options(parser)
+    normalisation.add_option(parser)
+    datasets.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
                                      "quantized.pt, and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
@@ -201,7 +204,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              network: str, accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
-    found = fine_tune.take_up(networks.make(network), tuning, chosen) if tuning else None
+    found = fine_tune.take_up(networks.make(network, train_data.data_set.classes), tuning, chosen) if tuning else None
     if found:
         model, accuracies.steps = found
         model = fine_tune.moved(model, train_data.labels.device)
@@ -249,6 +252,14 @@ def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.O
                                     args.tuning_folder, args.resume)
 
 
+def other_options(args, data_set: cifar100.DataSet) -> dict:
+    """Return, in plain values, what decides the result of a fine-tuning besides settings and grids, and is no default.
+    """
+    others = {"data_set": (str(data_set), str(cifar100.CIFAR100)), "holdout": (args.holdout, False),
+              "normalise": (args.normalise, None)}
+    return {key: value for key, (value, default) in others.items() if value != default}
+
+
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
@@ -256,15 +267,21 @@ def main(argv=None) -> int:
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    model = fine_tune.moved(prepare(networks.load_checkpoint(args.checkpoint, args.network)), device)
+    model = prepare(networks.load_checkpoint(args.checkpoint, args.network))
+    model = fine_tune.moved(normalisation.fold(model, *args.normalise) if args.normalise else model, device)
     source = sha256(args.checkpoint)
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
-    (train_data, _), (test_data, data_name) = (cifar100.chosen(args, split, device) for split in ("train", "test"))
+    (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
+                                                 for split in ("train", "test"))
     chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
+    if tuning:
+        tuning = dataclasses.replace(tuning, network=args.network, others=other_options(args, train_data.data_set))
     accuracies = Accuracies(test_data)
     model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
-    accuracies.data = cifar100.chosen(args, "test")[0]  # what is shipped is exact, and verified, on a CPU
-    network, formats = ship(model, prepare(networks.make(args.network)), chosen, accuracies)
+    # what is shipped is exact, and verified, on a CPU
+    accuracies.data = dataclasses.replace(test_data, images=test_data.images.cpu(), labels=test_data.labels.cpu())
+    plain = prepare(networks.make(args.network, train_data.data_set.classes))
+    network, formats = ship(model, plain, chosen, accuracies)
     for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
         stored_exponent(entry.get("step", 1), entry["name"])
     networks.save_state(network.state_dict(), args.out)
@@ -275,6 +292,7 @@ def main(argv=None) -> int:
         accuracy["without_duplicates"] = without_duplicates(exact_network(network, formats["activations"]),
                                                             accuracies.data, last["correct"], duplicates)
     claim = formats | {
+        "data_set": dataclasses.asdict(test_data.data_set),
         "accuracy": accuracy,
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),

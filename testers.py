@@ -1,13 +1,14 @@
 """Verify a checkpoint: accuracy on the test set as claimed, then what every tensor holds, and what it costs to store.
 
-    python testers.py                   the shipped checkpoint; its claim is the .json beside it
-    python testers.py --checkpoint F    another one, a state dict or a packed .mnet; its claim is F with the suffix
-                                        .json, and without one a state dict is taken as a float network
+    python testers.py                   the shipped checkpoint; its claim is the .json of the same name
+    python testers.py --checkpoint F    another one, a state dict or a packed .mnet; a state dict without a claim is
+                                        evaluated as a float network
 
 Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see quantize.py), so the
-claimed number of correct images must come out to the image. Exit status 0: everything was verified. 2: something
+number of correct images must be the claimed one to the image. Exit status 0: everything was verified. 2: something
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
+import dataclasses
 import math
 import sys
 
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, counting, networks, threads
+from compressed import checkpoints, cifar100, claims, counting, datasets, networks, normalisation, threads
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
@@ -31,7 +32,8 @@ REORDERED = "not known, the images of this copy are not in the published order"
 
 
 def sums_without_layers(model, formats: Formats, steps: dict[str, float]) -> int:
-    """The largest value, in its finest unit, of a point that only adds or multiplies other points: in float32, too."""
+    """Return the largest possible value of a point that only adds or multiplies other points, in units of its finest
+    term: float32 computes these points too, exactly up to 2^24."""
     worst = 0
     for point in read_graph(model).points:
         units, largest = [], []
@@ -45,10 +47,10 @@ def sums_without_layers(model, formats: Formats, steps: dict[str, float]) -> int
 
 
 def exactness(model, formats: Formats) -> int:
-    """The largest magnitude that any convolution's sum of products of codes can have: exact in float32 up to 2^24.
+    """Return the largest magnitude that a convolution's sum of products of codes can have: exact in float32 up to 2^24.
 
-    sys.maxsize if a step is no power of two: then float32 rounds already the products. The linear layer sums in
-    float64.
+    It is sys.maxsize if a step is no power of two, because float32 then rounds even the products. The linear layer is
+    left out: it sums in float64.
     """
     worst = 0
     for branch in read_graph(model).layers:
@@ -64,10 +66,11 @@ def exactness(model, formats: Formats) -> int:
 
 
 def tensor_lines(rows: list[dict]) -> list[str]:
+    """Return the table of all tensors: shape, values, zeros, bits found."""
     counts = {"total": "values", "zeros": "zeros", "nonzeros": "non-zeros"}
     lines = [f"{'index':>5}  {'tensor':<29}{'shape':<17}" + "".join(f"{label:>10}" for label in counts.values())
              + f"{'sparsity':>9}  bits found"]
-    for row in sorted(rows, key=lambda row: row["index"] is None):  # the 58 weight tensors first
+    for row in sorted(rows, key=lambda row: row["index"] is None):  # the layers' weights first
         index = "" if row["index"] is None else row["index"]
         lines.append(f"{index:>5}  {row['name']:<29}{'x'.join(map(str, row['shape'])):<17}"
                      + "".join(f"{row[key]:>10,}" for key in counts)
@@ -76,6 +79,7 @@ def tensor_lines(rows: list[dict]) -> list[str]:
 
 
 def total_lines(summary: dict) -> list[str]:
+    """Return the table of zeros and the storage of the whole network."""
     weights, storage = summary["weights"], summary["storage"]
     lines = [f"{'Weights':<44}{'all':>12}{'zeros':>12}{'non-zeros':>12}{'sparsity':>10}{'compression':>13}"]
     labels = {"all": "convolutions and linear, exact", "conv": "convolutions alone, exact",
@@ -92,12 +96,21 @@ def total_lines(summary: dict) -> list[str]:
     return lines
 
 
-def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
-    """(the network as it is claimed to compute, what to say of it). Adds to read.problems what the claim gets wrong."""
+def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, list[str]]:
+    """Return (a network without a claim, in float32; lines to print about it). normalise: as of --normalise."""
+    network, lines = read.model, ["no claim: evaluated in float32, widths as found in the values"]
+    if normalise is not None:
+        network = normalisation.Renormalised(network, *normalise)
+        lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
+    return network.to(memory_format=torch.channels_last), lines
+
+
+def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
+    """Return (the network as the claim says that it computes, lines to print about it).
+
+    Adds what the claim gets wrong to read.problems.
+    """
     claim, problems = read.claim, read.problems
-    if claim is None:
-        network = read.model.to(memory_format=torch.channels_last)
-        return network, ["no claim beside it: evaluated in float32, widths as found in the values"]
     network = exact_network(read.model, claim.get("activations", []))
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     bound = max(exactness(read.model, read.formats), sums_without_layers(read.model, read.formats, steps))
@@ -115,23 +128,25 @@ def held_to_claim(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
     return network, lines
 
 
-def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) -> dict:
-    """Return {"data", "loss", "correct", "images"}, or nothing where that is impossible; add to problems what the claim
-    gets wrong.
+def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
+    """Evaluate a network on the test images; return {"data", "loss", "correct", "images"}, or {} if that fails.
 
-    Of the test set "without_duplicates" too: {"correct", "images"} of the images without a near-duplicate in the train
-    set, None if it is not known which these are.
+    For CIFAR-100's test set it has "without_duplicates" too: {"correct", "images"} of the images without a
+    near-duplicate in the train set, or None if these are not known. Adds what the claim gets wrong to read.problems.
     """
+    claim, problems = read.claim, read.problems
     try:
-        data, name = cifar100.chosen(args, "test")
+        data, name = datasets.chosen(args, "test", network=read.model)
         loss, correct = evaluate(network, data)
     except (BadInput, OSError) as error:
         problems.append(f"the accuracy was not verified: {error}")
         return {}
     found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
-    claimed = found if claim is None else claim.get("accuracy")
+    claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
     if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
         problems.append(f"the accuracy was not verified: tested were {len(data)} {name} images, claimed is {claimed}")
+    elif data_set not in (None, dataclasses.asdict(data.data_set)):
+        problems.append(f"the accuracy was not verified: tested was {data.data_set}, claimed is {data_set}")
     elif claimed.get("correct") != correct:
         problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
     elif name == "test":
@@ -146,38 +161,39 @@ def measured(network: nn.Module, args, claim: dict | None, problems: list[str]) 
 
 
 def accuracy_lines(found: dict) -> list[str]:
+    """Return the lines of what `measured` found."""
     if not found:
         return ["Accuracy: NOT VERIFIED"]
     correct, images = found["correct"], found["images"]
     lines = [f"Loss: {found['loss']:.4f} ({found['data']} set)",
              f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
     if "without_duplicates" in found:
-        lines.append(duplicates_line(found["without_duplicates"]))
+        part = found["without_duplicates"]
+        share = REORDERED if part is None else \
+            f"{part['correct']}/{part['images']} ({part['correct'] / part['images']:.2%})"
+        lines.append(f"  of images without a near-duplicate in the train set: {share}")
     return lines
 
 
-def duplicates_line(part: dict | None) -> str:
-    head = "  of images without a near-duplicate in the train set: "
-    if part is None:
-        return head + REORDERED
-    return f"{head}{part['correct']}/{part['images']} ({part['correct'] / part['images']:.2%})"
-
-
 def main(argv=None) -> int:
+    """Print the report; return 0, or 2 if something contradicts the claim or could not be verified."""
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     networks.add_option(parser, claimed=True)
-    cifar100.add_options(parser)
+    normalisation.add_option(parser)
+    datasets.add_options(parser)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
     read = checkpoints.read(args.checkpoint, args.network)
     claim, problems = read.claim, read.problems
-    network, lines = held_to_claim(read)
+    if claim is not None and args.normalise is not None:
+        raise BadInput(f"--normalise is for a checkpoint without a claim: the input of {read.path} is as claimed")
+    network, lines = float_network(read, args.normalise) if claim is None else claimed_network(read)
     if not args.json:  # at once: the images take a while
         print("\n".join([f"{read.path}, SHA-256 {read.sha256}", *lines]), flush=True)
-    found = measured(network, args, claim, problems)
+    found = measured(network, args, read)
     tensors = counting.tensor_rows(read.model, found_formats(read.model))
     summary = counting.summary(read.model, read.formats)
     if claim is not None and claim.get("counts") != summary:

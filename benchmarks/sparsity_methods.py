@@ -19,7 +19,7 @@ import statistics
 import time
 from pathlib import Path
 
-from compressed import cifar100
+from compressed import datasets
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json, try_to_write
@@ -48,7 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
                         help="of the penalty in the loss (%(default)s)")
     parser.add_argument("--max-minutes", type=number(float, 0, 10**6), metavar="M", help="stop after that time")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    cifar100.add_options(parser)
+    datasets.add_options(parser)
     return parser.parse_args(argv)
 
 

@@ -36,7 +36,7 @@ from compressed import cifar100, kaist, kernels, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import save_json, try_to_write
 from mobilenet_v2 import MobileNetV2
-from training import cpu_kernels, gpu_kernels, loop, teachers
+from training import augmentation, cpu_kernels, gpu_kernels, loop, teachers
 from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
@@ -163,8 +163,8 @@ def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.dev
                 synchronize(device)
                 marks.append(time.perf_counter())
 
-        draws = cifar100.draw(size, loop.generator_for(0, step), trivial=True, mixing="both")
-        x, labels, others, lam = cifar100.augment(data.images[:size], data.labels[:size], draws)
+        draws = augmentation.draw(size, loop.generator_for(0, step), trivial=True, mixing="both")
+        x, labels, others, lam = augmentation.augment(data.images[:size], data.labels[:size], draws)
         x = x.contiguous(memory_format=torch.channels_last)
         mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):

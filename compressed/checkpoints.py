@@ -1,11 +1,10 @@
-"""Read a checkpoint together with its claim, and check one against the other. Every script reads them here."""
+"""Read a checkpoint together with its claim, and check one against the other."""
 import dataclasses
 from pathlib import Path
 
 from torch import nn
 
 from compressed import claims, mnet
-from compressed.cifar100 import CLASSES
 from compressed.command_line import some_path
 from compressed.errors import BadInput
 from compressed.files import sha256
@@ -18,6 +17,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
 
 
 def add_option(parser) -> None:
+    """Add --checkpoint to a parser."""
     parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
                         help=f"state dict with its claim (.json) next to it, or a packed .mnet (default: {CHECKPOINT})")
 
@@ -37,11 +37,14 @@ class Checkpoint:
     problems: list[str]
 
 
-def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str, int]:
-    """Return (specification, number of classes) of a state dict's network: the claim's, else the one that is given."""
+def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str, int | None]:
+    """Return (specification, number of classes) of a state dict's network, by its claim `beside` it.
+
+    If the claim does not state them: the specification that is given, and None.
+    """
     stated = (claim or {}).get("network")
     if stated is None:
-        return network or DEFAULT, CLASSES
+        return network or DEFAULT, None
     spec, classes = (stated.get("spec"), stated.get("classes")) if isinstance(stated, dict) else (None, None)
     if not isinstance(spec, str) or type(classes) is not int or not 1 <= classes < 2**16:
         raise BadInput(f"{beside}: \"network\" holds no specification and number of classes")
@@ -54,7 +57,7 @@ def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str,
 def read(path, network: str | None = None) -> Checkpoint:
     """Read a state dict or a packed .mnet, and its claim, the .json next to it; return a Checkpoint.
 
-    network: the specification of a network whose claim states none; one that it states must be the same.
+    network: the specification of the network, needed if the claim states none; otherwise it must be the claim's.
     A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
     Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """

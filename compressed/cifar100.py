@@ -1,21 +1,16 @@
-"""Load CIFAR-100 as uint8 tensors on the device, and augment whole batches there, every image with its own parameters.
+"""Find or download CIFAR-100, check it to the last pixel, and load it as uint8 tensors; every other set has its form.
 
     python -m compressed.cifar100 [--data FOLDER]      finds (or downloads) the data set, checks it, prints a summary
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The data set is searched in --data, then in
 the environment variable CIFAR100_DIR, then in ./data.cifar100. If the first two are not given, it is downloaded to the
-last.
-
-A training step first draws random parameters for the whole batch (`draw`) and then applies them to the images
-(`augment`). One of several processes draws for the whole batch and applies its slice, so that all processes together
-compute what a single one would.
+last. Other data sets are read by datasets.py.
 """
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import http.client
-import math
 import os
 import pickle
 import shutil
@@ -32,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from compressed import environment
-from compressed.command_line import command_line, number, progress_bar, run_script, some_path
+from compressed.command_line import command_line, progress_bar, run_script, some_path
 from compressed.errors import BadInput
 
 CLASSES = 100
 IMAGE_SIZE = 32
-HOLDOUT_PER_CLASS = 50
+HOLDOUT = 10  # one of so many train images of each class is held out
 FOLDER = Path("data.cifar100")
 NEAR_DUPLICATES = Path(__file__).with_name("near_duplicates.csv")
 SET = "cifar-100-python"  # the name of the folder inside the published archive
@@ -53,10 +48,31 @@ FINGERPRINT = {"train": "6d2a03c47c105e4c34d3a2ff16c2803e8df0e5d6fa0c631e46663a3
 
 
 @dataclasses.dataclass(frozen=True)
+class DataSet:
+    """Name a data set, its number of classes, and a digest of all its images and labels; None if they are made up."""
+    name: str
+    classes: int
+    digest: str | None
+
+    @classmethod
+    def of(cls, name: str, classes: int, fingerprints: dict[str, str]) -> "DataSet":
+        """Return the data set whose train and test images have these fingerprints."""
+        both = fingerprints["train"] + fingerprints["test"]
+        return cls(name, classes, hashlib.sha256(both.encode()).hexdigest()[:16])
+
+    def __str__(self):
+        return f"{self.name} ({self.classes} classes{f', digest {self.digest}' if self.digest else ''})"
+
+
+CIFAR100 = DataSet.of("CIFAR-100", CLASSES, FINGERPRINT)
+
+
+@dataclasses.dataclass(frozen=True)
 class Images:
     """Hold `images`, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and their `labels`, int64 [N], on one device."""
     images: torch.Tensor
     labels: torch.Tensor
+    data_set: DataSet = CIFAR100
 
     def __len__(self):
         return len(self.labels)
@@ -72,13 +88,20 @@ def find(folder=None) -> Path:
     """
     given = folder or environment.folder("CIFAR100_DIR")
     start = Path(given or FOLDER)
-    for candidate in (start / SET, start):
-        if all(os.path.isfile(candidate / split) for split in COUNT):
-            return candidate
+    if found := holding(start, SET, COUNT):
+        return found
     if given:
         origin = "--data" if folder else "CIFAR100_DIR"
         raise BadInput(f"{start} ({origin}) holds no CIFAR-100: no files train and test in it or in its {SET}/")
     return download(start)
+
+
+def holding(folder: Path, inner: str, files) -> Path | None:
+    """Return `folder`/`inner`, or else `folder`, if all these files are in it; None if they are in neither."""
+    for candidate in (folder / inner, folder):
+        if all(os.path.isfile(candidate / file) for file in files):
+            return candidate
+    return None
 
 
 def download(folder: Path) -> Path:
@@ -151,12 +174,13 @@ class ArraysOnly(pickle.Unpickler):
             raise BadInput(f"it refers to {module}.{name}, which the published files do not") from None
 
 
-def read(path) -> tuple[np.ndarray, np.ndarray]:
-    """Return (images uint8 [N, 3, 32, 32], labels int64 [N]) of a file `train` or `test`, in the file's order.
+def read(path, key: str = "fine_labels", classes: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
+    """Return (images uint8 [N, 3, 32, 32], labels int64 [N]) of a file of a CIFAR data set, in the file's order.
 
-    Does not check that they are those of CIFAR-100 (`load` does), and executes no code in the file. Raises BadInput if
-    the file is damaged or is another kind of file.
+    key: where the file holds the labels. Does not check that the images are the published ones (`load` does), and
+    executes no code in the file. Raises BadInput if the file is damaged or is another kind of file.
     """
+    kind = f"CIFAR-{classes}"
     try:
         with open(path, "rb") as file:
             content = ArraysOnly(file, encoding="latin1").load()  # latin1: Python 2 wrote the published files
@@ -164,22 +188,23 @@ def read(path) -> tuple[np.ndarray, np.ndarray]:
         raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle can raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__  # one line
-        raise BadInput(f"{path}: not a CIFAR-100 file, or damaged ({reason})") from error
+        raise BadInput(f"{path}: not a {kind} file, or damaged ({reason})") from error
     content = content if isinstance(content, dict) else {}
-    data, labels = content.get("data"), content.get("fine_labels")
+    data, labels = content.get("data"), content.get(key)
     if not isinstance(data, np.ndarray) or not isinstance(labels, list):
-        raise BadInput(f"{path}: not a CIFAR-100 file (no `data` array with a list of `fine_labels`)")
+        raise BadInput(f"{path}: not a {kind} file (no `data` array with a list of `{key}`)")
     if data.dtype != np.uint8 or data.shape != (len(labels), 3 * IMAGE_SIZE**2):
         raise BadInput(f"{path}: {data.dtype} pixels {list(data.shape)} for {len(labels)} labels, expected "
                        f"uint8 [{len(labels)}, {3 * IMAGE_SIZE**2}]")
-    if not all(type(label) is int and 0 <= label < CLASSES for label in labels):
-        raise BadInput(f"{path}: labels that are not integers from 0 to {CLASSES - 1}")
+    if not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise BadInput(f"{path}: labels that are not integers from 0 to {classes - 1}")
     return data.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), np.array(labels, np.int64)
 
 
 def digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
-    """Return the SHA-256 of (label byte, 3072 CHW pixel bytes) of every image."""
-    return [hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in zip(images, labels.tolist())]
+    """Return the SHA-256 of (label, 3072 CHW pixel bytes) of every image; a label below 256 is one byte, else two."""
+    return [hashlib.sha256(label.to_bytes(1 if label < 256 else 2) + image.tobytes()).digest()
+            for image, label in zip(images, labels.tolist())]
 
 
 def fingerprint(digests: list[bytes]) -> str:
@@ -187,17 +212,38 @@ def fingerprint(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
+def canonical_order(keys: list[bytes]) -> list[int]:
+    """Return the indices of images in the order of their digests: the same for every copy, and as good as random."""
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def file_of(split: str) -> str:
+    """Return which of "train" and "test" a split is part of. Raises BadInput for an unknown split."""
+    if split not in ("train", "test", "fit", "holdout"):
+        raise BadInput(f"split {split!r} is none of train, test, fit, holdout")
+    return "test" if split == "test" else "train"
+
+
+def select(images: np.ndarray, labels: np.ndarray, keys: list[bytes], split: str, data_set: DataSet, device) -> Images:
+    """Return the images of a split in canonical order, on the device, from all images of its file and their digests."""
+    order = np.array(canonical_order(keys))
+    if split in ("fit", "holdout"):
+        by_class = (np.flatnonzero(labels[order] == label) for label in range(data_set.classes))
+        held = np.concatenate([places[:len(places) // HOLDOUT] for places in by_class])
+        held = np.isin(np.arange(len(order)), held)
+        order = order[held if split == "holdout" else ~held]
+    return Images(torch.from_numpy(images[order]).to(device), torch.from_numpy(labels[order]).to(device), data_set)
+
+
 def load(folder=None, split: str = "train", device="cpu") -> Images:
     """Return the images of a split, in canonical order, on the device.
 
     "train" has 50,000 images and "test" 10,000; "fit" and "holdout" divide the train set into 45,000 and 5,000 images,
-    with 50 images of each class in the holdout. Canonical order is the order of the images' digests. Copies of the data
-    set in another order so give the same tensors, and the same training for a seed; the order is as good as random.
-    Raises BadInput if no data set is found (see `find`), or if it is not CIFAR-100 to the last pixel.
+    with 50 images of each class in the holdout. Copies of the data set in another order give the same tensors, and so
+    the same training for a seed. Raises BadInput if no data set is found (see `find`), or if it is not CIFAR-100 to the
+    last pixel.
     """
-    if split not in ("train", "test", "fit", "holdout"):
-        raise BadInput(f"split {split!r} is none of train, test, fit, holdout")
-    file = "test" if split == "test" else "train"
+    file = file_of(split)
     path = find(folder) / file
     images, labels = read(path)
     keys = digests(images, labels)
@@ -205,12 +251,7 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
     if fingerprint(keys) != FINGERPRINT[file] and file_md5(path) != MD5[file]:
         raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images "
                        "(neither the published MD5 nor the same content in another order)")
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
-    if split in ("fit", "holdout"):
-        held = np.concatenate([np.flatnonzero(labels[order] == c)[:HOLDOUT_PER_CLASS] for c in range(CLASSES)])
-        held = np.isin(np.arange(len(order)), held)
-        order = order[held if split == "holdout" else ~held]
-    return Images(torch.from_numpy(images[order]).to(device), torch.from_numpy(labels[order]).to(device))
+    return select(images, labels, keys, split, CIFAR100, device)
 
 
 def near_duplicates(folder=None) -> torch.Tensor | None:
@@ -223,10 +264,9 @@ def near_duplicates(folder=None) -> torch.Tensor | None:
     path = find(folder) / "test"
     if file_md5(path) != MD5["test"]:
         return None
-    keys = digests(*read(path))
     rows = [line for line in NEAR_DUPLICATES.read_text().splitlines() if not line.startswith("#")]
     listed = {int(row["test_index"]) for row in csv.DictReader(rows)}
-    return torch.tensor([i in listed for i in sorted(range(len(keys)), key=keys.__getitem__)])
+    return torch.tensor([i in listed for i in canonical_order(digests(*read(path)))])
 
 
 def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
@@ -241,46 +281,7 @@ def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
     labels = torch.arange(n)[torch.randperm(n, generator=generator)] % classes  # classes as equal in size as possible
     noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     images = (128 + 50 * patterns[labels] + 25 * noise).clamp(0, 255).to(torch.uint8)
-    return Images(images.to(device), labels.to(device))
-
-
-# --------------------------------------------------------------------------------------- the data of a command line
-
-def add_options(parser, made_up: bool = True) -> None:
-    """Add --data and, with `made_up`, --holdout and --made-up, which select other images (see `chosen`)."""
-    parser.add_argument("--data", type=some_path, metavar="DIR",
-                        help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download to ./data.cifar100)")
-    if made_up:
-        parser.add_argument("--holdout", action="store_true",
-                            help="train on 45,000 of the train images and test on the other 5,000")
-        parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
-                            help="train on N synthetic images and test on a fifth as many (at least 100)")
-
-
-def option_words(args) -> list[str]:
-    """Return the options of `add_options` as words of another script's command line."""
-    return [*(["--data", str(args.data)] if args.data else []), *["--holdout"] * args.holdout,
-            *(["--made-up", str(args.made_up)] if args.made_up else [])]
-
-
-FIRST_IMAGES = ("use only N of the test images: the first in the order of their SHA-256, which is the same for every "
-                "copy of the data set, and mixes the classes")
-
-
-def chosen(args, split: str, device="cpu") -> tuple[Images, str]:
-    """Return (images, their name) of the split "train" or "test", as the options say.
-
-    If args.images is set, only so many: the first in canonical order (see `load`).
-    """
-    if args.made_up:
-        count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
-        data, name = made_up(count, seed, device=device), "made up"
-    elif args.holdout:
-        data, name = load(args.data, {"train": "fit", "test": "holdout"}[split], device), "hold-out"
-    else:
-        data, name = load(args.data, split, device), split
-    few = getattr(args, "images", None)
-    return Images(data.images[:few], data.labels[:few]), name
+    return Images(images.to(device), labels.to(device), DataSet("made up", classes, None))
 
 
 # ------------------------------------------------------------------------------------------------------ normalise
@@ -296,258 +297,15 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return images.float().sub_(MEAN).mul_(1 / STD)
 
 
-# ----------------------------------------------------------------------------------------------------------- draws
-
-PAD = 4
-OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-       "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
-(IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOR, CONTRAST,
- SHARPNESS, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE) = range(len(OPS))
-BINS = 31
-
-
-def magnitude_table() -> torch.Tensor:
-    """Return the 31 strengths of each operation, from none to full: float32 [14, 31] (TrivialAugment, wide).
-
-    Units: shears in pixels per pixel, translations in pixels, rotation in degrees, Brightness to Sharpness as a change
-    of the blending factor 1, Posterize in bits that are kept, Solarize as a threshold.
-    """
-    table = torch.zeros(len(OPS), BINS)
-    table[[SHEAR_X, SHEAR_Y, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS]] = torch.linspace(0, 0.99, BINS)
-    table[[TRANSLATE_X, TRANSLATE_Y]] = torch.linspace(0, 32, BINS)
-    table[ROTATE] = torch.linspace(0, 135, BINS)
-    table[POSTERIZE] = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round()
-    table[SOLARIZE] = torch.linspace(255, 0, BINS)
-    return table
-
-
-MAGNITUDES = magnitude_table()
-MIXINGS = ("none", "mixup", "cutmix", "both")
-
-
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """Hold the random parameters with which `augment` changes each of `count` images.
-
-    Each field is a tensor with one row per image, or None if that step is off. `draws[a:b]` are the parameters of the
-    images a to b - 1 of the batch.
-    """
-    count: int
-    top: torch.Tensor | None = None  # int64 [N], 0 to 8: the crop's corner in the image padded by 4
-    left: torch.Tensor | None = None
-    flip: torch.Tensor | None = None  # bool [N]
-    op: torch.Tensor | None = None  # int64 [N]: an index in OPS
-    magnitude: torch.Tensor | None = None  # float32 [N], signed
-    lam: torch.Tensor | None = None  # float32 [N]: weight of the image's own label; the partner's has 1 - lam
-    weight: torch.Tensor | None = None  # float32 [N]: weight of the image's own pixels outside the box
-    box: torch.Tensor | None = None  # int64 [N, 4]: top, bottom, left, right of the box with the partner's pixels
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, part: slice) -> "Draws":
-        start, stop, step = part.indices(self.count)
-        if step != 1 or self.lam is not None and (start % 2 or stop % 2 and stop != self.count):
-            raise ValueError(f"draws[{start}:{stop}:{step}] would separate an image from its mixing partner")
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "count"}
-        return Draws(max(0, stop - start), **{k: None if v is None else v[start:stop] for k, v in tensors.items()})
-
-
-def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = False, mixing: str = "none",
-         mixup_alpha: float = 0.3, cutmix_alpha: float = 1.0, mix_probability: float = 1.0) -> Draws:
-    """Draw independent augmentation parameters for each of n images, on the generator's device.
-
-    crop: random crop and flip. trivial: TrivialAugment. mixing: none, mixup, cutmix, or both (either with probability
-    1/2 for each image). An image is mixed with `mix_probability`, with a share drawn from Beta(alpha, alpha). Raises
-    BadInput for an unknown mixing and an impossible alpha or probability.
-
-    Prefer a generator on the CPU, even for CUDA training: the draws are then the same on both, and `trivial_augment`
-    can assign images to operations without waiting for the GPU.
-    """
-    if mixing not in MIXINGS:
-        raise BadInput(f"mixing {mixing!r} is none of {', '.join(MIXINGS)}")
-    if not (0.01 <= mixup_alpha < math.inf and 0.01 <= cutmix_alpha < math.inf):  # below, even float64 underflows
-        raise BadInput(f"mixup alpha {mixup_alpha} and CutMix alpha {cutmix_alpha} must be 0.01 or more")
-    if not 0 <= mix_probability <= 1:
-        raise BadInput(f"mixing probability {mix_probability} is not between 0 and 1")
-    device, drawn = generator.device, {}
-
-    def integers(below, *shape):
-        return torch.randint(below, (n, *shape), generator=generator, device=device)
-
-    def beta(alpha):
-        # torch.distributions.Beta calls this too, but takes no generator. float64: small alphas give values near 0, 1.
-        shape = torch.full((n, 2), alpha, dtype=torch.float64, device=device)
-        return torch._sample_dirichlet(shape, generator)[:, 0]
-
-    if crop:
-        drawn |= {"top": integers(2 * PAD + 1), "left": integers(2 * PAD + 1), "flip": integers(2).bool()}
-    if trivial:
-        op = integers(len(OPS))
-        sign = torch.where(op < POSTERIZE, 1 - 2 * integers(2), 1)  # operations from Posterize on have no direction
-        drawn |= {"op": op, "magnitude": MAGNITUDES.to(device)[op, integers(BINS)] * sign}
-    if mixing != "none":
-        cut = integers(2).bool() if mixing == "both" else torch.full((n,), mixing == "cutmix", device=device)
-        mixed = torch.rand(n, generator=generator, device=device) < mix_probability
-        lam = torch.where(cut, beta(cutmix_alpha), beta(mixup_alpha)).where(mixed, 1.0)
-        # CutMix (Yun et al. 2019): a box with the share 1 - lam of the area around a random pixel, clipped at the
-        # border; lam is then recomputed from the clipped box. Without CutMix the box is empty.
-        half = torch.where(cut, 0.5 * (1 - lam).sqrt() * IMAGE_SIZE, 0.0).long()[:, None]
-        centre = integers(IMAGE_SIZE, 2)
-        low, high = (centre - half).clamp(min=0), (centre + half).clamp(max=IMAGE_SIZE)
-        kept = 1 - (high - low).prod(1) / IMAGE_SIZE**2
-        drawn |= {"lam": torch.where(cut, kept, lam).float(), "weight": torch.where(cut, 1.0, lam).float(),
-                  "box": torch.stack((low[:, 0], high[:, 0], low[:, 1], high[:, 1]), 1)}
-    return Draws(n, **drawn)
-
-
-def epoch_order(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return a random permutation of n images, int64 [n], on the generator's device."""
-    return torch.randperm(n, generator=generator, device=generator.device)
-
-
-# --------------------------------------------------------------------------------------------------------- augment
-
-def augment(images: torch.Tensor, labels: torch.Tensor, draws: Draws):
-    """Return a training batch: images cropped, flipped, TrivialAugmented, normalised and mixed by the given draws.
-
-    images uint8 [N, 3, 32, 32], labels int64 [N] -> (x float32 [N, 3, 32, 32], labels [N], labels of the mixing
-    partners [N], lam float32 [N]), all on the images' device. The loss of an image is
-    lam * loss(label) + (1 - lam) * loss(partner's label).
-    """
-    if len(draws) != len(images):
-        raise ValueError(f"{len(draws)} draws for {len(images)} images")
-    images = trivial_augment(crop_flip(images, draws), draws)
-    return mix(normalise(images), labels, draws)
-
-
-def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Crop 32x32 pixels of each image padded with 4 black pixels, and flip some: uint8 [N, 3, 32, 32] -> the same."""
-    if draws.top is None:
-        return images
-    top, left, flip = (t.to(images.device, non_blocking=True) for t in (draws.top, draws.left, draws.flip))
-    pixel = torch.arange(IMAGE_SIZE, device=images.device)
-    rows = top[:, None] + pixel
-    columns = left[:, None] + torch.where(flip[:, None], pixel.flip(0), pixel)
-    return pick(F.pad(images, [PAD] * 4), rows[:, :, None], columns[:, None, :])
-
-
-def pick(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Gather pixels, [N, C, H, W] -> [N, C, 32, 32]: pixel (y, x) of image n is that at rows, columns[n, y, x]."""
-    index = (rows * images.shape[3] + columns).flatten(1)[:, None]
-    picked = images.flatten(2).gather(2, index.expand(-1, images.shape[1], -1))
-    return picked.unflatten(2, (IMAGE_SIZE, IMAGE_SIZE))
-
-
-def trivial_augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Apply one operation with its own strength to each image: uint8 [N, 3, 32, 32] -> the same.
-
-    Müller and Hutter, "TrivialAugment", ICCV 2021. Operations and ranges are those of torchvision's TrivialAugmentWide
-    (31 strengths, nearest pixel, black outside). The operations but Identity form three families, and each family
-    processes its images at once. The lists of images are made on the draws' device: if that is the CPU, nothing waits
-    for the GPU.
-    """
-    if draws.op is None:
-        return images
-    out = images.clone()
-    families = (warp, SHEAR_X, ROTATE), (blend, BRIGHTNESS, SHARPNESS), (relevel, POSTERIZE, EQUALIZE)
-    for family, first, last in families:
-        mine = ((draws.op >= first) & (draws.op <= last)).nonzero().squeeze(1)
-        if len(mine):
-            mine, op, magnitude = (t.to(images.device, non_blocking=True)
-                                   for t in (mine, draws.op[mine], draws.magnitude[mine]))
-            out[mine] = family(images[mine], op[:, None, None], magnitude[:, None, None])
-    return out
-
-
-# The families take images uint8 [N, 3, 32, 32], op and magnitude [N, 1, 1], and return the changed images.
-
-
-def warp(images, op, magnitude):
-    """Apply ShearX, ShearY, TranslateX, TranslateY or Rotate, as one affine map of pixel positions per image."""
-    def only(wanted, value):
-        return torch.where(op == wanted, value, 0.0)
-
-    centre = (IMAGE_SIZE - 1) / 2
-    x = torch.arange(IMAGE_SIZE, device=images.device) - centre  # relative to the centre of rotation
-    y = x[:, None]
-    angle = only(ROTATE, magnitude.deg2rad())
-    shear_x, shear_y = only(SHEAR_X, magnitude), only(SHEAR_Y, magnitude)
-    # Shears keep the image's top or left edge in place, 16 pixels from the centre. Translations are whole pixels.
-    source_x = angle.cos() * x - angle.sin() * y + shear_x * (y + IMAGE_SIZE / 2) - only(TRANSLATE_X, magnitude.trunc())
-    source_y = angle.sin() * x + angle.cos() * y + shear_y * (x + IMAGE_SIZE / 2) - only(TRANSLATE_Y, magnitude.trunc())
-    columns, rows = (source_x + centre).round().long(), (source_y + centre).round().long()
-    outside = (columns < 0) | (columns >= IMAGE_SIZE) | (rows < 0) | (rows >= IMAGE_SIZE)
-    picked = pick(images, rows.clamp(0, IMAGE_SIZE - 1), columns.clamp(0, IMAGE_SIZE - 1))
-    return picked.masked_fill_(outside[:, None], 0)
-
-
-def blend(images, op, magnitude):
-    """Apply Brightness, Color, Contrast or Sharpness: move away from (or towards) black, grey, mean grey or a blur."""
-    op, magnitude = op[:, None], magnitude[:, None]  # [N, 1, 1, 1]
-    x = images.float()
-    grey = (0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).floor_()
-    # The blur weights a pixel's eight neighbours by 1/13 and the pixel itself by 5/13; border pixels stay unchanged.
-    # It uses shifts instead of a convolution, because sums of whole numbers are exact under autocast too.
-    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
-    square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    blurred = x.clone()
-    blurred[..., 1:-1, 1:-1] = ((square + 4 * x[..., 1:-1, 1:-1]) / 13).round_()
-    plain = torch.where(op == COLOR, grey, 0.0)  # 0: Brightness
-    plain = torch.where(op == CONTRAST, grey.mean((1, 2, 3), keepdim=True), plain)
-    plain = torch.where(op == SHARPNESS, blurred, plain)
-    return (x + magnitude * (x - plain)).clamp_(0, 255).to(torch.uint8)
-
-
-def relevel(images, op, magnitude):
-    """Apply Posterize, Solarize, AutoContrast or Equalize, by a table of 256 new levels per channel of each image."""
-    pixels = images.flatten(2).long()
-    level = torch.arange(256, device=images.device)
-    low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
-    flat = low == high
-
-    posterized = level & -(2 ** (8 - magnitude.clamp(2, 8)).long())  # clamp: of other operations
-    solarized = torch.where(level >= magnitude, 255 - level, level)
-    stretched = ((level - low) / ((high - low).float() * (1 / 255)).masked_fill(flat, 1)).clamp(0, 255).long()
-    stretched = torch.where(flat, level, stretched)
-
-    # Equalize as in Pillow: a level's new value is the number of darker pixels divided by a 255th of the number of all
-    # pixels that are not the brightest.
-    count = torch.zeros(*pixels.shape[:2], 256, dtype=torch.long, device=images.device)
-    count.scatter_add_(2, pixels, torch.ones_like(pixels))
-    darker = count.cumsum(2) - count
-    step = darker.gather(2, high) // 255
-    equalized = ((darker + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    equalized = torch.where(step == 0, level, equalized)
-
-    table = torch.where(op == POSTERIZE, posterized, solarized)
-    table = torch.where(op == AUTO_CONTRAST, stretched, table)
-    table = torch.where(op == EQUALIZE, equalized, table)
-    return table.to(torch.uint8).gather(2, pixels).view_as(images)
-
-
-def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
-    """Mix each image with its neighbour (0 with 1, 2 with 3, ...) by mixup (Zhang et al. 2018) or CutMix.
-
-    x float32 [N, C, 32, 32] and labels int64 [N] -> (mixed x, labels, labels of the partners, lam float32 [N]). The
-    last image of an odd batch is its own partner. Batches are in random order, so a neighbour is as good as a random
-    partner, and it is always in the same process.
-    """
-    if draws.lam is None:
-        return x, labels, labels, torch.ones(len(x), device=x.device)
-    lam, weight, box = (t.to(x.device, non_blocking=True) for t in (draws.lam, draws.weight, draws.box))
-    partner = torch.arange(len(x), device=x.device) ^ 1
-    partner.clamp_(max=len(x) - 1)
-    pixel = torch.arange(IMAGE_SIZE, device=x.device)
-    rows = (pixel >= box[:, 0:1]) & (pixel < box[:, 1:2])
-    columns = (pixel >= box[:, 2:3]) & (pixel < box[:, 3:4])
-    share = weight[:, None, None].masked_fill(rows[:, :, None] & columns[:, None, :], 0)
-    return torch.lerp(x[partner], x, share[:, None]), labels, labels[partner], lam  # lerp is exact at both ends
+def add_option(parser) -> None:
+    """Add --data to the parser of a script that takes CIFAR-100 alone; datasets.add_options is for all others."""
+    parser.add_argument("--data", type=some_path, metavar="DIR",
+                        help="folder with CIFAR-100 (default: $CIFAR100_DIR, else a download to ./data.cifar100)")
 
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    add_options(parser, made_up=False)
+    add_option(parser)
     folder = find(parser.parse_args(argv).data)
     print(f"CIFAR-100 in {folder}")
     for split in COUNT:

@@ -3,6 +3,7 @@
     sha256               SHA-256 of the checkpoint file
     network              {"spec", "classes", "mean", "std" of the input, "graph": Graph.digest}; if it is missing, the
                          submission's network. A spec in a FILE.py is code, which is only run if --network names it, too
+    data_set             {"name", "classes", "digest"} of the images that it was made from; without it, CIFAR-100
     accuracy             {"data", "correct", "images", "loss"}, and if known "without_duplicates": {"correct", "images"}
                          (see cifar100.near_duplicates)
     accuracy_by_step     the accuracy after each step of quantize.py

@@ -12,6 +12,7 @@ from compressed import cifar100, counting
 from compressed.errors import BadInput
 from compressed.graph import trace, weight_layers
 from compressed.networks import fill, is_plain, load_state
+from compressed.normalisation import scale_and_shift
 
 # output width, number of blocks, stride of the first
 STAGES = ((20, 2, 1), (36, 1, 2), (36, 1, 1), (56, 3, 1), (80, 1, 2), (80, 4, 1), (88, 1, 2), (96, 2, 1), (114, 1, 1))
@@ -20,7 +21,7 @@ MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of RGB / 255, 
 
 
 def swish(x: Tensor) -> Tensor:
-    """Hard swish, in place where nobody asks for a gradient: a teacher is evaluated at every step of its student."""
+    """Return hard swish of x, in place if no gradient is needed: a teacher is evaluated at every training step."""
     return F.hardswish(x, inplace=not torch.is_grad_enabled())
 
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
 
 
 class Micronet(nn.Module):
-    """KAIST's network: [N, 3, 32, 32] images as cifar100.normalise makes them -> [N, 100] logits."""
+    """KAIST's network: [N, 3, 32, 32] images normalised by cifar100.normalise -> [N, 100] logits."""
 
     def __init__(self, num_classes: int = 100):
         super().__init__()
@@ -69,11 +70,8 @@ class Micronet(nn.Module):
                 channels = width
         self.layers = nn.Sequential(*blocks)
         self.linear = nn.Linear(channels, num_classes)
-        # from (pixel - 128) / 64 to (pixel / 255 - mean) / deviation
-        scale = torch.tensor([cifar100.STD / 255 / s for s in STD])
-        shift = torch.tensor([(cifar100.MEAN / 255 - m) / s for m, s in zip(MEAN, STD)])
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        for name, values in zip(("scale", "shift"), scale_and_shift(MEAN, STD)):
+            self.register_buffer(name, values.float()[:, None, None], persistent=False)
 
     def forward(self, x):
         out = swish(self.bn1(self.conv1(x * self.scale + self.shift)))
@@ -81,7 +79,7 @@ class Micronet(nn.Module):
 
 
 def load_micronet(path) -> Micronet:
-    """KAIST's network from one of its files, in eval mode: the weight of a pruned layer is `weight` times `mask`.
+    """Return KAIST's network from one of its files, in eval mode; a pruned layer's weight is `weight` times `mask`.
 
     Raises BadInput if the file is missing, damaged, or of another network.
     """
@@ -127,11 +125,11 @@ def without_gates(model: Micronet, images: Tensor) -> dict[str, Tensor]:
 def authors_count(model: Micronet) -> dict[str, float]:
     """Return {"parameters", "operations", "score"} of a published network as its authors count it, in 32-bit units.
 
-    Everything that is stored has 16 bits, and every weight a mask bit; a BatchNorm is a bias alone. Multiplications
-    have 16 bits, additions 32. Hard swish is 4 multiplications and an addition, and neither the scaling by squeeze and
-    excitation nor a residual addition counts. They publish 0.0056215. This list counts what
-    runs, and comes to 0.0056190; the published figure is met exactly if the squeeze and excitation of strided blocks,
-    which never runs, is counted, too, and a sigmoid as a hard swish: that is our inference.
+    Every stored value has 16 bits, and every weight a mask bit; a BatchNorm is a bias alone. Multiplications have 16
+    bits, additions 32. Hard swish is 4 multiplications and an addition, and neither the scaling by squeeze and
+    excitation nor a residual addition counts. They publish 0.0056215. This function counts what runs, 0.0056190. The
+    published figure results exactly if the squeeze and excitation of strided blocks, which never runs, is counted too,
+    and a sigmoid as a hard swish: that is our inference.
     """
     weights = [module.weight for _, module in weight_layers(model)]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -6,8 +6,8 @@ A specification is a module or a file, the name of a class or function in it, an
     mobilenet_v2:MobileNetV2?width=0.5      arguments after "?", joined by "&", as Python literals
     my_net.py:MyNet?depth=20                a file of one's own
 
-What it names is called with these arguments, and with `num_classes` where it takes one. It must return an nn.Module
-that maps float32 images [N, 3, 32, 32] to logits [N, classes].
+The class or function is called with these arguments, and with `num_classes` if it has such a parameter. It must return
+an nn.Module that maps float32 images [N, 3, 32, 32] to logits [N, classes].
 """
 import ast
 import importlib
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compressed.cifar100 import CLASSES
+from compressed.cifar100 import CLASSES, IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.files import save_tensors
 
@@ -37,7 +37,7 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 # ---- Specifications ------------------------------------------------------------------------------
 
 def add_option(parser, claimed: bool = False) -> None:
-    """Add --network to a parser; claimed: where the checkpoint's claim may say which network it is."""
+    """Add --network to a parser. claimed: the checkpoint's claim may say which network it is of."""
     stated = f"default: what the checkpoint's claim says, else {DEFAULT}" if claimed else "%(default)s"
     parser.add_argument("--network", metavar="SPEC", default=None if claimed else DEFAULT,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
@@ -45,7 +45,7 @@ def add_option(parser, claimed: bool = False) -> None:
 
 
 def _module(place: str, said: str):
-    """Import a module by name, or a .py file by its path."""
+    """Import a module by its name, or a .py file by its path."""
     try:
         if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
             place = str(OWN)  # the user's folder has a file of that name
@@ -58,7 +58,7 @@ def _module(place: str, said: str):
         module = importlib.util.module_from_spec(found)
         sys.modules[found.name] = module  # dataclasses and pickle look their module up
         if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))  # behind everything: a file of theirs cannot hide one of ours
+            sys.path.append(str(path.parent))  # at the end: none of their files can hide one of ours
         found.loader.exec_module(module)
         return module
     except BadInput:
@@ -68,7 +68,7 @@ def _module(place: str, said: str):
 
 
 def _arguments(text: str, said: str) -> dict:
-    """{name: value} of "width=0.5&stem=32". What is no Python literal is a string."""
+    """Return {name: value} of "width=0.5&stem=32". A value that is no Python literal is a string."""
     arguments = {}
     for part in filter(None, text.split("&")):
         name, equals, value = part.partition("=")
@@ -100,7 +100,8 @@ def find(spec: str, option: str = "--network") -> tuple:
 def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     """Return the network of a specification, with random weights from torch's global generator.
 
-    Raises BadInput for a specification that names nothing, and for arguments that its constructor refuses.
+    num_classes is an argument of the network unless the specification states one. Raises BadInput for a specification
+    that names nothing, and for arguments that its constructor refuses.
     """
     constructor, arguments = find(spec)
     name = spec.partition("?")[0].rpartition(":")[2]
@@ -115,8 +116,22 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     return network
 
 
+@torch.no_grad()
+def check_outputs(model: nn.Module, spec: str, classes: int) -> None:
+    """Raise BadInput if a network in training mode does not have one output for each of the data's classes."""
+    try:
+        shape = list(model.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"--network {spec}: its forward pass fails for images [1, 3, {IMAGE_SIZE}, {IMAGE_SIZE}] "
+                       f"({' '.join(str(error).split())[:200]})") from error
+    if shape != [1, classes]:
+        raise BadInput(f"--network {spec}: its outputs for an image are {shape}, and the data have {classes} classes: "
+                       "let the network take an argument num_classes, or give other --data")
+    model.train()
+
+
 def width(spec: str) -> float | None:
-    """The width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
+    """Return the width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
     what, _, text = spec.partition("?")
     arguments = _arguments(text, f"--network {spec}")
     found = arguments.pop("width", 1.3)
@@ -156,9 +171,9 @@ COUNTERS = ("total_ops", "total_params", "n_averaged")  # what thop and Averaged
 def load_state(path) -> dict[str, torch.Tensor]:
     """Return the state dict in a checkpoint file, on the CPU.
 
-    Dropped are wrappers such as {"net": ..., "epoch": ...}, what DataParallel, AveragedModel and torch.compile put
-    before keys (`module.`, `_orig_mod.`), and the counters of thop and AveragedModel. Nothing in the file is executed
-    (`weights_only=True`). Raises BadInput if the file is missing or damaged or holds no plain state dict.
+    It leaves out wrappers such as {"net": ..., "epoch": ...}, the prefixes of DataParallel, AveragedModel and
+    torch.compile (`module.`, `_orig_mod.`), and the counters of thop and AveragedModel. It executes nothing in the file
+    (`weights_only=True`). Raises BadInput if the file is missing or damaged, or holds no plain state dict.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
@@ -216,14 +231,15 @@ def save_state(state: dict[str, torch.Tensor], path) -> str:
 def half_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a state dict on the CPU in float16, but in float32 every tensor that float16 would damage.
 
-    It would if a value moved by more than 2^-11 (half of float16's last place) of the largest in its row: the weights
-    of an output channel, or a single value where a tensor has one a channel. So a BatchNorm variance above 65,504, or
-    one far below 2^-14, stays what it is.
+    A tensor is damaged if a value moves by more than 2^-11 (half of float16's last place) of the largest value in its
+    row: the weights of an output channel or, in a vector, the value alone. So a BatchNorm variance above 65,504, or one
+    far below 2^-14, stays as it is.
     """
     return {key: halved(value.detach().cpu().contiguous()) for key, value in state.items()}
 
 
 def halved(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a state dict as `half_state` stores it."""
     if not value.is_floating_point():
         return value
     rows = value.double().reshape(len(value), -1) if value.dim() > 1 else value.double().reshape(-1, 1)
@@ -233,7 +249,7 @@ def halved(value: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is a dense tensor of real numbers that become float32 as they are: nothing nested or quantized."""
+    """Return whether a tensor is dense, of real numbers that become float32 as they are: not nested or quantized."""
     return not tensor.is_nested and not tensor.is_meta and tensor.layout is torch.strided and tensor.dtype in PLAIN
 
 
@@ -242,23 +258,22 @@ def fault(key: str, value: torch.Tensor) -> str | None:
     if not is_plain(value):
         return "is no dense tensor of real numbers"
     if not torch.isfinite(value.float()).all():
-        return "holds values that are not finite" if value.dtype != torch.float64 else \
-            "holds values that are not finite in float32"
+        return "holds values that are not finite" + " in float32" * (value.dtype == torch.float64)
     if key.endswith("running_var") and (value < 0).any():
         return "holds a variance below zero"
     return None
 
 
 def brief(problems: list[str]) -> str:
-    """Return the first three of some problems, and how many there are besides."""
+    """Return the first three problems, and the number of the others."""
     return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if problems[3:] else "")
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Module:
     """Load a state dict into a model, in place; return it in eval mode.
 
-    Strict: raises BadInput, `misfit` and three of the problems, for keys that are unknown, missing or misshapen, and
-    for tensors that no network can have (see `fault`). `num_batches_tracked` may be missing (it is not used).
+    Raises BadInput, with `misfit` and three of the problems, for keys that are unknown, missing or misshapen, and for
+    tensors that no network can have (see `fault`). `num_batches_tracked` may be missing (it is not used).
     """
     wanted = model.state_dict()
     problems = [f"unknown {key}" for key in state if key not in wanted]
@@ -276,11 +291,33 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Mo
     return model.eval()
 
 
-def load_checkpoint(path, network: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
+def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None) -> nn.Module:
     """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
 
-    Raises BadInput for a file that does not fit to the last key, and for values that cannot be (see `fill`). A float16
-    checkpoint is loaded as float32.
+    num_classes: the number of classes that it must have; None: as many as the values are for. Raises BadInput for a
+    file that does not fit to the last key, and for values that cannot be (see `fill`). A float16 checkpoint is loaded
+    as float32.
     """
-    state = load_state(path)
-    return fill(make(network, num_classes), state, f"{path} does not fit {network} ({num_classes} classes)")
+    state, classes = load_state(path), num_classes or CLASSES
+    model = make(network, classes)
+    if found := _other_classes(model, state, classes):
+        if num_classes is not None:
+            raise BadInput(f"{path} is of a network with {found} classes, expected {num_classes}: give --data with as "
+                           "many classes, or another checkpoint")
+        model, classes = make(network, found), found
+    return fill(model, state, f"{path} does not fit {network} ({classes} classes)")
+
+
+def _other_classes(model: nn.Module, state: dict[str, torch.Tensor], classes: int) -> int | None:
+    """Return the number of classes that a state dict is for, if that is all that keeps it from fitting; else None.
+
+    The shapes that differ then differ in one dimension, which is `classes` in the model and another number in the
+    state.
+    """
+    pairs = set()
+    for key, value in model.state_dict().items():
+        if key in state and is_plain(state[key]) and state[key].shape != value.shape:
+            sizes = [pair for pair in zip(state[key].shape, value.shape) if pair[0] != pair[1]]
+            pairs.add(sizes[0] if state[key].dim() == value.dim() and len(sizes) == 1 else None)
+    found, wanted = (pairs.pop() if len(pairs) == 1 else None) or (0, 0)
+    return found if wanted == classes and 1 <= found < 2**16 else None

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import quantize
-from compressed import checkpoints, cifar100, claims, grids, kaist, kernels, mnet
+from compressed import checkpoints, cifar100, claims, datasets, grids, kaist, kernels, mnet
 from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_record, save_tensors, sha256
@@ -192,7 +192,12 @@ def images(folder: Path) -> dict:
         (folder / split).write_bytes(pickle.dumps(content, 4))
         cifar100.FINGERPRINT[split] = cifar100.fingerprint(cifar100.digests(*cifar100.read(folder / split)))
         cifar100.COUNT[split] = n
-    return {"CIFAR-100": (folder / "train", lambda path: vars(cifar100.load(path.parent, "train")))}
+    four = cifar100.made_up(40, 0, classes=4)
+    pictures, labels = four.images.permute(0, 2, 3, 1).numpy(), four.labels.numpy()
+    np.savez(folder / "set.npz", train_images=pictures, train_labels=labels, test_images=pictures[:9],
+             test_labels=labels[:9])
+    return {"CIFAR-100": (folder / "train", lambda path: vars(cifar100.load(path.parent, "train"))),
+            ".npz of images": (folder / "set.npz", lambda path: vars(datasets.load(path)))}
 
 
 @contextlib.contextmanager

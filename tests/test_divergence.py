@@ -6,9 +6,9 @@ import torch
 
 from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.evaluation import renew_statistics
 from mobilenet_v2 import MobileNetV2
 from tools import divergence
+from training.batchnorm import renew_statistics
 
 
 @pytest.fixture(scope="module")

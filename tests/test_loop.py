@@ -22,7 +22,7 @@ from compressed import cifar100
 from compressed.errors import BadInput
 from compressed.files import load_json, save_record, save_tensors
 from compressed.graph import weight_layers
-from training import loop, plan, progress
+from training import augmentation, loop, plan, progress
 from training.loop import Processes, Settings
 from training.plan import learning_rate
 from training.masks import Masks, target_masks
@@ -110,7 +110,7 @@ def state_of(folder) -> dict:
 
 def at_draw(monkeypatch, number, action):
     """`action()` in the middle of step `number` (counted from 1)."""
-    count, draw = 0, cifar100.draw
+    count, draw = 0, augmentation.draw
 
     def counted(*args, **kwargs):
         nonlocal count
@@ -118,7 +118,7 @@ def at_draw(monkeypatch, number, action):
         if count == number and "mixing" in kwargs:
             action()
         return draw(*args, **kwargs)
-    monkeypatch.setattr(cifar100, "draw", counted)
+    monkeypatch.setattr(augmentation, "draw", counted)
 
 
 # ------------------------------------------------------------------------------------- schedules, draws, optimizer
@@ -194,7 +194,7 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     lam = 0.05
     penalty = form and make(form, model, ["conv1", "linear"], lam=lam, eps=0.1)
-    order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
 
     reference = Tiny().train()
     log_p = F.log_softmax(reference(cifar100.normalise(TRAIN.images[order])), 1)
@@ -268,13 +268,13 @@ def test_the_end_renews_batchnorm(tmp_path):
 # --------------------------------------------------------------------------------------------------- a stage's course
 
 def test_an_epoch_sees_every_image_at_most_once_in_a_new_order(tmp_path, monkeypatch):
-    seen, augment = [], cifar100.augment
+    seen, augment = [], augmentation.augment
     numbers = {image.numpy().tobytes(): i for i, image in enumerate(TRAIN.images)}
 
     def recorded(images, labels, draws):
         seen.append([numbers[image.numpy().tobytes()] for image in images])
         return augment(images, labels, draws)
-    monkeypatch.setattr(cifar100, "augment", recorded)
+    monkeypatch.setattr(augmentation, "augment", recorded)
     stage(tmp_path, settings=dataclasses.replace(SETTINGS, refresh=0))
     assert [len(batch) for batch in seen] == [16] * 9
     epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
@@ -282,12 +282,12 @@ def test_an_epoch_sees_every_image_at_most_once_in_a_new_order(tmp_path, monkeyp
 
 
 def test_the_last_epochs_are_clean(tmp_path, monkeypatch):
-    mixings, draw = [], cifar100.draw
+    mixings, draw = [], augmentation.draw
 
     def recorded(*args, mixing, **kwargs):
         mixings.append(mixing)
         return draw(*args, mixing=mixing, **kwargs)
-    monkeypatch.setattr(cifar100, "draw", recorded)
+    monkeypatch.setattr(augmentation, "draw", recorded)
     stage(tmp_path, settings=dataclasses.replace(SETTINGS, refresh=0))
     assert mixings == ["both"] * 6 + ["none"] * 3
 
@@ -855,7 +855,7 @@ def test_two_workers_by_hand(tmp_path):
     settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0,
                         smoothing=0.0,
                         augment="none", mixing="none", average=0, refresh=0, workers=2)
-    order = cifar100.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
     reference = Tiny().train()
     halves = [copy.deepcopy(reference) for _ in range(2)]
     for half, index in zip(halves, order.split(26)):

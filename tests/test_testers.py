@@ -167,7 +167,7 @@ def test_without_a_claim_it_is_a_float_network(sparse_checkpoint, run):
         logits = load_checkpoint(sparse_checkpoint)(cifar100.normalise(data.images))
     correct = int((logits.argmax(1) == data.labels).sum())
     assert (status, err) == (0, "") and f"Accuracy: {correct}/100 ({correct}.00%)" in out
-    assert "no claim beside it: evaluated in float32" in out and "logits of the fixed" not in out
+    assert "no claim: evaluated in float32" in out and "logits of the fixed" not in out
     assert "32 (float32)" in out
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressed import cifar100, files, networks
+from compressed import files, networks
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
+from training import augmentation
 from training import main as training
 from training import sparsity
 from training.masks import group_norms, prune_ratios
@@ -448,7 +449,7 @@ def test_a_budget_stops_cleanly_and_the_same_command_goes_on(narrow, capsys):
 @pytest.mark.parametrize("step", (1, 2))
 def test_sigterm_begins_no_new_stage(narrow, monkeypatch, step):
     """Not even in a stage's last step, which the stage still finishes."""
-    count, draw = 0, cifar100.draw
+    count, draw = 0, augmentation.draw
 
     def counted(*args, **kwargs):
         nonlocal count
@@ -456,7 +457,7 @@ def test_sigterm_begins_no_new_stage(narrow, monkeypatch, step):
         if count == step:
             signal.raise_signal(signal.SIGTERM)
         return draw(*args, **kwargs)
-    monkeypatch.setattr(cifar100, "draw", counted)
+    monkeypatch.setattr(augmentation, "draw", counted)
     assert run(QUICK + " --refresh 0") == 0
     assert count == step and Path("run/pretrain.pt").exists() == (step == 2) and not list(Path("run").glob("rew*"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -3,7 +3,7 @@ import argparse
 
 from torch import Tensor
 
-from compressed import checkpoints, cifar100, networks
+from compressed import checkpoints, datasets, networks
 from compressed.command_line import command_line, number
 
 
@@ -12,8 +12,8 @@ def option_parser(text: str) -> argparse.ArgumentParser:
     parser = command_line(text)
     checkpoints.add_option(parser)
     networks.add_option(parser, claimed=True)
-    cifar100.add_options(parser)
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=cifar100.FIRST_IMAGES)
+    datasets.add_options(parser)
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=datasets.FIRST_IMAGES)
     parser.add_argument("--record", action="store_true", help="write the result into the checkpoint's claim")
     return parser
 

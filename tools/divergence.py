@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from compressed import checkpoints, cifar100, claims, threads
+from compressed import checkpoints, cifar100, claims, datasets, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.evaluation import answers
 from compressed.exact_network import exact_network
 from compressed.networks import load_checkpoint
-from training import teachers
+from training import augmentation, teachers
 
 
 def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) -> torch.Tensor:
     """Return `count` normalised images, float32 [count, 3, 32, 32], each cropped, flipped and mixed with another."""
-    index = cifar100.epoch_order(len(data), generator)[:count]
-    draws = cifar100.draw(len(index), generator, mixing="both")
-    return cifar100.augment(data.images[index], data.labels[index], draws)[0]
+    index = augmentation.epoch_order(len(data), generator)[:count]
+    draws = augmentation.draw(len(index), generator, mixing="both")
+    return augmentation.augment(data.images[index], data.labels[index], draws)[0]
 
 
 def logits(network, images: torch.Tensor) -> torch.Tensor:
@@ -49,12 +49,12 @@ def main(argv=None) -> int:
     parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
                         help="number of images (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="random seed (%(default)s)")
-    cifar100.add_options(parser)
+    datasets.add_options(parser)
     args = parser.parse_args(argv)
     threads.prepare()
     networks = {path: read(path) for path in args.checkpoints}
-    taught_by = [teachers.load(path) for path in args.teacher]
-    data = cifar100.chosen(args, "train")[0]
+    data = datasets.chosen(args, "train")[0]
+    taught_by = [teachers.load(path, data_set=data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
     expected = sum(logits(teacher, mixed).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")

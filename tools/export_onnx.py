@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, threads
+from compressed import checkpoints, cifar100, claims, datasets, threads
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import needed, run_script, some_path
 from compressed.errors import BadInput
@@ -448,7 +448,7 @@ def main(argv=None) -> int:
     if not verify:
         return 0
 
-    data, name = cifar100.chosen(args, "test")
+    data, name = datasets.chosen(args, "test", network=model)
     found = kernels(content)
     print("Kernels: " + ", ".join(f"{count} {name}" for name, count in found.items()), flush=True)
     report = compare(session(content), exact_network(model, claim["activations"]), data)

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import checkpoints, cifar100, claims, counting, graph, threads
+from compressed import checkpoints, cifar100, claims, counting, datasets, graph, threads
 from compressed.command_line import run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
@@ -400,7 +400,7 @@ def main(argv=None) -> int:
         claims.recordable(args.checkpoint)  # before anything is computed
     model, claim = checkpoints.load(args.checkpoint, args.network)
     network = IntegerNetwork(model, claim)
-    data, name = cifar100.chosen(args, "test")
+    data, name = datasets.chosen(args, "test", network=model)
     report = compare(network, exact_network(model, claim["activations"]), data)
     report["accumulators"] = accumulator_rows(network, report.pop("seen"))
     if args.record:  # before printing: the reader of a pipe may have exited

@@ -17,7 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from compressed import cifar100, claims, shipping
+from compressed import claims, datasets, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from compressed.errors import BadInput
@@ -34,7 +34,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
                         help="where the files are shipped to (default: the repository's root)")
     parser.add_argument("--if-better", action="store_true", help="ship it only if it is more accurate on the test set")
     parser.add_argument("--checkpoint", "--out", "--tuning-folder", dest="refused", help=argparse.SUPPRESS)
-    cifar100.add_options(parser)
+    datasets.add_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     run = argv.pop(0) if argv and not argv[0].startswith("-") else "runs/default"
     args, words = parse_own(parser, argv)
@@ -60,7 +60,7 @@ def build(args, words: list[str], new: Path) -> None:
 
     quantize.py reads the run's float16 weights, the same file that is copied to record/.
     """
-    checkpoint, data = ("--checkpoint", new / CHECKPOINT), cifar100.option_words(args)
+    checkpoint, data = ("--checkpoint", new / CHECKPOINT), datasets.option_words(args)
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
     run_all((ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run))
     claim = claims.read(new / shipping.CLAIM)

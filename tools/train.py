@@ -10,7 +10,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from compressed import cifar100, shipping
+from compressed import datasets, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from training import recipes
@@ -29,7 +29,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--recipe", metavar="NAME", help="recipe with the options of all stages, see training/main.py")
     parser.add_argument("--no-resume", action="store_true", help="train finished stages again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    cifar100.add_options(parser)
+    datasets.add_options(parser)
     args, words = parse_own(parser, argv)
     began = any(args.run.glob("*.options.json"))
     if args.recipe is None and not began and (recipes.FOLDER / "default.toml").is_file():
@@ -53,7 +53,7 @@ def announcement(args) -> str:
 
 def main(argv=None) -> int:
     args, words = parse(argv)
-    data = cifar100.option_words(args)
+    data = datasets.option_words(args)
     again = ["--run-folder", str(args.run), *words, *data, *["--no-cuda"] * args.no_cuda,
              *(["--recipe", args.recipe] if args.recipe else [])]
     print(f"train.py: {announcement(args)}", flush=True)

@@ -7,7 +7,7 @@
 What comes out is *KAIST AI's network, compressed further*: table, masks and most of the training are theirs (MIT
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
 """
-from compressed import cifar100, kaist, networks
+from compressed import datasets, kaist, networks
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import check_outputs
 from compressed.graph import weight_layers
@@ -22,14 +22,14 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=some_path, required=True, metavar="F.pt", help="what is written")
     parser.add_argument("--calibration", type=number(int, 1, 10**6), default=2000, metavar="N",
                         help="train images over which the gates are averaged (%(default)s)")
-    cifar100.add_options(parser)
+    datasets.add_options(parser)
     args = parser.parse_args(argv)
     path = args.file
     if path.name in teachers.KAIST and not path.is_file():
         path = teachers.find() / path.name
     check_outputs([args.out], [path], suffix=".pt")
     model = kaist.load_micronet(path)
-    images = cifar100.chosen(args, "train")[0].images[:args.calibration]
+    images = datasets.chosen(args, "train")[0].images[:args.calibration]
     state = kaist.without_gates(model, images)
     network = networks.fill(networks.make(NETWORK), state, f"{path} does not fit {NETWORK}")
     networks.save_state(network.state_dict(), args.out)

@@ -29,6 +29,7 @@ class Tuning:
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
     as of training/main.py. source: the checkpoint behind the grids. folder: where state, log and result are written.
+    network: its specification. others: what else decides the result, in plain values.
     """
     settings: loop.Settings
     frozen: float
@@ -36,6 +37,8 @@ class Tuning:
     source: Path
     folder: Path
     resume: bool = True
+    network: str | None = None
+    others: dict = dataclasses.field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -46,7 +49,7 @@ class Tuning:
         machine = dict.fromkeys(("precision", "compile", "workers"))
         return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen,
                                       "settings": dataclasses.asdict(self.settings) | machine,
-                                      "teachers": [Path(path).name for path in self.teachers]}))
+                                      "teachers": [Path(path).name for path in self.teachers]} | self.others))
 
 
 def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: Tuning, chosen: grids.Options,
@@ -75,7 +78,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
     moved(model, device)
-    taught_by = [moved(teachers.load(path), device) for path in tuning.teachers]
+    taught_by = [moved(teachers.load(path, tuning.network, train_data.data_set), device) for path in tuning.teachers]
     finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
                           teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen), watch=Oscillation(model))

@@ -20,10 +20,12 @@ from torch import nn
 
 from compressed import cifar100, threads
 from compressed.errors import BadInput
-from compressed.evaluation import evaluate, renew_statistics
+from compressed.evaluation import evaluate
 from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
 from compressed.networks import half_state, save_state
+from training import augmentation
+from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
 from training.gpu_kernels import fast_on_a_gpu
@@ -113,6 +115,7 @@ class Stage:
         self.state = State(
             folder / f"{name}.state", settings, images=len(data), context=context,
             data=fingerprint([data.images, data.labels]),  # the same number of other images is another run
+            data_set=str(data.data_set),
             penalty=None if penalty is None else penalty.options() | {"updates": penalty_updates},
             masks=None if masks is None else fingerprint(masks.factors),
             teacher=teachers and fingerprint(v for each in self.teachers for v in each.state_dict().values()) or None)
@@ -229,7 +232,7 @@ class Stage:
     def begin(self, epoch: int) -> None:
         """Prepare an epoch: bring the replicas up to date and draw the order of the images."""
         self.replicas.follow()
-        order = cifar100.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
+        order = augmentation.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
         self.order = order.to(self.device)
 
     def step(self, epoch: int, i: int) -> None:
@@ -241,7 +244,7 @@ class Stage:
         if self.penalty is not None and step in plan.updates:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
-        draws = cifar100.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
+        draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                               crop=settings.augment != "none", trivial=settings.augment == "trivial",
                               mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
         kind = self.teacher_of(step), plan.sizes[step]
@@ -270,8 +273,8 @@ class Stage:
         return self.rates[factor].fill_(lr * factor)
 
     def batch(self, index, draws) -> tuple:
-        """Return (mixed images, labels, labels of the mixing partners, lam); see cifar100.augment."""
-        x, *others = cifar100.augment(self.data.images[index], self.data.labels[index], draws)
+        """Return (mixed images, labels, labels of the mixing partners, lam); see augmentation.augment."""
+        x, *others = augmentation.augment(self.data.images[index], self.data.labels[index], draws)
         return x.contiguous(memory_format=torch.channels_last), *others
 
     def learn(self, batch, kind) -> None:

@@ -1,4 +1,4 @@
-"""Train a sparse network on CIFAR-100 in three stages: dense, reweighted L1, masked. Finished stages are not repeated.
+"""Train a sparse network in three stages: dense, reweighted L1, masked. Finished stages are not repeated.
 
     python training/main.py                    all stages that the run folder lacks
     python training/main.py --rew              one stage (--pretrain, --rew, --masked-retrain)
@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from compressed import cifar100, environment, networks, threads  # noqa: E402
+from compressed import datasets, environment, networks, threads  # noqa: E402
+from compressed.cifar100 import DataSet, Images  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput  # noqa: E402
 from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
                      "singular near -eps (here |w|), and its reweighted stage never stepped the cosine schedule.")
     stage_options(parser.add_argument_group("stages (default: all that the run folder lacks)"))
     networks.add_option(parser)
-    cifar100.add_options(parser.add_argument_group("data"))
+    datasets.add_options(parser.add_argument_group("data"))
     sparsity.add_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
@@ -184,8 +185,8 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Hold what all stages of a call share: images, device, processes, and the time.monotonic() at which to stop."""
-    data: cifar100.Images
-    test: cifar100.Images
+    data: Images
+    test: Images
     device: torch.device
     processes: loop.Processes
     deadline: float
@@ -201,39 +202,54 @@ class Job:
             print(line, flush=True)
 
 
-def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], device: torch.device) -> None:
-    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options."""
+def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], data_set: DataSet, device) -> None:
+    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options or the data."""
     for stage in stages:
         args = by_stage[stage]
-        model = networks.make(args.network)
+        model = networks.make(args.network, data_set.classes)
+        networks.check_outputs(model, args.network, data_set.classes)
         settings_for(stage, args, device)
+        for path in args.teacher:
+            teachers.load(path, args.network, data_set)
         if stage == "rew":
             sparsity.make_penalty(args, model)
         elif stage == "masked":
             sparsity.make_masks(args if "rew" in stages else sparsity.of_run(args), model)
 
 
-def starting_point(stage: str, args) -> nn.Module:
+def refuse_other_data(args, stages: list[str], data_set: DataSet) -> None:
+    """Raise BadInput if one of the finished stages in the run folder was trained on another data set."""
+    for stage in stages:
+        path = args.run / f"{stage}.options.json"
+        record = load_record(path, "remove it, or give --no-resume") if path.is_file() else {}
+        theirs = record.get("data_set")
+        if isinstance(theirs, dict) and (theirs.get("classes"), theirs.get("digest")) != (data_set.classes,
+                                                                                           data_set.digest):
+            raise BadInput(f"{path} is of a run on {theirs.get('name')} (digest {theirs.get('digest')}), and the data "
+                           f"are {data_set}: give the same --data to go on, or another --run folder")
+
+
+def starting_point(stage: str, args, classes: int) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     if args.start and args.start.is_dir():
         weights = loop.State(args.start, None).read("weights")
-        return networks.fill(networks.make(args.network), weights, f"{args.start} does not fit {args.network}")
+        return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
     if args.start:
-        return load_checkpoint(args.start, args.network)
+        return load_checkpoint(args.start, args.network, classes)
     before = {"rew": "pretrain", "masked": "rew"}.get(stage)
     if before:
         path = args.run / f"{before}.pt"
         if path.is_file():
-            return load_checkpoint(path, args.network)
+            return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
         print(f"warning: {path} is missing, the reweighted stage starts from random weights "
               "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
-    return networks.make(args.network)
+    return networks.make(args.network, classes)
 
 
 def plan_for(stage: str, args, job: Job) -> plan.Plan:
@@ -252,7 +268,8 @@ def say_what_is_trained(stages: list[str], by_stage, job: Job) -> None:
     recipe = f"; recipe {args.recipe}" if args.recipe else ""
     machine = threads.describe_machine(job.device, job.processes.count)
     job.say(f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
-            f"{machine['torch']}); {len(job.data):,} train images; run folder {args.run}{recipe}")
+            f"{machine['torch']}); {len(job.data):,} train images ({job.data.data_set.name}); "
+            f"run folder {args.run}{recipe}")
     job.say("to train: " + ", ".join(parts))
 
 
@@ -270,7 +287,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
     if stage == "masked":
         args = sparsity.of_run(args, job.say)
         masks = sparsity.make_masks(args, model, job.say)
-    taught_by = [teachers.load(path, args.network).to(job.device, memory_format=torch.channels_last)
+    taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
 
     def began():
@@ -278,6 +295,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
             save_record({"stage": stage, "machine": threads.describe_machine(job.device, job.processes.count),
                          "train_images": len(job.data), "data": job.digest, "commit": git_commit(),
+                         "data_set": dataclasses.asdict(job.data.data_set),
                          "settings": dataclasses.asdict(settings), "options": options},
                         args.run / f"{stage}.options.json")
 
@@ -370,6 +388,7 @@ def run_stages(args, by_stage, job: Job) -> None:
     again = [] if args.resume else list(chosen or STAGES)
     there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in chosen or STAGES if stage not in there]
+    refuse_other_data(args, there, job.data.data_set)
     for stage in missing:
         start = [args.start] if args.start and stage == missing[0] else []
         check_outputs([args.run / f"{stage}.pt", args.run / f"{stage}.average.pt"], [*by_stage[stage].teacher, *start])
@@ -380,7 +399,7 @@ def run_stages(args, by_stage, job: Job) -> None:
         if stage in chosen or not missing and args.given & changed[stage].keys():
             raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
                            "--no-resume to train it again, or another --run folder")
-    refuse_early(missing, by_stage, job.device)
+    refuse_early(missing, by_stage, job.data.data_set, job.device)
     work = {stage: plan_for(stage, by_stage[stage], job).work() for stage in missing}
     if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
@@ -403,7 +422,7 @@ def run_stages(args, by_stage, job: Job) -> None:
             options.start, options.start_epoch = start, start_epoch
             if args.resume:
                 refuse_other_images(stage, options)
-            model = starting_point(stage, options)
+            model = starting_point(stage, options, job.data.data_set.classes)
             if first:
                 say_what_is_trained(missing, by_stage, job)
             for line in idle_options(stage, options, args.given, job.device, alone=bool(chosen)):
@@ -440,7 +459,7 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + (math.inf if args.max_minutes is None else 60 * args.max_minutes)
     processes, device = join_processes(args)
     try:
-        data, test = (cifar100.chosen(args, split, device)[0] for split in ("train", "test"))
+        data, test = (datasets.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
         with held(args.run) if processes.first else contextlib.nullcontext():
             run_stages(args, by_stage, Job(data, test, device, processes, deadline))

@@ -1,15 +1,16 @@
 """Load teachers for distillation: our own checkpoints, or KAIST AI's (ver2, the challenge's 3rd entry).
 
-    python -m training.teachers [--data FOLDER]     downloads KAIST's four networks, checks them, prints their accuracy
+    python -m training.teachers [--data FOLDER]     finds or downloads KAIST's four networks, prints their accuracy
 
 KAIST's networks are from the repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
-They were trained on CIFAR-100's train set only, so a network that is distilled from them has seen no other images. But
+They were trained on CIFAR-100's train set alone, so a network that is distilled from them has seen no other images. But
 their authors chose the epoch by test accuracy, and a result that is distilled from them has to say so. The files are
 searched in --folder, then in the environment variable TEACHERS_DIR, then in ./data.teachers. If the first two are not
 given, they are downloaded to the last.
 
 A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
 """
+import contextlib
 import http.client
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from compressed import cifar100, environment, networks, threads
+from compressed.cifar100 import CIFAR100, DataSet
 from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -52,32 +54,36 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(path, network: str | None = None) -> nn.Module:
+def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.Module:
     """Return the teacher in a checkpoint file, in eval mode, with its BatchNorms folded.
 
     A file with a name from KAIST or the suffix .t7 is one of KAIST's networks; if it is not there, `find` looks for it.
-    Any other is read as the network of this specification and, if it does not fit, as the default network.
+    Any other is read as the network of this specification and, if it does not fit, as the default network. Raises
+    BadInput if the teacher was not trained for the classes of the data set.
     """
     path = Path(path)
+    theirs = path.name in KAIST or path.suffix == ".t7"
+    if theirs and data_set != CIFAR100 and data_set.digest:  # made-up images are labelled by chance anyway
+        raise BadInput(f"--teacher {path}: KAIST's networks know the classes of CIFAR-100, not those of {data_set}; "
+                       "give a checkpoint that was trained on the same data, or no teacher")
     if path.name in KAIST and not path.is_file():
         path = find() / path.name
     if path.name in KAIST and sha256(path) != KAIST[path.name][0]:
         raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
-    theirs = path.suffix == ".t7"
-    return fold_batchnorm(load_micronet(path) if theirs else ours(path, network)).requires_grad_(False)
+    teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
+    return fold_batchnorm(teacher).requires_grad_(False)
 
 
-def ours(path, network: str | None) -> nn.Module:
+def ours(path, network: str, classes: int) -> nn.Module:
     """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
+    if network != networks.DEFAULT:
+        with contextlib.suppress(BadInput):
+            return networks.load_checkpoint(path, network, classes)
     try:
-        return networks.load_checkpoint(path, network or networks.DEFAULT)
-    except BadInput:
-        if network in (None, networks.DEFAULT):
-            raise
-        try:
-            return networks.load_checkpoint(path, networks.DEFAULT)
-        except BadInput as error:
-            raise BadInput(f"{error}; it is no network of {network} either") from error
+        return networks.load_checkpoint(path, networks.DEFAULT, classes)
+    except BadInput as error:
+        raise BadInput(f"--teacher {error}" + f"; it is no network of {network} either" * (network != networks.DEFAULT)
+                       ) from error
 
 
 # ---------------------------------------------------------------------------------------------- find and download
@@ -108,10 +114,11 @@ def find(folder=None) -> Path:
 
 
 def main(argv=None) -> int:
+    """Print the accuracies; return 0. Raises BadInput if one of them differs from the expected one."""
     parser = command_line(__doc__)
     parser.add_argument("--folder", type=some_path, metavar="DIR",
                         help="folder with the four files (default: $TEACHERS_DIR, else a download)")
-    cifar100.add_options(parser, made_up=False)
+    cifar100.add_option(parser)
     args = parser.parse_args(argv)
     threads.prepare()
     folder = find(args.folder)

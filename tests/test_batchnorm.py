@@ -1,0 +1,33 @@
+import torch
+from torch import nn
+
+from compressed import cifar100, threads
+from training import batchnorm
+
+
+def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
+    """Three batches for two threads: their means count as many images as they are of."""
+    data, found = cifar100.made_up(750, 0), []
+    for cores in (1, 2):
+        monkeypatch.setattr(threads, "cores", lambda: cores)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linspace(-1, 1, 12).view(4, 3, 1, 1))
+            model[0].bias.zero_()
+        batchnorm.renew_statistics(model, data, 750, "plain", torch.Generator().manual_seed(0))
+        found.append(model[1])
+    assert not found[0].training and found[0].running_mean.abs().max() > 1e-3
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
+
+
+def test_renewed_means_leave_the_variances():
+    data, found = cifar100.made_up(500, 0), []
+    for renew in (batchnorm.renew_statistics, batchnorm.renew_means):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+        renew(model, data, 500, "plain", torch.Generator().manual_seed(0))
+        found.append(model[1])
+    assert not found[1].training and found[0].running_mean.abs().max() > 1e-3
+    assert torch.equal(found[0].running_mean, found[1].running_mean)
+    assert torch.equal(found[1].running_var, torch.ones(4)) and not torch.equal(found[0].running_var, torch.ones(4))

@@ -1,0 +1,225 @@
+"""CIFAR-10 and .npz files: what is read, what is refused, and networks of their classes through all scripts."""
+import argparse
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import check_model_operations
+import quantize
+import testers
+from compressed import cifar100, datasets, networks
+from compressed.command_line import run_script
+from compressed.errors import BadInput
+from compressed.files import load_json
+from training import main as training
+from training import teachers
+
+TINY = "mobilenet_v2:MobileNetV2?width=0.25"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+
+
+def arrays(train=60, test=20, classes=5, seed=0):
+    """The arrays of an .npz file, with the classes of made-up images."""
+    found = {}
+    for part, n, offset in (("train", train, 0), ("test", test, 1)):
+        data = cifar100.made_up(n, 2 * seed + offset, classes)
+        found[f"{part}_images"] = data.images.permute(0, 2, 3, 1).numpy()
+        found[f"{part}_labels"] = data.labels.numpy().astype(np.uint8)
+    return found
+
+
+def npz(name="five.npz", **changes):
+    np.savez(name, **{key: value for key, value in (arrays() | changes).items() if value is not None})
+    return name
+
+
+def cifar10(folder, label="labels"):
+    """A set in CIFAR-10's layout: 5 x 20 train images and 10 test images."""
+    folder.mkdir(parents=True)
+    for seed, name in enumerate([*datasets.BATCHES["train"], "test_batch"]):
+        rng, n = np.random.default_rng(seed), 10 if name == "test_batch" else 20
+        content = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), label: [i % 10 for i in range(n)]}
+        (folder / name).write_bytes(pickle.dumps(content, 2))
+    return folder
+
+
+def options(**given):
+    return argparse.Namespace(**{"data": None, "holdout": False, "made_up": None} | given)
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+def test_an_npz_file_is_read_in_canonical_order():
+    content = arrays()
+    train, test = (datasets.load(npz(), split) for split in ("train", "test"))
+    assert train.data_set == test.data_set and train.data_set.classes == 5 and train.data_set.name == "five.npz"
+    assert train.images.dtype == torch.uint8 and train.images.shape == (60, 3, 32, 32) and len(test) == 20
+    rows = {image.tobytes(): label for image, label in zip(content["train_images"], content["train_labels"])}
+    assert [rows[image.permute(1, 2, 0).contiguous().numpy().tobytes()] for image in train.images] \
+        == train.labels.tolist()
+    other = np.random.default_rng(0).permutation(60)
+    again = datasets.load(npz("other.npz", train_images=content["train_images"][other],
+                              train_labels=content["train_labels"][other].astype(np.int64)), "train")
+    assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
+    assert again.data_set.digest == train.data_set.digest
+    content["train_images"][3, 0, 0, 0] ^= 1
+    assert datasets.load(npz(**content), "test").data_set.digest != train.data_set.digest  # of all images
+
+
+def test_a_hold_out_is_a_tenth_of_every_class():
+    fit, held = (datasets.load(npz(), split) for split in ("fit", "holdout"))
+    assert held.labels.bincount().tolist() == [1] * 5 and fit.labels.bincount().tolist() == [11] * 5
+    few = arrays(train=30)
+    with pytest.raises(BadInput, match="too few train images for a hold-out"):
+        datasets.load(npz(**few), "holdout")
+    data, name = datasets.chosen(options(data=npz(), holdout=True), "test")
+    assert (len(data), name) == (5, "five.npz hold-out")
+
+
+@pytest.mark.parametrize("folder", ("here", f"parent/{datasets.CIFAR10}"))
+def test_cifar_10(tmp_path, folder):
+    folder = cifar10(tmp_path / folder)
+    data, name = datasets.chosen(options(data=folder.parent if "parent" in str(folder) else folder), "train")
+    assert (len(data), name, data.data_set.name, data.data_set.classes) == (100, "CIFAR-10 train", "CIFAR-10", 10)
+    assert len(datasets.load(folder, "test")) == 10
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(BadInput, match=r"\(--data\) holds no CIFAR-100 .* and no CIFAR-10"):
+        datasets.load(folder)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
+
+
+@pytest.mark.parametrize("content, said", (
+    ({"data": Attack(), "labels": []}, r"data_batch_2: not a CIFAR-10 file, or damaged \(it refers to posix\.system"),
+    ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, "labels that are not integers from 0 to 9"),
+    ({"data": np.zeros((1, 3072), np.uint8), "fine_labels": [1]}, "a list of `labels`")))
+def test_a_foreign_file_of_cifar_10_is_refused_and_not_run(tmp_path, content, said):
+    folder = cifar10(tmp_path / "set")
+    (folder / "data_batch_2").write_bytes(pickle.dumps(content, 4))
+    with pytest.raises(BadInput, match=said):
+        datasets.load(folder)
+    assert not (tmp_path / "attacked").exists()
+
+
+IMAGES = arrays()["train_images"]
+
+
+@pytest.mark.parametrize("changes, said", (
+    ({"test_labels": None}, "has no array test_labels; expected train_images, train_labels, test_images, test_labels"),
+    ({"train_images": IMAGES.transpose(0, 3, 1, 2)}, r"expected uint8 \[N, 32, 32, 3\]: put the channels last"),
+    ({"train_images": IMAGES.astype(np.float32)}, r"train_images is float32 \[60, 32, 32, 3\], expected uint8"),
+    ({"train_images": IMAGES[:, :28, :28]}, r"\[60, 28, 28, 3\].*scale the images to 32x32"),
+    ({"train_images": IMAGES[..., 0]}, r"\[60, 32, 32\], expected"),
+    ({"train_images": IMAGES[:0]}, r"\[0, 32, 32, 3\]"),
+    ({"train_images": np.array([{}], object)}, "no .npz file of plain arrays"),
+    ({"train_images": IMAGES[:59]}, "59 train_images have 60 train_labels"),
+    ({"train_labels": np.zeros(60)}, r"train_labels is float64 \[60\], expected integers"),
+    ({"train_labels": np.zeros((60, 1), int)}, r"train_labels is int64 \[60, 1\]"),
+    ({"train_labels": np.arange(60) - 1}, "holds labels from -1 to 58"),
+    ({"train_labels": np.arange(60).astype(np.uint64) << 50}, "holds labels from 0 to"),
+    ({"train_labels": np.arange(60) % 5 + 1}, "train_labels has no image of class 0"),
+    ({"test_labels": np.full(20, 7)}, "train_labels has no image of class 7"),
+    ({"train_labels": np.zeros(60, int), "test_labels": np.zeros(20, int)}, "no image of class 1")))
+def test_an_npz_file_of_anything_else_is_refused(changes, said):
+    with pytest.raises(BadInput, match=said) as caught:
+        datasets.load(npz(**changes))
+    assert str(caught.value).startswith("five.npz: ") and "\n" not in str(caught.value)
+    assert "allow_pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", (
+    lambda raw: b"", lambda raw: b"text", lambda raw: raw[:len(raw) // 2], lambda raw: pickle.dumps({"a": 1}),
+    lambda raw: raw[:50_000] + bytes([raw[50_000] ^ 1]) + raw[50_001:]))  # a pixel: the checksum in the file
+def test_a_damaged_npz_file_is_refused(tmp_path, damage):
+    path = tmp_path / npz()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadInput, match="no .npz file|damaged") as caught:
+        datasets.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_made_up_images_have_the_classes_of_the_network():
+    network = networks.make(TINY, 7).eval()
+    assert datasets.chosen(options(made_up=20), "test", network=network)[0].data_set.classes == 7
+    assert datasets.chosen(options(made_up=20), "test")[0].data_set.classes == 100
+    with pytest.raises(BadInput, match="the network has 7 outputs, and the data 5 classes: give the --data that"):
+        datasets.chosen(options(data=npz()), "test", network=network)
+
+
+# ---- From the command line -----------------------------------------------------------------------
+
+def ended(main, line, capsys):
+    """(status, stdout, stderr) of a script's command line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: main(str(line).split()))
+    return stopped.value.code, *capsys.readouterr()
+
+
+def test_five_classes_through_all_scripts(tmp_path, capsys):
+    """Trained, refused on other data, evaluated, counted, quantized and verified."""
+    npz(), npz("other.npz", **arrays(seed=1)), npz("four.npz", **arrays(classes=4))
+    train = (f"--network {TINY} --batch-size 30 --epochs 1 --no-cuda --precision float32 --lr 0.01 --workers 1 "
+             "--refresh 0 --run run --data ")
+    assert ended(training.main, train + "five.npz", capsys)[0] == 0
+    model = networks.load_checkpoint("run/masked.pt", TINY)
+    assert model.linear.out_features == 5
+    assert load_json("run/pretrain.options.json")["data_set"] == vars(datasets.load("five.npz").data_set)
+
+    for other in ("other.npz", "four.npz"):  # as many images in the first
+        status, out, err = ended(training.main, train + other, capsys)
+        assert status == 2 and err.count("\n") == 1 and "on five.npz (digest" in err and other in err
+    status, out, err = ended(training.main, train.replace("--run run", "--run new --start run/pretrain.pt --rew")
+                             + "four.npz", capsys)
+    assert status == 2 and "pretrain.pt is of a network with 5 classes, expected 4: give --data" in err
+
+    line = f"--network {TINY} --checkpoint run/masked.pt"
+    status, out, err = ended(testers.main, f"{line} --data five.npz --summary", capsys)
+    assert (status, err) == (0, "") and "(five.npz test set)" in out and "/20 (" in out
+    status, out, err = ended(testers.main, f"{line} --data four.npz --summary", capsys)
+    assert status == 2 and "not verified: the network has 5 outputs, and the data 4 classes" in err
+    assert ended(check_model_operations.main, f"{line} --summary", capsys)[0] == 0
+
+    out = "--calibration 20 --renew 0 --ranges mse --data five.npz --out out.pt"
+    status, _, err = ended(quantize.main, f"{line} {out} --no-cuda", capsys)
+    assert (status, err) == (0, "")
+    claim = load_json("out.json")
+    assert claim["network"]["classes"] == 5 and claim["accuracy"]["data"] == "five.npz test"
+    assert claim["data_set"] == vars(datasets.load("five.npz").data_set)
+    line = f"--network {TINY} --checkpoint out.pt --summary --data"
+    assert ended(testers.main, f"{line} five.npz", capsys)[::2] == (0, "")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other.npz").rename("other/five.npz")  # as many images under the same name
+    status, _, err = ended(testers.main, f"{line} other/five.npz", capsys)
+    assert status == 2 and "not verified: tested was five.npz (5 classes, digest" in err
+
+
+def test_cifar_10_is_trained_with_ten_outputs(tmp_path, capsys):
+    line = (f"--pretrain --network {TINY} --batch-size 50 --epochs 1 --no-cuda --precision float32 --refresh 0 "
+            f"--workers 1 --run run --data {cifar10(tmp_path / 'set')}")
+    assert ended(training.main, line, capsys)[0] == 0
+    assert networks.load_checkpoint("run/pretrain.pt", TINY).linear.out_features == 10
+    fixed = line.replace(TINY, f"{TINY}&num_classes=100").replace("--run run", "--run other")
+    status, _, err = ended(training.main, fixed, capsys)
+    assert status == 2 and "its outputs for an image are [1, 100], and the data have 10 classes" in err
+    status, _, err = ended(training.main, line.replace("--run run", "--run other --teacher a.t7"), capsys)
+    assert status == 2 and "a.t7: KAIST's networks know the classes of CIFAR-100, not those of CIFAR-10 (10" in err
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    torch.save(networks.make(TINY, 7).state_dict(), "seven.pt")
+    seven = cifar100.DataSet("seven.npz", 7, "digest")
+    assert teachers.load("seven.pt", TINY, seven).linear.out_features == 7
+    with pytest.raises(BadInput, match="--teacher seven.pt does not fit|--teacher seven.pt is of a network with 7"):
+        teachers.load("seven.pt", TINY)
