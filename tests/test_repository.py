@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import bugs
 import testers
 from compressed import counting, threads
 from compressed.errors import BadInput
@@ -412,3 +413,10 @@ def test_the_package_requires_what_requirements_txt_does():
 
 def test_the_first_page_is_short():
     assert len(README.split()) <= 1200 and len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug[4])
+def test_planted_bugs_are_about_lines_that_exist(bug):
+    file, old, new, tests, _ = bug
+    assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and new != old
+    assert all((ROOT / "tests" / name).is_file() for name in tests.split())
