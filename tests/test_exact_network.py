@@ -8,7 +8,9 @@ from torch import nn
 
 from compressed import cifar100, kernels
 from compressed import exact_network as exact_module
+from compressed.errors import BadInput
 from compressed.formats import code_range
+from compressed.graph import prepare, read
 from compressed.grids import SCHEMES
 from tools.integer import IntegerNetwork
 
@@ -67,6 +69,25 @@ def test_the_linear_layers_sums_are_exact_beyond_float32():
     linear.__class__ = exact_module.ExactLinear
     sums = (x @ weight.T) * 16 + bias  # int64, in units of 2^-17
     assert sums.min() > 2**26 and torch.equal(linear(x * 2.0**-6), sums.double() * 2.0**-17)
+
+
+def test_a_network_that_scales_its_input_itself_is_refused():
+    """It can be counted, but its codes would be those of other pixels."""
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(64, 5))
+            self.register_buffer("scale", torch.full((3, 1, 1), 2.0))
+
+        def forward(self, x):
+            return self.layers(x * self.scale)
+
+    model = prepare(Scaled())
+    assert read(model).normalised and not read(prepare(Scaled().layers)).normalised
+    points = [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
+              for name, signed in read(model).activation_points.items()]
+    with pytest.raises(BadInput, match="scales or shifts its input itself"):
+        exact_module.exact_network(model, points)
 
 
 def test_the_exact_network_is_a_copy(exact):
