@@ -250,7 +250,7 @@ def test_no_option_is_dropped_without_a_word(narrow, capsys):
     assert re.search(r"rew: run/rew.pt exists, trained with other options \(.*mixing cutmix -> both",
                      capsys.readouterr().out)
     assert run(QUICK) == 0  # nothing is left to do, and no option says otherwise
-    with pytest.raises(BadInput, match="trained with other options .seed 0 -> 1.*--no-resume"):
+    with pytest.raises(BadInput, match="trained with other options .*seed 0 -> 1.*--no-resume"):
         run(QUICK + " --seed 1")
     with pytest.raises(BadInput, match="trained with other options .*made_up 32 -> 34"):
         run(QUICK.replace("32", "34", 1))
