@@ -270,10 +270,10 @@ def main(argv=None) -> int:
     model = prepare(networks.load_checkpoint(args.checkpoint, args.network))
     model = fine_tune.moved(normalisation.fold(model, *args.normalise) if args.normalise else model, device)
     source = sha256(args.checkpoint)
+    chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                  for split in ("train", "test"))
-    chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
     if tuning:
         tuning = dataclasses.replace(tuning, network=args.network, others=other_options(args, train_data.data_set))
     accuracies = Accuracies(test_data)

@@ -42,9 +42,9 @@ def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str,
 
     If the claim does not state them: the specification that is given, and None.
     """
-    stated = (claim or {}).get("network")
-    if stated is None:
+    if claim is None or "network" not in claim:
         return network or DEFAULT, None
+    stated = claim["network"]
     spec, classes = (stated.get("spec"), stated.get("classes")) if isinstance(stated, dict) else (None, None)
     if not isinstance(spec, str) or type(classes) is not int or not 1 <= classes < 2**16:
         raise BadInput(f"{beside}: \"network\" holds no specification and number of classes")

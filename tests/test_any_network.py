@@ -140,6 +140,10 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
     save_record(claim | {"sha256": sha256(path), "network": wrong}, path.with_suffix(".json"))
     (problem,) = checkpoints.read(path, spec).problems
     assert "another network than" in problem and "graph 0000" in problem
+    for wrong in (None, "x", [], {}, claim["network"] | {"spec": None}, claim["network"] | {"classes": "7"}):
+        save_record(claim | {"sha256": sha256(path), "network": wrong}, path.with_suffix(".json"))
+        with pytest.raises(BadInput, match='network.json: "network" holds no specification and number of classes'):
+            checkpoints.read(path, spec)
 
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     formats = stated_formats(network, claim)

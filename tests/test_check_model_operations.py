@@ -18,14 +18,14 @@ from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 
 SIGNED = re.compile(r"image|.*\.out")
-SPEC = "mobilenet_v2:MobileNetV2?width=0.25"
+SPEC = "mobilenet_v2:MobileNetV2?width=0.5"
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
     """(checkpoint, claim) of a thin network whose random weights stand on 4-, 6- and 8-bit grids, 80% of them zero."""
     generator = torch.Generator().manual_seed(0)
-    model, tensors = MobileNetV2(width=0.25).eval(), []
+    model, tensors = MobileNetV2(width=0.5).eval(), []
 
     def snap(name, parameter, bits, step, share=1.0):
         codes = torch.randint(-2 ** (bits - 1), 2 ** (bits - 1), parameter.shape, generator=generator)
@@ -41,7 +41,7 @@ def shipped(tmp_path_factory):
             module.running_mean.zero_()
             module.running_var.fill_(1 - module.eps)
             module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator).half())
-            module.weight.data[:2] = torch.tensor([1 + 2.0**-10, 2.0**-12])  # no 16-bit integers of one step
+            module.weight.data[:2] = torch.tensor([1 + 2.0**-10, 2.0**-14 + 2.0**-24])  # no 16-bit integers of one step
             tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
             snap(f"{name}.bias", module.bias, 16, 2.0**-12)
     snap("linear.bias", model.linear.bias, 16, 2.0**-13)

@@ -47,7 +47,7 @@ def cifar10(folder, label="labels"):
     for seed, name in enumerate([*datasets.BATCHES["train"], "test_batch"]):
         rng, n = np.random.default_rng(seed), 10 if name == "test_batch" else 20
         content = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), label: [i % 10 for i in range(n)]}
-        (folder / name).write_bytes(pickle.dumps(content, 2))
+        (folder / name).write_bytes(pickle.dumps(content, 4))
     return folder
 
 

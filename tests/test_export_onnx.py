@@ -330,14 +330,3 @@ def test_benchmark(checkpoint, tmp_path, capsys):
              "layers.3.out.codes": "projections, shortcuts and residual sums, 1x1",
              "relu2_nchwc": "head, 1x1", "features_kernel_time": "input, mean and linear layer"}
     assert {name: inference_speed.part_of(name) for name in names} == names
-
-
-def test_activations_of_fewer_bits(shipped):
-    """They are clipped to their own codes, signed and unsigned ones."""
-    model, claim = shipped[0], copy.deepcopy(shipped[1])
-    for entry in claim["activations"]:
-        if entry["name"] in ("layers.2.relu1", "layers.2.out"):
-            entry["bits"] = 4
-    engine = session(Codes(model, claim).finished({}).SerializeToString())
-    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(20, 5))
-    assert found["identical"] == 20

@@ -302,7 +302,7 @@ def test_script(small, tmp_path, monkeypatch, capsys):
     assert main(["--checkpoint", str(path), "--out", "network.mnet"]) == 0
     out, file = capsys.readouterr().out, tmp_path / "network.mnet"
     counts = counting.summary(model, mnet.stated_formats(model, claim))
-    assert "its counts were not those of today's rules; renewed" in out
+    assert "the counts in it were outdated, and were replaced" in out
     assert f"{file.name}: {file.stat().st_size:,} bytes" in out and "32-bit parameters in the file" in out
     recorded = json.loads(claim_path(path).read_text())
     packed_file = {"file": "network.mnet", "bytes": file.stat().st_size, "sha256": sha256(file)}
