@@ -1,6 +1,8 @@
 """Lambda by feedback: path and controller by hand, and stages of a small network that arrive at their target."""
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from training import feedback, loop
 from training.feedback import Feedback
 from training.progress import zeros
 from training.masks import already_zero, group_norms, target_masks
-from training.penalties import ReweightedL1
+from training.penalties import make
 
 LAYERS = ["conv2", "conv3", "conv4", "conv5", "linear"]
 TRAIN = cifar100.made_up(512, 0, classes=10)
@@ -42,12 +44,13 @@ class Small(nn.Module):
         return self.linear(F.relu(self.bn5(self.conv5(x))).mean((2, 3)))
 
 
-def stage(folder, optimizer="sgd", schedule="cosine", kind="irregular", target=0.8, **kwargs):
+def stage(folder, optimizer="sgd", schedule="cosine", kind="irregular", target=0.8, spec="proximal",
+          **kwargs):
     """(trained model, its penalty, the epochs' lines) of a stage of 256 steps; the images are learnt by heart early."""
     model = Small()
     settings = loop.Settings(epochs=8, batch_size=16, lr=LR[optimizer], optimizer=optimizer, warmup_epochs=0.5,
                              augment="none", mixing="none", refresh=0, **SCHEDULES[schedule])
-    penalty = ReweightedL1(model, LAYERS, kind, target=target)
+    penalty = make(spec, model, LAYERS, kind=kind, target=target)
     loop.train("rew", model, TRAIN, None, settings, folder, penalty=penalty, penalty_updates=20, **kwargs)
     return model, penalty, [json.loads(line) for line in (folder / "rew.jsonl").read_text().splitlines()]
 
@@ -65,6 +68,18 @@ def test_the_penalty_makes_the_masks_zeros(tmp_path, optimizer, schedule):
     assert lines[-1]["zeros_share"] == share and lines[-1]["zeros_path"] == pytest.approx(0.8)
     assert all(abs(line["zeros_share"] - line["zeros_path"]) < 0.1 for line in lines)
     assert lines[0]["zeros_path"] < lines[1]["zeros_path"] < lines[-1]["zeros_path"]
+
+
+@pytest.mark.parametrize("optimizer, schedule", (("sgd", "cosine"), ("adam", "constant")))
+def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, monkeypatch, optimizer, schedule):
+    """The example in training/README.md, which has no updates and no first lambda of its own."""
+    page = Path(__file__).resolve().parent.parent / "training" / "README.md"
+    monkeypatch.chdir(tmp_path)
+    Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
+    model, penalty, _ = stage(tmp_path, optimizer, schedule, spec="lp.py:Lp?p=0.5")
+    assert 0.79 <= penalty.share() <= 0.82
+    _, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.8))
+    assert already >= 0.98 * pruned
 
 
 @pytest.mark.parametrize("kind, optimizer, schedule", (("column", "sgd", "cosine"), ("kernel", "muon", "cooldown"),
