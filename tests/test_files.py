@@ -232,7 +232,7 @@ def test_no_writer_goes_around_it():
              for folder in ("compressed", "training", "tools", ".") for path in (root / folder).glob("*.py")}
     assert {name: count for name, count in found.items() if count} == {
         "compressed/files.py": 2, "training/main.py": 2, "training/state.py": 1, "training/fine_tune.py": 1,
-        "tools/export_onnx.py": 2}
+        "tools/compare.py": 2, "tools/export_onnx.py": 2}
 
 
 def test_a_byte_order_mark_is_no_content(tmp_path):
