@@ -4,7 +4,7 @@ import pytest
 import quantize
 from compressed import networks
 from compressed.errors import BadInput
-from compressed.graph import weight_layers
+from compressed.graph import prepare, weight_layers
 from training import main as training
 from training import recipes
 
@@ -55,7 +55,7 @@ def test_the_recipes_here_are_taken(name, tmp_path):
     for stage, options in by_stage.items():
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
     args = quantize.parse(["--recipe", name, "--lr", "0.5"])
-    model = networks.make(args.network)
+    model = prepare(networks.make(args.network))
     chosen, tuning = quantize.chosen_options(args, model, [])
     assert tuning.settings.lr == 0.5 and len(chosen.table) == len(weight_layers(model))
     assert args.network == training.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from compressed import claims, shipping
+from compressed import claims, networks, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import run_python
 from compressed.errors import BadInput
 from compressed.files import load_json, save_record, save_text, sha256
+from compressed.networks import save_state
 from tools import baseline, quick, ship, train, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,13 +271,13 @@ def test_options_that_would_lead_elsewhere(commands, root, words, capsys):
     assert not commands.lines and "ship.py" not in capsys.readouterr().out
 
 
-def test_a_network_from_weights_to_shipped_files(sparse_checkpoint, tmp_path):
-    """The commands as they are, in processes of their own, on made-up images."""
-    run, into = tmp_path / "run", tmp_path / "own"
+def test_a_network_from_weights_to_shipped_files(tmp_path):
+    """The commands as they are, in processes of their own, on made-up images; a narrow network."""
+    run, into, network = tmp_path / "run", tmp_path / "own", "mobilenet_v2:MobileNetV2?width=0.25"
     run.mkdir()
-    (run / "masked.average.pt").write_bytes(sparse_checkpoint.read_bytes())
+    save_state(networks.make(network).state_dict(), run / "masked.average.pt")
     done = subprocess.run([sys.executable, "-m", "tools.ship", run, "--into", into, "--made-up", "100",
-                           "--calibration", "20", "--renew", "0", "--ranges", "max"],
+                           "--calibration", "20", "--renew", "40", "--ranges", "max", "--network", network],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     claim = claims.read(into / CLAIM)

@@ -492,10 +492,10 @@ def test_one_process_a_run_folder(narrow):
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
-    """The real network, three steps, uninterrupted, by the script."""
+    """Three steps of a narrow network, uninterrupted, by the script."""
     folder = tmp_path_factory.mktemp("real")
     options = ("--pretrain --made-up 48 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01"
-               " --save-seconds 0")
+               " --save-seconds 0 --network mobilenet_v2:MobileNetV2?width=0.25")
     assert script(f"{options} --run {folder}").returncode == 0
     return {"folder": folder, "options": options}
 
@@ -616,17 +616,17 @@ def torchrun(options, folder):
 
 
 def test_torchrun_trains_what_one_process_of_two_workers_trains():
-    """All three stages, the real network, the same global batch.
+    """All three stages, the same global batch.
 
     test_loop.py compares to the fourth digit, on a network that allows it. The gradient of this one, at random weights,
     is known to 2% in float32 (one process and two, measured against float64) and large steps make that much more, so
     the steps are small here and what is compared is the way that the weights went.
     """
-    options = QUICK + " --lr 1e-5 --target-sparsity 0.7"
+    options = QUICK + " --lr 1e-5 --target-sparsity 0.7 --network mobilenet_v2:MobileNetV2?width=0.25"
     out = torchrun(options, "two")
     assert run(options + " --workers 2", "one") == 0
     torch.manual_seed(0)
-    init = MobileNetV2().state_dict()
+    init = MobileNetV2(width=0.25).state_dict()
     for stage in training.STAGES:
         assert out.count(f"{stage} epoch 1/1") == 1 and out.count(f"{stage}: wrote") == 1
         mine, theirs = lines(f"two/{stage}.jsonl"), lines(f"one/{stage}.jsonl")
