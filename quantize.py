@@ -56,7 +56,7 @@ TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule",
 # ---------------------------------------------------------------------------------------------------------- the claim
 
 def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
-    """Return settings, hardware and last log line of every stage that is recorded in a checkpoint's folder.
+    """Return options, settings, hardware and last log line of every stage recorded in a checkpoint's folder.
 
     tuned: the folder of a fine-tuning, whose stage is added.
     """
@@ -69,7 +69,9 @@ def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
             known = {key: record.get(key) for key in ("machine", "train_images", "settings")}
             if not lines or not isinstance(known["settings"], dict) or None in known.values():
                 raise BadInput(f"{options} and {log} are not what a stage writes; remove them")
-            stages.append({"stage": log.stem} | known | {"last_epoch": lines[-1]})
+            # the options as they were resolved: from the command line, the recipe, and the defaults
+            resolved = {"options": record["options"]} if isinstance(record.get("options"), dict) else {}
+            stages.append({"stage": log.stem} | known | resolved | {"last_epoch": lines[-1]})
     return stages
 
 

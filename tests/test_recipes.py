@@ -38,6 +38,19 @@ def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     assert training.parse_stages(["--rew", "--run", str(tmp_path / "other")])[1]["rew"].lr is None
 
 
+def test_a_claim_holds_the_options_that_the_recipe_gave(tmp_path):
+    """quantize.py takes them from the run folder: those of the stage, of all stages, and of the command line."""
+    path = tmp_path / "mine.toml"
+    path.write_text('network = "mobilenet_v2:MobileNetV2?width=0.25"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
+    assert training.main(["--recipe", str(path), "--pretrain", "--made-up", "32", "--epochs", "1", "--refresh", "0",
+                          "--optimizer", "muon", "--run", str(tmp_path / "run"), "--no-cuda"]) == 0
+    (stage,) = quantize.training_record(tmp_path / "run" / "masked.pt")
+    expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": "mobilenet_v2:MobileNetV2?width=0.25",
+                "recipe": str(path), "made_up": 32}
+    assert {name: stage["options"][name] for name in expected} == expected and stage["stage"] == "pretrain"
+    assert (tmp_path / "run" / "recipe.toml").read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("text, named", (("[dense]\n", "no stage 'dense'"), ("lr = ", "not readable as TOML"),
                                          ("speed = 3\n", "unknown option 'speed'"), (b"\xff", "not readable as TOML")))
 def test_what_cannot_be_is_named(tmp_path, text, named):
