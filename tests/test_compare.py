@@ -84,6 +84,9 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
                  tmp_path / "rew.average.pt")  # of an unfinished stage
     assert compare.main([str(tmp_path), "--layers", "--figure", str(tmp_path / "f.svg")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["conv", "75.00%"]
+    log = tmp_path / "rew.jsonl"
+    log.write_text("".join(json.dumps(line | {"zeros_path": 0.5}) + "\n" for line in map(json.loads, open(log))))
+    assert compare.curves(read_stages(tmp_path))["path"] == [(960 / 1e6, 50.0), (1280 / 1e6, 50.0)]
     assert (tmp_path / "f.svg").read_text().startswith("<?xml")
 
 

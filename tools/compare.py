@@ -149,8 +149,11 @@ def layer_table(runs: dict[Path, list[Stage]]) -> str:
 
 
 def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (millions of images since the run's beginning, value) of loss, accuracy and zeros (%)."""
-    points, before = {"loss": [], "accuracy": [], "zeros": []}, 0
+    """Return the points (millions of images since the run's beginning, value) of loss, accuracy and zeros (%).
+
+    path: the share of zeros that a target wants.
+    """
+    points, before = {"loss": [], "accuracy": [], "zeros": [], "path": []}, 0
     for stage in stages:
         for line in stage.lines:
             at = (before + stage.images_at(line)) / 1e6
@@ -159,6 +162,8 @@ def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
                 points["accuracy"].append((at, 100 * line["test_accuracy"]))
             if (share := share_of_zeros(line)) is not None:
                 points["zeros"].append((at, 100 * share))
+            if "zeros_path" in line:
+                points["path"].append((at, 100 * line["zeros_path"]))
         before += stage.images
     return points
 
@@ -167,11 +172,13 @@ def figure(runs: dict[Path, list[Stage]]):
     """Return a matplotlib figure: loss, accuracy and zeros of every run against the images that it was trained on."""
     from tools.figures import plt  # here: the tables need no matplotlib
     drawn, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    titles = {"loss": "training loss", "accuracy": "accuracy where measured (%)", "zeros": "zeros (%)"}
+    titles = {"loss": "training loss", "accuracy": "accuracy where measured (%)", "zeros": "zeros (%); dashed: wanted"}
     for (name, title), axes in zip(titles.items(), panels):
         for run, stages in runs.items():
-            points = curves(stages)[name]
-            axes.plot(*zip(*points) if points else ([], []), ".-", ms=4, lw=1, label=str(run))
+            found = curves(stages)
+            line, = axes.plot(*zip(*found[name]) if found[name] else ([], []), ".-", ms=4, lw=1, label=str(run))
+            if name == "zeros" and found["path"]:
+                axes.plot(*zip(*found["path"]), "--", lw=1, color=line.get_color())
         axes.set(title=title, xlabel="images, all stages (millions)")
         axes.grid(color="#dddddd")
     panels[0].legend(frameon=False, fontsize=8)
