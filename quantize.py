@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
                         help="sparse float checkpoint (%(default)s)")
     parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
-                        help="what is written, a .pt, with its claim F.json beside it (%(default)s)")
+                        help="what is written, a .pt, with its claim F.json next to it (%(default)s)")
     parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
                         "the submission's, 6 bits at " + ", ".join(map(str, grids.SIX_BITS)) + " and 8 elsewhere; for "
                         "another network 8 bits)")

@@ -42,16 +42,16 @@ from training import main as training_main
 PYTORCHS = "ours, 24x24, PyTorch's functions"
 ON_A_GPU = {"ours, PyTorch's functions": (), "ours, depthwise kernels": ("depthwise",),
             "ours, BatchNorm kernels": ("BatchNorm",)}  # {loop: kinds of layers with Triton kernels}
-RATIOS = {  # name: (speed, beside which)
-    "training beside the plain loop": ("ours", "plain"), "training at 24x24 beside 32x32": ("ours, 24x24", "ours"),
-    "training without a teacher beside one with": ("ours", "ours, with a teacher"),
+RATIOS = {  # name: (speed, divided by which)
+    "training / the plain loop": ("ours", "plain"), "training at 24x24 / at 32x32": ("ours, 24x24", "ours"),
+    "training without a teacher / with one": ("ours", "ours, with a teacher"),
     "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
-    "the compiled functions beside PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
-    "the Triton kernels beside PyTorch's functions": ("ours", "ours, PyTorch's functions"),
+    "the compiled functions / PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
+    "the Triton kernels / PyTorch's functions": ("ours", "ours, PyTorch's functions"),
     "those of depthwise convolutions alone": ("ours, depthwise kernels", "ours, PyTorch's functions"),
     "those of BatchNorm alone": ("ours, BatchNorm kernels", "ours, PyTorch's functions"),
-    "the plain loop alone, and beside a busy process": ("plain", "plain, beside a busy process"),
-    "training alone, and beside a busy process": ("ours", "ours, beside a busy process")}
+    "the plain loop alone / next to a busy process": ("plain", "plain, next to a busy process"),
+    "training alone / next to a busy process": ("ours", "ours, next to a busy process")}
 
 
 class PilImages(Dataset):
@@ -209,7 +209,7 @@ def parse(argv=None):
     parser.add_argument("--workers", type=number(int, 1, 1024), default=2,
                         help="processes of the plain loop's DataLoader (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile, which CUDA has")
-    parser.add_argument("--alone", action="store_true", help="leave out what runs beside a busy process")
+    parser.add_argument("--alone", action="store_true", help="leave out what runs next to a busy process")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)
@@ -224,14 +224,14 @@ def parse(argv=None):
 
 def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int,
             alone: bool = False, workers: int = 2) -> dict[str, list[float]]:
-    """{loop: images a second in each round}; on a CPU both loops beside a busy process, too, unless `alone`."""
+    """{loop: images a second in each round}; on a CPU both loops next to a busy process, too, unless `alone`."""
     small = dataclasses.replace(settings, sizes="24:0.999999,32")
     kinds = {"plain": (plain_epoch, settings.batch_size, device, workers), "ours": (our_epoch, settings, device),
              "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
              "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
     if device.type == "cpu":
         kinds[PYTORCHS] = our_epoch, small, device, False, False
-        kinds |= {f"{name}, beside a busy process": kinds[name] for name in ("plain", "ours") if not alone}
+        kinds |= {f"{name}, next to a busy process": kinds[name] for name in ("plain", "ours") if not alone}
     if device.type == "cuda":
         kinds |= {name: (our_epoch, settings, device, False, True, used) for name, used in ON_A_GPU.items()}
     speeds = {name: [] for name in kinds}

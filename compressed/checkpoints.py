@@ -37,8 +37,8 @@ class Checkpoint:
     problems: list[str]
 
 
-def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str, int | None]:
-    """Return (specification, number of classes) of a state dict's network, by its claim `beside` it.
+def _stated(claim: dict | None, claim_file: Path, network: str | None) -> tuple[str, int | None]:
+    """Return (specification, number of classes) of a state dict's network, by its claim.
 
     If the claim does not state them: the specification that is given, and None.
     """
@@ -47,11 +47,11 @@ def _stated(claim: dict | None, beside: Path, network: str | None) -> tuple[str,
     stated = claim["network"]
     spec, classes = (stated.get("spec"), stated.get("classes")) if isinstance(stated, dict) else (None, None)
     if not isinstance(spec, str) or type(classes) is not int or not 1 <= classes < 2**16:
-        raise BadInput(f"{beside}: \"network\" holds no specification and number of classes")
+        raise BadInput(f"{claim_file}: \"network\" holds no specification and number of classes")
     try:
         return followed(spec, network), classes
     except BadInput as error:
-        raise BadInput(f"{beside}: {error}") from error
+        raise BadInput(f"{claim_file}: {error}") from error
 
 
 def read(path, network: str | None = None) -> Checkpoint:
@@ -61,19 +61,19 @@ def read(path, network: str | None = None) -> Checkpoint:
     A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
     Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """
-    path, beside = Path(path), claims.claim_path(path)
-    claim = claims.read(beside) if beside.exists() else None
+    path, claim_file = Path(path), claims.claim_path(path)
+    claim = claims.read(claim_file) if claim_file.exists() else None
     own, problems = None, []
     if path.suffix == ".mnet":
         model, own = mnet.unpack(path, network)
     else:
-        model = prepare(load_checkpoint(path, *_stated(claim, beside, network)))
+        model = prepare(load_checkpoint(path, *_stated(claim, claim_file, network)))
         if claim is not None and "network" in claim and (other := claims.other_network(claim["network"], model)):
-            problems.append(f"{beside}: {other}")
+            problems.append(f"{claim_file}: {other}")
     if claim is not None and "network" in claim:
         stated = claim["network"] if isinstance(claim["network"], dict) else {}
         if own is not None and stated.get("graph") != own["network"]["graph"]:
-            problems.append(f"{beside} and {path} are of different networks")
+            problems.append(f"{claim_file} and {path} are of different networks")
         claim["network"] = stated | {"spec": network} if network else stated  # whose code may be in another folder
     digest, found = sha256(path), found_formats(model)
     if claim is None:
@@ -86,12 +86,12 @@ def read(path, network: str | None = None) -> Checkpoint:
             record = claim.get("packed")
             claimed = record.get("sha256") if isinstance(record, dict) else None
         if claimed != digest:
-            problems.append(f"{beside} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
+            problems.append(f"{claim_file} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
         differing = mnet.format_differences(claim, own) if own is not None else []
         if differing:
-            problems.append(f"{beside} and {path} do not agree on {', '.join(differing[:3])}"
+            problems.append(f"{claim_file} and {path} do not agree on {', '.join(differing[:3])}"
                             + f" (and {len(differing) - 3} more)" * (len(differing) > 3))
-    formats, contradictions = claims.hold(claim, beside, model, found)
+    formats, contradictions = claims.hold(claim, claim_file, model, found)
     return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
 
 
@@ -99,7 +99,7 @@ def load(path, network: str | None = None) -> tuple[nn.Module, dict]:
     """Return (model, claim) of a checkpoint. Raises BadInput if it contradicts its claim or has none."""
     checkpoint = read(path, network)
     if checkpoint.claim is None:
-        raise BadInput(f"{path} has no claim beside it, {claims.claim_path(path).name}: its formats are unknown; "
+        raise BadInput(f"{path} has no claim next to it, {claims.claim_path(path).name}: its formats are unknown; "
                        "quantize.py writes one")
     if checkpoint.problems:
         more = f" (and {len(checkpoint.problems) - 1} more; testers.py lists them)" if checkpoint.problems[1:] else ""

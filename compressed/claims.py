@@ -52,9 +52,9 @@ def read(path) -> dict:
 def recordable(checkpoint) -> None:
     """Raise BadInput if the checkpoint has no claim to which `record` could add something."""
     if Path(checkpoint).suffix == ".mnet":
-        raise BadInput(f"{checkpoint}: results are recorded in the claim of the .pt beside it; give that one")
+        raise BadInput(f"{checkpoint}: results are recorded in the claim of the .pt next to it; give that one")
     if not claim_path(checkpoint).is_file():
-        raise BadInput(f"{checkpoint} has no claim beside it to record anything in; quantize.py writes one")
+        raise BadInput(f"{checkpoint} has no claim next to it to record anything in; quantize.py writes one")
 
 
 def record(checkpoint, key: str, value: dict) -> None:

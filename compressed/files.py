@@ -27,7 +27,7 @@ def replacing(path):
     try:
         place = target(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = create_beside(place)
+        handle, temporary = create_next_to(place)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -51,7 +51,7 @@ def target(path) -> Path:
     return place
 
 
-def create_beside(path: Path) -> tuple[int, Path]:
+def create_next_to(path: Path) -> tuple[int, Path]:
     """Create an empty file with a new name in `path`'s folder; return (its open descriptor, its path).
 
     tempfile.mkstemp does not fit: only the owner can read its files, and not every file system allows a chmod.
@@ -69,7 +69,7 @@ def try_to_write(*paths) -> None:
                 raise OSError(0, "it is a folder" if path.is_dir() else "it is no regular file")
             place = target(path)
             place.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = create_beside(place)
+            handle, temporary = create_next_to(place)
             os.close(handle)
             os.unlink(temporary)
         except OSError as error:

@@ -26,10 +26,10 @@ def test_training_speed(tmp_path, capsys, monkeypatch):
     assert list(parts) == ["augment", "forward", "backward", "optimizer", "whole"] and min(parts.values()) > 0
     speeds = {name: found[0] for name, found in figures["images_per_second"].items()}
     assert len(speeds) == 8 and min(speeds.values()) > 0 and len(figures["ratios"]) == 7
-    assert figures["ratios"]["training beside the plain loop"] == pytest.approx(speeds["ours"] / speeds["plain"])
+    assert figures["ratios"]["training / the plain loop"] == pytest.approx(speeds["ours"] / speeds["plain"])
     assert "step: " in capsys.readouterr().out
     rows = report.training_table(figures).splitlines()[2:]
-    assert rows[8] == f"| training beside the plain loop | **{speeds['ours'] / speeds['plain']:.2f}** |"
+    assert rows[8] == f"| training / the plain loop | **{speeds['ours'] / speeds['plain']:.2f}** |"
     assert len(rows) == 8 + 7 + 4
     shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[15:]]
     assert sum(shares) == pytest.approx(100, abs=0.03) and rows[15].startswith("| share of a step: augment |")

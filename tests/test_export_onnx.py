@@ -271,7 +271,7 @@ def test_comparison_counts(shipped):
 def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch):
     assert "no such checkpoint" in refused(["--checkpoint", str(tmp_path / "none.pt")], capsys)
     out = str(tmp_path / "x.onnx")
-    assert "no claim beside it" in refused(["--checkpoint", str(sparse_checkpoint), "--out", out], capsys)
+    assert "no claim next to it" in refused(["--checkpoint", str(sparse_checkpoint), "--out", out], capsys)
     assert "ends in .onnx" in refused(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "x.pt")], capsys)
     for module in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:

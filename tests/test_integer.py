@@ -157,7 +157,7 @@ def test_record(full, tmp_path, capsys):
     assert len(record["accumulators"]) == 59 and "seconds" not in record
     packed.main(["--checkpoint", str(path)])
     kept = path.with_suffix(".json").read_bytes()
-    for other, line in ((path.with_suffix(".mnet"), "give that one"), (tmp_path / "alone.pt", "no claim beside it")):
+    for other, line in ((path.with_suffix(".mnet"), "give that one"), (tmp_path / "alone.pt", "no claim next to it")):
         with pytest.raises(BadInput, match=line):
             main(["--checkpoint", str(other), *argv[2:]])
     assert path.with_suffix(".json").read_bytes() == kept and b'"packed"' in kept
@@ -330,7 +330,7 @@ def test_script(full, capsys):
 def test_script_says_what_is_wrong(full, tmp_path, capsys, monkeypatch):
     path, _, _ = full
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
-    with pytest.raises(BadInput, match="no claim beside it"):
+    with pytest.raises(BadInput, match="no claim next to it"):
         main(["--checkpoint", str(tmp_path / "alone.pt"), "--made-up", "500"])
     monkeypatch.setattr(integer, "compare", lambda *args: {
         "images": 100, "correct": 1, "float_correct": 1, "agree": 99, "identical": 98, "seen": {}, "seconds": 1.0,

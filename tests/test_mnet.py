@@ -284,7 +284,7 @@ def test_load(small, tmp_path):
 
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
     assert read(tmp_path / "alone.pt", SPEC).claim is None
-    with pytest.raises(BadInput, match="no claim beside it"):
+    with pytest.raises(BadInput, match="no claim next to it"):
         load(tmp_path / "alone.pt", SPEC)
 
 
@@ -292,7 +292,7 @@ def test_script(small, tmp_path, monkeypatch, capsys):
     source, model, claim = small
     path = tmp_path / "network.pt"
     path.write_bytes(source.read_bytes())
-    with pytest.raises(BadInput, match="no claim beside it"):
+    with pytest.raises(BadInput, match="no claim next to it"):
         main(["--checkpoint", str(path), "--network", SPEC])
     save_record(claim, claim_path(path))
     with pytest.raises(BadInput, match="ends in .mnet"):
