@@ -52,3 +52,16 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
 def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
     """{convolution: (its BatchNorm, the activation point that it reads)}."""
     return {branch.name: (branch.norm, branch.source) for branch in read(model).layers if branch.norm}
+
+
+def random_network(seed=0, **options):
+    """Return a MobileNetV2 in eval mode with random weights and BatchNorms."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MobileNetV2(**options).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.data.normal_(0.5, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    return model

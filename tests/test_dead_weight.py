@@ -112,3 +112,13 @@ def test_the_channels_of_a_residual_stream():
     assert dead_weight.remove(copy.deepcopy(model), ONES)["weights"] == 0
     model.layers[6].conv1.weight.data[:, 2] = 0
     assert dead_weight.remove(model, ONES)["weights"] == sum(model.layers[i].conv3.in_channels for i in (3, 4, 5))
+
+
+def test_a_sum_is_zero_only_if_all_of_its_branches_are():
+    """Channel 2 of the sum is what the block before gives: the layers that read it stay."""
+    model = dense()
+    third = model.layers[4]
+    third.conv3.weight.data[2], third.bn3.bias.data[2] = 0, 0
+    assert dead_weight.remove(copy.deepcopy(model), ONES) == {"weights": 0, "scales and shifts": 0}
+    third.bn3.bias.data[2] = 0.5  # a constant that is added
+    assert dead_weight.remove(model, ONES)["weights"] == 0

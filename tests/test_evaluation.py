@@ -1,3 +1,4 @@
+"""Evaluation, by hand."""
 import math
 
 import pytest
@@ -7,15 +8,32 @@ from torch import nn
 from compressed import cifar100, evaluation
 
 
-def test_evaluate_by_hand():
-    class Brightest(nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3))
+class Brightest(nn.Module):
+    """Predicts the brightest of three colours."""
 
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def pictures(wrong: int) -> cifar100.Images:
+    """Seventy images whose label is their colour, but for the first `wrong` ones."""
     images = torch.zeros(70, 3, 4, 4, dtype=torch.uint8)
     labels = torch.arange(70) % 3
     images[torch.arange(70), labels] = 192  # (192 - 128) / 64 = 1 for the label, -2 for the others
-    labels[:5] = (labels[:5] + 1) % 3
-    loss, correct = evaluation.evaluate(Brightest(), cifar100.Images(images, labels))
+    labels[:wrong] = (labels[:wrong] + 1) % 3
+    return cifar100.Images(images, labels)
+
+
+def test_evaluate_by_hand():
+    loss, correct = evaluation.evaluate(Brightest(), pictures(5))
     right = math.log(1 + 2 * math.exp(-3))
     assert correct == 65 and loss == pytest.approx(right + 3 * 5 / 70, rel=1e-6)
+
+
+def test_near_duplicates_are_left_out():
+    duplicates = torch.zeros(80, dtype=torch.bool)  # of a longer set
+    found = evaluation.without_duplicates(Brightest(), pictures(5), 65, duplicates)
+    assert found == {"correct": 65, "images": 70}
+    duplicates[[0, 1, 10, 11, 12, 75]] = True  # two wrong ones, three right ones, and one beyond the images
+    found = evaluation.without_duplicates(Brightest(), pictures(5), 65, duplicates)
+    assert found == {"correct": 62, "images": 65}
