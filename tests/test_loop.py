@@ -224,6 +224,22 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     assert torch.allclose(result.bn1.running_mean, reference.bn1.running_mean, atol=1e-6)
 
 
+def test_a_mixed_image_is_right_if_its_greater_part_is(tmp_path):
+    """The logged accuracy of one step on mixed images, without a learning rate."""
+    settings = Settings(epochs=1, batch_size=52, lr=1e-9, schedule="constant", warmup_epochs=0, augment="none",
+                        mixing="mixup", alpha=1.0, clean=0, average=0, refresh=0)
+    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    draws = augmentation.draw(52, loop.generator_for(0, "stage", "step", 0), crop=False, mixing="mixup",
+                              mixup_alpha=1.0)
+    x, labels, others, lam = augmentation.augment(TRAIN.images[order], TRAIN.labels[order], draws)
+    found = Tiny().train()(x).argmax(1)
+    right = [bool(guess == (own if share >= 0.5 else other))
+             for guess, own, other, share in zip(found, labels, others, lam)]
+    stage(tmp_path, test=None, settings=settings)
+    assert log(tmp_path)[0]["accuracy"] == pytest.approx(sum(right) / 52, abs=1e-6)
+    assert sum(right) != int((found == labels).sum())
+
+
 def test_the_average_by_hand(tmp_path, monkeypatch):
     steps, update = [], loop.update_average
     tiny = Tiny()
