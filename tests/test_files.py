@@ -284,3 +284,14 @@ def test_an_outer_repositorys_commit_is_not_ours(copy_of_the_code, monkeypatch):
     subprocess.run(["git", "add", "."], cwd=copy_of_the_code, check=True,
                    env={name: value for name, value in os.environ.items() if name != "GIT_DIR"})
     assert files.git_commit() == f"{ours}-dirty"
+
+
+def test_an_altered_record_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    files.save_record({"lr": 0.1, "names": ["a"]}, path)
+    record = files.load_record(path, "take it back")
+    assert {key: record[key] for key in ("lr", "names")} == {"lr": 0.1, "names": ["a"]}
+    for change in ({"lr": 0.2}, {"names": ["b"]}, {"digest": "0" * 64}, {"digest": None}, {"more": 1}):
+        files.save_json(record | change, path)
+        with pytest.raises(BadInput, match="record.json: altered since it was written .*; take it back"):
+            files.load_record(path, "take it back")
