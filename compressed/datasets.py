@@ -37,10 +37,11 @@ def add_options(parser) -> None:
                         help="folder with CIFAR-100 or CIFAR-10, or F.npz with uint8 train_images and test_images "
                              "[N, 32, 32, 3], train_labels and test_labels [N] (default: CIFAR-100 in $CIFAR100_DIR, "
                              "else a download to ./data.cifar100)")
-    parser.add_argument("--holdout", action="store_true",
-                        help="train on nine tenths of the train images, and test on the others (CIFAR-100: 5,000)")
-    parser.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
-                        help="train on N synthetic images and test on a fifth as many (at least 100)")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--holdout", action="store_true",
+                       help="train on nine tenths of the train images, and test on the others (CIFAR-100: 5,000)")
+    alone.add_argument("--made-up", type=number(int, 2, 10**6), metavar="N",
+                       help="train on N synthetic images and test on a fifth as many (at least 100)")
 
 
 def option_words(args) -> list[str]:

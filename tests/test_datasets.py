@@ -223,3 +223,9 @@ def test_a_teacher_of_other_classes_is_refused():
     assert teachers.load("seven.pt", TINY, seven).linear.out_features == 7
     with pytest.raises(BadInput, match="--teacher seven.pt does not fit|--teacher seven.pt is of a network with 7"):
         teachers.load("seven.pt", TINY)
+
+
+def test_a_hold_out_of_made_up_images_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        training.main(["--pretrain", "--holdout", "--made-up", "40"])
+    assert ended.value.code == 2 and "not allowed with argument --holdout" in capsys.readouterr().err
