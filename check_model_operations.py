@@ -142,7 +142,7 @@ def cross_check_lines(report: dict) -> list[str]:
              f"{submission['dense']['additions'] / 1e6:.3f}M additions: {parts(submission['dense'])}",
              f"  with sparsity 0.5 in every layer: {parts(submission['sparsity_0.5'])}"]
     weights = report.get("weights")
-    if weights:
+    if weights and weights["submission"]:
         ours, theirs = weights["all"], weights["submission"]
         lines.append(f"  weights {theirs['total']:,} (exactly {ours['total']:,}), zeros {theirs['zeros']:,} "
                      f"({ours['zeros']:,}), non-zeros {theirs['nonzeros']:,} ({ours['nonzeros']:,}), "

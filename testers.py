@@ -86,7 +86,8 @@ def total_lines(summary: dict) -> list[str]:
               "linear": "linear alone, exact",
               "submission": "the submission's convention (ACCOUNT.md)"}
     for key, label in labels.items():
-        part = weights[key]
+        if (part := weights[key]) is None:
+            continue
         lines.append(f"  {label:<42}" + "".join(f"{part[count]:>12,}" for count in ("total", "zeros", "nonzeros"))
                      + f"{part['sparsity']:>10.4f}{counting.compression_text(part):>13}")
     words = storage["total"] / 32

@@ -469,7 +469,8 @@ def weight_summary(model: nn.Module) -> dict:
 
     {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
      "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression" (None if all are zero)},
-     "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone}
+     "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone; None
+     for a network without the submission's head, the convolution conv2 before that layer}
     """
     def kind(layer):
         return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
@@ -487,9 +488,10 @@ def weight_summary(model: nn.Module) -> dict:
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
     total, zeros = sums(convolutions)
-    constant = SUBMISSION_HEAD * len(weight_layers(model)[-1][1].weight)
+    constant = SUBMISSION_HEAD * tensors[-1]["shape"][0]
+    headed = {"conv2.weight", "linear.weight"} <= {row["name"] for row in tensors}
     return {"tensors": tensors, "conv": ratios(total, zeros), "linear": ratios(*sums(linear)),
-            "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros)}
+            "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros) if headed else None}
 
 
 def compression_text(part: dict) -> str:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import check_model_operations
+import testers
 from compressed import counting
 from compressed.counting import (
     CONVENTIONS,
@@ -28,7 +30,8 @@ from compressed.counting import (
 from compressed.errors import BadInput
 from compressed.formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
 from compressed.graph import Operation, read, trace, weight_layers
-from mobilenet_v2 import MobileNetV2
+from compressed.networks import save_state
+from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,18 @@ def test_submission_sparsity(network):
     assert (theirs["total"], theirs["zeros"], theirs["nonzeros"]) == (3_905_632, 3_005_523, 900_109)
     assert f"{theirs['sparsity']:.4f}" == "0.7695" and f"{theirs['compression']:.4f}" == "4.3391"
     assert summary["all"]["total"] == 3_944_032 and summary["all"]["nonzeros"] == 3_944_032 - 3_005_523
+
+
+def test_the_submissions_convention_is_of_its_network_alone(tmp_path, capsys):
+    """Its total replaces the linear layer by that of one network, so no other network has one."""
+    model = SmallMobileNetV2()
+    summary = counting.weight_summary(model)
+    assert summary["submission"] is None and summary["all"]["total"] == 592_776 + 648
+    save_state(model.state_dict(), tmp_path / "f.pt")
+    line = ["--checkpoint", str(tmp_path / "f.pt"), "--network", "mobilenet_v2:SmallMobileNetV2"]
+    assert testers.main([*line, "--made-up", "2"]) == check_model_operations.main([*line, "--summary"]) == 0
+    said = capsys.readouterr().out
+    assert "linear alone, exact" in said and "(ACCOUNT.md)" not in said and "compression 4" not in said
 
 
 def test_trace_leaves_the_model_alone(network):
