@@ -208,7 +208,7 @@ def results(m: Measured) -> str:
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST), *unseen,
-        ("lost by masking and quantizing", f"{lost:.2f} points", "1.80 points", "these commands"),
+        ("lost by masking and quantizing", f"{lost:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
         ("of these, made by the penalty; the others by the mask's threshold",
