@@ -9,8 +9,8 @@ each kind of layer costs in float and in 8 bits.
 
   torch        MobileNetV2 in eval mode, eager, channels-last
   torch fused  BatchNorm folded into the convolutions
-  onnx float   export_onnx.Floats: the same network, folded, as plain ONNX
-  onnx 8-bit   export_onnx.Codes
+  onnx float   the same network, as torch.onnx.export writes it
+  onnx 8-bit   tools.export_onnx
 
 Variants of the 8-bit graph that were tried on an EPYC with VNNI (onnxruntime 1.32, 2 threads): images/s as a ratio to
 the graph of that time, and why the variant was not taken:
@@ -20,11 +20,13 @@ the graph of that time, and why the variant was not taken:
   int8 activations                                               0.16 to 0.23   most layers are not fused: float kernels
 """
 import copy
+import io
 import json
 import re
 import statistics
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,33 +34,41 @@ import torch
 from torch import nn
 
 from compressed import checkpoints, cifar100, claims
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, needed, number, run_script, some_path
 from compressed.files import check_outputs, save_json
 from tools import export_onnx
 from training.teachers import fold_batchnorm
 
 
-def engines(model: nn.Module, claim: dict, threads: int) -> dict:
-    """{name: function from uint8 images [N, 3, 32, 32] to logits}, and the bytes of the two ONNX models."""
-    def torch_engine(network):
-        @torch.inference_mode()
-        def run(images):
-            return network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
-        return run
+class FromPixels(nn.Module):
+    """A network that normalises its uint8 images itself."""
 
-    def onnx_engine(content):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.network(cifar100.normalise(images).contiguous(memory_format=torch.channels_last))
+
+
+def engines(model: nn.Module, claim: dict, threads: int) -> tuple[dict, dict[str, bytes]]:
+    """Return {name: function from uint8 images [N, 3, 32, 32] to logits}, and the bytes of the two ONNX models."""
+    network, file = FromPixels(model.to(memory_format=torch.channels_last)).eval(), io.BytesIO()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the newer exporter needs onnxscript
+        torch.onnx.export(network, (cifar100.made_up(2, seed=0).images,), file, dynamo=False, input_names=["image"],
+                          opset_version=export_onnx.OPSET, dynamic_axes={"image": {0: "N"}})
+    found = {"torch": network, "torch fused": FromPixels(fold_batchnorm(copy.deepcopy(model)))}
+    models = {"onnx float": file.getvalue(),
+              "onnx 8-bit": export_onnx.Exporter(model, claim).finished({}).SerializeToString()}
+    for name, content in models.items():
         session = export_onnx.session(content, threads)
-        return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-
-    model = model.to(memory_format=torch.channels_last)
-    found = {"torch": torch_engine(model), "torch fused": torch_engine(fold_batchnorm(copy.deepcopy(model)))}
-    models = {"onnx float": export_onnx.Floats(model).finished({}).SerializeToString(),
-              "onnx 8-bit": export_onnx.Codes(model, claim).finished({}).SerializeToString()}
-    return found | {name: onnx_engine(content) for name, content in models.items()}, models
+        found[name] = lambda images, session=session: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    return found, models
 
 
 def speed(run, images: torch.Tensor, seconds: float) -> float:
-    """Images a second, over at least so many seconds, after a first call that is not counted."""
+    """Return images a second, over at least so many seconds, after a first call that is not counted."""
     run(images)
     calls, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
@@ -67,14 +77,14 @@ def speed(run, images: torch.Tensor, seconds: float) -> float:
     return calls * len(images) / passed
 
 
-PARTS = {  # what a node computes, by the beginning of its name: the layer's, or that of the ReLU which is fused into it
-    r"layers\.\d+\.(conv1|relu1)": "expansions, 1x1", r"layers\.\d+\.(conv2|relu2)": "depthwise convolutions, 3x3",
-    r"layers\.\d+\.": "projections, shortcuts and residual sums, 1x1", r"(conv1|relu1)": "stem, 3x3",
-         r"(conv2|relu2)": "head, 1x1"}
+PARTS = {  # what a node computes, by its name: that of the layer, or of the ReLU which is fused into it
+    r"layers\.\d+.(conv1|relu1)": "expansions, 1x1", r"layers\.\d+.(conv2|relu2)": "depthwise convolutions, 3x3",
+    r"layers\.\d+.": "projections, shortcuts and residual sums, 1x1", r"(conv1|relu1)": "stem, 3x3",
+    r"(conv2|relu2)": "head, 1x1"}
 
 
 def part_of(node: str) -> str:
-    return next((part for pattern, part in PARTS.items() if re.match(pattern, node)), "input, mean and linear layer")
+    return next((part for pattern, part in PARTS.items() if re.search(pattern, node)), "input, mean and linear layer")
 
 
 def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> tuple[dict[str, dict], dict[str, float]]:
@@ -92,24 +102,40 @@ def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> t
         events = json.loads(Path(session.end_profiling()).read_text())
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            kernel = event["args"]["op_name"]
-            times[kernel] += event["dur"] / (calls * len(images))
+            kernel, microseconds = event["args"]["op_name"], event["dur"] / (calls * len(images))
+            times[kernel] += microseconds
             nodes[kernel].add(event["name"])
-            parts[part_of(event["name"])] += event["dur"] / (calls * len(images))
+            parts[part_of(event["name"])] += microseconds
     ordered = sorted(times, key=times.get, reverse=True)
     return {kernel: {"nodes": len(nodes[kernel]), "microseconds": times[kernel]} for kernel in ordered}, dict(parts)
 
 
 def describe_processor() -> str:
-    """Its name, and which instructions for 8-bit products it has."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-    except OSError:
-        fields = {}
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
-    products = sorted(flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm"})
-    return f"{fields.get('model name', 'unknown processor')} ({', '.join(products) or 'no 8-bit products known'})"
+    """Return its name, and which instructions for 8-bit products it has."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.is_file() else ""
+    name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    products = sorted(set(re.findall(r"\b(avx512_vnni|avx_vnni|avx_vnni_int8|amx_int8|asimddp|i8mm)\b", text)))
+    return f"{name[1] if name else 'unknown processor'} ({', '.join(products) or 'no 8-bit products known'})"
+
+
+def measure(runs: dict, batch: int, rounds: int, seconds: float) -> dict[str, dict]:
+    """Print and return {"engine, batch": its speed in each round, and the medians of the ratios}."""
+    images = cifar100.made_up(batch, seed=0).images  # the speed does not depend on what they show
+    found = defaultdict(list)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(speed(run, images, seconds))
+    figures = {}
+    for name, speeds in found.items():
+        to_torch, to_float = (statistics.median(a / b for a, b in zip(speeds, found[base]))
+                              for base in ("torch", "onnx float"))
+        median = statistics.median(speeds)
+        figures[f"{name}, {batch}"] = {"images_per_second": speeds, "ratio_to_torch": to_torch,
+                                       "ratio_to_onnx_float": to_float}
+        print(f"{batch:>5}  {name:<15}{median:>10,.1f}{to_torch:>9.2f}{to_float:>14.2f}{1000 * batch / median:>12.3f}",
+              flush=True)
+    return figures
 
 
 def main(argv=None) -> int:
@@ -125,38 +151,23 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.json:
         check_outputs([args.json], [args.checkpoint, claims.claim_path(args.checkpoint)], suffix=".json")
-    runtime = export_onnx.needed("onnxruntime")
+    runtime = needed("onnxruntime")
     torch.set_num_threads(args.threads)
-    model, claim = checkpoints.load(args.checkpoint)
-    runs, models = engines(model, claim, args.threads)
+    runs, models = engines(*checkpoints.load(args.checkpoint), args.threads)
     machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "
                f"onnxruntime {runtime.__version__}")
-    print(machine, flush=True)
-
-    figures = {}
-    print(f"{'batch':>5}  {'engine':<15}{'images/s':>10}{'x torch':>9}{'x onnx float':>14}{'ms a batch':>12}")
+    print(f"{machine}\n{'batch':>5}  {'engine':<15}{'images/s':>10}{'x torch':>9}{'x onnx float':>14}"
+          f"{'ms a batch':>12}", flush=True)
+    figures, profiles, parts = {}, {}, {}
     for batch in args.batches:
-        images = cifar100.made_up(batch, seed=0).images  # the speed does not depend on what they show
-        found = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, run in runs.items():
-                found[name].append(speed(run, images, args.seconds))
-        for name, speeds in found.items():
-            ratios = {base: statistics.median(a / b for a, b in zip(speeds, found[base]))
-                      for base in ("torch", "onnx float")}
-            median = statistics.median(speeds)
-            figures[f"{name}, {batch}"] = {"images_per_second": speeds, "ratio_to_torch": ratios["torch"],
-                                           "ratio_to_onnx_float": ratios["onnx float"]}
-            print(f"{batch:>5}  {name:<15}{median:>10,.1f}{ratios['torch']:>9.2f}{ratios['onnx float']:>14.2f}"
-                  f"{1000 * batch / median:>12.3f}", flush=True)
-
-    profiles, parts = {}, {}
+        figures |= measure(runs, batch, args.rounds, args.seconds)
     for batch in (min(args.batches), max(args.batches)):
+        images = cifar100.made_up(batch, seed=0).images
         for name, content in models.items():
-            images = cifar100.made_up(batch, seed=0).images
-            found, parts[f"{name}, {batch}"] = profile(content, images, args.threads, max(5, 100 // batch))
-            profiles[f"{name}, {batch}"] = found
-            each = ", ".join(f"{kernel} {row['microseconds']:,.1f} ({row['nodes']})" for kernel, row in found.items())
+            key = f"{name}, {batch}"
+            profiles[key], parts[key] = profile(content, images, args.threads, max(5, 100 // batch))
+            each = ", ".join(f"{kernel} {row['microseconds']:,.1f} ({row['nodes']})"
+                             for kernel, row in profiles[key].items())
             print(f"{name}, batch of {batch}, microseconds an image by kernel (nodes): {each}", flush=True)
         floats, codes = parts[f"onnx float, {batch}"], parts[f"onnx 8-bit, {batch}"]
         for part in floats:

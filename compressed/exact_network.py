@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100, kernels
+from compressed import cifar100
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.formats import Activation, code_range, codes, exponent, fake_quantize
@@ -41,24 +41,13 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.signed, self.step, self.most = bits, signed, step, most
 
-    def range(self) -> tuple[int, int]:
-        """Return the smallest and the largest code."""
-        low, high = code_range(self.bits, self.signed)
-        return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
-
     def forward(self, x):
-        low, high = self.range()
+        low, high = code_range(self.bits, self.signed)
+        if self.most < math.inf:
+            high = min(high, round(self.most / self.step))
         if x.dtype == torch.bfloat16:
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
-        if torch.is_grad_enabled() and x.requires_grad:
-            return fake_quantize(x, self.step, low, high)
-        if compiled(x):
-            y = torch.empty_like(x)  # laid out as x is
-            kernels.call("quantize", x, x.numel(), self.step, float(low), float(high), y)
-            return y
-        # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
-        x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
-        return x.round_().float().clamp_(low, high).mul_(self.step)
+        return fake_quantize(x, self.step, low, high).float()
 
 
 class ScaleShift(nn.Module):
@@ -97,29 +86,6 @@ def table(function: str, source: Activation, step: float, target: Activation, ta
     return codes(values, target_step, target.low, target.high).int()
 
 
-class Rescale(Quantizer):
-    """Scale, shift and round: a ScaleShift and the Quantizer behind it, compiled where kernels.c can be."""
-
-    def __init__(self, norm: ScaleShift, behind: Quantizer):
-        super().__init__(behind.bits, behind.signed, behind.step, behind.most)
-        self.norm = norm
-
-    def forward(self, x):
-        if not compiled(x):
-            return super().forward(self.norm(x))
-        x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
-        y, (low, high) = torch.empty_like(x), self.range()
-        kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift, self.step,
-                     float(low), float(high), y)
-        return y
-
-
-def compiled(x: Tensor) -> bool:
-    """Return True if kernels.c can compute with this tensor: float32 on a CPU, dense, and there is a compiler."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return x.device.type == "cpu" and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
-
-
 class ExactLinear(nn.Linear):
     """Compute a linear layer in float64, where its sums, by far the longest of a network, are exact up to 2^53."""
 
@@ -150,22 +116,19 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     if graph.normalised:
         raise BadInput("the network scales or shifts its input itself, which has no integer form here: take that out "
                        "of the forward pass, and train with (pixel - 128) / 64")
-    known = graph.activation_points
-    named = [a.get("name") for a in activations]
-    if sorted(map(str, named)) != sorted(known):
-        raise BadInput(f"the activations listed are not the network's {len(known)}: "
-                       f"missing {sorted(set(known) - set(named))}, unknown "
-                       f"{sorted(map(str, set(named) - set(known)))}")
-    for a in activations:
-        step, bits = a.get("step"), a.get("bits")
+    points = {point.name: point for point in graph.points[:-1]}
+    named = [str(a.get("name")) for a in activations]
+    if sorted(named) != sorted(points):
+        raise BadInput(f"the activations listed are not the network's {len(points)}: missing "
+                       f"{sorted(points.keys() - set(named))}, unknown {sorted(set(named) - points.keys())}")
+    for name, a in zip(named, activations):
+        step, bits, point = a.get("step"), a.get("bits"), points[name]
         if exponent(step) is None or bits not in range(1, 17):
-            raise BadInput(f"activation {a['name']}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
-        if a.get("signed") is not known[a["name"]]:
-            raise BadInput(f"activation {a['name']}: signed is {a.get('signed')}, expected {known[a['name']]}")
-    clipped = {point.name for point in graph.points if point.activation == "relu6"}
-    for a in activations:
-        most = RELU6 if a["name"] in clipped else math.inf
-        model.set_submodule(a["name"], Quantizer(a["bits"], a["signed"], float(a["step"]), most))
+            raise BadInput(f"activation {name}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
+        if a.get("signed") is not point.signed:
+            raise BadInput(f"activation {name}: signed is {a.get('signed')}, expected {point.signed}")
+        most = RELU6 if point.activation == "relu6" else math.inf
+        model.set_submodule(name, Quantizer(bits, point.signed, float(step), most))
 
 
 def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
@@ -184,13 +147,8 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
         elif layer.bias is not None:
             layer.__class__ = ExactConv2d
     for point in graph.points:
-        first = point.branches[0]
-        if first.kind == "function":
-            network.set_submodule(first.name, Function(first.function))
-        elif len(point.branches) == 1 and first.norm and point.name != "logits":
-            both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
-            network.set_submodule(first.norm, nn.Identity())
-            network.set_submodule(point.name, both)
+        if point.branches[0].kind == "function":
+            network.set_submodule(point.branches[0].name, Function(point.branches[0].function))
     network.register_forward_hook(lambda module, inputs, out: out.float())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 

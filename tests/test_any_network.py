@@ -160,7 +160,7 @@ def test_onnxruntime_computes_the_same(spec, classes):
     from tools import export_onnx
     _, network, claim = shipped(spec, classes)
     images = cifar100.made_up(16, 3).images
-    graph = export_onnx.Codes(network, claim)
+    graph = export_onnx.Exporter(network, claim)
     engine = export_onnx.session(graph.finished({}).SerializeToString(), threads=1)
     found = torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
     assert torch.equal(found, logits(exact_network(network, claim["activations"]), images)) and graph.rounded == 0

@@ -170,7 +170,7 @@ def test_activations_of_different_widths_are_the_same_in_all_executions(tmp_path
     wanted = logits(exact_module.exact_network(network, claim["activations"]), images)
     integer = IntegerNetwork(network, claim)
     assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)
-    engine = export_onnx.session(export_onnx.Codes(network, claim).finished({}).SerializeToString(), threads=1)
+    engine = export_onnx.session(export_onnx.Exporter(network, claim).finished({}).SerializeToString(), threads=1)
     assert torch.equal(torch.from_numpy(engine.run(None, {"image": images.numpy()})[0]), wanted)
     mnet.pack(network, claim, tmp_path / "packed.mnet")
     assert mnet.unpack(tmp_path / "packed.mnet", f"{FILE}:Excited")[1]["activations"] == claim["activations"]

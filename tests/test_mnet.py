@@ -129,16 +129,6 @@ def test_sections_are_what_is_counted(tiny):
     assert counted["steps"] == 32 * (55 + 2 * convolutions + 2)
 
 
-def test_size_of_the_full_network(full, tmp_path):
-    _, model, claim = full
-    counted = counting.storage(model, mnet.stated_formats(model, claim))["total"]
-    bits = 8 * pack(model, claim, tmp_path / "full.mnet")["total"]
-    assert bits == 8 * (tmp_path / "full.mnet").stat().st_size
-    assert abs(bits / counted - 1) < 0.0005 and bits / 32 == pytest.approx(counted / 32, rel=0.005)
-    returned, formats = unpack(tmp_path / "full.mnet")
-    assert same(model, returned) and all(formats[key] == claim[key] for key in ("tensors", "activations"))
-
-
 # ---- Damage --------------------------------------------------------------------------------------
 
 def refused(data: bytes) -> str:

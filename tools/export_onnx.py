@@ -19,17 +19,13 @@ codes. Any engine can run it in floats; an engine that fuses these operators com
   linear layer          a matrix product; its bias is float32
 
 The engine computes in float32 between an accumulator and the next codes. What quantize.py ships by default (the scheme
-"channel") is made for that: shifts are whole units of the accumulator, halves are rounded to even, and scales have 5
-significant bits, so that products with accumulators of up to 19 bits and a sign are exact. All accumulators are that
-small on the test images (ACCOUNT.md), but a residual sum may need more bits, so this is no proof. --verify therefore
-compares: the shipped checkpoint's logits are the same to the last bit on all test images. The schemes "layer" and
-"power-of-two" cannot have short scales. There some shifts are rounded by up to half a unit, which changes few codes by
-one, but these changes spread: after some ten layers a third of all codes differ. --verify shows what becomes of the
-predictions.
+"channel") is made for that: shifts are whole units of the accumulator, and scales have 5 significant bits, so that
+products with accumulators of up to 19 bits and a sign are exact. All accumulators are that small on the test images
+(ACCOUNT.md), but a residual sum may need more bits: --verify compares. The other schemes cannot have short scales: some
+shifts are rounded, which changes few codes by one, but after some ten layers a third of all codes differ.
 
-onnxruntime has no 6-bit kernels: 6-bit codes are stored as int8 and run at the speed of 8 bits. Zeros cost as much as
-any code. x86 CPUs without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` detects that and asks
-for exact kernels.
+onnxruntime has no 6-bit kernels: 6-bit codes run at the speed of 8 bits. Zeros cost as much as any code. x86 CPUs
+without VNNI add 8-bit products in pairs in 16 bits, which saturate; `session` detects that and asks for exact kernels.
 """
 import functools
 import json
@@ -47,30 +43,34 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import needed, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
-from compressed.exact_network import RELU6, exact_network, folded, table
+from compressed.exact_network import exact_network, table
 from compressed.files import check_outputs, git_commit, replacing, sha256
 from compressed.formats import Activation
-from compressed.graph import Branch, Point, Window, read, weight_layers
-from compressed.mnet import stated_formats
+from compressed.graph import Branch, Window, read, weight_layers
+from compressed.integer_network import IntegerNetwork, Term, Value
 from tools.agreement import agreement, describe, option_parser
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every engine
 BATCH = 32
 NOTICED = 0.999  # share of the predictions that must agree
+ROWS, MAPS = (0, 2, 3, 1), (0, 3, 1, 2)  # transpositions to [N, H, W, C] and back
 
 
 # ---- The ONNX graph ------------------------------------------------------------------------------
 
-class Graph:
-    """Build an ONNX model along the activation points of a network; Floats and Codes say how each is computed.
+class Exporter:
+    """Write an integer network as an ONNX model: between layers there are uint8 codes, and each layer dequantizes them.
 
-    Values are represented by their names. They are maps [N, C, H, W]; features after pooling are maps of 1x1.
+    ONNX values are represented by their names. They are maps [N, C, H, W]; features after pooling are maps of 1x1.
+    rounded: how many shifts are no whole number of accumulator units.
     """
 
-    def __init__(self, model: nn.Module):
-        self.onnx, self.model, self.read = needed("onnx"), model, read(model)
-        self.shapes = {point.name: point.shape for point in self.read.points}
+    def __init__(self, model: nn.Module, claim: dict):
+        self.onnx, self.network = needed("onnx"), IntegerNetwork(model, claim)
+        self.steps, self.signed = self.network.steps, read(model).activation_points
         self.nodes, self.constants = [], {}
+        self.codes = {}  # of each activation point: the name of the ONNX value
+        self.rounded = 0
 
     def node(self, operator: str, name: str, *inputs: str, **attributes) -> str:
         """Add a node; return the name of its output, which is the node's."""
@@ -82,35 +82,95 @@ class Graph:
         self.constants[name] = self.onnx.numpy_helper.from_array(array.reshape(np.shape(value)), name)
         return name
 
-    def window(self, branch: Branch) -> dict:
-        """Return the attributes of a convolution or a pooling."""
-        window = branch.window
-        found = {"kernel_shape": window.kernel, "strides": window.stride, "pads": window.padding * 2}
-        if window.dilation != (1, 1):
-            found["dilations"] = window.dilation
-        return found | ({"group": self.model.get_submodule(branch.name).groups} if branch.kind == "layer" else {})
+    # -- codes and real numbers
 
-    def sums(self, point: Point, values: dict[str, str]) -> str:
-        """Add up a point's branches in float32."""
-        first, *others = [self.summand(branch, values) for branch in point.branches]
+    def grid(self, point: str) -> tuple[str, str]:
+        """Return the names of the constants that hold step and zero point of an activation point."""
+        return (self.constant(f"{point}.step", self.steps[point], np.float32),
+                self.constant(f"{point}.zero", 128 * self.signed[point], np.uint8))
+
+    def dequantized(self, reader: str, point: str, codes: str | None = None) -> str:
+        """Dequantize the codes of a point, or the same codes transposed, for a node with the name `reader`."""
+        return self.node("DequantizeLinear", f"{reader}.input", codes or self.codes[point], *self.grid(point))
+
+    def rows(self, branch: Branch) -> str:
+        """Transpose the codes that a branch reads. onnxruntime computes in NHWC: these transpositions cancel out."""
+        return self.node("Transpose", f"{branch.name}.rows", self.codes[branch.source], perm=ROWS)
+
+    def weight(self, name: str, codes: np.ndarray, steps: np.ndarray, axis: int) -> str:
+        """Dequantize constant codes (weights, or int32 biases) with a step for every index of the axis."""
+        return self.node("DequantizeLinear", name, self.constant(f"{name}.codes", codes, codes.dtype),
+                         self.constant(f"{name}.steps", steps, np.float32), axis=axis)
+
+    def quantized(self, value: Value, x: str, name: str) -> str:
+        """Round the float32 value x to codes with the name `name`.
+
+        Fewer than 8 bits, and the upper clip of a ReLU6, are a clip of codes.
+        """
+        point = value.point.name
+        ends = [code + 128 * self.signed[point] for code in (value.low, value.high)]
+        if ends == [0, 255]:
+            return self.node("QuantizeLinear", name, x, *self.grid(point))
+        codes = self.node("QuantizeLinear", f"{name}.whole", x, *self.grid(point))
+        limits = (self.constant(f"{name}.{end}", code, np.uint8) for end, code in zip(("low", "high"), ends))
+        return self.node("Clip", name, codes, *limits)
+
+    # -- values
+
+    def value(self, value: Value) -> str:
+        """Compute the codes of a value."""
+        name, (first, *others) = value.point.name, value.terms
+        if first.branch.kind == "pixels":
+            step, bits = self.steps[name], self.network.formats.activations[name].bits
+            if step != 1 / cifar100.STD or bits != 8:
+                raise BadInput(f"the image has {bits} bits and the step {step}: expected 8, and 1/{cifar100.STD}, the "
+                               "pixels' own")
+            return "image"
+        if first.branch.kind == "function":
+            return self.function(value)
+        layer = first.branch.kind == "layer"
+        if others or layer and first.branch.window is None:  # a sum, or a linear layer
+            return self.node("Transpose", name, self.quantized(value, self.sums(value), f"{name}.codes"), perm=MAPS)
+        return self.quantized(value, self.convolution(first) if layer else self.term(first), name)
+
+    def function(self, value: Value) -> str:
+        """Look up a pointwise function of codes in a table of 256."""
+        name, branch = value.point.name, value.terms[0].branch
+        source = Activation(8, self.signed[branch.source])  # codes that fewer bits do not have are never looked up
+        entries = table(branch.function, source, self.steps[branch.source], self.network.formats.activations[name],
+                        self.steps[name])
+        entries = self.constant(f"{name}.table", entries.numpy() + 128 * self.signed[name], np.uint8)
+        index = self.node("Cast", f"{name}.index", self.codes[branch.source], to=self.onnx.TensorProto.INT32)
+        return self.node("Gather", name, entries, index)
+
+    def sums(self, value: Value) -> str:
+        """Add up a value's terms in float32 [N, H, W, C]."""
+        first, *others = map(self.summand, value.terms)
         for i, other in enumerate(others):
-            first = self.node("Add", f"{point.name}.sums" + f".{i}" * (i > 0), first, other)
+            first = self.node("Add", f"{value.point.name}.sums" + f".{i}" * (i > 0), first, other)
         return first
 
-    def term(self, branch: Branch, values: dict[str, str]) -> str:
-        """Compute a branch that is no layer, in float32 [N, C, H, W]."""
-        name, x = branch.name, self.dequantized(branch.name, values[branch.source])
+    # -- terms
+
+    def weight_steps(self, term: Term) -> np.ndarray:
+        """Return the scale of each channel, float64, without the step of the codes that the term reads."""
+        return term.scale.numpy() / self.steps[term.branch.source]
+
+    def term(self, term: Term) -> str:
+        """Compute a term that is no layer, in float32 [N, C, H, W]."""
+        branch, name, window = term.branch, term.branch.name, term.branch.window
+        x = self.dequantized(name, branch.source)
         if branch.kind == "unchanged":
             return x
         if branch.kind == "norm":
-            scale, shift = (part.numpy()[:, None, None] for part in folded(self.model.get_submodule(branch.norm)))
+            scale, shift = (part[:, None, None] for part in (self.weight_steps(term), term.shift.numpy()))
             scaled = self.node("Mul", f"{name}.scaled", x, self.constant(f"{name}.scale", scale, np.float32))
             return self.node("Add", f"{name}.sums", scaled, self.constant(f"{name}.shift", shift, np.float32))
         if branch.kind == "product":
-            return self.node("Mul", f"{name}.products", x, self.dequantized(f"{name}.factor", values[branch.other]))
+            return self.node("Mul", f"{name}.products", x, self.dequantized(f"{name}.factor", branch.other))
         if branch.kind == "moved":
             return self.moved(branch, x)
-        if branch.kind == "mean" and branch.window.kernel == self.shapes[branch.source][1:]:
+        if branch.kind == "mean" and window.kernel == self.shapes[branch.source][1:]:
             return self.node("GlobalAveragePool", f"{name}.sums", x)
         return self.node("AveragePool" if branch.kind == "mean" else "MaxPool", f"{name}.sums", x,
                          **self.window(branch))
@@ -124,19 +184,75 @@ class Graph:
         gathered = self.node("Gather", f"{name}.gathered", padded, places, axis=1)
         return self.node("Reshape", f"{name}.sums", gathered, self.constant(f"{name}.shape", [-1, *shape], np.int64))
 
+    def window(self, branch: Branch) -> dict:
+        """Return the attributes of a convolution or a pooling."""
+        window = branch.window
+        found = {"kernel_shape": window.kernel, "strides": window.stride, "pads": window.padding * 2}
+        if window.dilation != (1, 1):
+            found["dilations"] = window.dilation
+        return found | ({"group": self.groups(branch)} if branch.kind == "layer" else {})
+
+    def groups(self, branch: Branch) -> int:
+        return self.network.model.get_submodule(branch.name).groups
+
+    def layer(self, term: Term) -> tuple[np.ndarray, np.ndarray]:
+        """Return (codes int8 in the weight's shape, step of each output channel: float64) of a layer.
+
+        A step is above 0, unless the channel has a code -128, which has no opposite.
+        """
+        codes, steps = term.codes.numpy().copy(), self.weight_steps(term)
+        codes[steps == 0] = 0
+        steps[steps == 0] = 2.0**-12 * max(self.steps.values())  # nothing is summed: fine enough for any shift
+        turn = (steps < 0) & (codes.reshape(len(codes), -1).min(1) > -128)
+        codes[turn], steps[turn] = -codes[turn], -steps[turn]
+        return codes.astype(np.int8), steps
+
+    def convolution(self, term: Term) -> str:
+        """Compute a convolution whose result is rounded: onnxruntime fuses it with its neighbours to a QLinearConv."""
+        branch, name = term.branch, term.branch.name
+        codes, steps = self.layer(term)
+        units = self.steps[branch.source] * steps
+        bias = term.shift.numpy() / units
+        most = np.abs(bias) + [max(-low, high) for low, high in term.reach]
+        if most.max() >= 2**31:
+            raise BadInput(f"{name}: a shift of {np.abs(bias[most.argmax()]):.3g} units does not fit 32 bits")
+        self.rounded += int((bias != np.rint(bias)).sum())
+        return self.node("Conv", f"{name}.sums", self.dequantized(name, branch.source),
+                         self.weight(f"{name}.weight", codes, steps, 0),
+                         self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **self.window(branch))
+
+    def summand(self, term: Term) -> str:
+        """Compute a term in float32 [N, H, W, C], not rounded; there its shift is exact, too."""
+        branch, name = term.branch, term.branch.name
+        if branch.kind == "unchanged":
+            return self.dequantized(name, branch.source, self.rows(branch))
+        if branch.kind != "layer":
+            return self.node("Transpose", f"{name}.rows", self.term(term), perm=ROWS)
+        codes, steps = self.layer(term)
+        if branch.window is None or branch.window == Window((1, 1)) and self.groups(branch) == 1:
+            x = self.dequantized(name, branch.source, self.rows(branch))
+            weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
+            products = self.node("MatMul", f"{name}.products", x, weight)
+        else:  # a convolution of floats would not be exact: it has too many terms
+            codes = self.constant(f"{name}.codes", codes.astype(np.int16) + 128, np.uint8)
+            acc = self.node("ConvInteger", f"{name}.acc", self.codes[branch.source], codes, self.grid(branch.source)[1],
+                            self.constant(f"{name}.zero", 128, np.uint8), **self.window(branch))
+            acc = self.node("Transpose", f"{name}.rows", acc, perm=ROWS)
+            acc = self.node("Cast", f"{name}.acc.float", acc, to=self.onnx.TensorProto.FLOAT)
+            units = self.constant(f"{name}.units", self.steps[branch.source] * steps, np.float32)
+            products = self.node("Mul", f"{name}.products", acc, units)
+        shift = self.constant(f"{name}.shift", term.shift.numpy(), np.float32)
+        return self.node("Add", f"{name}.sums", products, shift)
+
     def finished(self, about: dict[str, str]):
-        """Build all points; return the checked ModelProto. about: its metadata."""
-        values = {}
-        for point in self.read.points:
-            kind = point.branches[0].kind
-            if point.name == "logits":
-                self.node("Flatten", "logits", self.sums(point, values))
-            else:
-                make = {"pixels": self.image, "function": self.function}.get(kind, self.stored)
-                values[point.name] = make(point, values)
-        helper, types = self.onnx.helper, self.onnx.TensorProto
+        """Build all values; return the checked ModelProto. about: its metadata."""
+        network, helper, types = self.network, self.onnx.helper, self.onnx.TensorProto
+        self.shapes = {value.point.name: value.point.shape for value in network.values}
+        for value in network.values:
+            self.codes[value.point.name] = self.value(value)
+        self.node("Flatten", "logits", self.sums(network.logits))
         image = helper.make_tensor_value_info("image", types.UINT8, ["N", 3, IMAGE_SIZE, IMAGE_SIZE])
-        logits = helper.make_tensor_value_info("logits", types.FLOAT, ["N", *self.shapes["logits"]])
+        logits = helper.make_tensor_value_info("logits", types.FLOAT, ["N", *network.logits.point.shape])
         graph = helper.make_graph(self.nodes, "mobilenet_v2", [image], [logits], list(self.constants.values()))
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
                                   producer_name="export_onnx.py")
@@ -145,216 +261,16 @@ class Graph:
         return model
 
 
-class Floats(Graph):
-    """The network in float32 with folded BatchNorms, whose speed is compared with that of 8 bits."""
-
-    def image(self, point: Point, values: dict[str, str]) -> str:
-        return self.node("DequantizeLinear", "image.normalised", "image",
-                         self.constant("image.step", 1 / cifar100.STD, np.float32),
-                         self.constant("image.zero", cifar100.MEAN, np.uint8))
-
-    def dequantized(self, reader: str, x: str) -> str:
-        return x
-
-    def summand(self, branch: Branch, values: dict[str, str]) -> str:
-        if branch.kind != "layer":
-            return self.term(branch, values)
-        name, x, layer = branch.name, values[branch.source], self.model.get_submodule(branch.name)
-        scale = torch.ones(len(layer.weight))
-        shift = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
-        if branch.norm:
-            scale, constant = folded(self.model.get_submodule(branch.norm))
-            shift = constant + scale * shift
-        weight = layer.weight.detach().double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
-        weight = self.constant(f"{name}.weight", weight.numpy(), np.float32)
-        bias = self.constant(f"{name}.bias", shift.numpy(), np.float32)
-        if isinstance(layer, nn.Linear):
-            return self.node("Gemm", f"{name}.sums", self.node("Flatten", f"{name}.input", x), weight, bias, transB=1)
-        return self.node("Conv", f"{name}.sums", x, weight, bias, **self.window(branch))
-
-    def stored(self, point: Point, values: dict[str, str]) -> str:
-        x = self.sums(point, values)
-        if point.activation == "relu6":
-            limits = [self.constant(f"{point.name}.{end}", end, np.float32) for end in (0, 6)]
-            return self.node("Clip", point.name, x, *limits)
-        return self.node("Relu", point.name, x) if point.activation == "relu" else x
-
-    def function(self, point: Point, values: dict[str, str]) -> str:
-        function, x = point.branches[0].function, values[point.branches[0].source]
-        if function == "silu":
-            return self.node("Mul", point.name, x, self.node("Sigmoid", f"{point.name}.sigmoid", x))
-        if function == "gelu":  # x (1 + erf(x / sqrt 2)) / 2: opset 17 has no operator of that name
-            root, half = (self.constant(f"{point.name}.{i}", 0.5**i, np.float32) for i in (0.5, 1))
-            erf = self.node("Erf", f"{point.name}.erf", self.node("Mul", f"{point.name}.scaled", x, root))
-            halves = self.node("Mul", f"{point.name}.half", x, half)
-            return self.node("Add", point.name, halves, self.node("Mul", f"{point.name}.product", halves, erf))
-        operator, *alpha = {"hardswish": ["HardSwish"], "hardsigmoid": ["HardSigmoid", 1 / 6],
-                            "sigmoid": ["Sigmoid"]}[function]
-        return self.node(operator, point.name, x, **dict(zip(["alpha"], alpha)))
-
-
-class Codes(Graph):
-    """The network in codes: between layers there are uint8 values, and each layer dequantizes its inputs.
-
-    grids: (step, names of the constants that hold step and zero point) of each uint8 value. Counted, for the report:
-    turned, output channels with a negative scale whose codes changed their sign; kept, those that have a code -128 and
-    get a negative step instead; rounded, shifts that are no whole number of accumulator units. Raises BadInput for
-    formats that 8-bit kernels do not have.
-    """
-
-    def __init__(self, model: nn.Module, claim: dict):
-        super().__init__(model)
-        self.formats = stated_formats(model, claim)
-        self.steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
-        self.grids: dict[str, tuple[float, str, str]] = {}
-        self.turned = self.kept = self.rounded = 0
-        for name, activation in self.formats.activations.items():
-            if activation.bits > 8:
-                raise BadInput(f"activation {name} has {activation.bits} bits: QuantizeLinear clips to 8")
-        for name in self.read.images:
-            if self.steps[name] != 1 / cifar100.STD or self.formats.activations[name].bits != 8:
-                raise BadInput(f"the image has {self.formats.activations[name].bits} bits and the step "
-                               f"{self.steps[name]}: expected 8, and 1/{cifar100.STD}, the pixels' own")
-        for name, layer in weight_layers(model):
-            grid = self.formats.tensors[f"{name}.weight"]
-            if grid.bits > 8 or len(grid.steps) != 1:
-                raise BadInput(f"{name}.weight has {grid.bits} bits and {len(grid.steps)} steps: expected at most 8, "
-                               "and one")
-
-    # -- values and their grids
-
-    def grid(self, name: str, value: str) -> tuple[str, str]:
-        """Return the names of step and zero point of an activation point, whose codes are the value `value`."""
-        zero = 128 if self.formats.activations[name].signed else 0
-        self.grids[value] = (self.steps[name], self.constant(f"{name}.step", self.steps[name], np.float32),
-                             self.constant(f"{name}.zero", zero, np.uint8))
-        return self.grids[value][1:]
-
-    def dequantized(self, reader: str, x: str) -> str:
-        """Dequantize x, for a node with the name `reader`."""
-        return self.node("DequantizeLinear", f"{reader}.input", x, *self.grids[x][1:])
-
-    def transposed(self, x: str, name: str, order: list[int]) -> str:
-        """Transpose the codes x. onnxruntime computes in NHWC, so all these transpositions cancel out."""
-        self.grids[name] = self.grids[x]
-        return self.node("Transpose", name, x, perm=order)
-
-    def rounded_to(self, point: Point, x: str, value: str) -> str:
-        """Round the float32 value x of a point to codes with the name `value`.
-
-        Fewer than 8 bits, and the upper clip of a ReLU6, are a clip of codes.
-        """
-        activation = self.formats.activations[point.name]
-        high = activation.high
-        if point.activation == "relu6":
-            high = min(high, round(RELU6 / self.steps[point.name]))
-        low, high = (code + 128 * activation.signed for code in (activation.low, high))
-        if (low, high) == (0, 255):
-            return self.node("QuantizeLinear", value, x, *self.grid(point.name, value))
-        codes = self.node("QuantizeLinear", f"{value}.whole", x, *self.grid(point.name, value))
-        limits = (self.constant(f"{value}.{end}", code, np.uint8) for end, code in (("low", low), ("high", high)))
-        return self.node("Clip", value, codes, *limits)
-
-    def image(self, point: Point, values: dict[str, str]) -> str:
-        self.grid(point.name, "image")
-        return "image"
-
-    def function(self, point: Point, values: dict[str, str]) -> str:
-        """Look up a pointwise function of codes in a table of 256."""
-        name, branch = point.name, point.branches[0]
-        source, target = (self.formats.activations[each] for each in (branch.source, name))
-        source = Activation(8, source.signed)  # codes that fewer bits do not have are never looked up
-        entries = table(branch.function, source, self.steps[branch.source], target, self.steps[name]).numpy()
-        entries = self.constant(f"{name}.table", entries + 128 * target.signed, np.uint8)
-        index = self.node("Cast", f"{name}.index", values[branch.source], to=self.onnx.TensorProto.INT32)
-        self.grid(name, name)
-        return self.node("Gather", name, entries, index)
-
-    def stored(self, point: Point, values: dict[str, str]) -> str:
-        first, *others = point.branches
-        linear = first.kind == "layer" and isinstance(self.model.get_submodule(first.name), nn.Linear)
-        if others or linear:
-            codes = self.rounded_to(point, self.sums(point, values), f"{point.name}.codes")
-            return self.transposed(codes, point.name, [0, 3, 1, 2])
-        compute = self.convolution if first.kind == "layer" else self.term
-        return self.rounded_to(point, compute(first, values), point.name)
-
-    # -- layers
-
-    def layer(self, branch: Branch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (codes int8 in the weight's shape, step and shift of each output channel: float64) of a layer."""
-        layer, grid = self.model.get_submodule(branch.name), self.formats.tensors[f"{branch.name}.weight"]
-        codes, steps = grid.codes(layer.weight).numpy(), np.full(len(layer.weight), grid.steps[0])
-        if branch.norm is None:
-            bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
-            return codes.astype(np.int8), steps, bias.double().numpy()
-        bn = self.model.get_submodule(branch.norm)
-        scale, shift = bn.weight.detach().double().numpy(), bn.bias.detach().double().numpy()
-        steps = steps * scale
-        codes[scale == 0] = 0
-        steps[scale == 0] = 2.0**-12 * max(self.steps.values())  # nothing is summed: fine enough for any shift
-        turn = (scale < 0) & (codes.reshape(len(codes), -1).min(1) > -128)
-        codes[turn], steps[turn] = -codes[turn], -steps[turn]
-        self.turned, self.kept = self.turned + int(turn.sum()), self.kept + int((steps < 0).sum())
-        return codes.astype(np.int8), steps, shift
-
-    def weight(self, name: str, codes: np.ndarray, steps: np.ndarray, axis: int) -> str:
-        """Dequantize constant codes (weights, or int32 biases) with a step for every index of the axis."""
-        return self.node("DequantizeLinear", name, self.constant(f"{name}.codes", codes, codes.dtype),
-                         self.constant(f"{name}.steps", steps, np.float32), axis=axis)
-
-    def convolution(self, branch: Branch, values: dict[str, str]) -> str:
-        """Compute a convolution whose result is rounded: onnxruntime fuses it with its neighbours to a QLinearConv."""
-        name, x = branch.name, values[branch.source]
-        codes, steps, shift = self.layer(branch)
-        units = self.grids[x][0] * steps
-        bias = shift / units
-        reach = 255 * np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1) + np.abs(bias)
-        if reach.max() >= 2**31:
-            raise BadInput(f"{name}: a shift of {np.abs(bias[reach.argmax()]):.3g} units does not fit 32 bits")
-        self.rounded += int((bias != np.rint(bias)).sum())
-        return self.node("Conv", f"{name}.sums", self.dequantized(name, x),
-                         self.weight(f"{name}.weight", codes, steps, 0),
-                         self.weight(f"{name}.bias", np.rint(bias).astype(np.int32), units, 0), **self.window(branch))
-
-    def summand(self, branch: Branch, values: dict[str, str]) -> str:
-        """Compute a branch in float32 [N, H, W, C], not rounded; there its shift is exact, too."""
-        name, x = branch.name, values[branch.source]
-        if branch.kind == "unchanged":
-            return self.dequantized(name, self.transposed(x, f"{name}.rows", [0, 2, 3, 1]))
-        if branch.kind != "layer":
-            return self.node("Transpose", f"{name}.rows", self.term(branch, values), perm=[0, 2, 3, 1])
-        codes, steps, shift = self.layer(branch)
-        if branch.window in (None, Window((1, 1))) and getattr(self.model.get_submodule(name), "groups", 1) == 1:
-            x = self.transposed(x, f"{name}.rows", [0, 2, 3, 1])
-            weight = self.weight(f"{name}.weight", codes.reshape(len(codes), -1).T, steps, 1)
-            products = self.node("MatMul", f"{name}.products", self.dequantized(name, x), weight)
-        else:  # a convolution of floats would not be exact: it has too many terms
-            codes = self.constant(f"{name}.codes", codes.astype(np.int16) + 128, np.uint8)
-            acc = self.node("ConvInteger", f"{name}.acc", x, codes, self.grids[x][2],
-                            self.constant(f"{name}.zero", 128, np.uint8), **self.window(branch))
-            acc = self.node("Transpose", f"{name}.rows", acc, perm=[0, 2, 3, 1])
-            acc = self.node("Cast", f"{name}.acc.float", acc, to=self.onnx.TensorProto.FLOAT)
-            units = self.constant(f"{name}.units", self.grids[x][0] * steps, np.float32)
-            products = self.node("Mul", f"{name}.products", acc, units)
-        return self.node("Add", f"{name}.sums", products, self.constant(f"{name}.shift", shift, np.float32))
-
-
 # ---- onnxruntime ---------------------------------------------------------------------------------
 
 @functools.cache
 def saturates() -> bool:
     """Return True if onnxruntime's uint8 x int8 products overflow on this CPU; extreme codes are tried."""
-    helper, types = needed("onnx").helper, needed("onnx").TensorProto
-    shape, extreme = [64, 64], np.full((64, 64), 127, np.int8)
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "weight"], ["sums"])], "extremes",
-                              [helper.make_tensor_value_info("x", types.UINT8, shape)],
-                              [helper.make_tensor_value_info("sums", types.INT32, shape)],
-                              [needed("onnx").numpy_helper.from_array(extreme, "weight")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    model = needed("onnx").parser.parse_model(f"""<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>
+        extremes (uint8[64, 64] x) => (int32[64, 64] sums)
+        <int8[64, 64] weight = {{{", ".join(["127"] * 64 * 64)}}}> {{ sums = MatMulInteger(x, weight) }}""")
     engine = needed("onnxruntime").InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    sums = engine.run(None, {"x": np.full(shape, 255, np.uint8)})[0]
-    return bool((sums != 64 * 255 * 127).any())
+    return bool((engine.run(None, {"x": np.full((64, 64), 255, np.uint8)})[0] != 64 * 255 * 127).any())
 
 
 def session(model: bytes, threads: int | None = None, **settings):
@@ -407,9 +323,9 @@ def text(report: dict) -> str:
 
 # ---- The script ----------------------------------------------------------------------------------
 
-def about(checkpoint: Path, claim: dict, graph: Codes) -> dict[str, str]:
+def about(checkpoint: Path, claim: dict, network: IntegerNetwork) -> dict[str, str]:
     """Return the model's metadata: its source, what the claim says of it, and the bits that int8 does not show."""
-    bits = {name: graph.formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(graph.model)}
+    bits = {name: network.formats.tensors[f"{name}.weight"].bits for name, _ in weight_layers(network.model)}
     name = checkpoint.name.encode(errors="backslashreplace").decode()  # the name of a file may be no text
     return {"source": name, "source_sha256": sha256(checkpoint),
             "accuracy": json.dumps(claim.get("accuracy")), "weight_bits": json.dumps(bits),
@@ -434,17 +350,15 @@ def main(argv=None) -> int:
     if args.record:
         claims.recordable(checkpoint)
     model, claim = checkpoints.load(checkpoint, args.network)
-    graph = Codes(model, claim)
-    content = graph.finished(about(checkpoint, claim, graph)).SerializeToString()
+    exporter = Exporter(model, claim)
+    content = exporter.finished(about(checkpoint, claim, exporter.network)).SerializeToString()
     with replacing(out) as file:
         file.write(content)
     layers = weight_layers(model)
-    narrow = sum(graph.formats.tensors[f"{name}.weight"].bits < 8 for name, _ in layers)
+    narrow = sum(exporter.network.formats.tensors[f"{name}.weight"].bits < 8 for name, _ in layers)
     print(f"{out}: {len(content):,} bytes, opset {OPSET}; {narrow} of {len(layers)} layers have fewer than 8 bits: "
-          f"stored as int8, they run at the speed of 8")
-    print(f"BatchNorm: {graph.rounded:,} shifts are no whole number of accumulator units and were rounded; "
-          f"{graph.turned:,} channels with a negative scale have codes of the other sign, and {graph.kept:,} with a "
-          "code -128 have a negative step")
+          f"stored as int8, they run at the speed of 8\nBatchNorm: {exporter.rounded:,} shifts are no whole number of "
+          "accumulator units and were rounded")
     if not verify:
         return 0
 
