@@ -47,7 +47,10 @@ class Quantizer(nn.Module):
             high = min(high, round(self.most / self.step))
         if x.dtype == torch.bfloat16:
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
-        return fake_quantize(x, self.step, low, high).float()
+        if torch.is_grad_enabled() and x.requires_grad:
+            return fake_quantize(x, self.step, low, high)
+        # in float32 as soon as the value is a whole number
+        return (x * (1 / self.step)).round_().float().clamp_(low, high).mul_(self.step)
 
 
 class ScaleShift(nn.Module):
