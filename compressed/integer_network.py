@@ -1,8 +1,7 @@
 """A shipped network in exact integer arithmetic: no float from the uint8 image to the integer logits.
 
 Every stored number is an integer times a power of two (see quantize.py), and so is every value that is computed from
-stored numbers. The powers are known before the first image, so integers and shifts are enough. For each activation
-point:
+them. The powers are known before the first image, so integers and shifts are enough. For each activation point:
 
   sum   = of weight code x activation code                    int32; positions of the padding have the code 0
   value = sum over its terms of sum x multiplier + addend     int32, or int64 if scales with many bits need it

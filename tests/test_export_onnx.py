@@ -1,20 +1,18 @@
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-import quantize
-from compressed import checkpoints, cifar100, claims, grids
+from compressed import checkpoints, cifar100, claims
 from compressed.command_line import run_script
 from compressed.errors import BadInput
-from compressed.exact_network import exact_network, quantize_activations
-from compressed.files import load_json, save_record, save_tensors, sha256
+from compressed.exact_network import exact_network
+from compressed.files import load_json, save_record, sha256
 from compressed.graph import read, weight_layers
-from compressed.networks import load_checkpoint
-from mobilenet_v2 import MobileNetV2
 from tools import report
 
 onnx = pytest.importorskip("onnx")
@@ -24,39 +22,25 @@ from tools import export_onnx  # noqa: E402
 from tools.export_onnx import Exporter, main, session  # noqa: E402
 
 
-def ship(sparse_checkpoint, path, scheme):
-    """Quantized and shipped to `path`, with its claim beside it."""
-    model = load_checkpoint(sparse_checkpoint)
-    grids.quantize_weights(model, grids.bit_table(None, MobileNetV2()), scheme)
-    if scheme == "channel":
-        grids.shorten_scales(model)
-    activations = grids.calibrate(model, cifar100.made_up(50, 0).images, 8, "mse")
-    quantize_activations(model, activations)
-    network, tensors = grids.shipped(model, MobileNetV2())
-    if scheme == "channel":
-        grids.round_shifts(network, tensors, activations)
-    save_tensors(network.state_dict(), path)
-    claim = {"tensors": tensors, "activations": activations,
-             "accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}}
-    save_record(quantize.made_claim(path, claim), claims.claim_path(path))
+@pytest.fixture(scope="module")
+def checkpoint(full, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shipped") / "small.pt"
+    shutil.copy(full[0], path)
+    save_record(full[2] | {"accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}},
+                claims.claim_path(path))
     return path
 
 
 @pytest.fixture(scope="module")
-def checkpoint(sparse_checkpoint, tmp_path_factory):
-    return ship(sparse_checkpoint, tmp_path_factory.mktemp("shipped") / "small.pt", "channel")
+def shipped(full):
+    return full[1:]
 
 
 @pytest.fixture(scope="module")
-def long_scales(sparse_checkpoint, tmp_path_factory):
+def long_scales(exact):
     """(model, claim) of a scheme whose scales have 11 significant bits."""
-    path = ship(sparse_checkpoint, tmp_path_factory.mktemp("long") / "long.pt", "layer")
-    return load_checkpoint(path), load_json(claims.claim_path(path))
-
-
-@pytest.fixture(scope="module")
-def shipped(checkpoint):
-    return load_checkpoint(checkpoint), load_json(claims.claim_path(checkpoint))
+    network, tensors, activations, _ = exact["layer"]
+    return network, {"tensors": tensors, "activations": activations}
 
 
 @pytest.fixture(scope="module")
