@@ -49,8 +49,9 @@ class Quantizer(nn.Module):
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, self.step, low, high)
-        # in float32 as soon as the value is a whole number
-        return (x * (1 / self.step)).round_().float().clamp_(low, high).mul_(self.step)
+        # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
+        x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
+        return x.round_().float().clamp_(low, high).mul_(self.step)
 
 
 class ScaleShift(nn.Module):
