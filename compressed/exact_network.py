@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100
+from compressed import cifar100, kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.formats import Activation, code_range, codes, exponent, fake_quantize
@@ -41,14 +41,21 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.signed, self.step, self.most = bits, signed, step, most
 
-    def forward(self, x):
+    def range(self) -> tuple[int, int]:
+        """Return the smallest and the largest code."""
         low, high = code_range(self.bits, self.signed)
-        if self.most < math.inf:
-            high = min(high, round(self.most / self.step))
+        return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
+
+    def forward(self, x):
+        low, high = self.range()
         if x.dtype == torch.bfloat16:
             x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, self.step, low, high)
+        if compiled(x):
+            y = torch.empty_like(x)  # laid out as x is
+            kernels.call("quantize", x, x.numel(), self.step, float(low), float(high), y)
+            return y
         # in place where ScaleShift has just made the tensor, and in float32 as soon as the value is a whole number
         x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
         return x.round_().float().clamp_(low, high).mul_(self.step)
@@ -88,6 +95,29 @@ def table(function: str, source: Activation, step: float, target: Activation, ta
     """
     values = FUNCTIONS[function](torch.arange(source.low, source.high + 1).double() * step)
     return codes(values, target_step, target.low, target.high).int()
+
+
+class Rescale(Quantizer):
+    """Scale, shift and round: a ScaleShift and the Quantizer behind it, compiled where kernels.c can be."""
+
+    def __init__(self, norm: ScaleShift, behind: Quantizer):
+        super().__init__(behind.bits, behind.signed, behind.step, behind.most)
+        self.norm = norm
+
+    def forward(self, x):
+        if not compiled(x):
+            return super().forward(self.norm(x))
+        x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
+        y, (low, high) = torch.empty_like(x), self.range()
+        kernels.call("rescale", x, x.numel() // channels, channels, self.norm.scale, self.norm.shift, self.step,
+                     float(low), float(high), y)
+        return y
+
+
+def compiled(x: Tensor) -> bool:
+    """Return True if kernels.c can compute with this tensor: float32 on a CPU, dense, and there is a compiler."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
 
 
 class ExactLinear(nn.Linear):
@@ -151,8 +181,13 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
         elif layer.bias is not None:
             layer.__class__ = ExactConv2d
     for point in graph.points:
-        if point.branches[0].kind == "function":
-            network.set_submodule(point.branches[0].name, Function(point.branches[0].function))
+        first = point.branches[0]
+        if first.kind == "function":
+            network.set_submodule(first.name, Function(first.function))
+        elif len(point.branches) == 1 and first.norm and point.name != "logits":
+            both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
+            network.set_submodule(first.norm, nn.Identity())
+            network.set_submodule(point.name, both)
     network.register_forward_hook(lambda module, inputs, out: out.float())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""Compile kernels.c and call its functions, for training/cpu_kernels.py.
+"""Compile kernels.c and call its functions, for training/cpu_kernels.py and exact_network.py on a CPU.
 
 The C compiler (the command in CC, options included, or cc) runs once per process and takes a second or two. Without
 one, PyTorch's functions are used.
@@ -17,7 +17,7 @@ from compressed import environment
 from compressed.command_line import say_once
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients")
+FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients", "quantize", "rescale")
 FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 

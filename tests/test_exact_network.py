@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import cifar100
+from compressed import cifar100, kernels
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.formats import code_range
@@ -94,22 +94,37 @@ def test_the_exact_network_is_a_copy(exact):
     network, _, activations, fast = exact["layer"]
     assert isinstance(network.bn1, nn.BatchNorm2d) and isinstance(network.relu1, nn.ReLU)
     assert network.conv1.weight.requires_grad
-    norm = fast.bn1
+    norm = fast.relu1.norm
     assert isinstance(norm, exact_module.ScaleShift) and not fast.training and not fast.conv1.weight.requires_grad
     assert torch.equal(norm.scale.flatten(), network.bn1.weight)
     assert torch.equal(norm.shift.flatten(), network.bn1.bias)
 
 
+@pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))
 @pytest.mark.parametrize("signed", (True, False))
-def test_rounding_by_hand(signed):
+def test_compiled_rounding_is_pytorchs_to_the_last_bit(monkeypatch, layout, signed):
     """Codes beyond both ends, halves that go to even, sums that only a float64 tells from halves."""
-    quantizer = exact_module.Quantizer(8, signed, 2.0**-3)
-    units = torch.tensor([0.5, -0.5, 1.5, 2.5, 0.5 + 2.0**-40, 300.0, -300.0], dtype=torch.float64)
+    generator, step = torch.Generator().manual_seed(0), 2.0**-3
+    x = torch.randint(-2**24, 2**24, (2, 5, 6, 7), generator=generator).float().contiguous(memory_format=layout)
+    x[0, 0, 0, :4] = torch.tensor([0.0, 8.0, -8.0, 24.0])
+    bn = nn.BatchNorm2d(5)
     with torch.no_grad():
-        found = quantizer(units * 2.0**-3)
-    assert found.dtype == torch.float32
+        bn.weight.copy_(torch.tensor([2.0**-7, 1027 * 2.0**-31, -1.5 * 2.0**-22, 0.0, 2.0**-3]))
+        bn.bias.copy_(torch.tensor([0.0, 2.0**-4, 5 * 2.0**-4, 2.0**-3, -1.0]))
+    bn.running_var.fill_(1 - bn.eps)
+    quantizer = exact_module.Quantizer(8, signed, step)
+    rescale = exact_module.Rescale(exact_module.ScaleShift(bn), quantizer)
+    with torch.no_grad():
+        ours = rescale(x), quantizer(x * 2.0**-18), quantizer((x * 2.0**-18)[:, :, 0, 0])
+        monkeypatch.setattr(kernels, "library", lambda dtype: None)
+        theirs = rescale(x), quantizer(x * 2.0**-18), quantizer((x * 2.0**-18)[:, :, 0, 0])
     low, high = code_range(8, signed)
-    assert (found * 8).tolist() == [0, 0, 2, 2, 1, high, low]
+    assert all(map(torch.equal, ours, theirs))
+    assert all(len(found.unique()) > 3 and found.max() == high * step for found in ours[:2])
+    assert ours[0][0, 0, 0, :4].tolist() == [0, 0, 0, 2 * step]  # 0.5 and -0.5 to 0, 1.5 to 2
+    for found in ours[:2]:
+        assert found.min() == low * step
 
 
 def test_the_probe_is_fixed():
