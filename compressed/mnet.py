@@ -142,9 +142,10 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
         entry = {"name": name, "bits": 16, "kind": "float16"}
     else:
         bits = code_bits(kind, MASKED, name)
-        mask = reader.bits(n, 1) != 0 if kind & MASKED else np.ones(n, bool)
-        codes = np.zeros(n, np.int32)
-        codes[mask] = reader.bits(int(mask.sum()), bits)
+        codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
+        if kind & MASKED:
+            mask = reader.bits(n, 1) != 0
+            codes[mask] = reader.bits(int(mask.sum()), bits)
         with np.errstate(over="ignore"):  # it is looked for below
             values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
         entry = {"name": name, "bits": bits, "step": 2.0**e}
