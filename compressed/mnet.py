@@ -42,7 +42,6 @@ in this order; sigmoid, SiLU and GELU (with erf), too, and then rounded to float
 bits of a machine's exp or erf. `num_batches_tracked` is no part of inference: it is read back as 0.
 """
 import hashlib
-import io
 import struct
 from collections import Counter
 from pathlib import Path
@@ -97,13 +96,17 @@ def from_bits(stream: bytes, n: int, bits: int) -> np.ndarray:
     return planes @ places
 
 
-class Reader(io.BytesIO):
+class Reader:
     """Take bytes from the front. Raises BadInput when there are too few, before anything is allocated for them."""
 
+    def __init__(self, data: bytes):
+        self.data, self.position = data, 0
+
     def take(self, size: int) -> bytes:
-        part = self.read(size)
+        part = self.data[self.position:self.position + size]
         if len(part) < size:
             raise BadInput("it ends too early")
+        self.position += size
         return part
 
     def bits(self, n: int, bits: int) -> np.ndarray:
@@ -126,22 +129,17 @@ def pack_tensor(values: Tensor, grid: Grid, name: str, masked: bool) -> tuple[by
     return FORMAT.pack(grid.bits | MASKED, e), np.packbits(mask).tobytes(), to_bits(codes[mask], grid.bits)
 
 
-def code_bits(kind: int, flag: int, name: str) -> int:
-    """Return the width of a code by its format. Raises BadInput for one with another flag than `flag`."""
-    if not 1 <= kind & BITS <= 16 or kind & ~(BITS | flag):
-        raise BadInput(f"{name} has the unknown format {kind:#04x}")
-    return kind & BITS
-
-
 def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor, dict]:
     """Read a parameter's record; return its float32 values and their entry in a claim's "tensors"."""
     n = shape.numel()
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
+    bits = kind & BITS
     if kind == HALF | 16:
         values = np.frombuffer(reader.take(2 * n), "<f2").astype(np.float32)
         entry = {"name": name, "bits": 16, "kind": "float16"}
     else:
-        bits = code_bits(kind, MASKED, name)
+        if not 1 <= bits <= 16 or kind & (HALF | SIGNED):
+            raise BadInput(f"{name} has the unknown format {kind:#04x}")
         codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
         if kind & MASKED:
             mask = reader.bits(n, 1) != 0
@@ -191,8 +189,9 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
                              masked=name in layouts and layouts[name].masked)
         parts += zip(("steps", "masks", kind), record)
     data = b"".join(part for _, part in parts)
-    checksum = hashlib.sha256(data).digest()
-    parts, data = [*parts, ("checksum", checksum)], data + checksum
+    parts.append(("checksum", hashlib.sha256(data).digest()))
+    data += parts[-1][1]
+
     try:
         problems = differences(model, claim, *unpack_bytes(data, spec))
     except BadInput as error:
@@ -217,10 +216,13 @@ def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: di
 
 def format_differences(claim: dict, other: dict) -> list[str]:
     """Return "the format of NAME" for every tensor and activation whose formats two claims state differently."""
-    ours, theirs = ({name: [entry.get(k) for k in ("bits", "step", "kind", "signed")]
-                     for key in ("activations", "tensors")
-                     for name, entry in claims.entries(each, key, "the claim").items()} for each in (claim, other))
-    return [f"the format of {name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    found = []
+    for key in ("tensors", "activations"):
+        ours, theirs = ({name: [entry.get(k) for k in ("bits", "step", "kind", "signed")]
+                         for name, entry in claims.entries(each, key, "the claim").items()} for each in (claim, other))
+        found += [f"the format of {name}" for name in sorted(ours.keys() | theirs.keys())
+                  if ours.get(name) != theirs.get(name)]
+    return found
 
 
 def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
@@ -229,9 +231,9 @@ def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
     network: the user's --network, or None (see networks.followed). Raises BadInput, and nothing else, if the file is
     missing, foreign, cut, damaged, or of another version or network.
     """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
     try:
-        if not Path(path).is_file():  # a device can be endless
-            raise BadInput("no such file")
         return unpack_bytes(Path(path).read_bytes(), network)
     except OSError as error:
         raise BadInput(f"{path}: not readable ({error.strerror})") from error
@@ -280,13 +282,14 @@ def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, di
     tensors, activations, state = [], [], {}
     for name in read(model).activation_points:
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
-        bits = code_bits(kind, SIGNED, f"activation {name}")
-        activations.append({"name": name, "bits": bits, "signed": bool(kind & SIGNED), "step": 2.0**e})
+        if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
+            raise BadInput(f"activation {name} has the unknown format {kind:#04x}")
+        activations.append({"name": name, "bits": kind & BITS, "signed": bool(kind & SIGNED), "step": 2.0**e})
     for name, parameter in model.named_parameters():
         state[name], entry = unpack_tensor(reader, parameter.shape, name)
         tensors.append(entry)
-    if left := len(reader.read()):
-        raise BadInput(f"{left} bytes are left over")
+    if reader.position != len(reader.data):
+        raise BadInput(f"{len(reader.data) - reader.position} bytes are left over")
     for name, norm in model.named_modules():
         if isinstance(norm, nn.BatchNorm2d):  # folded
             state[f"{name}.running_mean"] = torch.zeros(norm.num_features)
