@@ -205,8 +205,8 @@ def test_a_folder_of_its_own(commands, root, capsys):
                                      "record/pretrain.jsonl", "record/pretrain.options.json")}
     assert {name: after[name] for name in before} == before
     assert claims.read(root / "small" / CLAIM)["made_by"]["command"].endswith(f" --made-up 50 --out small/{CHECKPOINT}")
-    assert capsys.readouterr().out.splitlines()[-1] == "ship.py: python -m tools.report adds it to the board's table " \
-        "and figure"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "ship.py: python -m tools.report adds it to the tables and the board")
     assert shipping.in_folders(root) == [root / "small" / CHECKPOINT]
 
 

@@ -14,8 +14,8 @@ import torch
 import check_model_operations
 import quantize
 import testers
-from compressed import cifar100, grids
-from compressed.checkpoints import CHECKPOINT
+from compressed import cifar100, grids, shipping
+from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.evaluation import logits
 from compressed.exact_network import exact_network
@@ -392,18 +392,19 @@ def test_a_damaged_claim(shipped, run, content, message):
 
 # ----------------------------------------------------------------------------------------- what the repository ships
 
-def test_the_shipped_checkpoint_is_as_claimed(cifar100_dir, capsys):
-    checkpoint = SCRIPT.with_name(CHECKPOINT)
+@pytest.mark.parametrize("checkpoint", [SHIPPED, *shipping.in_folders(shipping.ROOT)],
+                         ids=lambda path: path.parent.name)
+def test_a_shipped_checkpoint_is_as_claimed(cifar100_dir, capsys, checkpoint):
     if not checkpoint.is_file():
-        pytest.skip(f"{CHECKPOINT} is not there yet")
+        pytest.skip(f"{checkpoint} is not there yet")
     claim, threads = load_json(checkpoint.with_suffix(".json")), torch.get_num_threads()
     try:
         torch.set_num_threads(os.cpu_count())  # 10,000 images; the result does not depend on it
-        assert testers.main(["--data", str(cifar100_dir)]) == 0
+        assert testers.main(["--data", str(cifar100_dir), "--checkpoint", str(checkpoint)]) == 0
     finally:
         torch.set_num_threads(threads)
     out, err = capsys.readouterr()
-    check_model_operations.main(["--summary"])
+    check_model_operations.main(["--summary", "--checkpoint", str(checkpoint)])
     both = out + capsys.readouterr().out
     # as the README shows them
     assert all(f"{line}\n" in both for line in report.output_lines(claim["accuracy"], claim["counts"]))

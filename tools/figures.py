@@ -16,8 +16,8 @@ COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
 LAYERS = {"conv": "1x1 convolutions, and the stem", "depthwise": "depthwise convolutions", "linear": "linear layer"}
 STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
 # (x, y) from the point and alignment, in points, of labels that would overlap
-PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-7, -4, "right"),
-          "KAIST AI ver2, 3rd": (6, -13, "right"), "OSI AI, 4th": (8, -2, "left")}
+PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-4, -15, "right"),
+          "KAIST AI ver2, 3rd": (4, -15, "left"), "OSI AI, 4th": (8, -2, "left")}
 
 
 def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:

@@ -58,12 +58,43 @@ BOARD = (
           {"tree": ("0.0155", "0.0188")}))
 
 
+# shipped networks that are not ours, by their specification: (their name everywhere, what the pages say of them)
+OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
+    "KAIST AI's network, compressed further",
+    "table, masks and most of the training are KAIST AI's ([MIT licence](LICENSE), Copyright (c) 2019 Kthyeon), whose "
+    "authors chose the epoch by test accuracy.")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Shipped:
     """Hold a shipped network: its folder ("" for the root), its model and its claim."""
     folder: str
     model: nn.Module
     claim: dict
+
+    @property
+    def spec(self) -> str:
+        return self.claim.get("network", {}).get("spec", networks.DEFAULT)
+
+    @property
+    def name(self) -> str:
+        ours = f"ours, {self.folder}/" if self.folder else "ours"
+        return OTHERS[self.spec][0] if self.spec in OTHERS else ours
+
+    @property
+    def note(self) -> str:
+        """The sentence that stands below a table with another's network; "" for ours."""
+        if self.spec not in OTHERS:
+            return ""
+        return f"\n\n*{self.name}* ([{self.folder}/]({self.folder})): {OTHERS[self.spec][1]}"
+
+    def correct(self) -> str:
+        """Return the test accuracy as text: with the number of images."""
+        accuracy = self.claim["accuracy"]
+        return f"**{self.accuracy:.2f}%** ({accuracy['correct']:,} of {accuracy['images']:,})"
+
+    def score_text(self) -> str:
+        return ", ".join(f"{score:.4f}" for score in self.scores.values())
 
     @property
     def accuracy(self) -> float:
@@ -80,9 +111,8 @@ class Shipped:
         return [entry["bits"] for entry in self.claim["tensors"] if entry["name"] in layers]
 
     def description(self) -> str:
-        spec = self.claim.get("network", {}).get("spec", networks.DEFAULT)
-        width = networks.width(spec)  # None for another network than the submission's
-        name = spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
+        width = networks.width(self.spec)  # None for another network than the submission's
+        name = self.spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
         weights = self.claim["counts"]["weights"]["all"]
         bits = ["/".join(map(str, sorted(set(each)))) for each in (
             self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
@@ -111,9 +141,8 @@ class Measured:
     def percent(self, correct: int) -> str:
         return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
-    def shipped(self) -> str:
-        accuracy = self.claim["accuracy"]
-        return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
+    def notes(self) -> str:
+        return "".join(network.note for network in self.networks)
 
     def images(self) -> int:
         """Return how many images all stages trained on."""
@@ -157,19 +186,10 @@ def device(machine: dict) -> str:
 
 def output_lines(accuracy: dict, counts: dict) -> list[str]:
     """Return some lines that `bash run.sh` prints; tests/test_testers.py compares them with its real output."""
-    storage, scores = counts["storage"]["total"], counts["score"]
-    theirs = counts["weights"]["submission"]
-    lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
-             f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
-             f"  {'the submission' + chr(39) + 's convention (ACCOUNT.md)':<42}" + "".join(
-                 f"{theirs[key]:>12,}" for key in ("total", "zeros", "nonzeros"))
-             + f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
-             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters "
-             f"= {storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
-             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
-    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
-        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
-    return lines
+    scores = [counts["score"][c]["score"] for c in CONVENTIONS]
+    return [f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
+            f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS),
+            f"  {'score':<42}" + "".join(f"{value:>12.5f}" for value in scores)]
 
 
 # ---- Tables: of the shipped network --------------------------------------------------------------
@@ -184,14 +204,15 @@ def summary(m: Measured) -> str:
     counts = m.claim["counts"]
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
-        ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
+        ("**accuracy, shipped: masked and quantized**", m.networks[0].correct(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open", CHECK),
-        ("score: 32-bit, fixed-length, tree accumulators",
-         ", ".join(f"{counts['score'][c]['score']:.4f}" for c in CONVENTIONS), "left open", CHECK)])
+        ("score: 32-bit, fixed-length, tree accumulators", m.networks[0].score_text(), "left open", CHECK),
+        *((f"**{other.name}**: accuracy; score", f"{other.correct()}; {other.score_text()}", "-", "`bash run.sh`")
+          for other in m.networks[1:])]) + m.notes()
 
 
 def results(m: Measured) -> str:
@@ -207,7 +228,7 @@ def results(m: Measured) -> str:
         ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
-        ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST), *unseen,
+        ("**shipped: masked and quantized**", m.networks[0].correct(), "80.12%", TEST), *unseen,
         ("lost by masking and quantizing", f"{lost:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
@@ -318,19 +339,12 @@ def board(m: Measured) -> str:
         values = entry.scores.get(convention, ("-",))
         return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
-    ours = [(f"**{our_name(network)}**, not entered", network.description(), f"**{network.accuracy:.2f}**",
-             *(f"**{value:.4f}**" for value in network.scores.values())) for network in by_score(m.networks)]
+    ours = [(f"**{network.name}**, not entered", network.description(), f"**{network.accuracy:.2f}**",
+             *(f"**{value:.4f}**" for value in network.scores.values())) for network in
+            sorted(m.networks, key=lambda network: network.scores["32-bit"])]
     return table(("entry", "network", "accuracy", "32-bit additions", "fixed-length accumulators", "adder tree"), [
         *ours, *((entry.name, entry.network, entry.said or entry.accuracy[0],
-                  *(published(entry, c) for c in CONVENTIONS)) for entry in BOARD)])
-
-
-def by_score(networks: list[Shipped]) -> list[Shipped]:
-    return sorted(networks, key=lambda network: network.scores["32-bit"])
-
-
-def our_name(network: Shipped) -> str:
-    return f"ours, {network.folder}/" if network.folder else "ours"
+                  *(published(entry, c) for c in CONVENTIONS)) for entry in BOARD)]) + m.notes()
 
 
 TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators, board)
@@ -436,7 +450,7 @@ def made_figures(measured: Measured, logs: list[Path]) -> dict:
             {STORED[kind]: bits for kind, bits in claim["counts"]["storage"].items() if kind != "total"},
             {c: {label: sum(row.bits for row in rows if row.kind == kind) for kind, label in KINDS.items()}
              for c, rows in measured.counted.items()}),
-        "board": figures.board_figure({our_name(each): (each.accuracy, each.scores) for each in ours}, entries)}
+        "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in ours}, entries)}
     if logs:
         made["training"] = figures.training_figure([load_lines(log) for log in logs])
     return made

@@ -9,7 +9,8 @@
 
 Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, these stay as
 they are, and what was made is kept in RUN/candidate. It takes some twelve minutes on two cores. The tables and figures
-of the pages describe the network at the root, and are renewed when it is replaced; the board shows all networks.
+of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's figure
+show the others, too.
 """
 import argparse
 import shlex
@@ -112,7 +113,7 @@ def main(argv=None) -> int:
             raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
     if args.into.resolve().parent == ROOT:
-        print("ship.py: python -m tools.report adds it to the board's table and figure")
+        print("ship.py: python -m tools.report adds it to the tables and the board")
     return 0
 
 
