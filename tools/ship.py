@@ -76,20 +76,9 @@ def build(args, words: list[str], new: Path) -> None:
     run_all(("-m", "tools.verify", *checkpoint, *data))
 
 
-def describe(new: Path) -> None:
-    """Add to `new` the figures and the pages with the tables of the new network."""
-    record = ROOT / "record"
-    replaced = shipping.of_a_run(record)
-    for path in record.glob("*"):
-        if path.is_file() and path not in replaced:
-            shutil.copy2(path, new / "record" / path.name)
-    run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
-
-
 def keep(new: Path, candidate: Path) -> Path:
     """Move `new` to `candidate`, replacing what is there; return the new path."""
-    if candidate.exists():
-        shutil.move(candidate, new.parent / "candidate")
+    shutil.rmtree(candidate, ignore_errors=True)
     return Path(shutil.move(new, candidate))
 
 
@@ -105,10 +94,9 @@ def main(argv=None) -> int:
             return 0
         try:
             if args.into.resolve() == ROOT:
-                describe(new)
-            stays = {path.name for path in (new / "record").iterdir()}
-            shipping.install(new, args.into, [path.relative_to(args.into) for path in
-                                              shipping.of_a_run(args.into / "record") if path.name not in stays])
+                shutil.copy2(ROOT / "record" / "dense.tested.json", new / "record")  # of the tables, too
+                run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
+            shipping.install(new, args.into)
         except (BadInput, OSError) as error:
             raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
