@@ -36,13 +36,12 @@ def sums_without_layers(model, formats: Formats, steps: dict[str, float]) -> int
     term: float32 computes these points too, exactly up to 2^24."""
     worst = 0
     for point in read_graph(model).points:
-        units, largest = [], []
-        for branch in point.branches:
-            sources = [formats.activations[name] for name in branch.sources if name in formats.activations]
-            units.append(math.prod(steps[name] for name in branch.sources if name in steps))
-            largest.append(units[-1] * math.prod(max(-each.low, each.high) for each in sources))
-        if not {"layer", "norm", "function", "pixels", "mean"} & {branch.kind for branch in point.branches}:
-            worst = max(worst, int(sum(largest) / min(units)))
+        if {"layer", "norm", "function", "pixels", "mean"} & {branch.kind for branch in point.branches}:
+            continue
+        units = [math.prod(steps[name] for name in branch.sources if name in steps) for branch in point.branches]
+        codes = [math.prod(max(-formats.activations[name].low, formats.activations[name].high)
+                           for name in branch.sources if name in steps) for branch in point.branches]
+        worst = max(worst, int(sum(map(math.prod, zip(units, codes))) / min(units)))
     return worst
 
 
@@ -54,10 +53,9 @@ def exactness(model, formats: Formats) -> int:
     """
     worst = 0
     for branch in read_graph(model).layers:
-        layer = model.get_submodule(branch.name)
+        layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
         if not isinstance(layer, nn.Conv2d):
             continue
-        grid = formats.tensors[f"{branch.name}.weight"]
         if not grid.steps or None in map(exponent, grid.steps):
             return sys.maxsize
         bounds = counting.reach(grid.codes(layer.weight), formats.activations[branch.source])
@@ -67,34 +65,28 @@ def exactness(model, formats: Formats) -> int:
 
 def tensor_lines(rows: list[dict]) -> list[str]:
     """Return the table of all tensors: shape, values, zeros, bits found."""
-    counts = {"total": "values", "zeros": "zeros", "nonzeros": "non-zeros"}
-    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<17}" + "".join(f"{label:>10}" for label in counts.values())
-             + f"{'sparsity':>9}  bits found"]
+    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<17}{'values':>10}{'zeros':>10}{'non-zeros':>10}{'sparsity':>9}  "
+             "bits found"]
     for row in sorted(rows, key=lambda row: row["index"] is None):  # the layers' weights first
-        index = "" if row["index"] is None else row["index"]
-        lines.append(f"{index:>5}  {row['name']:<29}{'x'.join(map(str, row['shape'])):<17}"
-                     + "".join(f"{row[key]:>10,}" for key in counts)
-                     + f"{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
+        index, shape = "" if row["index"] is None else row["index"], "x".join(map(str, row["shape"]))
+        lines.append(f"{index:>5}  {row['name']:<29}{shape:<17}{row['total']:>10,}{row['zeros']:>10,}"
+                     f"{row['nonzeros']:>10,}{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
     return lines
 
 
 def total_lines(summary: dict) -> list[str]:
     """Return the table of zeros and the storage of the whole network."""
-    weights, storage = summary["weights"], summary["storage"]
+    storage = summary["storage"]
     lines = [f"{'Weights':<44}{'all':>12}{'zeros':>12}{'non-zeros':>12}{'sparsity':>10}{'compression':>13}"]
-    labels = {"all": "convolutions and linear, exact", "conv": "convolutions alone, exact",
-              "linear": "linear alone, exact",
-              "submission": "the submission's convention (ACCOUNT.md)"}
-    for key, label in labels.items():
-        if (part := weights[key]) is None:
-            continue
-        lines.append(f"  {label:<42}" + "".join(f"{part[count]:>12,}" for count in ("total", "zeros", "nonzeros"))
-                     + f"{part['sparsity']:>10.4f}{counting.compression_text(part):>13}")
+    for key, label in (("all", "convolutions and linear, exact"), ("conv", "convolutions alone, exact"),
+                       ("linear", "linear alone, exact"), ("submission", "the submission's convention (ACCOUNT.md)")):
+        if part := summary["weights"][key]:
+            lines.append(f"  {label:<42}{part['total']:>12,}{part['zeros']:>12,}{part['nonzeros']:>12,}"
+                         f"{part['sparsity']:>10.4f}{counting.compression_text(part):>13}")
     words = storage["total"] / 32
-    lines += ["", f"Parameter storage by the challenge's rules: {storage['total']:,} bits = {words / 1e6:.4f}M 32-bit "
-              f"parameters = {storage['total'] / 8e6:.3f} MB (score term {words / counting.STORAGE_BASE:.5f})",
-              "  " + ", ".join(f"{kind} {bits:,}" for kind, bits in storage.items() if kind != "total") + " bits"]
-    return lines
+    return [*lines, "", f"Parameter storage by the challenge's rules: {storage['total']:,} bits = {words / 1e6:.4f}M "
+            f"32-bit parameters = {storage['total'] / 8e6:.3f} MB (score term {words / counting.STORAGE_BASE:.5f})",
+            "  " + ", ".join(f"{kind} {bits:,}" for kind, bits in storage.items() if kind != "total") + " bits"]
 
 
 def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, list[str]]:
@@ -112,7 +104,7 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     Adds what the claim gets wrong to read.problems.
     """
     claim, problems = read.claim, read.problems
-    network = exact_network(read.model, claim.get("activations", []))
+    network = exact_network(read.model, claim["activations"])
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     bound = max(exactness(read.model, read.formats), sums_without_layers(read.model, read.formats, steps))
     if bound > 2**24:
@@ -153,10 +145,8 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     elif name == "test":
         duplicates = cifar100.near_duplicates(args.data)
         part = None if duplicates is None else without_duplicates(network, data, correct, duplicates)
-        stated = claimed.get("without_duplicates", part)
-        if stated != part:
-            problems.append(f"without near-duplicates in the train set, claimed is {stated}, found "
-                            + ("nothing: " + REORDERED if part is None else f"{part}"))
+        if (stated := claimed.get("without_duplicates", part)) != part:
+            problems.append(f"without near-duplicates in the train set, claimed is {stated}, found {part or REORDERED}")
         found["without_duplicates"] = part
     return found
 
@@ -165,14 +155,14 @@ def accuracy_lines(found: dict) -> list[str]:
     """Return the lines of what `measured` found."""
     if not found:
         return ["Accuracy: NOT VERIFIED"]
-    correct, images = found["correct"], found["images"]
-    lines = [f"Loss: {found['loss']:.4f} ({found['data']} set)",
-             f"Accuracy: {correct}/{images} ({correct / images:.2%})"]
+
+    def share(part: dict) -> str:
+        return f"{part['correct']}/{part['images']} ({part['correct'] / part['images']:.2%})"
+
+    lines = [f"Loss: {found['loss']:.4f} ({found['data']} set)", f"Accuracy: {share(found)}"]
     if "without_duplicates" in found:
         part = found["without_duplicates"]
-        share = REORDERED if part is None else \
-            f"{part['correct']}/{part['images']} ({part['correct'] / part['images']:.2%})"
-        lines.append(f"  of images without a near-duplicate in the train set: {share}")
+        lines.append(f"  of images without a near-duplicate in the train set: {share(part) if part else REORDERED}")
     return lines
 
 

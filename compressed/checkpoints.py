@@ -61,37 +61,32 @@ def read(path, network: str | None = None) -> Checkpoint:
     A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
     Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """
-    path, claim_file = Path(path), claims.claim_path(path)
+    path, claim_file, own, problems = Path(path), claims.claim_path(path), None, []
     claim = claims.read(claim_file) if claim_file.exists() else None
-    own, problems = None, []
+    spec, classes = _stated(claim, claim_file, network)
     if path.suffix == ".mnet":
         model, own = mnet.unpack(path, network)
     else:
-        model = prepare(load_checkpoint(path, *_stated(claim, claim_file, network)))
-        if claim is not None and "network" in claim and (other := claims.other_network(claim["network"], model)):
-            problems.append(f"{claim_file}: {other}")
-    if claim is not None and "network" in claim:
-        stated = claim["network"] if isinstance(claim["network"], dict) else {}
-        if own is not None and stated.get("graph") != own["network"]["graph"]:
-            problems.append(f"{claim_file} and {path} are of different networks")
-        claim["network"] = stated | {"spec": network} if network else stated  # whose code may be in another folder
-    digest, found = sha256(path), found_formats(model)
+        model = prepare(load_checkpoint(path, spec, classes))
+    digest, formats = sha256(path), found_formats(model)
+    if claim is None and own is None:
+        return Checkpoint(path, digest, model, None, formats, [])
     if claim is None:
-        if own is None:
-            return Checkpoint(path, digest, model, None, found, [])
         claim = own
     else:
-        claimed = claim.get("sha256")
-        if own is not None:
-            record = claim.get("packed")
-            claimed = record.get("sha256") if isinstance(record, dict) else None
+        if "network" in claim:
+            if other := claims.other_network(claim["network"], model):
+                problems.append(f"{claim_file}: {other}")
+            claim["network"]["spec"] = spec  # the user's, whose code may be in another folder
+        record = claim if own is None else claim.get("packed")
+        claimed = record.get("sha256") if isinstance(record, dict) else None
         if claimed != digest:
             problems.append(f"{claim_file} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
-        differing = mnet.format_differences(claim, own) if own is not None else []
+        differing = mnet.format_differences(claim, own) if own else []
         if differing:
             problems.append(f"{claim_file} and {path} do not agree on {', '.join(differing[:3])}"
                             + f" (and {len(differing) - 3} more)" * (len(differing) > 3))
-    formats, contradictions = claims.hold(claim, claim_file, model, found)
+    formats, contradictions = claims.hold(claim, claim_file, model, formats)
     return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
 
 

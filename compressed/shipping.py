@@ -1,8 +1,7 @@
 """Find the files of a shipped network, decide whether another network is better, and replace them all at once.
 
-The checkpoint is in float32, 16.2 MB on disk and 1.9 MB compressed, as in git. Its weights and scales fit float16, its
-shifts and variances do not. A file of both types has the same values, but only 13% less in git (8.3 MB on disk, 1.7 MB
-compressed), and everybody who loads it would get tensors of two types. So only record/*.pt is in float16.
+The checkpoint is in float32. Its weights and scales would fit float16, but that saves only 13% in git, and whoever
+loads it would get tensors of two types. Only record/*.pt is in float16.
 """
 import contextlib
 import os
@@ -60,11 +59,9 @@ def objection(accuracy: dict, shipped: dict | None) -> str | None:
     """Return why a network should not replace the shipped one, in words; None if it is better on the same test set."""
     if accuracy["data"] != "test":
         return f"its accuracy was measured on {accuracy['data']} images and not on the test set"
-    if shipped is None:
-        return None
-    if (shipped.get("data"), shipped.get("images")) != (accuracy["data"], accuracy["images"]):
+    if shipped and (shipped.get("data"), shipped.get("images")) != (accuracy["data"], accuracy["images"]):
         return "the accuracy of the shipped network was measured on other images"
-    if accuracy["correct"] <= shipped["correct"]:
+    if shipped and accuracy["correct"] <= shipped["correct"]:
         return (f"{accuracy['correct']} of {accuracy['images']} test images are classified correctly, by the shipped "
                 f"network {shipped['correct']}")
     return None
@@ -87,15 +84,16 @@ def staging(target: Path):
         yield new
 
 
-def install(new: Path, target: Path, obsolete=()) -> None:
-    """Move every file under `new` to its place under `target`, and remove the files `obsolete` there: all or nothing.
+def install(new: Path, target: Path) -> None:
+    """Move every file under `new` to its place under `target`, and remove there what else is of a run: all or nothing.
 
     After an error or Ctrl-C, the old files are restored. The checkpoint moves first and its claim last, so that
-    testers.py detects what a kill in between leaves. obsolete: paths relative to `target`.
+    testers.py detects what a kill in between leaves.
     """
     old, order = new.parent / "old", {CHECKPOINT: -1, CLAIM: 1}
-    files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
-    changes = sorted({*files, *obsolete}, key=lambda path: (order.get(str(path), 0), path))
+    files = {path.relative_to(new) for path in new.rglob("*") if path.is_file()}
+    obsolete = {path.relative_to(target) for path in of_a_run(target / "record")}
+    changes = sorted(files | obsolete, key=lambda path: (order.get(str(path), 0), path))
     for path in changes:
         if (target / path).exists():
             (old / path).parent.mkdir(parents=True, exist_ok=True)

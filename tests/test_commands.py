@@ -42,7 +42,7 @@ OPTIONS = {  # script: {option: what it cannot be}
     packed: {"--checkpoint": NOTHING, "--out": ("", "x.pt", "/dev/null/x.mnet")},
     check_model_operations: {"--checkpoint": NOTHING, "--sparsity": (*REAL, "x", "1.5", "1/0"), "--weight-bits": WHOLE,
                              "--activation-bits": WHOLE},
-    report: dict.fromkeys(("--checkpoint", "--logs", "--pages", "--to"), NOTHING),
+    report: dict.fromkeys(("--checkpoint", "--logs", "--to"), NOTHING),
     ship: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--into"), NOTHING), "--checkpoint": ("x",)},
     train: {"--made-up": WHOLE, **dict.fromkeys(("--data", "--run"), NOTHING), "--run-f": ("x",), "--ship": ("x",)},
     compare: dict.fromkeys(("--csv", "--figure"), NOTHING),

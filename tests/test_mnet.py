@@ -267,10 +267,12 @@ def test_load(small, tmp_path):
     with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
         load(file)
 
-    for stated in (claim["network"] | {"graph": "0" * 64}, 3):
-        save_record(said | {"network": stated}, claim_path(file))
-        (problem,) = read(file).problems
-        assert problem.endswith("are of different networks")
+    save_record(said | {"network": claim["network"] | {"graph": "0" * 64}}, claim_path(file))
+    (problem,) = read(file).problems
+    assert "it is of another network than" in problem
+    save_record(said | {"network": 3}, claim_path(file))
+    with pytest.raises(BadInput, match="holds no specification"):
+        read(file)
 
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
     assert read(tmp_path / "alone.pt", SPEC).claim is None

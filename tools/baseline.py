@@ -20,10 +20,7 @@ FILES = {"dense.pt": "pretrain.average.pt", "dense.jsonl": "pretrain.jsonl",
 
 def make_record(run: Path, record: Path) -> None:
     """Create the folder `record` as a copy of record/, with the dense network of a run and its test result."""
-    record.mkdir()
-    for path in (ROOT / "record").glob("*"):
-        if path.is_file() and path.name not in FILES:
-            shutil.copy2(path, record / path.name)
+    shutil.copytree(ROOT / "record", record)
     for name, source in FILES.items():
         shutil.copyfile(run / source, record / name)
     with open(record / "dense.tested.json", "wb") as file:

@@ -3,7 +3,7 @@
 layers_figure     sparsity and bits of every weight tensor
 cost_figure       where storage and operations go
 training_figure   loss and accuracy by epoch, stage after stage
-board_figure      accuracy against score, ours and the challenge's entries
+board_figure      accuracy against score, of what is shipped here and the challenge's entries
 """
 from compressed import environment
 
@@ -12,31 +12,36 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BLUE, ORANGE, GREY, GREEN, RED, PURPLE = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000", "#75507b"
-COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN}
-LAYERS = {"conv": "1x1 convolutions, and the stem", "depthwise": "depthwise convolutions", "linear": "linear layer"}
+LAYERS = {"conv": ("1x1 convolutions, and the stem", BLUE), "depthwise": ("depthwise convolutions", ORANGE),
+          "linear": ("linear layer", GREEN)}
 STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
+MARKERS = {"32-bit": "s", "fixed": "D", "tree": "^"}
 # (x, y) from the point and alignment, in points, of labels that would overlap
-PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-7, -4, "right"),
-          "KAIST AI ver2, 3rd": (6, -13, "right"), "OSI AI, 4th": (8, -2, "left")}
+PLACES = {"RIAIR, 1st": (-6, 3, "center"), "KAIST AI ver1, 2nd": (-4, -15, "right"),
+          "KAIST AI ver2, 3rd": (4, -15, "left"), "OSI AI, 4th": (8, -2, "left")}
+
+
+def grid(*all_axes, **options) -> None:
+    for axes in all_axes:
+        axes.grid(color="#dddddd", **options)
+        axes.set_axisbelow(True)
 
 
 def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:
     """Plot the sparsity and the claimed bits of every weight tensor against its index in the bit table."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, height_ratios=(3, 1),
                                          layout="constrained")
-    for kind, colour in COLOURS.items():
+    for kind, (label, colour) in LAYERS.items():
         same = [row for row in rows if row["kind"] == kind]
         top.bar([row["index"] for row in same], [100 * row["zeros"] / row["total"] for row in same], color=colour,
-                label=LAYERS[kind])
-    top.set(ylabel="zeros (%)", ylim=(0, 100), title="Sparsity and bits of the 58 weight tensors")
+                label=label)
+    top.set(ylabel="zeros (%)", ylim=(0, 100), title=f"Sparsity and bits of the {len(rows)} weight tensors")
     top.legend(loc="upper left", ncols=3, frameon=False)
     bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
                color=[RED if bits[row["name"]] < 8 else GREY for row in rows])
     bottom.set(ylabel="bits (red: 6)", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)",
                ylim=(0, 9), yticks=(0, 4, 6, 8), xlim=(-0.8, len(rows) - 0.2))
-    for axes in (top, bottom):
-        axes.grid(axis="y", color="#dddddd")
-        axes.set_axisbelow(True)
+    grid(top, bottom, axis="y")
     return figure
 
 
@@ -47,8 +52,7 @@ def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) 
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     parts = {kind: bits / 8e3 for kind, bits in storage.items()}
-    bars = left.barh(list(parts), list(parts.values()), color=BLUE)
-    left.bar_label(bars, fmt="{:,.1f} kB", padding=3)
+    left.bar_label(left.barh(list(parts), list(parts.values()), color=BLUE), fmt="{:,.1f} kB", padding=3)
     left.invert_yaxis()
     left.set(title=f"Storage: {sum(parts.values()):,.0f} kB", xlabel="kB", xlim=(0, 1.3 * max(parts.values())))
     base = dict.fromkeys(operations, 0.0)
@@ -88,40 +92,35 @@ def training_figure(stages: list[list[dict]]) -> Figure:
     right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
-        axes.grid(color="#dddddd")
+    grid(left, right)
     return figure
 
 
-def board_figure(ours: dict[str, tuple], entries: dict[str, tuple]) -> Figure:
-    """Plot accuracy (%) against score: our networks under all accumulator conventions, the entries as published.
+def board_figure(shipped: dict[str, tuple], entries: dict[str, tuple]) -> Figure:
+    """Plot accuracy (%) against score: what is shipped under all accumulator conventions, the entries as published.
 
-    ours: {name: (accuracy, {convention: score})}. entries: {name: (its accuracies, [(score, convention)])}; their
+    shipped: {name: (accuracy, {convention: score})}. entries: {name: (its accuracies, [(score, convention)])}; their
     points stand at the first accuracy, with a line to the last.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    markers = {"32-bit": "s", "fixed": "D", "tree": "^"}
     for name, (accuracies, points) in entries.items():
         for score, convention in points:
-            axes.plot(score, accuracies[0], markers[convention], color=GREY, ms=8, mec="white", mew=0.5)
+            axes.plot(score, accuracies[0], MARKERS[convention], color=GREY, ms=8, mec="white", mew=0.5)
             axes.plot([score, score], [accuracies[0], accuracies[-1]], color=GREY, lw=1)
         x, y, side = PLACES.get(name, (0, 8, "center"))
         axes.annotate(name, (points[-1][0], accuracies[-1]), xytext=(x, y), textcoords="offset points", ha=side,
                       fontsize=8)
-    for (name, (accuracy, scores)), colour in zip(ours.items(), (BLUE, GREEN, ORANGE, PURPLE)):
+    for (name, (accuracy, scores)), colour in zip(shipped.items(), (BLUE, GREEN, ORANGE, PURPLE)):
         for convention, score in scores.items():
-            axes.plot(score, accuracy, markers[convention], color=colour, ms=9)
+            axes.plot(score, accuracy, MARKERS[convention], color=colour, ms=9)
         axes.plot([], [], "s", color=colour, label=name)
     axes.plot([], [], "s", color=GREY, label="the challenge's entries")
-    for convention, marker in markers.items():
+    for convention, marker in MARKERS.items():
         axes.plot([], [], marker, color="black", mfc="none", label=f"{convention} accumulators")
     axes.axhline(80, color=RED, lw=0.8, ls="--", label="accuracy that an entry must reach")
-    scores = [*(x for _, found in ours.values() for x in found.values()),
-              *(x for _, points in entries.values() for x, _ in points)]
-    heights = [80, *(accuracy for accuracy, _ in ours.values())]
-    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)",
-             ylabel="accuracy on the test set (%)", xlim=(0, 1.15 * max(scores)),
-             ylim=(min(heights) - 0.7, max(heights) + 0.7))
+    heights = [80, *(accuracy for accuracy, _ in shipped.values())]
+    axes.set(xlabel="score: storage / 36.5M + operations / 10.49B (less is better)", xlim=(0, 1.1 * axes.get_xlim()[1]),
+             ylabel="accuracy on the test set (%)", ylim=(min(heights) - 0.7, max(heights) + 0.7))
     axes.legend(frameon=False, loc="upper left" if max(heights) > 81 else "lower left", fontsize=8)  # off the entries
-    axes.grid(color="#dddddd")
-    axes.set_axisbelow(True)
+    grid(axes)
     return figure

@@ -5,8 +5,10 @@
     python -m tools.report --check    writes nothing; exit status 2 if a table in the pages is out of date
 """
 import dataclasses
+import functools
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -27,43 +29,48 @@ STORED = {"weights": "weights that are stored", "masks": "masks, one bit for eac
           "steps": "steps of all grids, at 32 bits", "total": "total"}
 ROOT = shipping.ROOT
 PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
+# the challenge's published entries for CIFAR-100: name and rank (a team may have several entries), network, accuracy
+# (the first belongs to the score), and the scores under the three accumulator conventions
+BOARD = (
+    ("RIAIR, 1st", "DenseNet-100 k=12, 75% sparse, 4-bit weights and activations (verified: 0.0044)",
+     "80.17 in float16, 80.39 in float32", "0.008544", "0.005234 to 0.005440", "0.004169 to 0.004375"),
+    ("KAIST AI ver1, 2nd", "450,456 weights, 60% sparse, 16-bit", "80.07", "0.0054454", "-", "-"),
+    ("KAIST AI ver2, 3rd", "471,184 weights, 60% sparse, 16-bit", "80.04", "0.0056215", "-", "-"),
+    ("OSI AI, 4th", "470,776 weights, 64% sparse, early exit, 16-bit", "80.04", "0.0058", "-", "-"),
+    ("MSUNet-v3, 5th", "ternary", "80.13", "0.0108", "-", "-"),
+    ("Woody", "the sister submission, 8/6 bits; its own count, and the verified one", "80.06", "-", "-",
+     "0.0155 to 0.0188"))
+# shipped networks that are not ours, by their specification: (their name everywhere, what the pages say of them)
+OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
+    "KAIST AI's network, compressed further",
+    "table, masks and most of the training are KAIST AI's ([MIT licence](LICENSE), Copyright (c) 2019 Kthyeon), whose "
+    "authors chose the epoch by test accuracy.")}
 
 
 # ---- What is known -------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """Hold a published entry of the challenge for CIFAR-100.
-
-    name: with its rank (a team may have several entries). accuracy: in %; the first belongs to the score. scores:
-    {accumulator convention: published scores}. said: text to show instead of the accuracy.
-    """
-    name: str
-    network: str
-    accuracy: tuple[float, ...]
-    scores: dict[str, tuple[str, ...]]
-    said: str = ""
-
-
-BOARD = (
-    Entry("RIAIR, 1st", "DenseNet-100 k=12, 75% sparse, 4-bit weights and activations (verified: 0.0044)",
-          (80.17, 80.39),
-          {"32-bit": ("0.008544",), "fixed": ("0.005234", "0.005236", "0.005440"),
-           "tree": ("0.004169", "0.004171", "0.004375")}, "80.17 in float16, 80.39 in float32"),
-    Entry("KAIST AI ver1, 2nd", "450,456 weights, 60% sparse, 16-bit", (80.07,), {"32-bit": ("0.0054454",)}),
-    Entry("KAIST AI ver2, 3rd", "471,184 weights, 60% sparse, 16-bit", (80.04,), {"32-bit": ("0.0056215",)}),
-    Entry("OSI AI, 4th", "470,776 weights, 64% sparse, early exit, 16-bit", (80.04,), {"32-bit": ("0.0058",)}),
-    Entry("MSUNet-v3, 5th", "ternary", (80.13,), {"32-bit": ("0.0108",)}),
-    Entry("Woody", "the sister submission, 8/6 bits; its own count, and the verified one", (80.06,),
-          {"tree": ("0.0155", "0.0188")}))
-
-
-@dataclasses.dataclass(frozen=True)
 class Shipped:
-    """Hold a shipped network: its folder ("" for the root), its model and its claim."""
+    """Hold a shipped network: its folder ("" for the root), its model and its claim.
+
+    Only that at the root has: others, the networks in folders of their own; and dense, the result of testers.py --json
+    for record/dense.pt.
+    """
     folder: str
     model: nn.Module
     claim: dict
+    others: tuple["Shipped", ...] = ()
+    dense: dict | None = None
+
+    @property
+    def spec(self) -> str:
+        return self.claim.get("network", {}).get("spec", networks.DEFAULT)
+
+    @property
+    def name(self) -> str:
+        if self.spec in OTHERS:
+            return OTHERS[self.spec][0]
+        return f"ours, {self.folder}/" if self.folder else "ours"
 
     @property
     def accuracy(self) -> float:
@@ -74,35 +81,32 @@ class Shipped:
     def scores(self) -> dict[str, float]:
         return {c: self.claim["counts"]["score"][c]["score"] for c in CONVENTIONS}
 
+    @functools.cached_property
+    def counted(self) -> dict[str, list[counting.Row]]:
+        """The rows of all operations, by accumulator convention."""
+        formats, operations = stated_formats(self.model, self.claim), trace(self.model)
+        return {c: counting.count(operations, formats, c) for c in CONVENTIONS}
+
+    def result(self) -> str:
+        accuracy = self.claim["accuracy"]
+        return f"**{self.accuracy:.2f}%** ({accuracy['correct']:,} of {accuracy['images']:,})"
+
+    def score_text(self) -> str:
+        return ", ".join(f"{score:.4f}" for score in self.scores.values())
+
     def weight_bits(self) -> list[int]:
         """Return the bits of all layers' weights."""
         layers = {f"{name}.weight" for name, _ in weight_layers(self.model)}
         return [entry["bits"] for entry in self.claim["tensors"] if entry["name"] in layers]
 
     def description(self) -> str:
-        spec = self.claim.get("network", {}).get("spec", networks.DEFAULT)
-        width = networks.width(spec)  # None for another network than the submission's
-        name = spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
+        width = networks.width(self.spec)  # None for another network than the submission's
+        name = self.spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
         weights = self.claim["counts"]["weights"]["all"]
         bits = ["/".join(map(str, sorted(set(each)))) for each in (
             self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
         return (f"{name}, {weights['total']:,} weights, {weights['sparsity']:.0%} sparse, {bits[0]}-bit weights, "
                 f"{bits[1]}-bit activations")
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Hold the data from which the tables are made.
-
-    claim: of the checkpoint at the root. counted: {accumulator convention: rows of all operations}. theirs: totals by
-    the submission's convention. dense: result of testers.py --json for record/dense.pt, the dense baseline. networks:
-    all shipped networks, that at the root first.
-    """
-    claim: dict
-    counted: dict[str, list[counting.Row]]
-    theirs: dict[str, int]
-    dense: dict
-    networks: list[Shipped]
 
     @property
     def stages(self) -> dict[str, dict]:
@@ -111,40 +115,35 @@ class Measured:
     def percent(self, correct: int) -> str:
         return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
-    def shipped(self) -> str:
-        accuracy = self.claim["accuracy"]
-        return f"**{self.percent(accuracy['correct'])}** ({accuracy['correct']:,} of {accuracy['images']:,})"
-
     def images(self) -> int:
         """Return how many images all stages trained on."""
         return sum(stage["last_epoch"]["step"] * stage["settings"]["batch_size"] for stage in self.stages.values())
 
     def hours(self) -> str:
         """Return the training time of all stages by their logs, summed for each kind of device."""
-        seconds = {}
+        seconds = Counter()
         for stage in self.stages.values():
-            where = device(machine(stage["machine"]))
-            seconds[where] = seconds.get(where, 0) + stage["last_epoch"]["seconds"]
+            seconds[device(machine(stage["machine"]))] += stage["last_epoch"]["seconds"]
         return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on {where}"
                          for where, x in seconds.items())
 
+    def notes(self) -> str:
+        """Return a paragraph for each network that is not ours, to stand below a table that shows it."""
+        return "".join(f"\n\n*{each.name}* ([{each.folder}/]({each.folder})): {OTHERS[each.spec][1]}"
+                       for each in (self, *self.others) if each.spec in OTHERS)
+
 
 def machine(recorded: dict | str) -> dict:
-    """Return the machine of a stage's record as a dict: "device", "cores", "processes", and versions.
+    """Return the machine of a stage's record as a dict: "device", "cores", "processes", "torch".
 
     Older records have a text, "1 process(es), CPU, 2 core(s), torch 2.14.1, Python 3.11.7" or a part of it.
     """
     if isinstance(recorded, dict):
         return recorded
-    fields = {"cores": 1, "processes": 1}
-    for part in recorded.split(", "):
-        if number := re.fullmatch(r"(\d+) (core|process)\W?e?s\W?", part):
-            fields[{"core": "cores", "process": "processes"}[number[2]]] = int(number[1])
-        elif version := re.fullmatch(r"(torch|Python) (\S+)", part):
-            fields[version[1].lower()] = version[2]
-        else:
-            fields["device"] = part
-    return fields
+    numbers = {unit: int(number) for number, unit in re.findall(r"(\d+) (core|process)", recorded)}
+    name, = (part for part in recorded.split(", ") if not re.search("core|process|torch|Python", part))
+    return {"device": name, "cores": numbers.get("core", 1), "processes": numbers.get("process", 1),
+            "torch": re.search(r"torch ([^,]+)", recorded)[1]}
 
 
 def device(machine: dict) -> str:
@@ -155,23 +154,6 @@ def device(machine: dict) -> str:
     return f"{cores} CPU core{'s' * (cores > 1)}"
 
 
-def output_lines(accuracy: dict, counts: dict) -> list[str]:
-    """Return some lines that `bash run.sh` prints; tests/test_testers.py compares them with its real output."""
-    storage, scores = counts["storage"]["total"], counts["score"]
-    theirs = counts["weights"]["submission"]
-    lines = [f"Loss: {accuracy['loss']:.4f} (test set)",
-             f"Accuracy: {accuracy['correct']}/{accuracy['images']} ({accuracy['correct'] / accuracy['images']:.2%})",
-             f"  {'the submission' + chr(39) + 's convention (ACCOUNT.md)':<42}" + "".join(
-                 f"{theirs[key]:>12,}" for key in ("total", "zeros", "nonzeros"))
-             + f"{theirs['sparsity']:>10.4f}{theirs['compression']:>13.4f}",
-             f"Parameter storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M 32-bit parameters "
-             f"= {storage / 8e6:.3f} MB (score term {storage / 32 / counting.STORAGE_BASE:.5f})",
-             f"{'Score':<44}" + "".join(f"{convention:>12}" for convention in CONVENTIONS)]
-    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
-        lines.append(f"  {label:<42}" + "".join(f"{scores[c][key]:>12.5f}" for c in CONVENTIONS))
-    return lines
-
-
 # ---- Tables: of the shipped network --------------------------------------------------------------
 
 LOG = "[record](record/README.md)"
@@ -180,40 +162,41 @@ DENSE = "`python testers.py --checkpoint record/dense.pt`"
 HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
 
 
-def summary(m: Measured) -> str:
+def summary(m: Shipped) -> str:
     counts = m.claim["counts"]
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
-        ("**accuracy, shipped: masked and quantized**", m.shipped(), "80.12%", TEST),
+        ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
         ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "left open", CHECK),
-        ("score: 32-bit, fixed-length, tree accumulators",
-         ", ".join(f"{counts['score'][c]['score']:.4f}" for c in CONVENTIONS), "left open", CHECK)])
+        ("score: 32-bit, fixed-length, tree accumulators", m.score_text(), "left open", CHECK),
+        *((f"**{other.name}**: accuracy; score", f"{other.result()}; {other.score_text()}", "-", "`bash run.sh`")
+          for other in m.others)]) + m.notes()
 
 
-def results(m: Measured) -> str:
+def results(m: Shipped) -> str:
     counts, by, accuracy = m.claim["counts"], "by the submission's convention", m.claim["accuracy"]
     part = accuracy.get("without_duplicates")  # where the order of the published test file was known
     unseen = [] if part is None else [
         ("the same, of test images without a near-duplicate in the train set",
          f"{part['correct'] / part['images']:.2%} ({part['correct']:,} of {part['images']:,})", "-", TEST)]
-    exact, theirs, bits = counts["weights"]["all"], counts["weights"]["submission"], m.networks[0].weight_bits()
-    lost = 100 * (m.dense["correct"] / m.dense["images"] - accuracy["correct"] / accuracy["images"])
-    by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else None
+    exact, theirs, bits = counts["weights"]["all"], counts["weights"]["submission"], m.weight_bits()
+    operations = counting.submission_operations(trace(m.model))
+    by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else 0
     return table(HEAD, [
         ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
-        ("**shipped: masked and quantized**", m.shipped(), "80.12%", TEST), *unseen,
-        ("lost by masking and quantizing", f"{lost:.2f} points", "-", "these commands"),
+        ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
+        ("lost by masking and quantizing",
+         f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
         ("of these, made by the penalty; the others by the mask's threshold",
-         "-" if by_penalty is None else f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-",
-         "`record/rew.jsonl`"),
+         f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-", "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
         (f"non-zeros, {by}", f"{theirs['nonzeros']:,}", "900,109", TEST),
@@ -221,16 +204,12 @@ def results(m: Measured) -> str:
         (f"compression rate, {by}", f"{theirs['compression']:.4f}", "4.3391", TEST),
         ("bits of weights", f"6 in {bits.count(6)} layers, 8 in {bits.count(8)}", "6 in 9 layers, 8 in 49", TEST),
         ("parameter storage (32-bit parameters)", f"{counts['storage']['total'] / 32e6:.4f}M", "left open", TEST),
-        (f"operations, {by}", f"{m.theirs['bits'] / 32e6:.2f}M", "231.25M", CHECK),
+        (f"operations, {by}", f"{operations['bits'] / 32e6:.2f}M", "231.25M", CHECK),
         ("operations, every operation and our non-zeros", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-",
          CHECK)])
 
 
-def output(m: Measured) -> str:
-    return "```\n" + "\n".join(output_lines(m.claim["accuracy"], m.claim["counts"])) + "\n```"
-
-
-def steps(m: Measured) -> str:
+def steps(m: Shipped) -> str:
     rows, by_step = [], m.claim["accuracy_by_step"]
     for step, before in zip(by_step, [None, *by_step]):
         change = f"{100 * (step['correct'] - before['correct']) / m.claim['accuracy']['images']:+.2f}" if before else ""
@@ -238,7 +217,7 @@ def steps(m: Measured) -> str:
     return table(("step of `quantize.py`", "correct", "accuracy", "change"), rows)
 
 
-def stages(m: Measured) -> str:
+def stages(m: Shipped) -> str:
     rows = []
     for name, stage in m.stages.items():
         last, settings, where = stage["last_epoch"], stage["settings"], machine(stage["machine"])
@@ -251,7 +230,7 @@ def stages(m: Measured) -> str:
                   "machine"), rows)
 
 
-def score(m: Measured) -> str:
+def score(m: Shipped) -> str:
     rows = []
     for c in CONVENTIONS:
         cost, scored = m.claim["counts"]["operations"][c], m.claim["counts"]["score"][c]
@@ -261,23 +240,26 @@ def score(m: Measured) -> str:
                   "operations / 10.49B", "score"), rows)
 
 
-def storage(m: Measured) -> str:
+def storage(m: Shipped) -> str:
+    counted, file = m.claim["counts"]["storage"], m.claim["packed"]
+    difference = 100 * (8 * file["bytes"] / counted["total"] - 1)
+    sizes = {STORED[kind]: bits for kind, bits in counted.items()} | {
+        f"the packed file `{file['file']}` ({difference:+.3f}% against the total)": 8 * file["bytes"]}
     return table(("storage", "bits", "32-bit parameters", "kB"), [
-        (STORED[kind], f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.1f}")
-        for kind, bits in m.claim["counts"]["storage"].items()])
+        (what, f"{bits:,}", f"{bits / 32e6:.4f}M", f"{bits / 8e3:,.1f}") for what, bits in sizes.items()])
 
 
-def account(m: Measured) -> str:
-    rows = []
-    for kind in [*dict.fromkeys(each.kind for each in m.counted["32-bit"]), "all"]:
-        chosen = {c: [row for row in found if kind in (row.kind, "all")] for c, found in m.counted.items()}
+def account(m: Shipped) -> str:
+    rows, counted = [], m.counted
+    for kind in [*dict.fromkeys(row.kind for row in counted["32-bit"]), "all"]:
+        chosen = {c: [row for row in found if kind in (row.kind, "all")] for c, found in counted.items()}
         sums = {c: counting.totals(found) for c, found in chosen.items()}
         rows.append((KINDS.get(kind, kind), len(chosen["32-bit"]), f"{sums['32-bit']['multiplications']:,}",
                      f"{sums['32-bit']['additions']:,}", *(f"{each['bits'] / 32e6:.3f}" for each in sums.values())))
     return table(("operation", "how many", "multiplications", "additions", "32-bit", "fixed", "tree"), rows)
 
 
-def dead(m: Measured) -> str:
+def dead(m: Shipped) -> str:
     removed = m.claim["dead_weight_removed"]
     share = removed["weights"] / (removed["weights"] + m.claim["counts"]["weights"]["all"]["nonzeros"])
     return table(("dead", "values set to zero", "saved"), [
@@ -286,14 +268,7 @@ def dead(m: Measured) -> str:
          "nothing: these tensors are stored dense")])
 
 
-def packed(m: Measured) -> str:
-    file, counted = m.claim["packed"], m.claim["counts"]["storage"]["total"]
-    return table(("packed file", "bytes", "32-bit parameters", "difference from the counted storage"), [
-        (f"`{file['file']}`", f"{file['bytes']:,}", f"{file['bytes'] / 4e6:.4f}M",
-         f"{100 * (8 * file['bytes'] / counted - 1):+.3f}%")])
-
-
-def executed(m: Measured) -> str:
+def executed(m: Shipped) -> str:
     rows = []
     for engine, found, identical, command in (
             ("integers", m.claim["integer"], "identical", "`python -m tools.integer --record`"),
@@ -303,7 +278,7 @@ def executed(m: Measured) -> str:
                   "same logits to the last bit", "command"), rows)
 
 
-def accumulators(m: Measured) -> str:
+def accumulators(m: Shipped) -> str:
     """Return the table of the five layers with the widest accumulator bounds; the claim has all layers."""
     widest = sorted(m.claim["integer"]["accumulators"], key=lambda row: row["bound"][0] - row["bound"][1])[:5]
     return table(("layer", "bound: lowest", "highest", "bits", "occurred: lowest", "highest", "bits",
@@ -312,30 +287,17 @@ def accumulators(m: Measured) -> str:
          row["seen_bits"], row["value_bits"]) for row in widest])
 
 
-def board(m: Measured) -> str:
-    """Return the table of our networks, whose scores are from their claims, and the challenge's entries."""
-    def published(entry: Entry, convention: str) -> str:
-        values = entry.scores.get(convention, ("-",))
-        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-    ours = [(f"**{our_name(network)}**, not entered", network.description(), f"**{network.accuracy:.2f}**",
-             *(f"**{value:.4f}**" for value in network.scores.values())) for network in by_score(m.networks)]
-    return table(("entry", "network", "accuracy", "32-bit additions", "fixed-length accumulators", "adder tree"), [
-        *ours, *((entry.name, entry.network, entry.said or entry.accuracy[0],
-                  *(published(entry, c) for c in CONVENTIONS)) for entry in BOARD)])
+def board(m: Shipped) -> str:
+    """Return the table of what is shipped here, with the scores of the claims, and the challenge's entries."""
+    made = [(f"**{each.name}**, not entered", each.description(), f"**{each.accuracy:.2f}**",
+             *(f"**{value:.4f}**" for value in each.scores.values()))
+            for each in sorted((m, *m.others), key=lambda each: each.scores["32-bit"])]
+    return table(("entry", "network", "accuracy", "32-bit additions", "fixed-length accumulators", "adder tree"),
+                 [*made, *BOARD]) + m.notes()
 
 
-def by_score(networks: list[Shipped]) -> list[Shipped]:
-    return sorted(networks, key=lambda network: network.scores["32-bit"])
-
-
-def our_name(network: Shipped) -> str:
-    return f"ours, {network.folder}/" if network.folder else "ours"
-
-
-TABLES = (summary, results, output, steps, stages, score, storage, account, dead, packed, executed, accumulators, board)
-# {table: keys of the claim that it needs and that other tools add after quantize.py}; it is left out without them
-LATER = {packed: {"packed"}, executed: {"integer", "onnx"}, accumulators: {"integer"}}
+TABLES = (summary, results, steps, stages, score, storage, account, dead, executed, accumulators, board)
+LATER = {"packed", "integer", "onnx"}  # what other tools add to the claim after quantize.py
 
 
 # ---- Tables: of the benchmarks -------------------------------------------------------------------
@@ -392,64 +354,52 @@ def table(head, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def tables(measured: Measured) -> dict[str, str]:
-    """Return {NAME: table} for all tables whose data exist."""
-    contents = {make.__name__: make(measured) for make in TABLES if LATER.get(make, set()) <= measured.claim.keys()}
-    return contents | {name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()
-                       if (ROOT / "benchmarks" / file).is_file()}
+def tables(shipped: Shipped) -> dict[str, str]:
+    """Return {NAME: table}."""
+    return {make.__name__: make(shipped) for make in TABLES} | {
+        name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()}
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
     """Return the page with the text between <!-- NAME --> and <!-- end NAME --> replaced, for every NAME in it."""
-    for name, text in contents.items():
-        between = f"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        page = re.sub(between, lambda m: m[1] + text + "\n" + m[2], page, flags=re.S)
-    return page
+    def filled(place: re.Match) -> str:
+        if place[2] not in contents:
+            raise BadInput(f"a page has a place for a table {place[2]!r}: there is none of that name")
+        return f"{place[1]}{contents[place[2]]}\n{place[3]}"
+    return re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end \2 -->)", filled, page, flags=re.S)
 
 
-def filled_pages(folder: Path, contents: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Return {page: (its text, the text with current tables)}.
-
-    Raises BadInput for a table without a place in the pages, and for a place without a table.
-    """
-    pages = {page: (folder / page).read_text() for page in PAGES}
-    place = re.compile(r"<!-- (\w+) -->\n(?=.*<!-- end \1 -->)", re.S)
-    places = {name for text in pages.values() for name in place.findall(text)}
-    for name in sorted(contents.keys() - places):
-        raise BadInput(f"none of {', '.join(PAGES)} has a place <!-- {name} --> ... <!-- end {name} -->")
-    for name in sorted(places - contents.keys()):
-        raise BadInput(f"nothing is measured for the table {name!r}: run the commands of training/README.md, or the "
-                       "benchmark named there")
-    return {page: (text, fill(text, contents)) for page, text in pages.items()}
-
-
-def made_figures(measured: Measured, logs: list[Path]) -> dict:
+def made_figures(shipped: Shipped, logs: list[Path]) -> dict:
     """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
     figures = needed("tools.figures")
-    claim, ours = measured.claim, measured.networks
-    entries = {entry.name: (entry.accuracy, [(float(value), c) for c, values in entry.scores.items()
-                                             for value in values]) for entry in BOARD}
+    claim = shipped.claim
+
+    def numbers(text: str) -> list[float]:
+        return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+    entries = {name: (numbers(accuracy), [(x, c) for c, text in zip(CONVENTIONS, scores) for x in numbers(text)])
+               for name, _, accuracy, *scores in BOARD}
     made = {
-        "layers": figures.layers_figure(counting.weight_summary(ours[0].model)["tensors"],
+        "layers": figures.layers_figure(counting.weight_summary(shipped.model)["tensors"],
                                         {entry["name"]: entry["bits"] for entry in claim["tensors"]}),
         "cost": figures.cost_figure(
             {STORED[kind]: bits for kind, bits in claim["counts"]["storage"].items() if kind != "total"},
             {c: {label: sum(row.bits for row in rows if row.kind == kind) for kind, label in KINDS.items()}
-             for c, rows in measured.counted.items()}),
-        "board": figures.board_figure({our_name(each): (each.accuracy, each.scores) for each in ours}, entries)}
+             for c, rows in shipped.counted.items()}),
+        "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in (shipped, *shipped.others)},
+                                      entries)}
     if logs:
         made["training"] = figures.training_figure([load_lines(log) for log in logs])
     return made
 
 
-def measure(checkpoint: Path, logs: Path) -> Measured:
-    """Return the data of a checkpoint that is shipped at the root, and of the networks in folders of their own."""
+def measure(checkpoint: Path, logs: Path) -> Shipped:
+    """Return the network of a checkpoint as that at the root, with all that the tables are made from."""
     model, claim = checkpoints.load(checkpoint)
-    others = [Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT)]
-    formats, operations = stated_formats(model, claim), trace(model)
-    return Measured(claim, {c: counting.count(operations, formats, c) for c in CONVENTIONS},
-                    counting.submission_operations(operations), load_json(logs / "dense.tested.json"),
-                    [Shipped("", model, claim), *others])
+    if missing := LATER - claim.keys():
+        raise BadInput(f"{claims.claim_path(checkpoint)} holds no {', '.join(sorted(missing))}: tools.ship records it")
+    others = tuple(Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT))
+    return Shipped("", model, claim, others, load_json(logs / "dense.tested.json"))
 
 
 def main(argv=None) -> int:
@@ -457,31 +407,27 @@ def main(argv=None) -> int:
     checkpoints.add_option(parser)
     parser.add_argument("--logs", type=some_path, default=ROOT / "record", metavar="DIR",
                         help="folder with the stages' logs and dense.tested.json (record)")
-    parser.add_argument("--pages", type=some_path, default=ROOT, metavar="DIR",
-                        help="folder that holds the pages (the repository's)")
-    parser.add_argument("--to", type=some_path, metavar="DIR",
-                        help="folder to write the pages and figures/ to (that of --pages)")
+    parser.add_argument("--to", type=some_path, default=ROOT, metavar="DIR",
+                        help="folder to write the pages and figures/ to (the repository's)")
     parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     args = parser.parse_args(argv)
     if not args.check:
         needed("tools.figures")  # before any work: matplotlib may be missing
-    measured, to = measure(args.checkpoint, args.logs), args.to or args.pages
-    pages = filled_pages(args.pages, tables(measured))
+    shipped = measure(args.checkpoint, args.logs)
+    contents, before = tables(shipped), {page: (ROOT / page).read_text() for page in PAGES}
+    pages = {page: fill(text, contents) for page, text in before.items()}
     if args.check:
-        claim_file = claims.claim_path(args.checkpoint)
-        for page, (text, wanted) in pages.items():
-            if text != wanted:
-                raise BadInput(f"{args.pages / page}: its tables are not those of {claim_file}; run python -m "
-                               "tools.report")
-        print(f"the tables of {', '.join(PAGES)} are those of {claim_file}")
+        stale, claim = [page for page in PAGES if pages[page] != before[page]], claims.claim_path(args.checkpoint)
+        if stale:
+            raise BadInput(f"the tables of {', '.join(stale)} are not those of {claim}; run python -m tools.report")
+        print(f"the tables of {', '.join(PAGES)} are those of {claim}")
         return 0
-    (to / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in made_figures(measured, stage_logs(args.logs)).items():
-        figure.savefig(to / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
-        print(f"wrote {to / 'figures' / f'{name}.png'}")
-    for page, (_, wanted) in pages.items():
-        save_text(wanted, to / page)
-        print(f"wrote the tables of {to / page}")
+    (args.to / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in made_figures(shipped, stage_logs(args.logs)).items():
+        figure.savefig(args.to / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
+    for page, text in pages.items():
+        save_text(text, args.to / page)
+    print(f"wrote the figures and the tables of {', '.join(PAGES)} to {args.to}")
     return 0
 
 

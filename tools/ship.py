@@ -9,7 +9,8 @@
 
 Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, these stay as
 they are, and what was made is kept in RUN/candidate. It takes some twelve minutes on two cores. The tables and figures
-of the pages describe the network at the root, and are renewed when it is replaced; the board shows all networks.
+of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's figure
+show the others, too.
 """
 import argparse
 import shlex
@@ -75,20 +76,9 @@ def build(args, words: list[str], new: Path) -> None:
     run_all(("-m", "tools.verify", *checkpoint, *data))
 
 
-def describe(new: Path) -> None:
-    """Add to `new` the figures and the pages with the tables of the new network."""
-    record = ROOT / "record"
-    replaced = shipping.of_a_run(record)
-    for path in record.glob("*"):
-        if path.is_file() and path not in replaced:
-            shutil.copy2(path, new / "record" / path.name)
-    run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
-
-
 def keep(new: Path, candidate: Path) -> Path:
     """Move `new` to `candidate`, replacing what is there; return the new path."""
-    if candidate.exists():
-        shutil.move(candidate, new.parent / "candidate")
+    shutil.rmtree(candidate, ignore_errors=True)
     return Path(shutil.move(new, candidate))
 
 
@@ -104,15 +94,14 @@ def main(argv=None) -> int:
             return 0
         try:
             if args.into.resolve() == ROOT:
-                describe(new)
-            stays = {path.name for path in (new / "record").iterdir()}
-            shipping.install(new, args.into, [path.relative_to(args.into) for path in
-                                              shipping.of_a_run(args.into / "record") if path.name not in stays])
+                shutil.copy2(ROOT / "record" / "dense.tested.json", new / "record")  # of the tables, too
+                run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
+            shipping.install(new, args.into)
         except (BadInput, OSError) as error:
             raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
     if args.into.resolve().parent == ROOT:
-        print("ship.py: python -m tools.report adds it to the board's table and figure")
+        print("ship.py: python -m tools.report adds it to the tables and the board")
     return 0
 
 
