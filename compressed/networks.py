@@ -86,6 +86,8 @@ def find(spec: str, option: str = "--network") -> tuple:
     Raises BadInput for a specification that names nothing.
     """
     place, name, arguments = parse(spec, option)
+    if place.endswith(".py") and not os.path.isfile(place):
+        raise BadInput(f"{option} {spec}: there is no file {place}")
     with refused(f"{option} {spec}: {place} cannot be imported"):  # whatever the user's own code raises
         found = getattr(_module(place), name, None)
     if not callable(found):
