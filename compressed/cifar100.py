@@ -10,10 +10,8 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import http.client
 import os
 import pickle
-import shutil
 import tarfile
 import tempfile
 import urllib.request
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 
 from compressed import environment
 from compressed.command_line import command_line, progress_bar, run_script, some_path
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 
 CLASSES = 100
 IMAGE_SIZE = 32
@@ -42,6 +40,7 @@ HOW_TO_POINT = "point at a local copy with --data FOLDER or CIFAR100_DIR=FOLDER"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 COUNT = {"train": 50_000, "test": 10_000}
+FILE_OF = {"train": "train", "test": "test", "fit": "train", "holdout": "train"}  # the file that a split is part of
 MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
 FINGERPRINT = {"train": "6d2a03c47c105e4c34d3a2ff16c2803e8df0e5d6fa0c631e46663a327aeac573",
                "test": "381b7d98ce1e9b98232a8df0db0a22992654c39ff2433270656ab8ace5a45e65"}
@@ -78,8 +77,6 @@ class Images:
         return len(self.labels)
 
 
-# ---------------------------------------------------------------------------------------------- find and download
-
 def find(folder=None) -> Path:
     """Return the folder that holds the files `train` and `test`: `folder`, else CIFAR100_DIR, else ./data.cifar100.
 
@@ -110,31 +107,19 @@ def download(folder: Path) -> Path:
     Works in a temporary folder next to `folder`, which is removed even after an error, so no partial file is left.
     Returns the folder of the files. Raises BadInput without a network or if the archive is not the published one.
     """
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=folder.name + ".",
-                                         suffix=".tmp") as scratch:
-            return download_through(Path(scratch), folder)
-    except OSError as error:  # a folder that cannot be written, a disk that is full
-        raise BadInput(f"cannot put CIFAR-100 into {folder.absolute()} ({error.strerror or error}); "
-                       f"{HOW_TO_POINT}") from error
-
-
-def download_through(scratch: Path, folder: Path) -> Path:
-    """Do the work of `download`, with `scratch` as the temporary folder."""
-    archive = scratch / "archive"
-    try:
-        fetch(URL, archive, "CIFAR-100")
-    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
-        raise BadInput(f"cannot download CIFAR-100 from {URL} ({error}); {HOW_TO_POINT}") from error
-    if file_md5(archive) != ARCHIVE_MD5:
-        raise BadInput(f"the archive from {URL} is cut short or another one (its MD5 differs); {HOW_TO_POINT}")
-    (folder / SET).mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for name in ("meta", "test", "train"):
-            # Members are read by known names and written to known paths: the archive cannot choose where files go.
-            with tar.extractfile(f"{SET}/{name}") as source, open(scratch / name, "wb") as target:
-                shutil.copyfileobj(source, target)
-            os.replace(scratch / name, folder / SET / name)
+    place = folder.absolute()
+    with refused(f"cannot put CIFAR-100 into {place}", f"; {HOW_TO_POINT}", OSError), \
+            tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp") as scratch:
+        archive, unpacked = Path(scratch, "archive"), Path(scratch, "unpacked")
+        with refused(f"cannot download CIFAR-100 from {URL}", f"; {HOW_TO_POINT}"):
+            fetch(URL, archive, "CIFAR-100")
+        if file_md5(archive) != ARCHIVE_MD5:
+            raise BadInput(f"the archive from {URL} is cut short or another one (its MD5 differs); {HOW_TO_POINT}")
+        (folder / SET).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for name in ("meta", "test", "train"):  # to known paths: the archive cannot choose where files go
+                unpacked.write_bytes(tar.extractfile(f"{SET}/{name}").read())
+                os.replace(unpacked, folder / SET / name)
     return folder / SET
 
 
@@ -142,8 +127,7 @@ def fetch(url: str, path: Path, name: str) -> None:
     """Download `url` to `path`; on a terminal, show a progress bar labelled `name`."""
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
         size = int(response.headers.get("Content-Length") or 0) or None
-        bar = progress_bar(total=size, unit="B", unit_scale=True, desc=name)
-        with contextlib.nullcontext() if bar is None else bar:
+        with progress_bar(total=size, unit="B", unit_scale=True, desc=name) or contextlib.nullcontext() as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 if bar is not None:
@@ -156,8 +140,6 @@ def file_md5(path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------- read and check
-
 class ArraysOnly(pickle.Unpickler):
     """Unpickle only containers, numbers, strings and numpy arrays; raise for any other name, so that no code runs."""
 
@@ -168,10 +150,9 @@ class ArraysOnly(pickle.Unpickler):
                ("numpy", "dtype"): np.dtype}
 
     def find_class(self, module, name):
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise BadInput(f"it refers to {module}.{name}, which the published files do not") from None
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which the published files do not")
+        return self.ALLOWED[module, name]
 
 
 def read(path, key: str = "fine_labels", classes: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
@@ -180,25 +161,16 @@ def read(path, key: str = "fine_labels", classes: int = CLASSES) -> tuple[np.nda
     key: where the file holds the labels. Does not check that the images are the published ones (`load` does), and
     executes no code in the file. Raises BadInput if the file is damaged or is another kind of file.
     """
-    kind = f"CIFAR-{classes}"
-    try:
+    with refused(f"{path}: cannot be read as a file of CIFAR-{classes}"):  # a damaged pickle can raise almost anything
         with open(path, "rb") as file:
             content = ArraysOnly(file, encoding="latin1").load()  # latin1: Python 2 wrote the published files
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle can raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__  # one line
-        raise BadInput(f"{path}: not a {kind} file, or damaged ({reason})") from error
-    content = content if isinstance(content, dict) else {}
-    data, labels = content.get("data"), content.get(key)
-    if not isinstance(data, np.ndarray) or not isinstance(labels, list):
-        raise BadInput(f"{path}: not a {kind} file (no `data` array with a list of `{key}`)")
-    if data.dtype != np.uint8 or data.shape != (len(labels), 3 * IMAGE_SIZE**2):
-        raise BadInput(f"{path}: {data.dtype} pixels {list(data.shape)} for {len(labels)} labels, expected "
-                       f"uint8 [{len(labels)}, {3 * IMAGE_SIZE**2}]")
-    if not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise BadInput(f"{path}: labels that are not integers from 0 to {classes - 1}")
-    return data.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), np.array(labels, np.int64)
+        data, labels = content["data"], content[key]
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3 * IMAGE_SIZE**2):
+            raise ValueError(f"{data.dtype} pixels {list(data.shape)} for {len(labels)} labels, expected uint8 "
+                             f"[{len(labels)}, {3 * IMAGE_SIZE**2}]")
+        if not all(type(label) is int and 0 <= label < classes for label in labels):
+            raise ValueError(f"labels that are not integers from 0 to {classes - 1}")
+        return data.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), np.array(labels, np.int64)
 
 
 def digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
@@ -212,21 +184,12 @@ def fingerprint(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def canonical_order(keys: list[bytes]) -> list[int]:
-    """Return the indices of images in the order of their digests: the same for every copy, and as good as random."""
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def file_of(split: str) -> str:
-    """Return which of "train" and "test" a split is part of. Raises BadInput for an unknown split."""
-    if split not in ("train", "test", "fit", "holdout"):
-        raise BadInput(f"split {split!r} is none of train, test, fit, holdout")
-    return "test" if split == "test" else "train"
-
-
 def select(images: np.ndarray, labels: np.ndarray, keys: list[bytes], split: str, data_set: DataSet, device) -> Images:
-    """Return the images of a split in canonical order, on the device, from all images of its file and their digests."""
-    order = np.array(canonical_order(keys))
+    """Return the images of a split in canonical order, on the device, from all images of its file and their digests.
+
+    That is the order of the digests: the same for every copy, and as good as random.
+    """
+    order = np.argsort(keys, kind="stable")
     if split in ("fit", "holdout"):
         by_class = (np.flatnonzero(labels[order] == label) for label in range(data_set.classes))
         held = np.concatenate([places[:len(places) // HOLDOUT] for places in by_class])
@@ -239,18 +202,15 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
     """Return the images of a split, in canonical order, on the device.
 
     "train" has 50,000 images and "test" 10,000; "fit" and "holdout" divide the train set into 45,000 and 5,000 images,
-    with 50 images of each class in the holdout. Copies of the data set in another order give the same tensors, and so
-    the same training for a seed. Raises BadInput if no data set is found (see `find`), or if it is not CIFAR-100 to the
-    last pixel.
+    with 50 images of each class in the holdout. Copies of the data set in another order give the same tensors. Raises
+    BadInput if no data set is found (see `find`), or if it is not CIFAR-100 to the last pixel.
     """
-    file = file_of(split)
+    file = FILE_OF[split]
     path = find(folder) / file
     images, labels = read(path)
     keys = digests(images, labels)
-    # The fingerprint is cheap once the digests are there, and MD5 is needed only if it differs.
-    if fingerprint(keys) != FINGERPRINT[file] and file_md5(path) != MD5[file]:
-        raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images "
-                       "(neither the published MD5 nor the same content in another order)")
+    if fingerprint(keys) != FINGERPRINT[file]:
+        raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images")
     return select(images, labels, keys, split, CIFAR100, device)
 
 
@@ -266,7 +226,7 @@ def near_duplicates(folder=None) -> torch.Tensor | None:
         return None
     rows = [line for line in NEAR_DUPLICATES.read_text().splitlines() if not line.startswith("#")]
     listed = {int(row["test_index"]) for row in csv.DictReader(rows)}
-    return torch.tensor([i in listed for i in canonical_order(digests(*read(path)))])
+    return torch.tensor([i in listed for i in np.argsort(digests(*read(path)), kind="stable")])
 
 
 def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
@@ -283,8 +243,6 @@ def made_up(n: int, seed: int, classes: int = CLASSES, device="cpu") -> Images:
     images = (128 + 50 * patterns[labels] + 25 * noise).clamp(0, 255).to(torch.uint8)
     return Images(images.to(device), labels.to(device), DataSet("made up", classes, None))
 
-
-# ------------------------------------------------------------------------------------------------------ normalise
 
 # Close to the data set's statistics (means 129.3 124.1 112.4, standard deviations 68.2 65.4 70.4; the BatchNorm after
 # the stem absorbs the difference). Every normalised pixel is exactly a signed 8-bit code times 2^-6, so quantizing the

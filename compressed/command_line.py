@@ -61,23 +61,25 @@ def needed(name: str):
     try:
         return importlib.import_module(name)
     except Exception as error:  # of another version of numpy, of a broken one, or a warning under python -W error
-        state = "is not installed" if is_missing(name, error) else f"does not work here ({one_line(error)})"
-        raise BadInput(f"{name} {state}: pip install -r requirements.txt") from error
+        found = broken(name, error) or f"{name} is not installed"
+        raise BadInput(f"{found}: pip install -r requirements.txt") from error
+
+
+def broken(name: str, error: Exception) -> str | None:
+    """Return the line about a package whose use ended in this error; None if it is not installed at all."""
+    missing = isinstance(error, ModuleNotFoundError) and error.name == name
+    return None if missing else f"{name} does not work here ({one_line(error)})"
 
 
 def say_broken(name: str, error: Exception) -> None:
     """Print once that a package is not used because of this error; nothing if it is not installed at all."""
-    if not is_missing(name, error):
-        say_once(f"{name} does not work here ({one_line(error)})")
-
-
-def is_missing(name: str, error: Exception) -> bool:
-    return isinstance(error, ModuleNotFoundError) and error.name == name
+    if line := broken(name, error):
+        say_once(line)
 
 
 def progress_bar(**options):
     """Return a progress bar of tqdm on stderr; None if that is no terminal for it, or if there is no working tqdm."""
-    if not sys.stderr.isatty() or environment.is_dumb_terminal():
+    if not sys.stderr.isatty() or environment.text("TERM") == "dumb":
         return None
     try:
         from tqdm import tqdm
@@ -104,9 +106,6 @@ def end_at_once(*_) -> None:
     os._exit(130)
 
 
-GONE = 128 + 13  # a shell's status of a process that SIGPIPE ended: the reader of its output has exited
-
-
 def run_script(main) -> None:
     """Run `main()` and exit with what it returns.
 
@@ -117,19 +116,39 @@ def run_script(main) -> None:
     prepare_streams()
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = None
     try:
-        status = main()
-    except SystemExit as ended:  # argparse
-        status = ended.code
+        try:
+            status = main()
+        except SystemExit as ended:  # argparse
+            status = ended.code
+        sys.stdout.flush()
     except BrokenPipeError:
-        status = GONE
+        status = status or 128 + 13  # as a shell reports SIGPIPE
     except (BadInput, OSError) as error:
         complain(str(error))
         status = 2
     except KeyboardInterrupt:
         complain("interrupted")
         status = 130
-    sys.exit(flushed(status))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # Python would try again at its end, and fail with a status of its own
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr accept any text: closed ones discard it, and characters they cannot encode are escaped."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: the next file that is opened takes its number, and what C libraries print
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -139,11 +158,8 @@ def parse_own(parser: argparse.ArgumentParser, argv=None) -> tuple[argparse.Name
     """
     parser.allow_abbrev = False
     args, others = parser.parse_known_args(argv)
-    own = [option for action in parser._actions for option in action.option_strings]
-    for word in others:
-        name = word.split("=")[0]
-        meant = [option for option in own if option.startswith(name) and len(name) > 2]
-        if meant:
+    for name in (word.split("=")[0] for word in others):
+        if meant := [option for option in parser._option_string_actions if option.startswith(name) and len(name) > 2]:
             parser.error(f"{name}: write it out ({' or '.join(meant)})")
     return args, others
 
@@ -161,57 +177,20 @@ def run_python(*words, stdout=None) -> int:
         if process:
             process.terminate()
 
-    shown = [word.removeprefix(f"{Path.cwd()}/") for word in words]
-    print(f"$ python {shlex.join(shown)}", file=sys.stderr, flush=True)
+    print(f"$ python {shlex.join(word.removeprefix(f'{Path.cwd()}/') for word in words)}", file=sys.stderr, flush=True)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     # the process inherits a blocked SIGINT: a terminal's Ctrl-C reaches it too, and would end it without saving
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        try:
-            process = subprocess.Popen([sys.executable, *words], stdout=stdout)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        process = subprocess.Popen([sys.executable, *words], stdout=stdout)
         if stopped:
             process.terminate()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = process.wait()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
         raise KeyboardInterrupt
-    return status
-
-
-def prepare_streams() -> None:
-    """Make stdout and stderr accept any text: closed ones discard it, and characters they cannot encode are escaped."""
-    with contextlib.suppress(OSError):
-        for number in range(3):
-            try:
-                os.fstat(number)
-            except OSError:  # closed: the next file that is opened would be written to by every print of a C library
-                os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def flushed(status):
-    """Flush stdout and stderr; return the given exit status, or another one if stdout could not be written."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status = status or GONE
-    except OSError as error:
-        complain(f"its output could not be written ({error.strerror})")
-        status = status or 2
-    except ValueError:  # closed by whoever called us
-        pass
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # Python would try again at its end, and fail with a status of its own
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status

@@ -87,26 +87,20 @@ def load(path=None, split: str = "train", device="cpu") -> Images:
     if path.is_file():
         name, classes, parts = path.name, None, read_npz(path)
     elif folder := cifar100.holding(path, CIFAR10, sum(BATCHES.values(), [])):
-        name, classes, parts = "CIFAR-10", 10, read_cifar10(folder)
+        name, classes, parts = "CIFAR-10", 10, {}
+        for part, files in BATCHES.items():
+            images, labels = zip(*(cifar100.read(folder / file, "labels", 10) for file in files))
+            parts[part] = np.concatenate(images), np.concatenate(labels)
     else:
         raise BadInput(f"{path} (--data) holds no CIFAR-100 (files train and test) and no CIFAR-10 (data_batch_1 to "
                        "data_batch_5, test_batch), and is no .npz file")
     keys = {part: digests(*arrays) for part, arrays in parts.items()}
     data_set = DataSet.of(name, classes or int(parts["train"][1].max()) + 1,
                           {part: fingerprint(each) for part, each in keys.items()})
-    part = cifar100.file_of(split)
+    part = cifar100.FILE_OF[split]
     found = cifar100.select(*parts[part], keys[part], split, data_set, device)
     if not len(found):
         raise BadInput(f"{path}: too few train images for a hold-out, which takes a tenth of every class")
-    return found
-
-
-def read_cifar10(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return {"train" or "test": (images uint8 [N, 3, 32, 32], labels int64 [N])} of the files of CIFAR-10."""
-    found = {}
-    for part, files in BATCHES.items():
-        images, labels = zip(*(cifar100.read(folder / file, "labels", 10) for file in files))
-        found[part] = np.concatenate(images), np.concatenate(labels)
     return found
 
 
@@ -115,49 +109,25 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     Executes nothing in the file. Raises BadInput for whatever is not as this file's head says.
     """
-    names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
+    names = [f"{part}_{kind}" for part in BATCHES for kind in ("images", "labels")]
     try:
         with np.load(path, allow_pickle=False) as content:
-            missing = [name for name in names if name not in content.files]
-            arrays = {} if missing else {name: content[name] for name in names}
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or 'no .npz file, or damaged'})") from error
-    except Exception as error:  # numpy's own words advise to allow pickles
-        raise BadInput(f"{path}: no .npz file of plain arrays, or damaged ({type(error).__name__})") from error
-    if missing:
-        raise BadInput(f"{path}: has no array {missing[0]}; expected {', '.join(names)}")
-    for name in names:
-        if problem := (_image_problem if name.endswith("images") else _label_problem)(arrays[name]):
-            raise BadInput(f"{path}: {name} {problem}")
-    for part in ("train", "test"):
-        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
-        if images != labels:
-            raise BadInput(f"{path}: {images:,} {part}_images have {labels:,} {part}_labels")
-    known = np.unique(arrays["train_labels"])
-    lacking = sorted(set(range(int(known[-1]) + 1)) - set(known.tolist()))
-    unseen = sorted(set(np.unique(arrays["test_labels"]).tolist()) - set(known.tolist()))
-    if lacking or unseen or len(known) < 2:
-        raise BadInput(f"{path}: train_labels has no image of class {(lacking + unseen + [1])[0]}; expected classes "
-                       "numbered from 0 without gaps, two or more")
-    return {part: (np.ascontiguousarray(arrays[f"{part}_images"].transpose(0, 3, 1, 2)),
-                   arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
-
-
-def _image_problem(images: np.ndarray) -> str | None:
-    size, wanted = IMAGE_SIZE, f"uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
-    if images.dtype == np.uint8 and images.ndim == 4 and len(images) and images.shape[1:] == (size, size, 3):
-        return None
-    found = f"is {images.dtype} {list(images.shape)}, expected {wanted}"
-    if images.ndim == 4 and images.shape[1] == 3:
-        return f"{found}: put the channels last with .transpose(0, 2, 3, 1)"
-    if images.ndim == 4 and images.shape[3] == 3 and images.shape[1:3] != (size, size):
-        return f"{found}: scale the images to {size}x{size} pixels"
-    return found
-
-
-def _label_problem(labels: np.ndarray) -> str | None:
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
-        return f"is {labels.dtype} {list(labels.shape)}, expected integers [N]"
-    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
-        return f"holds labels from {labels.min()} to {labels.max()}, expected 0 to the number of classes - 1"
-    return None
+            train_images, train_labels, test_images, test_labels = (content[name] for name in names)
+    except Exception as error:  # not in numpy's words, which advise to allow pickles
+        raise BadInput(f"{path}: no .npz file with the plain arrays {', '.join(names)}, or damaged "
+                       f"({type(error).__name__})") from error
+    found = {"train": (train_images, train_labels), "test": (test_images, test_labels)}
+    for part, (images, labels) in found.items():
+        if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not images.size:
+            raise BadInput(f"{path}: {part}_images is {images.dtype} {list(images.shape)}, expected uint8 [N, "
+                           f"{IMAGE_SIZE}, {IMAGE_SIZE}, 3]: scale the images, and put the channels last")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise BadInput(f"{path}: {part}_labels is {labels.dtype} {list(labels.shape)}, expected {len(images)} "
+                           "integers, one for each image")
+    classes = set(train_labels.tolist())
+    if classes != set(range(len(classes))) or not classes.issuperset(test_labels.tolist()) \
+            or not 2 <= len(classes) <= MOST_CLASSES:
+        raise BadInput(f"{path}: expected labels from 0 to the number of classes - 1, two classes or more, and images "
+                       "of each class in train_images")
+    return {part: (np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
+            for part, (images, labels) in found.items()}

@@ -1,4 +1,5 @@
 """The exception for input that the user can mend, and the wording of errors in one line."""
+import contextlib
 
 
 class BadInput(ValueError):
@@ -8,3 +9,15 @@ class BadInput(ValueError):
 def one_line(error: BaseException) -> str:
     """Return the type and the message of an exception on one line, the message cut to 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def refused(what: str, remedy: str = "", errors=Exception):
+    """Raise BadInput, "what (reason)remedy", in place of such errors in the block. BadInput itself passes unchanged."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except errors as error:
+        reason = isinstance(error, OSError) and error.strerror or one_line(error)
+        raise BadInput(f"{what} ({reason}){remedy}") from error

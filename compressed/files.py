@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 
 
 @contextlib.contextmanager
@@ -25,9 +25,7 @@ def replacing(path):
     """
     path, temporary = Path(path), None
     try:
-        place = target(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = create_next_to(place)
+        handle, temporary, place = create_next_to(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -43,37 +41,30 @@ def replacing(path):
         raise
 
 
-def target(path) -> Path:
-    """Return the path behind all symbolic links. Raises OSError if they lead in a circle."""
+def create_next_to(path) -> tuple[int, Path, Path]:
+    """Create an empty file with a new name in the folder of `path`, and the folder if it is missing.
+
+    Returns (its open descriptor, its path, the path behind all symbolic links). Raises OSError if it cannot be created.
+    tempfile.mkstemp does not fit: only the owner can read its files, and not every file system allows a chmod.
+    """
     place = Path(os.path.realpath(path))
     if place.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return place
-
-
-def create_next_to(path: Path) -> tuple[int, Path]:
-    """Create an empty file with a new name in `path`'s folder; return (its open descriptor, its path).
-
-    tempfile.mkstemp does not fit: only the owner can read its files, and not every file system allows a chmod.
-    """
-    temporary = path.parent / f"{path.name[:50]}.{secrets.token_hex(8)}.tmp"  # cut: a name may have 255 bytes
-    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), temporary
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.parent / f"{place.name[:50]}.{secrets.token_hex(8)}.tmp"  # cut: a name may have 255 bytes
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    return handle, temporary, place
 
 
 def try_to_write(*paths) -> None:
-    """Raise BadInput if a file could not be written to one of the paths. Creates the folders; to call before long work.
-    """
+    """Raise BadInput if a file could not be written to one of the paths. Creates folders; to call before long work."""
     for path in map(Path, paths):
-        try:
+        with refused(f"{path}: cannot be written", "; give another place", OSError):
             if path.exists() and not path.is_file():
                 raise OSError(0, "it is a folder" if path.is_dir() else "it is no regular file")
-            place = target(path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = create_next_to(place)
+            handle, temporary, _ = create_next_to(path)
             os.close(handle)
             os.unlink(temporary)
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be written ({error.strerror}); give another place") from error
 
 
 def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
@@ -86,21 +77,12 @@ def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
     if suffix and outputs[0].suffix != suffix:
         raise BadInput(f"{outputs[0]}: expected a name that ends in {suffix}")
     for i, path in enumerate(outputs):
-        for other in inputs:
-            if same_file(path, other):
-                raise BadInput(f"{path} would be written over {other}, which is read; give another place")
-        for other in outputs[:i]:
-            if same_file(path, other):
-                raise BadInput(f"{path} would be written twice, as {other} too; give another place")
+        for other in inputs + outputs[:i]:
+            same = os.path.realpath(path) == os.path.realpath(other)
+            if same or os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):  # a hard link
+                how = f"over {other}, which is read" if other in inputs else f"twice, as {other} too"
+                raise BadInput(f"{path} would be written {how}; give another place")
     try_to_write(*outputs)
-
-
-def same_file(path, other) -> bool:
-    """Return True if two paths lead to the same file, even if it does not exist yet."""
-    try:
-        return os.path.samefile(path, other)
-    except (OSError, ValueError):
-        return os.path.realpath(path) == os.path.realpath(other)
 
 
 @contextlib.contextmanager
@@ -110,21 +92,18 @@ def held(folder):
     Raises BadInput if another process holds the lock. Does nothing where folders cannot be locked (Windows, some
     network disks).
     """
-    handle = None
-    try:
-        import fcntl
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BadInput(f"{folder}: another process is at work there; await its end, or give another folder") from error
-    except (ImportError, OSError):
-        pass
-    try:
+    with contextlib.ExitStack() as at_end:
+        try:
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{folder}: another process is at work there; await its end, or give another folder"
+                           ) from error
+        except (ImportError, OSError):
+            pass
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def save_tensors(value, path) -> str:
@@ -144,10 +123,15 @@ def save_text(text: str, path) -> None:
 
 def to_json(value, **options) -> str:
     """Return `json.dumps(value, ...)`. Raises BadInput for NaN and infinity, which are not JSON."""
-    try:
+    with refused("a figure is not finite, which JSON cannot hold: is the network a trained one?", errors=ValueError):
         return json.dumps(value, allow_nan=False, **options)
-    except ValueError as error:
-        raise BadInput("a figure is not finite, and JSON has no such numbers: is the network a trained one?") from error
+
+
+def from_json(text: str | bytes):
+    """Return what a JSON text holds. Raises ValueError for NaN and Infinity, which Python's reader would accept."""
+    def no_number(name):
+        raise ValueError(f"{name} is no number of JSON")
+    return json.loads(text, parse_constant=no_number)
 
 
 def save_json(value, path) -> None:
@@ -155,19 +139,13 @@ def save_json(value, path) -> None:
     save_text(to_json(value, indent=1) + "\n", path)
 
 
-def no_number(text: str):
-    """Raise ValueError for NaN and Infinity, which Python's reader would accept."""
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def parsed(path, language: str, parse):
-    """Return parse(text) of a UTF-8 file, with or without a byte-order mark. Raises BadInput if that fails."""
-    try:
-        return parse(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number too long, nested too deeply
-        raise BadInput(f"{path}: not readable as {language} ({error})") from error
+def parsed(path, language: str, parse) -> dict:
+    """Return parse(text), a dict, of a UTF-8 file, with or without a byte-order mark. Raises BadInput otherwise."""
+    with refused(f"{path}: not readable as {language}"):
+        value = parse(Path(path).read_bytes().decode("utf-8-sig"))
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds {type(value).__name__}, expected a {language} object")
+    return value
 
 
 def load_toml(path) -> dict:
@@ -177,24 +155,17 @@ def load_toml(path) -> dict:
 
 def load_json(path) -> dict:
     """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
-    value = parsed(path, "JSON", lambda text: json.loads(text, parse_constant=no_number))
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds {type(value).__name__}, expected a JSON object")
-    return value
+    return parsed(path, "JSON", from_json)
 
 
 def load_lines(path) -> list[dict]:
     """Return the lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, for others."""
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            line = json.loads(text, parse_constant=no_number)
-            good = isinstance(line, dict) and type(line.get("step")) is int
-        except (ValueError, RecursionError):
-            good = False
-        if not good:
-            raise BadInput(f"{path}: line {number} is no line of a log; remove the file, or restore it")
-        lines.append(line)
+        with refused(f"{path}: line {number} is no line of a log", "; remove the file, or restore it"):
+            lines.append(from_json(text))
+            if type(lines[-1]["step"]) is not int:
+                raise ValueError("its step is no integer")
     return lines
 
 
@@ -225,20 +196,13 @@ def sha256(path) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the git commit of this code, marked -dirty if files differ from it; None without a repository.
+    """Return the git commit of this code, marked -dirty if files differ from it; None without a repository of its own.
 
-    If a copy of this code lies inside another repository, that one's commit is not returned.
+    The repository is named, because git would also take one around this folder, or the one in the variable GIT_DIR.
     """
-    root = Path(__file__).resolve().parent.parent
-    # variables such as GIT_DIR, which git sets for its hooks, would select another repository
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, env=variables, capture_output=True, check=True,
-                              encoding="utf-8", errors="surrogateescape").stdout.strip()
+    words = ["git", "--git-dir=.git", "--work-tree=.", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        if not same_file(git("rev-parse", "--show-toplevel"), root):
-            return None
-        return git("describe", "--always", "--dirty", "--abbrev=12")
+        return subprocess.run(words, cwd=Path(__file__).resolve().parent.parent, capture_output=True, check=True,
+                              encoding="utf-8", errors="replace").stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

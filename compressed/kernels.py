@@ -7,6 +7,7 @@ import ctypes
 import functools
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,9 +45,9 @@ def compiled(file: Path, flags: list[str]) -> ctypes.CDLL:
     """Compile kernels.c to this file and load it."""
     # with vectors narrower than the widest, fewer channels are left over for slow scalar code: the stem has 40
     narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
-    subprocess.run([*environment.compiler(), "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow,
-                    *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(file)],
-                   check=True, capture_output=True, timeout=120)
+    compiler = shlex.split(environment.text("CC") or "cc")
+    subprocess.run([*compiler, "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow, *flags,
+                    "-shared", "-fPIC", str(SOURCE), "-o", str(file)], check=True, capture_output=True, timeout=120)
     functions = ctypes.CDLL(str(file))  # ctypes releases Python's lock during calls
     for name in FUNCTIONS:
         getattr(functions, name)

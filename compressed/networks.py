@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import pickle
 import re
 import shlex
 import sys
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 from compressed.cifar100 import CLASSES, IMAGE_SIZE
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import save_tensors
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
@@ -44,41 +43,41 @@ def add_option(parser, claimed: bool = False) -> None:
                              f"({stated})")
 
 
-def _module(place: str, said: str):
-    """Import a module by its name, or a .py file by its path."""
-    try:
-        if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
-            place = str(OWN)  # the user's folder has a file of that name
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise BadInput(f"{said}: there is no file {place}")
-        found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module  # dataclasses and pickle look their module up
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))  # at the end: none of their files can hide one of ours
-        found.loader.exec_module(module)
-        return module
-    except BadInput:
-        raise
-    except Exception as error:  # whatever the user's own code raises
-        raise BadInput(f"{said}: {place} cannot be imported ({type(error).__name__}: {error})") from error
+def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
+    """Return (file or module, name in it, {argument: value}) of a specification. option: where it was given.
 
-
-def _arguments(text: str, said: str) -> dict:
-    """Return {name: value} of "width=0.5&stem=32". A value that is no Python literal is a string."""
+    A value that is no Python literal is a string. Raises BadInput for what has not the form of a specification.
+    """
+    what, _, text = spec.partition("?")
+    place, _, name = what.rpartition(":")
+    if not place or not name.isidentifier():
+        raise BadInput(f"{option} {spec}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
     arguments = {}
     for part in filter(None, text.split("&")):
-        name, equals, value = part.partition("=")
-        if not equals or not name.isidentifier():
-            raise BadInput(f"{said}: {part!r} is no argument, expected NAME=VALUE")
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise BadInput(f"{option} {spec}: {part!r} is no argument, expected NAME=VALUE")
         try:
-            arguments[name] = ast.literal_eval(value)
+            arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            arguments[name] = value
-    return arguments
+            arguments[key] = value
+    return place, name, arguments
+
+
+def _module(place: str):
+    """Import a module by its name, or a .py file by its path."""
+    if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
+        place = str(OWN)  # the user's folder has a file of that name
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses and pickle look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # at the end: none of their files can hide one of ours
+    found.loader.exec_module(module)
+    return module
 
 
 def find(spec: str, option: str = "--network") -> tuple:
@@ -86,15 +85,14 @@ def find(spec: str, option: str = "--network") -> tuple:
 
     Raises BadInput for a specification that names nothing.
     """
-    said = f"{option} {spec}"
-    what, _, text = spec.partition("?")
-    place, _, name = what.rpartition(":")
-    if not place or not name.isidentifier():
-        raise BadInput(f"{said}: expected FILE.py:NAME or MODULE:NAME, such as {DEFAULT}")
-    found = getattr(_module(place, said), name, None)
+    place, name, arguments = parse(spec, option)
+    if place.endswith(".py") and not os.path.isfile(place):
+        raise BadInput(f"{option} {spec}: there is no file {place}")
+    with refused(f"{option} {spec}: {place} cannot be imported"):  # whatever the user's own code raises
+        found = getattr(_module(place), name, None)
     if not callable(found):
-        raise BadInput(f"{said}: {place} has no class or function {name}")
-    return found, _arguments(text, said)
+        raise BadInput(f"{option} {spec}: {place} has no class or function {name}")
+    return found, arguments
 
 
 def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
@@ -104,26 +102,21 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     that names nothing, and for arguments that its constructor refuses.
     """
     constructor, arguments = find(spec)
-    name = spec.partition("?")[0].rpartition(":")[2]
-    try:
+    with refused(f"--network {spec} refuses its arguments", errors=(TypeError, ValueError)):
         if "num_classes" in inspect.signature(constructor).parameters:
             arguments.setdefault("num_classes", num_classes)
         network = constructor(**arguments)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"--network {spec}: {name} refuses its arguments ({error})") from error
     if not isinstance(network, nn.Module):
-        raise BadInput(f"--network {spec}: {name} returns {type(network).__name__}, expected an nn.Module")
+        raise BadInput(f"--network {spec}: returns {type(network).__name__}, expected an nn.Module")
     return network
 
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, spec: str, classes: int) -> None:
     """Raise BadInput if a network in training mode does not have one output for each of the data's classes."""
-    try:
-        shape = list(model.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"--network {spec}: its forward pass fails for images [1, 3, {IMAGE_SIZE}, {IMAGE_SIZE}] "
-                       f"({' '.join(str(error).split())[:200]})") from error
+    wanted = [1, 3, IMAGE_SIZE, IMAGE_SIZE]
+    with refused(f"--network {spec}: its forward pass fails for images {wanted}"):
+        shape = list(model.eval()(torch.zeros(wanted)).shape)
     if shape != [1, classes]:
         raise BadInput(f"--network {spec}: its outputs for an image are {shape}, and the data have {classes} classes: "
                        "let the network take an argument num_classes, or give other --data")
@@ -132,17 +125,10 @@ def check_outputs(model: nn.Module, spec: str, classes: int) -> None:
 
 def width(spec: str) -> float | None:
     """Return the width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
-    what, _, text = spec.partition("?")
-    arguments = _arguments(text, f"--network {spec}")
+    place, name, arguments = parse(spec)
     found = arguments.pop("width", 1.3)
-    return float(found) if what == DEFAULT and not arguments and isinstance(found, (int, float)) else None
-
-
-def _parts(spec: str) -> tuple[str, str, dict]:
-    """(name of the file or module without its folder, name of the class or function, arguments) of a specification."""
-    what, _, text = spec.partition("?")
-    place, _, name = what.rpartition(":")
-    return os.path.basename(place), name, _arguments(text, spec)
+    ours = f"{place}:{name}" == DEFAULT and not arguments and isinstance(found, (int, float))
+    return float(found) if ours else None
 
 
 def followed(spec: str, given: str | None) -> str:
@@ -157,7 +143,9 @@ def followed(spec: str, given: str | None) -> str:
         if not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
             raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)}")
         return spec
-    if _parts(spec) != _parts(given) and (width(spec) is None or width(spec) != width(given)):
+    (place, *theirs), (own_place, *ours) = parse(spec), parse(given)
+    same = os.path.basename(place) == os.path.basename(own_place) and theirs == ours
+    if not same and (width(spec) is None or width(spec) != width(given)):
         raise BadInput(f"it is of the network {spec}, and not of {given}")
     return given
 
@@ -177,22 +165,16 @@ def load_state(path) -> dict[str, torch.Tensor]:
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
-    try:
-        with open(path, "rb") as file:  # opened here: torch takes no name that is no UTF-8
-            # torch does not look at its own checksums
+    with open(path, "rb") as file:  # opened here: torch takes no name that is no UTF-8
+        try:
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-                raise BadInput(f"{path}: damaged, {part} in it has another checksum; restore it, or take another one")
+                raise zipfile.BadZipFile(f"{part} has another checksum")  # torch does not look at them
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except BadInput:
-        raise
-    except PermissionError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error, ...
-        # not in torch's words: they advise to read the file with weights_only=False, which executes what stands in it
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        reason = f"it asks for {asked[1]}, which tensors do not need" if asked else "damaged, or another kind of file"
-        raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors ({reason})") from error
+        except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error
+            # not in torch's words: they advise to read it with weights_only=False, which executes what stands in it
+            raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors: it is damaged, or holds "
+                           f"something else, such as a whole model ({type(error).__name__})") from error
     return plain_state(state, path)
 
 
@@ -206,9 +188,7 @@ def plain_state(content, path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
     plain = {}
     for key, value in content.items():
-        name = key.replace("_orig_mod.", "")
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
+        name = re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
         if name.rpartition(".")[2] in COUNTERS:
             continue
         if name in plain:
@@ -235,17 +215,14 @@ def half_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     row: the weights of an output channel or, in a vector, the value alone. So a BatchNorm variance above 65,504, or one
     far below 2^-14, stays as it is.
     """
-    return {key: halved(value.detach().cpu().contiguous()) for key, value in state.items()}
-
-
-def halved(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of a state dict as `half_state` stores it."""
-    if not value.is_floating_point():
-        return value
-    rows = value.double().reshape(len(value), -1) if value.dim() > 1 else value.double().reshape(-1, 1)
-    off = (value.half().double().reshape(rows.shape) - rows).abs()
-    kept = bool((off <= 2.0**-11 * rows.abs().amax(1, keepdim=True)).all()) if rows.numel() else True
-    return value.half() if kept else value
+    halved = {}
+    for key, value in state.items():
+        halved[key] = value = value.detach().cpu().contiguous()
+        rows = value.double().flatten(1) if value.dim() > 1 else value.double().reshape(-1, 1)
+        off = (value.half().double().reshape(rows.shape) - rows).abs()
+        if value.is_floating_point() and (off <= 2.0**-11 * rows.abs().amax(1, keepdim=True)).all():
+            halved[key] = value.half()
+    return halved
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -295,29 +272,16 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
     """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
 
     num_classes: the number of classes that it must have; None: as many as the values are for. Raises BadInput for a
-    file that does not fit to the last key, and for values that cannot be (see `fill`). A float16 checkpoint is loaded
-    as float32.
+    file that does not fit to the last key, and for values that cannot be (see `fill`).
     """
     state, classes = load_state(path), num_classes or CLASSES
     model = make(network, classes)
-    if found := _other_classes(model, state, classes):
+    pairs = {sizes for key, value in model.state_dict().items() if key in state and is_plain(state[key])
+             for sizes in zip(state[key].shape, value.shape) if sizes[0] != sizes[1]}
+    found, wanted = pairs.pop() if len(pairs) == 1 else (0, 0)
+    if wanted == classes and 1 <= found < 2**16:  # the number of classes is all that keeps the values from fitting
         if num_classes is not None:
             raise BadInput(f"{path} is of a network with {found} classes, expected {num_classes}: give --data with as "
                            "many classes, or another checkpoint")
         model, classes = make(network, found), found
     return fill(model, state, f"{path} does not fit {network} ({classes} classes)")
-
-
-def _other_classes(model: nn.Module, state: dict[str, torch.Tensor], classes: int) -> int | None:
-    """Return the number of classes that a state dict is for, if that is all that keeps it from fitting; else None.
-
-    The shapes that differ then differ in one dimension, which is `classes` in the model and another number in the
-    state.
-    """
-    pairs = set()
-    for key, value in model.state_dict().items():
-        if key in state and is_plain(state[key]) and state[key].shape != value.shape:
-            sizes = [pair for pair in zip(state[key].shape, value.shape) if pair[0] != pair[1]]
-            pairs.add(sizes[0] if state[key].dim() == value.dim() and len(sizes) == 1 else None)
-    found, wanted = (pairs.pop() if len(pairs) == 1 else None) or (0, 0)
-    return found if wanted == classes and 1 <= found < 2**16 else None

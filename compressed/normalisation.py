@@ -4,7 +4,6 @@ Everything here hands a network (pixel - 128) / 64 (cifar100.normalise). A netwo
 normalisation takes (pixel / 255 - mean) / deviation, which is scale * ours + shift for each colour.
 """
 import argparse
-import math
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,10 @@ def add_option(parser) -> None:
 def _statistics(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     try:
         means, deviations = (tuple(map(float, part.split(","))) for part in text.split("/"))
+        good = all(abs(mean) <= 255 for mean in means) and all(1e-3 <= each <= 255 for each in deviations)
     except ValueError:
-        means = deviations = ()
-    good = len(means) == len(deviations) == 3 and all(map(math.isfinite, means + deviations))
-    if not good or not all(abs(mean) <= 255 for mean in means) or not all(1e-3 <= each <= 255 for each in deviations):
+        good = False
+    if not good or not len(means) == len(deviations) == 3:
         raise argparse.ArgumentTypeError(f"{text!r}: expected three means, a slash, and three deviations of "
                                          "pixel / 255, such as 0.5,0.5,0.5/0.25,0.25,0.25")
     return means, deviations
@@ -58,23 +57,18 @@ def fold(model: nn.Module, means, deviations) -> nn.Module:
     """Fold another input normalisation into the layers of a prepared network that read the image, in place; return it.
 
     Equal but for one rounding of every changed value to float32: scales multiply the weights, and shifts go into the
-    BatchNorm's mean or the bias. A convolution that pads with zeros reads, at the border, zeros in place of the shift:
-    it can be folded only if every shift is zero. Raises BadInput where the network cannot be folded exactly.
+    BatchNorm's mean or the bias. Raises BadInput where the network cannot be folded exactly.
     """
     graph, (scale, shift) = read(model), scale_and_shift(means, deviations)
     first = {branch for point in graph.points for branch in point.branches if graph.images & set(branch.sources)}
     for branch in first:
         layer = model.get_submodule(branch.name) if branch.kind == "layer" else None
-        if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
-            raise BadInput(f"--normalise cannot be folded: {branch.name} reads the image, and is no plain convolution; "
-                           "train the network with (pixel - 128) / 64")
-        if shift.any() and layer.padding not in (0, (0, 0), "valid"):
-            raise BadInput(f"--normalise cannot be folded exactly: {branch.name} pads the image with zeros, which are "
-                           "not the same colour in both normalisations; train the network further with "
-                           "(pixel - 128) / 64, by training/main.py --start")
-        if shift.any() and branch.norm is None and layer.bias is None:
-            raise BadInput(f"--normalise cannot be folded: {branch.name} has neither a BatchNorm nor a bias to take "
-                           "the shift; train the network with (pixel - 128) / 64")
+        plain = isinstance(layer, nn.Conv2d) and layer.groups == 1
+        if not plain or shift.any() and (layer.padding not in (0, (0, 0), "valid")
+                                         or branch.norm is None and layer.bias is None):
+            raise BadInput(f"--normalise cannot be folded exactly: {branch.name} reads the image, and is no convolution"
+                           " that has a BatchNorm or a bias, and no padding (its zeros are another colour here); train "
+                           "the network further with (pixel - 128) / 64, by training/main.py --start")
         weight = layer.weight.double()
         added = (weight * shift.to(weight)[:, None, None]).sum((1, 2, 3))  # to every sum of the convolution
         layer.weight.copy_(weight * scale.to(weight)[:, None, None])

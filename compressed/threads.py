@@ -26,7 +26,7 @@ def cores() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         count = os.cpu_count() or 1
-    return max(1, count // environment.processes_here())
+    return max(1, count // (environment.whole("LOCAL_WORLD_SIZE", 1) or 1))
 
 
 def describe_machine(device, processes: int = 1) -> dict:
@@ -40,18 +40,13 @@ def describe_machine(device, processes: int = 1) -> dict:
 
 
 def prepare() -> None:
-    """Set up memory and threads as described above; scripts call it before they make the first large tensor."""
-    keep_memory()
+    """Set up memory and threads as described above; scripts call it before they make the first large tensor.
+
+    By default glibc maps memory anew for every large tensor, and the kernel clears each page every time: a third of a
+    training step was page faults. Here it keeps freed memory until the process ends. Other C libraries are left alone.
+    """
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 use full precision on CUDA too
-
-
-def keep_memory() -> None:
-    """Make glibc's allocator keep freed memory; do nothing with another C library.
-
-    By default glibc maps memory anew for every large tensor and unmaps it afterwards, and the kernel clears each page
-    every time: a third of a training step was page faults. In return, the process keeps its peak memory until it ends.
-    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
@@ -65,8 +60,7 @@ def in_threads(function, parts) -> list:
     """Return [function(part) for part in parts], computed in parallel: one thread for each part, this one included.
 
     Autocast, inference mode and the like are set per thread, so `function` must enter them itself. The first error is
-    raised when all threads have ended. Long work has to call `go_on` between batches, so that it ends soon after an
-    error or Ctrl-C.
+    raised when all threads have ended. Long work calls `go_on` between batches, to end soon after an error or Ctrl-C.
     """
     first, *others = parts
     waiting = [_pool.submit(function, part) for part in others]
@@ -96,8 +90,7 @@ def for_each(function, *lists) -> None:
 
     lists: lists of tensors, all of the same length. The function changes those of the first in place.
     """
-    if not lists[0]:
-        return
-    cpu, some = lists[0][0].device.type == "cpu", torch.no_grad()(function)
-    count = min(cores(), len(lists[0])) if cpu else 1
-    in_threads(lambda k: some(*(each[k::count] for each in lists)), range(count))
+    if lists[0]:
+        count = min(cores(), len(lists[0])) if lists[0][0].is_cpu else 1
+        some = torch.no_grad()(function)
+        in_threads(lambda k: some(*(each[k::count] for each in lists)), range(count))

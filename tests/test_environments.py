@@ -51,27 +51,22 @@ def plain(monkeypatch, tmp_path):
 @pytest.mark.parametrize("variables, found", [
     ({}, (0, 1, 0)), ({"WORLD_SIZE": "1"}, (0, 1, 0)), (dict.fromkeys(PROCESS, ""), (0, 1, 0)),
     (dict.fromkeys(PROCESS, "  "), (0, 1, 0)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
-    ({"RANK": "0", "WORLD_SIZE": " 1 ", "LOCAL_RANK": "0"}, (0, 1, 0)),
+    ({"RANK": "0", "WORLD_SIZE": " 1 ", "LOCAL_RANK": "0"}, (0, 1, 0)), ({"RANK": "0"}, (0, 1, 0)),
     ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
      (3, 4, 1)),
 ])
 def test_the_processes_of_torchrun(monkeypatch, variables, found):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert environment.processes() == found and environment.processes_here() == 1
+    assert environment.processes() == found
 
 
+ONE_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 WRONG_PROCESSES = [
-    {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "1"}, {"RANK": "x"}, {"RANK": "-1"}, {"RANK": "1.0"}, {"RANK": "1e1"},
-    {"RANK": "²"}, {"RANK": "9" * 5000 + "x"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "-2"},
-    {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"LOCAL_RANK": "x"}, {"LOCAL_RANK": "-1"},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
-    {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "x"}, {"LOCAL_WORLD_SIZE": "-1"}, {"LOCAL_WORLD_SIZE": "0x2"},
-]
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "x"}, {"RANK": "-1"}, {"RANK": "1.0"}, {"RANK": "²"},
+    {"RANK": "9" * 5000}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"},
+    {"RANK": "1", "WORLD_SIZE": "1"}, ONE_OF_TWO | {"RANK": "2"},
+    *(ONE_OF_TWO | {name: ""} for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))]
 
 
 def ended(main, argv, capsys) -> tuple[int, str, str]:
@@ -91,15 +86,13 @@ def assert_one_line(status, err, *named):
 def test_variables_that_contradict_each_other_are_named(monkeypatch, capsys, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined"))
     status, out, err = ended(training.main, ["--made-up", "100", "--epochs", "1", "--pretrain", "--no-cuda"], capsys)
     assert_one_line(status, err, "environment variable")
-    assert any(name in err for name in variables) and not out
+    assert any(name in err for name in variables) and not out and not torch.distributed.is_initialized()
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": "29500"}.items():
+    for name, value in ONE_OF_TWO.items():
         monkeypatch.setenv(name, value)
 
     def late(*_):
@@ -107,13 +100,11 @@ def test_processes_that_do_not_find_each_other(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.distributed, "init_process_group", late)
     status, out, err = ended(training.main, ["--made-up", "100", "--no-cuda"], capsys)
-    assert_one_line(status, err, "the 2 processes do not find each other (timed out C++ stack)")
+    assert_one_line(status, err, "the 2 processes do not find each other (DistNetworkError: timed out C++ stack)")
 
 
-@pytest.mark.parametrize("name, value", [("CIFAR100_DIR", "nowhere"), ("CIFAR100_DIR", "~/nowhere-at-all"),
-                                         ("CIFAR100_DIR", "~no-such-user/x"), ("TEACHERS_DIR", "~no-such-user"),
-                                         ("CIFAR100_DIR", "a.txt"), ("TEACHERS_DIR", "nowhere"),
-                                         ("CIFAR100_DIR", "/proc/self/mem"), ("TEACHERS_DIR", "/dev/null")])
+@pytest.mark.parametrize("name", ("CIFAR100_DIR", "TEACHERS_DIR"))
+@pytest.mark.parametrize("value", ("nowhere", "~/nowhere-at-all", "~no-such-user/x", "a.txt", "/dev/null"))
 def test_folders_that_are_none_are_named_by_their_absolute_path(monkeypatch, capsys, tmp_path, name, value):
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.setenv(name, value)
@@ -146,9 +137,7 @@ def script(path, text) -> str:
     (lambda folder: "gcc '", "No closing quotation"), (lambda folder: "no-such-compiler", "no-such-compiler"),
     (lambda folder: str(folder), "Permission denied"), (lambda folder: "false", "status 1"),
     (lambda folder: script(folder / "cc", "#!/bin/sh\nexit 0\n"), "kernels.so"),
-    (lambda folder: script(folder / "cc", "no script\n"), "Exec format error"),
     (lambda folder: script(folder / "cc", "#!/bin/sh\nfor last; do :; done; echo x > $last\n"), "kernels.so"),
-    (lambda folder: script(folder / "cc", "#!/bin/sh\nkill -9 $$\n"), "status -9"),
     (lambda folder: script(folder / "cc", "#!/bin/sh\nfor last; do :; done\n"
                            "echo 'int x;' | cc -x c - -shared -fPIC -o $last\n"), "batchnorm"),
 ])
@@ -163,15 +152,6 @@ def test_a_compiler_that_does_not_work_is_done_without(monkeypatch, tmp_path, ca
 def test_no_compiler_is_nothing_to_talk_about(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert kernels.library.__wrapped__(torch.float32) is None and capsys.readouterr() == ("", "")
-
-
-def test_no_temporary_folder_is_done_without(monkeypatch, capsys):
-    def none(*_, **__):
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", none)
-    assert kernels.library.__wrapped__(torch.float32) is None
-    assert "Traceback" not in capsys.readouterr().err
 
 
 BROKEN = [("raise RuntimeError('broken\\nhere')", "(RuntimeError: broken here)"), ("x = ", "SyntaxError"),
@@ -195,34 +175,33 @@ def stand_in(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("content, said", [*BROKEN, ("profile = None", "TypeError"), ("", "cannot import name"),
-                                           ("def profile(*a, **k): return {}", "KeyError")])
-def test_a_thop_that_does_not_work_is_done_without(stand_in, capsys, content, said):
-    stand_in("thop", content)
-    assert counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")) is None
-    line, = capsys.readouterr().err.splitlines()
-    assert "thop does not work here" in line and said in line
+COMFORT = {"thop": lambda: counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")),
+           "tqdm": lambda: command_line.progress_bar(total=1)}
 
 
-@pytest.mark.parametrize("content, said", [*BROKEN, ("tqdm = None", "TypeError"), ("", "cannot import name")])
-def test_a_tqdm_that_does_not_work_is_done_without(stand_in, capsys, monkeypatch, content, said):
-    stand_in("tqdm", content)
+@pytest.fixture
+def terminal(monkeypatch, capsys):
     monkeypatch.delenv("TERM", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert command_line.progress_bar(total=1) is None and command_line.progress_bar(total=1) is None
+
+
+@pytest.mark.parametrize("name, content, said", [
+    *((name, *case) for name in COMFORT for case in (*BROKEN, ("", "cannot import name"))),
+    ("tqdm", "tqdm = None", "TypeError"), ("thop", "def profile(*a, **k): return {}", "KeyError")])
+def test_a_package_that_is_not_necessary_and_does_not_work_is_done_without(stand_in, terminal, capsys, name, content,
+                                                                           said):
+    stand_in(name, content)
+    assert COMFORT[name]() is None and COMFORT[name]() is None
     line, = capsys.readouterr().err.splitlines()
-    assert "tqdm does not work here" in line and said in line
+    assert f"{name} does not work here" in line and said in line
 
 
-@pytest.mark.parametrize("absent", ("tqdm", "thop", "matplotlib", "onnx", "onnxruntime"))
-def test_a_package_that_is_not_installed_is_done_without_or_named(monkeypatch, capsys, absent):
+@pytest.mark.parametrize("absent", (*COMFORT, "matplotlib", "onnx", "onnxruntime"))
+def test_a_package_that_is_not_installed_is_done_without_or_named(monkeypatch, terminal, capsys, absent):
     monkeypatch.setitem(sys.modules, absent, None)  # then its import raises ModuleNotFoundError
     monkeypatch.delitem(sys.modules, "tools.figures", raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    if absent == "thop":
-        assert counting.thop_counts(networks.make("mobilenet_v2:MobileNetV2?width=0.25")) is None
-    elif absent == "tqdm":
-        assert command_line.progress_bar(total=1) is None
+    if absent in COMFORT:
+        assert COMFORT[absent]() is None
     else:
         with pytest.raises(BadInput, match=f"{absent}.*pip install -r requirements.txt"):
             command_line.needed("tools.figures" if absent == "matplotlib" else absent)
@@ -246,12 +225,11 @@ def test_a_package_that_does_not_work_is_named(stand_in, monkeypatch, capsys, tm
     assert not (tmp_path / "to").exists()
 
 
-@pytest.mark.parametrize("backend", ("module://matplotlib_inline.backend_inline", "no-such-backend"))
-def test_the_backend_of_a_notebook_does_not_matter(backend):
+def test_the_backend_of_a_notebook_does_not_matter():
     """matplotlib looks at the variable once in a process: hence a new one."""
     code = "from tools import figures; f = figures.plt.figure(); f.savefig('a.png'); print(figures.plt.get_backend())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"MPLBACKEND": "module://nowhere.inline", "PYTHONPATH": str(ROOT)})
     assert done.stdout.lower() == "agg\n" and Path("a.png").stat().st_size > 100, done.stderr
 
 
@@ -278,7 +256,7 @@ sys.argv[0] = "talk.py"
 from compressed.command_line import run_script
 from compressed.errors import BadInput
 def main():
-    for line in range(20_000):
+    for line in range(5_000):
         print("caf\\u00e9 \\udce9", line)
     {end}
 run_script(main)
@@ -292,10 +270,8 @@ def talk(end: str, shell: str, **variables) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("shell, end, status, err", [
-    ('"$0" -c "$1" | head -1', "return 0", 141, b""), ('"$0" -c "$1" | head -1', "raise BadInput('x')", 141, b""),
-    ('"$0" -c "$1" | true', "return 2", 141, b""),
-    ('"$0" -c "$1" >&-', "return 0", 0, b""), ('"$0" -c "$1" >&-', "return 2", 2, b""),
-    ('"$0" -c "$1" >&-', "raise BadInput('x')", 2, b"talk.py: x\n"),
+    ('"$0" -c "$1" | head -1', "return 0", 141, b""), ('"$0" -c "$1" | true', "return 2", 141, b""),
+    ('"$0" -c "$1" >&-', "return 2", 2, b""), ('"$0" -c "$1" >&-', "raise BadInput('x')", 2, b"talk.py: x\n"),
     ('"$0" -c "$1" 2>&- | cat >/dev/null', "raise BadInput('x')", 2, b""),
     ('"$0" -c "$1" <&- >&- 2>&-', "raise BadInput('x')", 2, b""), ('"$0" -c "$1" <&- >&- 2>&-', "return 0", 0, b""),
     ('"$0" -c "$1" >/dev/full', "return 0", 2, b"talk.py: [Errno 28] No space left on device\n"),
@@ -308,8 +284,7 @@ def test_streams_that_are_closed_full_or_left(shell, end, status, err):
 
 
 @pytest.mark.parametrize("variables, first", [
-    ({"PYTHONIOENCODING": "ascii"}, b"caf\\xe9 \\udce9 0"), ({"PYTHONIOENCODING": "latin-1"}, b"caf\xe9 \\udce9 0"),
-    ({"PYTHONIOENCODING": "ascii:strict"}, b"caf\\xe9 \\udce9 0"), ({"PYTHONUTF8": "1"}, b"caf\xc3\xa9 \\udce9 0"),
+    ({"PYTHONIOENCODING": "latin-1"}, b"caf\xe9 \\udce9 0"), ({"PYTHONUTF8": "1"}, b"caf\xc3\xa9 \\udce9 0"),
     ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, b"caf\\xe9 \\udce9 0")])
 def test_text_that_a_terminal_cannot_show(variables, first):
     found = talk("return 0", '"$0" -c "$1"', **variables)
@@ -344,9 +319,7 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("script", ["testers.py", "quantize.py", "check_model_operations.py", "training/main.py",
-                                    "-m tools.integer", "-m tools.report", "-m compressed.cifar100",
-                                    "-m training.teachers"])
+@pytest.mark.parametrize("script", ["testers.py", "training/main.py", "-m tools.report", "-m compressed.cifar100"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
     (tmp_path / "torch.py").write_text(SLOW_TORCH)
     process = subprocess.Popen([sys.executable, *script.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -447,28 +420,6 @@ def test_a_folder_for_the_data_that_cannot_be_written(monkeypatch, capsys):
     assert_one_line(status, err, "cannot put CIFAR-100 into", "Permission denied", "--data FOLDER")
 
 
-def test_data_that_cannot_be_read(monkeypatch, tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split).write_bytes(b"")
-
-    def refused(path, *_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(cifar100, "open", refused, raising=False)
-    with pytest.raises(BadInput, match="test: cannot be read .Permission denied"):
-        cifar100.load(tmp_path, "test")
-
-
-def test_a_checkpoint_that_cannot_be_read(monkeypatch, tmp_path):
-    def refused(path, *_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    (tmp_path / "a.pt").write_bytes(b"")
-    monkeypatch.setattr(networks, "open", refused, raising=False)
-    with pytest.raises(BadInput, match="a.pt: cannot be read .Permission denied"):
-        networks.load_state(tmp_path / "a.pt")
-
-
 def test_a_checkpoint_whose_name_is_no_text(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.pt")
     save_tensors({"x": torch.ones(2)}, path)
@@ -504,7 +455,7 @@ FILES = {"empty.pt": b"", "text.pt": b"hello", "zip.pt": b"PK\x05\x06" + bytes(1
          "empty.mnet": b"", "bom.toml": b"\xef\xbb\xbfdefault = 99", "latin.toml": b"a = '\xe9'", "x.toml": b"x",
          "deep.toml": b"a = " + b"[" * 10_000,
          "list.pt": torch.ones(2), "odd.pt": {"conv1.weight": torch.ones(2)}, "nothing.pt": {}}
-CHECKPOINTS = (*(name for name in FILES if not name.endswith(".toml")), "missing.pt", "folder", "folder/", "loop.pt",
+CHECKPOINTS = (*(name for name in FILES if not name.endswith(".toml")), "missing.pt", "folder", "loop.pt",
                "pipe.pt", "/dev/null", "a\nb.pt", "caf\udce9.pt", "x" * 300, "~/x.pt")
 ARGUMENTS = [  # script, words in which F is each of the checkpoints
     (testers, ["--checkpoint", "F", "--made-up", "10"]), (check_model_operations, ["--checkpoint", "F"]),
@@ -512,13 +463,13 @@ ARGUMENTS = [  # script, words in which F is each of the checkpoints
     (integer, ["--checkpoint", "F", "--made-up", "10"]), (divergence, ["--teacher", "empty.pt", "--", "F"]),
     (training, ["--pretrain", "--start", "F", "--made-up", "100", "--no-cuda", "--run", "run"]),
 ]
+FEW = ("text.pt", "odd.pt", "missing.pt", "folder", "pipe.pt", "a.mnet")  # all scripts read by the same functions
 LINES = [(script, [checkpoint if word == "F" else word for word in words])
-         for script, words in ARGUMENTS for checkpoint in CHECKPOINTS]
+         for script, words in ARGUMENTS for checkpoint in (CHECKPOINTS if script is testers else FEW)]
 LINES += [(quantize, ["--checkpoint", "odd.pt", "--out", "out.pt", "--made-up", "10", *words]) for words in (
     ["--table", "x.toml"], ["--table", "latin.toml"], ["--table", "missing.toml"], ["--table", "99"],
-    ["--table", "folder"], ["--table", "deep.toml"], ["--table", "9" * 5000], ["--out", "out"],
-    ["--out", "out.json"], ["--out", "odd.pt"], ["--out", "pipe.pt"],
-    ["--out", "folder/../odd.pt"])]
+    ["--table", "folder"], ["--table", "deep.toml"], ["--table", "9" * 5000], ["--out", "out.json"],
+    ["--out", "odd.pt"], ["--out", "pipe.pt"])]
 LINES += [(training, ["--recipe", name]) for name in ("x.toml", "latin.toml", "missing", "folder", "bom.toml")]
 LINES += [(layers, ["--network", spec]) for spec in ("x", "x:", "empty.pt:X", "folder:X", "os:path", "x.toml:X",
                                                      "\0:X")]
@@ -546,10 +497,6 @@ def test_odd_command_lines(script, words, odd_files, monkeypatch, capsys):
     status, out, err = ended(script.main, words, capsys)
     assert status == 2 and err and "Traceback" not in err and len(err) < 3000
     assert {path: path.read_bytes() for path in before} == before and not (odd_files / "out.pt").exists()
-
-
-def test_there_are_many():
-    assert len(LINES) + len(WRONG_PROCESSES) >= 150
 
 
 def test_stdout_without_an_encoding(monkeypatch):

@@ -46,8 +46,7 @@ def test_a_file_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("spec, named", (
-    ("", "expected FILE.py:NAME"), ("mobilenet_v2", "expected FILE.py:NAME"),
-    ("mobilenet_v2:", "expected FILE.py:NAME"),
+    ("", "expected FILE.py:NAME"), ("mobilenet_v2:", "expected FILE.py:NAME"),
     ("mobilenet_v2:Nothing", "no class or function Nothing"), ("mobilenet_v2:SMALL", "no class or function SMALL"),
     ("mobilenet_v2:MobileNetV2?width", "'width' is no argument"),
     ("mobilenet_v2:MobileNetV2?depth=3", "unexpected keyword argument 'depth'"),
@@ -67,20 +66,14 @@ def test_a_file_that_cannot_be_imported_is_named(tmp_path):
         networks.make(f"{tmp_path}/broken.py:Net")
 
 
-def test_problems_of_a_foreign_checkpoint_are_few(tmp_path):
-    path = tmp_path / "other.pt"
-    torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(1000)}, path)
-    with pytest.raises(BadInput) as raised:
-        networks.load_checkpoint(path)
-    assert "unknown layer0.weight" in str(raised.value) and "more)" in str(raised.value)
-    assert len(str(raised.value)) < 400
+@pytest.fixture(scope="module")
+def state():
+    return network(width=0.25, num_classes=7).state_dict()
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(tmp_path, state):
     """A function that writes a changed state dict of a thin network; load_checkpoint's options for it."""
-    state = network(width=0.25, num_classes=7).state_dict()
-
     def write(change=lambda state: None):
         changed = dict(state)
         value = change(changed)
@@ -114,24 +107,18 @@ def test_the_batch_counters_may_be_missing(small):
     assert torch.equal(small.load(path).conv1.weight, small.state["conv1.weight"])
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_three_bad_keys_are_named_and_the_others_counted(small):
     def change(state):
         del state["bn1.running_var"], state["layers.3.conv2.weight"]
         state["extra.weight"] = torch.zeros(3)
         state["conv1.bias"] = torch.zeros(8)
         state["conv2.weight"] = torch.zeros(2, 3)
-        state["linear.bias"] = state["linear.bias"].clone().fill_(float("nan"))
-        state["layers.0.bn1.weight"] = state["layers.0.bn1.weight"] / 0
-        state["layers.1.conv1.weight"] = state["layers.1.conv1.weight"].to_sparse()
-        state["layers.2.conv1.weight"] = state["layers.2.conv1.weight"].to(torch.complex64)
-        state["layers.4.conv1.weight"] = state["layers.4.conv1.weight"].to("meta")
 
     with pytest.raises(BadInput) as raised:
         small.load(small(change))
     message = str(raised.value)
     for part in ("a.pt does not fit mobilenet_v2:MobileNetV2?width=0.25 (7 classes)", "unknown extra.weight",
-                 "unknown conv1.bias", "missing bn1.running_var", "more)"):
+                 "unknown conv1.bias", "missing bn1.running_var", "(and 2 more)"):
         assert part in message
     assert message.count(";") == 2 and "\n" not in message
 
@@ -141,6 +128,7 @@ def test_three_bad_keys_are_named_and_the_others_counted(small):
     ("conv2.weight", lambda value: torch.zeros(2, 3), "conv2.weight is [2, 3], expected [1280, 80, 1, 1]"),
     ("linear.bias", lambda value: value * torch.nan, "linear.bias holds values that are not finite"),
     ("layers.0.bn1.weight", lambda value: value / 0, "layers.0.bn1.weight holds values that are not finite"),
+    ("conv1.weight", lambda value: value.double() + 1e300, "conv1.weight holds values that are not finite in float32"),
     *(("conv1.weight", change, "conv1.weight is no dense tensor of real numbers") for change in (
         torch.Tensor.to_sparse, lambda value: value.to(torch.complex64), lambda value: value.to("meta")))))
 def test_a_bad_value_is_named(small, key, change, problem):
@@ -169,12 +157,11 @@ def test_a_key_with_and_without_its_prefix(small):
     lambda state: state | {"total_ops": torch.zeros(1), "layers.0.conv1.total_params": torch.zeros(1)},
 ])
 def test_known_wrappers_prefixes_and_counters_are_dropped(small, wrap):
-    path = small(wrap)
-    assert set(load_state(path)) == set(small.state)
-    assert all(torch.equal(value, small.state[key]) for key, value in small.load(path).state_dict().items())
+    found = load_state(small(wrap))
+    assert set(found) == set(small.state) and all(torch.equal(found[key], small.state[key]) for key in found)
 
 
-@pytest.mark.parametrize("value", (-1e-30, -1.0, -torch.inf))
+@pytest.mark.parametrize("value", (-1e-30, -torch.inf))
 def test_values_that_cannot_be_are_neither_read_nor_written(small, tmp_path, value):
     def change(state):
         state["layers.3.bn2.running_var"] = state["layers.3.bn2.running_var"].clone()
@@ -192,11 +179,6 @@ def test_values_that_cannot_be_are_neither_read_nor_written(small, tmp_path, val
     assert not zero.bn1.running_var.any()  # a channel that never varied
 
 
-def test_a_float64_that_float32_does_not_hold(small):
-    with pytest.raises(BadInput, match="conv1.weight holds values that are not finite in float32"):
-        small.load(small(lambda state: state.__setitem__("conv1.weight", state["conv1.weight"].double() + 1e300)))
-
-
 @pytest.mark.parametrize("key, values", (
     ("bn1.running_var", [1e5, 1.0]), ("bn1.running_var", [1e-7, 1.0]), ("bn1.weight", [3e-5, 1.0]),
     ("bn1.bias", [-7e4, 1.0]), ("conv1.weight", [1e5, 1.0]), ("conv1.weight", [3e-8, 0.0])))
@@ -210,7 +192,6 @@ def test_what_float16_would_damage_stays_in_float32(small, tmp_path, key, values
     assert written[key].dtype == torch.float32 and torch.equal(written[key], state[key])
     others = [value for name, value in written.items() if name != key and value.is_floating_point()]
     assert others and all(value.dtype == torch.float16 for value in others)
-    assert torch.equal(small.load(tmp_path / "half.pt").state_dict()[key], state[key])
 
 
 @pytest.mark.parametrize("wrap", [
@@ -238,25 +219,16 @@ def test_nothing_in_a_file_is_executed(small, tmp_path, monkeypatch, zipped):
     Path("b.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(BadInput, match="b.pt: not a checkpoint"):
         small.load("b.pt")
-    assert "\n" not in str(raised.value) and not Path("executed").exists()
+    assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value) and not Path("executed").exists()
     pickle.loads(Path("b.pt").read_bytes())
     assert Path("executed").exists()  # the test can fail
 
 
-def test_a_whole_model_is_refused(small, tmp_path):
-    torch.save(network(width=0.25), tmp_path / "a.pt")
-    with pytest.raises(BadInput, match="not a checkpoint that torch can read as plain tensors"):
-        small.load(tmp_path / "a.pt")
-
-
 def test_no_file_or_an_empty_one(small, tmp_path):
-    with pytest.raises(BadInput, match="b.pt: no such checkpoint file; .*`python training/main.py`"):
-        small.load(tmp_path / "b.pt")
-    with pytest.raises(BadInput, match="no such checkpoint file"):
-        small.load(tmp_path)
-    (tmp_path / "b.pt").touch()
-    with pytest.raises(BadInput, match=r"b.pt: not a checkpoint that torch can read as plain tensors \(.+\)"):
-        small.load(tmp_path / "b.pt")
-    (tmp_path / "b.pt").write_text("hello")
-    with pytest.raises(BadInput, match="b.pt: not a checkpoint"):
-        small.load(tmp_path / "b.pt")
+    for path in (tmp_path / "b.pt", tmp_path):
+        with pytest.raises(BadInput, match=f"{path}: no such checkpoint file; .*`python training/main.py`"):
+            small.load(path)
+    for content in ("", "hello"):
+        (tmp_path / "b.pt").write_text(content)
+        with pytest.raises(BadInput, match="b.pt: not a checkpoint that torch can read as plain tensors"):
+            small.load(tmp_path / "b.pt")

@@ -78,14 +78,13 @@ def test_scales_alone_are_folded_into_padded_convolutions_too():
     torch.testing.assert_close(folded(cifar100.normalise(PIXELS.images)), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model, said", (
-    (network(padding=1), "0 pads the image with zeros"), (network(norm=False), "neither a BatchNorm nor a bias"),
-    (nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 7, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(),
-     "reads the image, and is no plain convolution")))
-def test_what_cannot_be_folded_exactly_is_refused(model, said):
+@pytest.mark.parametrize("model", (
+    network(padding=1), network(norm=False),
+    nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 7, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()))
+def test_what_cannot_be_folded_exactly_is_refused(model):
     model = prepare(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match="cannot be folded exactly: .* reads the image, and is no convolution that has"):
         normalisation.fold(model, MEANS, DEVIATIONS)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

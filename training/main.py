@@ -32,7 +32,7 @@ from torch import nn
 from compressed import datasets, environment, networks, threads  # noqa: E402
 from compressed.cifar100 import DataSet, Images  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
-from compressed.errors import BadInput  # noqa: E402
+from compressed.errors import BadInput, refused  # noqa: E402
 from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
 from compressed.networks import load_checkpoint, save_state  # noqa: E402
 from training import loop, plan, recipes, sparsity, teachers  # noqa: E402
@@ -444,12 +444,8 @@ def join_processes(args) -> tuple[loop.Processes, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if count > 1 and not dist.is_initialized():
-        try:
+        with refused(f"the {count} processes do not find each other", "; start them with torchrun"):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"the {count} processes do not find each other ({reason}); start them with torchrun"
-                           ) from error
     return loop.Processes(rank, count), device
 
 
