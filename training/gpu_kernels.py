@@ -16,7 +16,8 @@ from torch import nn
 
 from compressed.command_line import say_once
 from training import cpu_kernels
-from training.cpu_kernels import ACTIVATIONS, exchanged, normalisations, with_activations
+from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
+from training.cuda_graphs import Graphs
 
 KINDS = "depthwise", "BatchNorm"  # of layers that may use the kernels
 AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
@@ -113,63 +114,22 @@ class Layer:
             return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
         return work
 
-    def operators(self, module: nn.Module) -> dict:
-        """Return {operator: function that calls it} for the operators whose tilings are to be chosen."""
-        x, op = self.maps(self.height, self.width, 0), torch.ops.training
-        if self.kind == "depthwise":
-            weight, stride = module.weight.detach(), self.stride
-            dy = op.depthwise(x, weight, stride)
-            return {"depthwise": lambda: op.depthwise(x, weight, stride),
-                    "depthwise_input_gradient": lambda: op.depthwise_input_gradient(dy, weight, *x.shape[2:], stride),
-                    "depthwise_weight_gradient": lambda: op.depthwise_weight_gradient(x, dy, stride)}
-        values = module.weight.detach(), module.bias.detach()
-        kind = ACTIVATIONS.index(self.activation)
-        y, statistics = op.normalise(x, *values, module.running_mean, module.eps, kind)
-        return {"normalise": lambda: op.normalise(x, *values, module.running_mean, module.eps, kind),
-                "normalise_gradients": lambda: op.normalise_gradients(x, y, *values, statistics, kind)}
 
-
-recorded = []  # the CUDA graph that was timed last; the next one takes over its memory
-timing_stream = functools.cache(torch.cuda.Stream)  # one for each device, because each stream's memory is its own
-
-
-def seconds(work, captured: bool, device: torch.device, repeats: int = 5) -> float:
-    """Return the time that the device takes for work(), as a CUDA graph if `captured`."""
-    stream, now = timing_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()  # compiles kernels and allocates memory
-        if captured:
-            graph = torch.cuda.CUDAGraph()  # torch.cuda.graph would collect garbage first, which takes longer than all
-            graph.capture_begin(recorded[0].pool() if recorded else None, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-            recorded[:], work = [graph], graph.replay
-            work()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def seconds(work, captured: bool, device: torch.device, repeats: int = 10) -> float:
+    """Return the time that the device takes for work(), in a CUDA graph as training's steps are, if `captured`."""
+    def several(*_):
         for _ in range(repeats):
             work()
-        end.record()
-        end.synchronize()
-    now.wait_stream(stream)
+    graphs = Graphs(several, device)
+    run = (lambda: graphs.step("layer", ())) if captured else several
+    for _ in range(3):
+        run()  # compiles kernels and allocates memory; records; replays
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
     return start.elapsed_time(end) / 1000 / repeats
-
-
-def choose_tilings(layer: Layer, module: nn.Module) -> None:
-    """Time all tilings of the layer's operators and keep the fastest of each in triton_kernels.chosen."""
-    triton_kernels = importlib.import_module("training.triton_kernels")
-    for operator, work in layer.operators(module).items():
-        key = operator, layer.channels, layer.height, layer.width, layer.stride
-        times = {}
-        for tiling in triton_kernels.TILINGS[operator]:
-            triton_kernels.chosen[key] = tiling
-            with contextlib.suppress(Exception):  # a tiling may need more registers or memory than this GPU has
-                times[tiling] = seconds(work, layer.captured, layer.device)
-        triton_kernels.chosen[key] = min(times, key=times.get) if times else triton_kernels.TILINGS[operator][0]
 
 
 def distance(found: list, wanted: list) -> float:
@@ -185,7 +145,6 @@ def measured(layer: Layer) -> dict:
     theirs, ours = (layer.work(module) for module in layer.modules())
     found = {"pytorch": seconds(theirs, layer.captured, layer.device), "ours": math.inf}
     try:
-        choose_tilings(layer, layer.modules()[1])
         found["distance"] = distance(ours(), theirs())
         if not found["distance"] <= AGREEMENT:
             raise ArithmeticError(f"its results are {found['distance']:.2g} from PyTorch's")
@@ -206,19 +165,21 @@ def compiled_speed(layer: Layer) -> float:
 
 # ---- Their use -----------------------------------------------------------------------------------
 
-def input_sizes(model: nn.Module, modules: list, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
+def input_sizes(model: nn.Module, modules, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
     """Return {module: {(height, width) of its inputs}} for images of these sizes."""
     found, modes = {module: set() for module in modules}, {module: module.training for module in model.modules()}
-    hooks = [module.register_forward_pre_hook(lambda module, args: found[module].add(tuple(args[0].shape[2:])))
-             for module in modules]
+
+    def note(module, args):
+        if module in found:
+            found[module].add(tuple(args[0].shape[2:]))
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
     try:
         with torch.no_grad():
             model.eval()
             for size in sizes:
                 model(torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last))
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         for module, training in modes.items():
             module.training = training
     return found
@@ -227,14 +188,16 @@ def input_sizes(model: nn.Module, modules: list, sizes, device) -> dict[nn.Modul
 def layers_of(model: nn.Module, norms: dict, sizes, **options) -> dict[nn.Module, list[Layer]]:
     """Return {module: its Layers, one for each input size} of all layers that may use the kernels.
 
-    norms: see cpu_kernels.normalisations. options: the fields of a Layer from `batch` on.
+    norms: see cpu_kernels.chains. options: the fields of a Layer from `batch` on.
     """
-    kinds = {module: ("depthwise", module.in_channels, module.stride[0], "none") for module in model.modules()
-             if type(module) is nn.Conv2d and Depthwise.fits(module)}
-    kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation) for norm, (activation, _) in norms.items()
-              if BatchNorm.fits(norm)}
-    kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
-    inputs = input_sizes(model, list(kinds), sizes, options["device"])
+    kinds = {}
+    if "depthwise" in KINDS:
+        kinds |= {conv: ("depthwise", conv.in_channels, conv.stride[0], "none") for conv in model.modules()
+                  if type(conv) is nn.Conv2d and Depthwise.fits(conv)}
+    if "BatchNorm" in KINDS:
+        kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation) for norm, (activation, _) in norms.items()
+                  if BatchNorm.fits(norm)}
+    inputs = input_sizes(model, kinds, sizes, options["device"])
     return {module: [Layer(kind, channels, *size, stride, activation, **options) for size in sorted(inputs[module])]
             for module, (kind, channels, stride, activation) in kinds.items()}
 
@@ -244,25 +207,24 @@ def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module
     if not KINDS:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
-    began, norms = time.monotonic(), normalisations(model)
+    began, norms, classes = time.monotonic(), chains(model, ACTIVATIONS), {}
     layers = layers_of(model, norms, sizes, **options)
     normalised = [layer for several in layers.values() for layer in several if layer.kind == "BatchNorm"]
-    speed = {"depthwise": 1.0, "BatchNorm": 1.0}
+    speed, counts = {"depthwise": 1.0, "BatchNorm": 1.0}, {kind: [0, 0] for kind in KINDS}
     if compiled and normalised:
         speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
-    classes, counts = {}, []
-    for kind in KINDS:
-        used = {module: tuple((each.height, each.width) for each in several
-                              if measured(each)["ours"] * speed[kind] < measured(each)["pytorch"])
-                for module, several in layers.items() if several and several[0].kind == kind}
-        counts.append(f"{sum(map(bool, used.values()))} of {len(used)} {kind} layers")
-        for module, chosen in used.items():
-            if chosen and kind == "depthwise":
-                classes[module] = type("Depthwise", (Depthwise,), {"sizes": chosen})
-            elif chosen:
-                classes |= with_activations({module: norms[module]}, BatchNorm, sizes=chosen)
-    print(f"Triton: {', '.join(counts)} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)",
-          flush=True)
+    for module, several in layers.items():
+        kind = "BatchNorm" if module in norms else "depthwise"
+        ours = tuple((each.height, each.width) for each in several
+                     if measured(each)["ours"] * speed[kind] < measured(each)["pytorch"])
+        counts[kind][0] += bool(ours)
+        counts[kind][1] += 1
+        if ours and kind == "BatchNorm":
+            classes |= included({module: norms[module]}, BatchNorm, sizes=ours)
+        elif ours:
+            classes[module] = type("Depthwise", (Depthwise,), {"sizes": ours})
+    shown = ", ".join(f"{some} of {all_} {kind} layers" for kind, (some, all_) in counts.items())
+    print(f"Triton: {shown} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
 
 
@@ -281,7 +243,6 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     except Exception as error:
         say_once(f"without Triton's kernels: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
         classes = {}
-    recorded.clear()
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     with exchanged(classes):
         yield
