@@ -28,7 +28,6 @@ from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
 from compressed.files import save_json
 from training import gpu_kernels
-from training.cpu_kernels import ACTIVATIONS, chains
 
 NETWORKS = "mobilenet_v2:MobileNetV2", "mobilenet_v2:SmallMobileNetV2"
 STEPS = 30
@@ -39,8 +38,7 @@ def layers(network: str, size: int, batch: int, device: torch.device) -> Counter
     """Return {layer: how often it occurs} of a network at this image size."""
     importlib.import_module("training.triton_kernels")  # registers the operators
     model = networks.make(network).to(device, memory_format=torch.channels_last)
-    found = gpu_kernels.layers_of(model, chains(model, ACTIVATIONS), [size], batch=batch, dtype=torch.bfloat16,
-                                  device=device, captured=True)
+    found = gpu_kernels.layers_of(model, [size], batch=batch, dtype=torch.bfloat16, device=device, captured=True)
     return Counter(layer for several in found.values() for layer in several)
 
 

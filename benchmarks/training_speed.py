@@ -11,8 +11,8 @@ the batch is divided. Both train the same network with the same augmentation and
 Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher, on a CPU without the compiled
 functions (kernels.c), and on a GPU without the Triton kernels or without one kind of them. On a CPU both loops are
 also measured while another process keeps two threads busy. Every measurement runs in a new process, because the loops
-configure the memory allocator differently. Rounds alternate, and the result is the median of the rounds' ratios,
-because other load on the machine slows all loops alike. Only the ratios are meaningful.
+configure the memory allocator differently. The result is the median of the rounds' ratios, because other load on the
+machine slows all loops alike.
 
 Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
 and on a CPU in one thread.
@@ -36,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
 from benchmarks.common import add_options, begin, in_turn, ratios_of, seconds, synchronize
@@ -69,21 +69,14 @@ RATIOS = {  # name: (speed, divided by which)
 
 # ---- The loops -----------------------------------------------------------------------------------
 
-class PilImages(Dataset):
-    """What torchvision.datasets.CIFAR100 does with an image: uint8 array -> PIL -> transforms."""
+PLAIN = transforms.Compose([transforms.ToPILImage(), transforms.RandomCrop(32, padding=4),
+                            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                            transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))])
 
-    def __init__(self, data: cifar100.Images):
-        self.images, self.labels = data.images.cpu().permute(0, 2, 3, 1).numpy(), data.labels.tolist()
-        self.to_pil = transforms.ToPILImage()
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))])
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(self.to_pil(self.images[i])), self.labels[i]
+def plain_batch(examples: list) -> list[torch.Tensor]:
+    """Return [images, labels], augmented one by one, as with torchvision.datasets.CIFAR100."""
+    return default_collate([(PLAIN(image), label) for image, label in examples])
 
 
 def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: int = 2) -> float:
@@ -92,8 +85,9 @@ def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: i
     device = data.labels.device
     model = networks.make(network).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=workers, drop_last=True,
-                        pin_memory=device.type == "cuda")
+    examples = list(zip(data.images.cpu().permute(0, 2, 3, 1).numpy(), data.labels.tolist()))
+    loader = DataLoader(examples, batch_size, shuffle=True, num_workers=workers, drop_last=True,
+                        collate_fn=plain_batch, pin_memory=device.type == "cuda")
     batches, steps = iter(loader), len(loader)
     batch, started = next(batches), None
     for step in range(steps):

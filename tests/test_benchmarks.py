@@ -20,15 +20,15 @@ SMALL = ["--network", "mobilenet_v2:SmallMobileNetV2?width=0.2", "--no-cuda"]
 @pytest.fixture
 def one_round(monkeypatch):
     """Run training_speed for one round of two batches, in this process."""
-    monkeypatch.setattr(kernels, "library", kernels.library)  # the benchmark takes it away, in its own process
     library = kernels.library
 
-    def afresh(epoch, images, device):
-        kernels.library = library
-        return training_speed.on_made_up_images(epoch, images, device)
-    monkeypatch.setattr(training_speed, "in_a_process", afresh)
-    return lambda *options: training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", *SMALL,
-                                                 *options])
+    def here(*args):
+        monkeypatch.setattr(kernels, "library", library)  # some loops take it away, in a process of their own
+        return training_speed.on_made_up_images(*args)
+    monkeypatch.setattr(training_speed, "in_a_process", here)
+    yield lambda *options: training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", *SMALL,
+                                                *options])
+    kernels.library = library
 
 
 def test_training_speed(one_round, tmp_path, capsys):
@@ -85,10 +85,9 @@ def test_depthwise_shapes(tmp_path, capsys):
     file = tmp_path / "shapes.json"
     assert depthwise_shapes.main(["--batch-size", "2", "--rounds", "1", "--no-cuda", "--json", str(file)]) == 0
     rows = load_json(file)["shapes"]
-    assert [(row["channels"], row["side"], row["stride"]) for row in rows] == depthwise_shapes.shapes()
-    assert len(rows) == 17
-    assert rows[0]["channels"] == 40 and rows[-1] | {"channels": 1248, "side": 4, "stride": 1} == rows[-1]
-    assert sum(row["stride"] == 2 for row in rows) == 3
+    found = [(row["channels"], row["side"], row["stride"]) for row in rows]
+    assert len(rows) == 17 and (found[0], found[-1]) == ((40, 32, 1), (1248, 4, 1))
+    assert sum(stride == 2 for *_, stride in found) == 3
     variants = [name for name in depthwise_shapes.VARIANTS if name in rows[0]]
     assert len(variants) == (2 if kernels.library(torch.bfloat16) is None else 3)
     assert all(figure > 0 for row in rows for name in variants for figure in row[name].values())
@@ -148,18 +147,15 @@ def test_profile_step(out, tmp_path, capsys):
     assert "SmallMobileNetV2" in printed.splitlines()[1] and printed.rstrip().endswith("in a step")
     if out == "profile.txt":
         assert (tmp_path / out).read_text() == printed
-        return
-    rows = load_json(tmp_path / out)["kernels"]
-    found = {row["name"]: row for row in rows}
-    assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
-    assert found["aten::mkldnn_convolution" if "aten::mkldnn_convolution" in found else "aten::addmm"]["calls"] >= 1
+    else:
+        rows = load_json(tmp_path / out)["kernels"]
+        assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
+        assert any("convolution" in row["name"] and row["calls"] >= 1 for row in rows)
 
 
-def test_gpu_check_needs_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_gpu_check_needs_a_gpu():
     with pytest.raises(BadInput, match="there is no CUDA device"):
-        gpu_check.main([])
+        gpu_check.main(["--no-cuda"])
 
 
 def test_gpu_check_times_each_layer(monkeypatch, capsys):

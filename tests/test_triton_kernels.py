@@ -171,45 +171,39 @@ def timed(monkeypatch, *times):
 
 
 def test_the_faster_of_both_is_used(monkeypatch, capsys):
-    """Layers are timed at the sizes of their inputs: PyTorch's, then ours."""
-    timed(monkeypatch, 5.0, 4.0, *[5.0, 6.0] * 3)
+    """Layers are timed at the sizes of their inputs, PyTorch's first, then ours; a BatchNorm has its activation."""
+    timed(monkeypatch, 5.0, 4.0, 5.0, 6.0, 5.0, 4.0, 5.0, 4.0, *[5.0, 6.0] * 4)
     model = network()
-    with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
+    with fast_on_a_gpu(model, [4, 16], compiled=False, **OPTIONS):
         assert isinstance(model[3], Depthwise) and model[3].sizes == ((4, 4),)
-        assert type(model[1]) is nn.BatchNorm2d and type(model[2]) is nn.ReLU and model[1].training
+        assert [type(model[k]) for k in (2, 4, 5, 7)] == [nn.Identity, nn.BatchNorm2d, nn.ReLU, nn.BatchNorm2d]
+        assert (model[1].sizes, model[1].activation) == (((4, 4), (16, 16)), "relu") and model[1].training
         found = step(model, maps("triton", 2, 3, 4, 4).detach())
-    assert type(model[3]) is nn.Conv2d and all(value.isfinite().all() for value in found)
-    assert "Triton: 1 of 1 depthwise layers, 0 of 3 BatchNorm layers" in capsys.readouterr().out
+    assert [type(module) for module in model] == [type(module) for module in network()]
+    assert all(value.isfinite().all() for value in found)
+    assert "Triton: 1 of 1 depthwise layers, 1 of 3 BatchNorm layers" in capsys.readouterr().out
 
 
-def test_a_fused_activation(monkeypatch):
-    timed(monkeypatch, 5.0, 4.0)
-    monkeypatch.setattr(gpu_kernels, "KINDS", ("BatchNorm",))
-    model = network()
-    with fast_on_a_gpu(model, [2, 4], compiled=False, **OPTIONS):
-        assert [type(model[k]) for k in (2, 5)] == [nn.Identity] * 2 and type(model[3]) is nn.Conv2d
-        assert [model[k].activation for k in (1, 4, 7)] == ["relu", "relu", "none"]
-        assert model[4].sizes == ((1, 1), (2, 2))
-
-
-@pytest.mark.parametrize("fault", ("raises", "is wrong", "is not a number"))
+@pytest.mark.parametrize("fault", ("raises", "is wrong"))
 def test_a_kernel_that_fails_is_not_used(fault, monkeypatch, capsys):
-    timed(monkeypatch, *[2.0, 1.0] * 20)
+    timed(monkeypatch, 2.0, 1.0)
     if fault == "raises":
-        def broken(*_):
-            raise RuntimeError("out of resource: registers")
-        monkeypatch.setattr(gpu_kernels, "takes", broken)
+        monkeypatch.setattr(gpu_kernels, "takes", lambda *_: 1 / 0)
     else:
-        monkeypatch.setattr(gpu_kernels, "AGREEMENT", -1.0 if fault == "is wrong" else math.inf)
-        if fault == "is not a number":
-            monkeypatch.setattr(gpu_kernels, "distance", lambda found, wanted: math.nan)
+        monkeypatch.setattr(gpu_kernels, "distance", lambda found, wanted: math.nan)
     model = network()
     gpu_kernels.say_once.cache_clear()
     with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
         assert not any(isinstance(module, (Depthwise, BatchNorm)) for module in model)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all("without Triton's" in line for line in lines)
-    assert ("out of resource" in lines[0]) == (fault == "raises")
+    assert ("ZeroDivisionError" in lines[0]) == (fault == "raises")
+
+
+def test_the_distance_of_results():
+    one, two = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])
+    assert gpu_kernels.distance([one, two], [one, one]) == pytest.approx(0.2)
+    assert gpu_kernels.distance([one * torch.nan, one], [one, one]) == math.inf
 
 
 def test_without_triton_nothing_changes(monkeypatch, capsys):
@@ -235,11 +229,16 @@ def test_a_model_that_does_not_run_is_no_fault_of_the_kernels(capsys):
 @cuda
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_real_shapes_on_a_gpu(dtype):
-    for kind, channels, side, stride in (("depthwise", 144, 32, 2), ("depthwise", 240, 16, 1), ("depthwise", 60, 12, 1),
-                                         ("BatchNorm", 40, 32, 1), ("BatchNorm", 1248, 4, 1), ("BatchNorm", 60, 3, 1)):
-        found = gpu_kernels.measured(gpu_kernels.Layer(kind, channels, side, side, stride, "relu", 128, dtype,
-                                                       torch.device("cuda"), True))
-        assert "error" not in found and found["distance"] < (1e-5 if dtype == torch.float32 else 0.01)
+    torch.manual_seed(0)
+    options = {"batch": 128, "dtype": dtype, "device": torch.device("cuda"), "captured": True}
+    for channels, side, stride in ((144, 32, 2), (240, 16, 1), (1248, 4, 1), (60, 12, 1)):
+        model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, channels, 3, stride, 1, groups=channels,
+                                                                   bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        layers = sum(gpu_kernels.layers_of(model.cuda(), [side], **options).values(), [])
+        assert [layer.kind for layer in layers] == ["depthwise", "BatchNorm"]
+        for layer in layers:
+            found = gpu_kernels.measured(layer)  # a z that rounds to the other side of 0 has another gradient
+            assert "error" not in found and found["distance"] < (2e-3 if dtype == torch.float32 else 0.01), layer
 
 
 @cuda

@@ -5,6 +5,7 @@ backward, for the stage's batch and image sizes, and the results are compared. T
 faster. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -23,7 +24,6 @@ KINDS = "depthwise", "BatchNorm"  # of layers that may use the kernels
 AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
 LARGEST = 2**31 - 2**24  # values of a map: the kernels' offsets, also of masked positions, are 32-bit integers
 DTYPES = torch.bfloat16, torch.float16, torch.float32
-MODULES = {"none": nn.Identity, "relu": nn.ReLU, "hardswish": nn.Hardswish}
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -65,11 +65,22 @@ class Depthwise(nn.Conv2d):
             super().forward(x)
 
 
+def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes) -> dict[nn.Module, type]:
+    """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`."""
+    first, *behind = layer
+    if kind == "depthwise":
+        return {first: type("Depthwise", (Depthwise,), {"sizes": sizes})}
+    return included({first: (activation, behind)}, BatchNorm, sizes=sizes)
+
+
 # ---- Timing --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs."""
+    """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs.
+
+    example: such a layer, [convolution] or [BatchNorm2d, its activation].
+    """
     kind: str
     channels: int
     height: int
@@ -80,23 +91,14 @@ class Layer:
     dtype: torch.dtype
     device: torch.device
     captured: bool
+    example: list[nn.Module] = dataclasses.field(compare=False, repr=False)
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Return (PyTorch's layer, ours), with equal weights, in training mode."""
-        if self.kind == "depthwise":
-            # skip_init: without random numbers, which are training's
-            theirs, ours = (nn.utils.skip_init(nn.Conv2d, self.channels, self.channels, 3, self.stride, 1,
-                                               groups=self.channels, bias=False) for _ in range(2))
-            ours.__class__ = Depthwise
-        else:
-            theirs, ours = (nn.BatchNorm2d(self.channels) for _ in range(2))
-            ours.__class__, ours.activation = BatchNorm, self.activation
-            theirs = nn.Sequential(theirs, MODULES[self.activation]())
-        ours.sizes = ((self.height, self.width),)
-        for one, two in zip(theirs.parameters(), ours.parameters()):
-            one.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-            two.data.copy_(one)
-        return theirs.to(self.device), ours.to(self.device)
+        """Return copies of the layer: (PyTorch's, ours), in training mode."""
+        theirs, ours = (nn.Sequential(*copy.deepcopy(self.example)).to(self.device).train() for _ in range(2))
+        for module, kind in with_kernels(self.kind, list(ours), self.activation, ((self.height, self.width),)).items():
+            module.__class__ = kind
+        return theirs, ours
 
     def maps(self, height: int, width: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -185,21 +187,22 @@ def input_sizes(model: nn.Module, modules, sizes, device) -> dict[nn.Module, set
     return found
 
 
-def layers_of(model: nn.Module, norms: dict, sizes, **options) -> dict[nn.Module, list[Layer]]:
+def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]]:
     """Return {module: its Layers, one for each input size} of all layers that may use the kernels.
 
-    norms: see cpu_kernels.chains. options: the fields of a Layer from `batch` on.
+    options: the fields batch, dtype, device and captured of a Layer.
     """
     kinds = {}
     if "depthwise" in KINDS:
-        kinds |= {conv: ("depthwise", conv.in_channels, conv.stride[0], "none") for conv in model.modules()
+        kinds |= {conv: ("depthwise", conv.in_channels, conv.stride[0], "none", [conv]) for conv in model.modules()
                   if type(conv) is nn.Conv2d and Depthwise.fits(conv)}
     if "BatchNorm" in KINDS:
-        kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation) for norm, (activation, _) in norms.items()
-                  if BatchNorm.fits(norm)}
+        kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation, [norm, *behind])
+                  for norm, (activation, behind) in chains(model, ACTIVATIONS).items() if BatchNorm.fits(norm)}
     inputs = input_sizes(model, kinds, sizes, options["device"])
-    return {module: [Layer(kind, channels, *size, stride, activation, **options) for size in sorted(inputs[module])]
-            for module, (kind, channels, stride, activation) in kinds.items()}
+    return {module: [Layer(kind, channels, *size, stride, activation, example=example, **options)
+                     for size in sorted(inputs[module])]
+            for module, (kind, channels, stride, activation, example) in kinds.items()}
 
 
 def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module, type]:
@@ -207,23 +210,21 @@ def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module
     if not KINDS:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
-    began, norms, classes = time.monotonic(), chains(model, ACTIVATIONS), {}
-    layers = layers_of(model, norms, sizes, **options)
-    normalised = [layer for several in layers.values() for layer in several if layer.kind == "BatchNorm"]
+    began, classes = time.monotonic(), {}
+    layers = [each for each in layers_of(model, sizes, **options).values() if each]
+    normalised = [layer for several in layers for layer in several if layer.kind == "BatchNorm"]
     speed, counts = {"depthwise": 1.0, "BatchNorm": 1.0}, {kind: [0, 0] for kind in KINDS}
     if compiled and normalised:
         speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
-    for module, several in layers.items():
-        kind = "BatchNorm" if module in norms else "depthwise"
+    for several in layers:
+        layer = several[0]
         ours = tuple((each.height, each.width) for each in several
-                     if measured(each)["ours"] * speed[kind] < measured(each)["pytorch"])
-        counts[kind][0] += bool(ours)
-        counts[kind][1] += 1
-        if ours and kind == "BatchNorm":
-            classes |= included({module: norms[module]}, BatchNorm, sizes=ours)
-        elif ours:
-            classes[module] = type("Depthwise", (Depthwise,), {"sizes": ours})
-    shown = ", ".join(f"{some} of {all_} {kind} layers" for kind, (some, all_) in counts.items())
+                     if measured(each)["ours"] * speed[each.kind] < measured(each)["pytorch"])
+        if ours:
+            classes |= with_kernels(layer.kind, layer.example, layer.activation, ours)
+        counts[layer.kind][0] += bool(ours)
+        counts[layer.kind][1] += 1
+    shown = ", ".join(f"{some} of {every} {kind} layers" for kind, (some, every) in counts.items())
     print(f"Triton: {shown} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
 
