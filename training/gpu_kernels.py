@@ -95,7 +95,8 @@ class Layer:
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return copies of the layer: (PyTorch's, ours), in training mode."""
-        theirs, ours = (nn.Sequential(*copy.deepcopy(self.example)).to(self.device).train() for _ in range(2))
+        theirs, ours = (nn.Sequential(*copy.deepcopy(self.example)).to(self.device).train().requires_grad_()
+                        for _ in range(2))
         for module, kind in with_kernels(self.kind, list(ours), self.activation, ((self.height, self.width),)).items():
             module.__class__ = kind
         return theirs, ours
