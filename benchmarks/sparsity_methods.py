@@ -16,6 +16,7 @@ the last epoch's weight average. A run folder that was trained with other option
 """
 import argparse
 import itertools
+import json
 import statistics
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ from training.state import stop_noted
 METHODS = ("proximal", "loss", "magnitude", "one-shot")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
           "--clean 0 --eval-every 0 --refresh 5000").split()
+
+# options of training/main.py in which a stage that is there must agree
+SAME = ("network", "epochs", "batch_size", "sizes", "penalty", "lam", "target_sparsity", "seed", "made_up", "data")
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -76,14 +80,23 @@ class Runs:
 
     def train(self, stage: str, folder: Path, epochs: int, *options: str) -> Path:
         """Train a stage unless it is there; return its weights. Raises BadInput if it was made with other options."""
-        weights, limit = folder / f"{stage}.pt", []
+        words = [*self.common, "--run", str(folder), "--epochs", str(epochs), *options]
+        weights = folder / f"{stage}.pt"
+        if weights.is_file():
+            theirs = load_record(weights.with_suffix(".options.json"), "remove the run folder")["options"]
+            ours = json.loads(json.dumps(vars(training.parse(words)), default=str))
+            for name in SAME:
+                if theirs.get(name) != ours[name]:
+                    raise BadInput(f"{weights} was trained with {name} {theirs.get(name)} instead of {ours[name]}: "
+                                   "give another folder for --runs")
+            return weights
         if self.args.max_minutes is not None:
             left = self.args.max_minutes - (time.monotonic() - self.started) / 60
-            limit = ["--max-minutes", str(max(0.0, left))]
+            words += ["--max-minutes", str(max(0.0, left))]
         if torch.cuda.is_available():
             torch.compiler.reset()  # else it stops compiling after a few models
         with stop_noted() as asked:  # a signal during a stage's last step ends the script, too
-            training.main([*self.common, "--run", str(folder), "--epochs", str(epochs), *limit, *options])
+            training.main(words)
         if asked or not weights.is_file():
             raise BadInput("stopped; the same command resumes it")
         return weights

@@ -115,9 +115,11 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
     assert len(records) == 7 and len({record["data"] for record in records}) == 1
     before = file.read_bytes()
     assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
+    file.unlink()  # as if it had been stopped before it was written
+    assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
     with pytest.raises(BadInput, match="holds results of other options"):
         sparsity_methods.main([*options, "--lambda", "0.5"])
-    with pytest.raises(BadInput, match="trained with other options .lam 1e-05 -> 0.5."):
+    with pytest.raises(BadInput, match="loss/rew.pt was trained with lam 1e-05 instead of 0.5"):
         sparsity_methods.main([*options, "--lambda", "0.5", "--json", str(tmp_path / "other.json")])
 
 
