@@ -12,11 +12,11 @@ import tempfile
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training_speed import synchronize
-from compressed import cifar100, kaist, networks, threads
+from benchmarks.common import add_options, begin, synchronize
+from compressed import cifar100, kaist, networks
 from compressed.command_line import command_line, number, run_script, some_path
-from compressed.files import save_json, save_text, try_to_write
-from training import gpu_kernels, loop, teachers
+from compressed.files import save_json, save_text
+from training import gpu_kernels, loop, plan, teachers
 from training import main as training_main
 
 WARM_UP = 4  # steps: compile, record, replay
@@ -62,51 +62,42 @@ def kernel_table(stage: loop.Stage, steps: int, device: torch.device) -> list[di
 
 def as_text(rows: list[dict], most: int = 40) -> str:
     """Return the table of the `most` longest, and the sum of all."""
-    total = sum(row["seconds"] for row in rows)
-    lines = [f"{'ms':>9}{'share':>8}{'calls':>8}  name"]
-    lines += [f"{1000 * row['seconds']:>9.3f}{row['seconds'] / total:>8.1%}{row['calls']:>8.1f}  {row['name'][:90]}"
-              for row in rows[:most]]
-    rest = rows[most:]
-    if rest:
-        seconds, calls = (sum(row[key] for row in rest) for key in ("seconds", "calls"))
-        lines.append(f"{1000 * seconds:>9.3f}{seconds / total:>8.1%}{calls:>8.1f}  {len(rest)} others")
-    calls = sum(row["calls"] for row in rows)
-    return "\n".join([*lines, f"{1000 * total:>9.3f}{1:>8.1%}{calls:>8.1f}  in a step"]) + "\n"
+    def added(rows: list[dict], name: str) -> dict:
+        return {"name": name, **{key: sum(row[key] for row in rows) for key in ("seconds", "calls")}}
+
+    total, rest = added(rows, "in a step"), rows[most:]
+    lines = [*rows[:most], *([added(rest, f"{len(rest)} others")] if rest else []), total]
+    return f"{'ms':>9}{'share':>8}{'calls':>8}  name\n" + "".join(
+        f"{1000 * row['seconds']:>9.3f}{row['seconds'] / total['seconds']:>8.1%}{row['calls']:>8.1f}  "
+        f"{row['name'][:90]}\n" for row in lines)
 
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     networks.add_option(parser)
-    parser.add_argument("--batch-size", type=number(int, 2, 10**6), help="(default: 256 on CUDA, else 32)")
+    add_options(parser, "256 on CUDA, else 32", "--out", rounds=None)
     parser.add_argument("--size", type=int, choices=(8, 16, 24, 32), default=32, help="of the images (%(default)s)")
     parser.add_argument("--steps", type=number(int, 1, 10**4), default=5, help="profiled steps (%(default)s)")
     parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    plan.add_precision(parser)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-triton", action="store_true", help="without the Triton kernels")
-    parser.add_argument("--no-cuda", action="store_true")
-    parser.add_argument("--out", type=some_path, metavar="F", help="write the table to F, as text or .json")
     args = parser.parse_args(argv)
-    if args.out:
-        try_to_write(args.out)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    batch, network = args.batch_size or (256 if device.type == "cuda" else 32), args.network or networks.DEFAULT
+    device, machine = begin(args, args.out)
+    batch = args.batch_size or (256 if device.type == "cuda" else 32)
     options = ["--precision", args.precision, *["--no-compile"] * args.no_compile]
-    machine = threads.describe_machine(device)
-    threads.prepare()
     if args.no_triton:
         gpu_kernels.KINDS = ()
-    with stage_on_made_up_images(network, batch, args.size, WARM_UP + args.steps, device, *options,
+    with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,
                                  taught=args.teacher) as stage:
         rows = kernel_table(stage, args.steps, device)
-    text = f"{network}, batch {batch}, {args.size}x{args.size}, {machine['device']}, torch {machine['torch']}\n" + \
-        as_text(rows)
+    text = f"{args.network}, batch {batch}, {args.size}x{args.size}\n{as_text(rows)}"
     print(text, end="")
     if args.out and args.out.suffix == ".json":
-        save_json({"machine": machine, "network": network, "batch_size": batch, "size": args.size, "kernels": rows},
-                  args.out)
+        save_json({"machine": machine, "network": args.network, "batch_size": batch, "size": args.size,
+                   "kernels": rows}, args.out)
     elif args.out:
-        save_text(text, args.out)
+        save_text(", ".join(f"{key} {value}" for key, value in machine.items()) + f"\n{text}", args.out)
     return 0
 
 

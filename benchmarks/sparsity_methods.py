@@ -10,24 +10,32 @@ one retrains under the mask. All methods see the same images in the same order:
     magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
     one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
 
-For every method the mask prunes the target share of smallest weights over all layers but the stem. Training uses 45,000
-images and 5,000 are held out; the accuracy is that of the last epoch's weight average.
+For every method the mask prunes the target share of smallest weights over all layers but the stem (more, if the second
+stage made more zeros: each row has both). Training uses 45,000 images and 5,000 are held out; the accuracy is that of
+the last epoch's weight average. A run folder that was trained with other options is refused.
 """
 import argparse
 import itertools
+import json
 import statistics
 import time
 from pathlib import Path
+
+import torch
 
 from compressed import datasets
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json, try_to_write
 from training import main as training
+from training.state import stop_noted
 
 METHODS = ("proximal", "loss", "magnitude", "one-shot")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
           "--clean 0 --eval-every 0 --refresh 5000").split()
+
+# options of training/main.py in which a stage that is there must agree
+SAME = ("network", "epochs", "batch_size", "sizes", "penalty", "lam", "target_sparsity", "seed", "made_up", "data")
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -71,16 +79,26 @@ class Runs:
                        *(["--data", str(args.data)] if args.data else [])]
 
     def train(self, stage: str, folder: Path, epochs: int, *options: str) -> Path:
-        """Train a stage unless it is there; return its weights."""
+        """Train a stage unless it is there; return its weights. Raises BadInput if it was made with other options."""
+        words = [*self.common, "--run", str(folder), "--epochs", str(epochs), *options]
         weights = folder / f"{stage}.pt"
-        if not weights.is_file():
-            limit = []
-            if self.args.max_minutes is not None:
-                left = self.args.max_minutes - (time.monotonic() - self.started) / 60
-                limit = ["--max-minutes", str(max(0.0, left))]
-            training.main([*self.common, "--run", str(folder), "--epochs", str(epochs), *limit, *options])
-            if not weights.is_file():
-                raise BadInput("stopped; the same command resumes it")
+        if weights.is_file():
+            theirs = load_record(weights.with_suffix(".options.json"), "remove the run folder")["options"]
+            ours = json.loads(json.dumps(vars(training.parse(words)), default=str))
+            for name in SAME:
+                if theirs.get(name) != ours[name]:
+                    raise BadInput(f"{weights} was trained with {name} {theirs.get(name)} instead of {ours[name]}: "
+                                   "give another folder for --runs")
+            return weights
+        if self.args.max_minutes is not None:
+            left = self.args.max_minutes - (time.monotonic() - self.started) / 60
+            words += ["--max-minutes", str(max(0.0, left))]
+        if torch.cuda.is_available():
+            torch.compiler.reset()  # else it stops compiling after a few models
+        with stop_noted() as asked:  # a signal during a stage's last step ends the script, too
+            training.main(words)
+        if asked or not weights.is_file():
+            raise BadInput("stopped; the same command resumes it")
         return weights
 
     def measure(self, method: str, target: float, seed: int) -> dict:
@@ -117,8 +135,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     try_to_write(args.json)
     about = {"network": args.network, "epochs": list(args.epochs), "batch_size": args.batch_size,
-             "sizes": args.sizes, "lambda": args.lam,
-             "made_up": args.made_up}
+             "sizes": args.sizes, "lambda": args.lam, "made_up": args.made_up,
+             **({"data": str(args.data)} if args.data else {})}
     results = load_json(args.json) if args.json.is_file() else {"about": about, "rows": []}
     if results.get("about") != about:
         raise BadInput(f"{args.json} holds results of other options ({results.get('about')}); give another file")

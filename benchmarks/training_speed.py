@@ -1,6 +1,7 @@
 """Compare the training speed of training/loop.py with that of an ordinary PyTorch loop ("plain"), in one run.
 
     python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--workers W] [--alone] [--json F]
+    python -m benchmarks.training_speed --fine-tuning      compares fine-tuning on the grids with masked training
 
 The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD.
 Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
@@ -10,14 +11,19 @@ the batch is divided. Both train the same network with the same augmentation and
 Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher, on a CPU without the compiled
 functions (kernels.c), and on a GPU without the Triton kernels or without one kind of them. On a CPU both loops are
 also measured while another process keeps two threads busy. Every measurement runs in a new process, because the loops
-configure the memory allocator differently. Rounds alternate, and the result is the median of the rounds' ratios,
-because other load on the machine slows all loops alike. Only the ratios are meaningful.
+configure the memory allocator differently. The result is the median of the rounds' ratios, because other load on the
+machine slows all loops alike.
 
-Last come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
+Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
 and on a CPU in one thread.
+
+With --fine-tuning a sparse network is trained with Muon: masked, and with its weights rounded to 4 bits and its
+activations to 8 as well, with trained steps. Fine-tuning is measured with BatchNorm statistics of each batch, with
+frozen ones, and on a CPU without the compiled functions.
 """
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import statistics
@@ -29,19 +35,25 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
-from compressed import cifar100, kaist, kernels, threads
-from compressed.command_line import command_line, number, run_script, some_path
-from compressed.files import save_json, try_to_write
-from mobilenet_v2 import MobileNetV2
-from training import augmentation, cpu_kernels, gpu_kernels, loop, teachers
+from benchmarks.common import add_options, begin, in_turn, ratios_of, seconds, synchronize
+from compressed import cifar100, grids, kaist, kernels, networks, threads
+from compressed.command_line import command_line, number, run_script
+from compressed.exact_network import quantize_activations
+from compressed.files import save_json
+from compressed.graph import prepare, weight_layers
+from training import augmentation, cpu_kernels, gpu_kernels, learned_steps, loop, masks, plan, teachers
 from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
 ON_A_GPU = {"ours, PyTorch's functions": (), "ours, depthwise kernels": ("depthwise",),
             "ours, BatchNorm kernels": ("BatchNorm",)}  # {loop: kinds of layers with Triton kernels}
+FINE_TUNING = {"masked training": {}, "fine-tuning": {"on_grids": True},
+               "fine-tuning, frozen": {"on_grids": True, "frozen": True},
+               "fine-tuning, PyTorch's functions": {"on_grids": True, "compiled": False}}
 RATIOS = {  # name: (speed, divided by which)
     "training / the plain loop": ("ours", "plain"), "training at 24x24 / at 32x32": ("ours, 24x24", "ours"),
     "training without a teacher / with one": ("ours", "ours, with a teacher"),
@@ -51,33 +63,31 @@ RATIOS = {  # name: (speed, divided by which)
     "those of depthwise convolutions alone": ("ours, depthwise kernels", "ours, PyTorch's functions"),
     "those of BatchNorm alone": ("ours, BatchNorm kernels", "ours, PyTorch's functions"),
     "the plain loop alone / next to a busy process": ("plain", "plain, next to a busy process"),
-    "training alone / next to a busy process": ("ours", "ours, next to a busy process")}
+    "training alone / next to a busy process": ("ours", "ours, next to a busy process"),
+    **{f"{name} / masked training": (name, "masked training") for name in list(FINE_TUNING)[1:]}}
 
 
-class PilImages(Dataset):
-    """What torchvision.datasets.CIFAR100 does with an image: uint8 array -> PIL -> transforms."""
+# ---- The loops -----------------------------------------------------------------------------------
 
-    def __init__(self, data: cifar100.Images):
-        self.images, self.labels = data.images.cpu().permute(0, 2, 3, 1).numpy(), data.labels.tolist()
-        self.to_pil = transforms.ToPILImage()
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))])
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(self.to_pil(self.images[i])), self.labels[i]
+PLAIN = transforms.Compose([transforms.ToPILImage(), transforms.RandomCrop(32, padding=4),
+                            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                            transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))])
 
 
-def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device, workers: int = 2) -> float:
-    """Seconds of an epoch of the plain loop, from the first batch's arrival on: starting the workers is not counted."""
+def plain_batch(examples: list) -> list[torch.Tensor]:
+    """Return [images, labels], augmented one by one, as with torchvision.datasets.CIFAR100."""
+    return default_collate([(PLAIN(image), label) for image, label in examples])
+
+
+def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: int = 2) -> float:
+    """Return the seconds of an epoch of the plain loop, but for the start of the DataLoader's workers."""
     torch.manual_seed(0)
-    model = MobileNetV2().to(device).train()
+    device = data.labels.device
+    model = networks.make(network).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loader = DataLoader(PilImages(data), batch_size, shuffle=True, num_workers=workers, drop_last=True,
-                        pin_memory=device.type == "cuda")
+    examples = list(zip(data.images.cpu().permute(0, 2, 3, 1).numpy(), data.labels.tolist()))
+    loader = DataLoader(examples, batch_size, shuffle=True, num_workers=workers, drop_last=True,
+                        collate_fn=plain_batch, pin_memory=device.type == "cuda")
     batches, steps = iter(loader), len(loader)
     batch, started = next(batches), None
     for step in range(steps):
@@ -94,9 +104,28 @@ def plain_epoch(data: cifar100.Images, batch_size: int, device: torch.device, wo
     return (time.perf_counter() - started) / (steps - 1) * steps
 
 
-def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.device, taught: bool = False,
+def last_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Settings, begun=lambda model: None,
+               **options) -> float:
+    """Return the seconds of the last epoch of training/loop.py, logging and weight average included.
+
+    The epochs before it warm up. begun: function that is called before each.
+    """
+    marks = []
+
+    def mark(network, epoch):
+        begun(network)
+        synchronize(data.labels.device)
+        marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loop.train("speed", model, data, None, settings, folder, prepare=mark, save_seconds=1e9, **options)
+    synchronize(data.labels.device)
+    return time.perf_counter() - marks[-1]
+
+
+def our_epoch(data: cifar100.Images, network: str, settings: loop.Settings, taught: bool = False,
               compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
-    """Seconds of an epoch of training/loop.py, logging and weight average included; compilation and set-up are not.
+    """Return the seconds of an epoch of training/loop.py.
 
     compiled: use the functions of kernels.c on a CPU. kinds: of layers that may use Triton kernels on a GPU.
     """
@@ -105,37 +134,54 @@ def our_epoch(data: cifar100.Images, settings: loop.Settings, device: torch.devi
     if not compiled:
         kernels.library = lambda dtype: None
     torch.manual_seed(0)
-    model = MobileNetV2().to(device, memory_format=torch.channels_last)
-    teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
-    marks = []
-
-    def mark(*_):
-        synchronize(device)
-        marks.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        loop.train("speed", model, data, None, settings, folder, teachers=[teacher] * taught, prepare=mark,
-                   save_seconds=1e9)
-    synchronize(device)
-    return time.perf_counter() - marks[-1]  # the last epoch: the first one warms up
+    model, teacher = (each.to(data.labels.device, memory_format=torch.channels_last) for each in (
+        networks.make(network), teachers.fold_batchnorm(kaist.Micronet().eval())))
+    return last_epoch(model, data, settings, teachers=[teacher] * taught)
 
 
-def in_a_process(function, images: int, *args) -> float:
-    """function(made-up images, *args), in a process of its own."""
+def fine_tuning_epoch(data: cifar100.Images, network: str, settings: loop.Settings, on_grids: bool = False,
+                      frozen: bool = False, compiled: bool = True) -> float:
+    """Return the seconds of an epoch of masked training; `on_grids`, with 4-bit weights and 8-bit activations.
+
+    A third of the weights are left. frozen: with frozen BatchNorm statistics. compiled: see our_epoch.
+    """
+    threads.prepare()
+    if not compiled:
+        kernels.library = lambda dtype: None
+    torch.manual_seed(0)
+    model = prepare(networks.make(network))
+    for _, layer in weight_layers(model):
+        layer.weight.data.mul_(torch.rand(layer.weight.shape) < 0.35)
+    if on_grids:
+        grids.quantize_weights(model, grids.bit_table("4", model), "channel")
+        quantize_activations(model, grids.calibrate(model, data.images[:50].cpu(), 8, "max"))
+        learned_steps.learn_steps(model, "channel")
+    model = model.to(data.labels.device, memory_format=torch.channels_last)
+    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
+
+    def begun(network):
+        for module in network.modules():
+            if frozen and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    return last_epoch(model, data, settings, begun, masks=zeros)
+
+
+# ---- Their comparison ----------------------------------------------------------------------------
+
+def in_a_process(epoch, images: int, device: torch.device) -> float:
+    """Return epoch(made-up images), in a process of its own."""
     # may start a DataLoader's workers
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measured, function, images, args).result()
+        return pool.submit(on_made_up_images, epoch, images, device).result()
 
 
-def _measured(function, images: int, args: tuple) -> float:
-    device = next(arg for arg in args if isinstance(arg, torch.device))
-    # the speed does not depend on what they show
-    return function(cifar100.made_up(images, seed=0, device=device), *args)
+def on_made_up_images(epoch, images: int, device: torch.device) -> float:
+    return epoch(cifar100.made_up(images, seed=0, device=device))  # the speed does not depend on what they show
 
 
 @contextlib.contextmanager
 def busy_neighbour():
-    """Another process that multiplies matrices with two OpenMP threads, as most programs that use torch do."""
+    """Run another process that multiplies matrices with two OpenMP threads, as most programs that use torch do."""
     program = ("import torch; torch.set_num_threads(2); x = torch.randn(512, 512); print('busy', flush=True)\n"
                "while True: torch.relu(x @ x)")
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
@@ -147,131 +193,104 @@ def busy_neighbour():
         process.wait()
 
 
-def step_parts(data: cifar100.Images, settings: loop.Settings, device: torch.device,
-               steps: int = 8) -> dict[str, float]:
-    """Median seconds of a step's parts, with the full augmentation, and of a whole step without waiting in between."""
-    model = MobileNetV2().to(device, memory_format=torch.channels_last).train()
+def loops(args, settings: loop.Settings, device: torch.device) -> dict:
+    """Return {loop: function that measures the images a second of one epoch}."""
+    ours = functools.partial(our_epoch, network=args.network, settings=settings)
+    small = functools.partial(ours, settings=dataclasses.replace(settings, sizes="24:0.999999,32"))
+    plain = functools.partial(plain_epoch, network=args.network, batch_size=settings.batch_size, workers=args.workers)
+    epochs = {"plain": plain, "ours": ours, "ours, 24x24": small,
+              "ours, with a teacher": functools.partial(ours, taught=True),
+              "ours, 24x24, with a teacher": functools.partial(small, taught=True)}
+    if args.fine_tuning:
+        epochs = {name: functools.partial(fine_tuning_epoch, network=args.network, settings=settings, **how)
+                  for name, how in FINE_TUNING.items() if device.type == "cpu" or how.get("compiled", True)}
+    elif device.type == "cpu":
+        epochs[PYTORCHS] = functools.partial(small, compiled=False)
+        epochs |= {f"{name}, next to a busy process": epochs[name] for name in ("plain", "ours") if not args.alone}
+    else:
+        epochs |= {name: functools.partial(ours, kinds=used) for name, used in ON_A_GPU.items()}
+
+    def speed(name):
+        with busy_neighbour() if "busy" in name else contextlib.nullcontext():
+            return args.images / in_a_process(epochs[name], args.images, device)
+    return {name: functools.partial(speed, name) for name in epochs}
+
+
+def step_parts(network: str, data: cifar100.Images, settings: loop.Settings, steps: int = 8) -> dict[str, float]:
+    """Return the median seconds of a step's parts, and of a whole step without waiting for the device in between."""
+    device, size = data.labels.device, min(settings.batch_size, len(data))
+    model = networks.make(network).to(device, memory_format=torch.channels_last).train()
     optimizer = loop.make_optimizer(settings, model)
-    size = min(settings.batch_size, len(data))
-    times = {"augment": [], "forward": [], "backward": [], "optimizer": []}
+    made = {}  # what the parts of a step hand on
 
-    def one_step(step: int, wait: bool) -> list[float]:
-        marks = [time.perf_counter()]
+    def augment():
+        made["step"] = made.get("step", 0) + 1
+        draws = augmentation.draw(size, loop.generator_for(0, made["step"]), trivial=True, mixing="both")
+        x, *made["labels"] = augmentation.augment(data.images[:size], data.labels[:size], draws)
+        made["x"] = x.contiguous(memory_format=torch.channels_last)
 
-        def mark():
-            if wait:
-                synchronize(device)
-                marks.append(time.perf_counter())
-
-        draws = augmentation.draw(size, loop.generator_for(0, step), trivial=True, mixing="both")
-        x, labels, others, lam = augmentation.augment(data.images[:size], data.labels[:size], draws)
-        x = x.contiguous(memory_format=torch.channels_last)
-        mark()
+    def forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = model(x)
-        loss = loop.mixed_cross_entropy(logits.float(), labels, others, lam, 0.1)
-        mark()
+            logits = model(made["x"])
+        made["loss"] = loop.mixed_cross_entropy(logits.float(), *made["labels"], 0.1)
+
+    def backward():
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        mark()
-        optimizer.step()
-        mark()
-        return marks
+        made["loss"].backward()
 
+    def whole():
+        for _ in range(steps):
+            for part in parts.values():
+                part()
+
+    parts = {"augment": augment, "forward": forward, "backward": backward, "optimizer": optimizer.step}
     with cpu_kernels.fast_on_a_cpu(model) if device.type == "cpu" else contextlib.nullcontext():
-        for step in range(1 + steps):
-            marks = one_step(step, wait=True)
-            if step:  # the first one warms up
-                for part, start, end in zip(times, marks, marks[1:]):
-                    times[part].append(end - start)
-        synchronize(device)
-        start = time.perf_counter()
-        for step in range(steps):
-            one_step(step, wait=False)
-        synchronize(device)
-    whole = (time.perf_counter() - start) / steps
-    return {part: statistics.median(values) for part, values in times.items()} | {"whole": whole}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        rows = [[seconds(part, device) for part in parts.values()] for _ in range(1 + steps)]
+        medians = map(statistics.median, zip(*rows[1:]))  # the first step warms up
+        return dict(zip(parts, medians)) | {"whole": seconds(whole, device) / steps}
 
 
 def parse(argv=None):
     parser = command_line(__doc__)
-    parser.add_argument("--images", type=number(int, 1, 10**6),
+    networks.add_option(parser)
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N",
                         help="of a measured epoch (default: 50,000 on CUDA, else 1,280)")
-    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="(default: 512 on CUDA, else 128)")
-    parser.add_argument("--rounds", type=number(int, 1, 10**6), default=3, help="(%(default)s)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of ours (default: bfloat16 where the processor has it)")
-    parser.add_argument("--workers", type=number(int, 1, 1024), default=2,
+    add_options(parser, "512 on CUDA, else 128")
+    plan.add_precision(parser)
+    parser.add_argument("--workers", type=number(int, 1, 1024), default=2, metavar="W",
                         help="processes of the plain loop's DataLoader (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile, which CUDA has")
     parser.add_argument("--alone", action="store_true", help="leave out what runs next to a busy process")
-    parser.add_argument("--no-cuda", action="store_true")
-    parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
+    parser.add_argument("--fine-tuning", action="store_true", help="compare it with masked training")
     args = parser.parse_args(argv)
-    args.cuda = torch.cuda.is_available() and not args.no_cuda
-    args.images = args.images or (50_000 if args.cuda else 1280)
-    args.batch_size = args.batch_size or (512 if args.cuda else 128)
+    cuda = torch.cuda.is_available() and not args.no_cuda
+    args.images = args.images or (50_000 if cuda else 1280)
+    args.batch_size = args.batch_size or (512 if cuda else 128)
     if args.images < 2 * args.batch_size:
         parser.error(f"--images {args.images}: expected at least two batches of {args.batch_size}")
     args.images -= args.images % args.batch_size  # what does not fill a batch is not trained on
     return args
 
 
-def compare(settings: loop.Settings, device: torch.device, images: int, rounds: int,
-            alone: bool = False, workers: int = 2) -> dict[str, list[float]]:
-    """{loop: images a second in each round}; on a CPU both loops next to a busy process, too, unless `alone`."""
-    small = dataclasses.replace(settings, sizes="24:0.999999,32")
-    kinds = {"plain": (plain_epoch, settings.batch_size, device, workers), "ours": (our_epoch, settings, device),
-             "ours, 24x24": (our_epoch, small, device), "ours, with a teacher": (our_epoch, settings, device, True),
-             "ours, 24x24, with a teacher": (our_epoch, small, device, True)}
-    if device.type == "cpu":
-        kinds[PYTORCHS] = our_epoch, small, device, False, False
-        kinds |= {f"{name}, next to a busy process": kinds[name] for name in ("plain", "ours") if not alone}
-    if device.type == "cuda":
-        kinds |= {name: (our_epoch, settings, device, False, True, used) for name, used in ON_A_GPU.items()}
-    speeds = {name: [] for name in kinds}
-    for turn in range(rounds):
-        for name, kind in kinds.items():
-            with busy_neighbour() if "busy" in name else contextlib.nullcontext():
-                speeds[name].append(images / in_a_process(kind[0], images, *kind[1:]))
-        print(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:,.1f} images/s" for name, found in speeds.items()),
-              flush=True)
-    return speeds
-
-
 def main(argv=None) -> int:
     args = parse(argv)
-    if args.json:
-        try_to_write(args.json)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    options = training_main.parse(["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain",
-                                   "--mixing", "none", "--refresh", "0", "--precision", args.precision,
-                                   *["--no-compile"] * args.no_compile])
-    settings = training_main.settings_for("pretrain", options, device)
-    where = threads.describe_machine(device)
-    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    device, machine = begin(args, args.json)
+    how = ["--optimizer", "muon", "--no-compile"] if args.fine_tuning else ["--mixing", "none"]
+    settings = training_main.settings_for("pretrain", training_main.parse(
+        ["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain", "--refresh", "0", "--precision",
+         args.precision, *how, *["--no-compile"] * args.no_compile]), device)
     print(f"{args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
-    speeds, ratios = compare(settings, device, args.images, args.rounds, args.alone, args.workers), {}
-    for name, (above, below) in RATIOS.items():
-        if {above, below} <= speeds.keys():
-            ratios[name] = statistics.median(a / b for a, b in zip(speeds[above], speeds[below]))
-            print(f"{name}: {ratios[name]:.2f}")
-
-    threads.prepare()
-    data = cifar100.made_up(args.images, seed=0, device=device)
-    parts = step_parts(data, settings, device)
-    shown = {part: seconds for part, seconds in parts.items() if part != "whole"}
-    print(f"step: {1000 * parts['whole']:.2f} ms; by part " + ", ".join(
-        f"{part} {1000 * seconds:.2f} ms ({seconds / sum(shown.values()):.2%})" for part, seconds in shown.items()))
+    speeds = in_turn(loops(args, settings, device), args.rounds)
+    figures = {"machine": machine, "images": args.images, "batch_size": args.batch_size,
+               "precision": settings.precision, "images_per_second": speeds, "ratios": ratios_of(speeds, RATIOS)}
+    if not args.fine_tuning:
+        parts = step_parts(args.network, cifar100.made_up(args.images, seed=0, device=device), settings)
+        figures["step"] = parts
+        whole, total = parts["whole"], sum(parts.values()) - parts["whole"]
+        print(f"step: {1000 * whole:.2f} ms; by part " + ", ".join(
+            f"{part} {1000 * each:.2f} ms ({each / total:.2%})" for part, each in parts.items() if part != "whole"))
     if args.json:
-        save_json({"machine": where, "images": args.images, "batch_size": args.batch_size,
-                   "precision": settings.precision, "images_per_second": speeds, "ratios": ratios, "step": parts},
-                  args.json)
+        save_json(figures, args.json)
     return 0
 
 

@@ -358,14 +358,3 @@ def sole_readers(model: nn.Module) -> dict[str, str]:
     times = Counter(node.target for node in nodes if node.op == "call_module")
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
-
-
-def activated_norms(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Return {name of a BatchNorm: (name of the activation that alone reads it, "relu" or "hardswish")} of any network.
-
-    Pairs of modules that both run once. Raises BadInput if the forward pass cannot be followed.
-    """
-    kinds = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
-    return {name: (reader, kind) for name, reader in sole_readers(model).items()
-            if type(model.get_submodule(name)) is nn.BatchNorm2d
-            and (kind := kinds.get(type(model.get_submodule(reader))))}

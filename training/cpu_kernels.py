@@ -16,13 +16,13 @@ from torch import nn
 from compressed import kernels
 from compressed.errors import BadInput
 from compressed.formats import code_range
-from compressed.graph import activated_norms, sole_readers
+from compressed.graph import sole_readers
 from training.learned_steps import LearnedConv2d, LearnedQuantizer, power_of_two
 
+# {function: the modules behind a BatchNorm that it computes with it}, in the order of kernels.c
+FUNCTIONS = {"none": (), "relu": (nn.ReLU,), "hardswish": (nn.Hardswish,), "rounded": (LearnedQuantizer,),
+             "rounded_hardswish": (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)}
 ACTIVATIONS = "none", "relu", "hardswish"
-FUNCTIONS = *ACTIVATIONS, "rounded", "rounded_hardswish"  # in the order of kernels.c
-# modules behind a BatchNorm that are computed with it in fine-tuning
-ROUNDED = {"rounded": (LearnedQuantizer,), "rounded_hardswish": (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)}
 MOST_CHANNELS = 4096  # of a BatchNorm, whose sums are kept on the stack
 LEAST_CHANNELS = 16  # of a depthwise convolution, which computes so many channels at a time
 LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which is kept on the stack for some channels
@@ -67,14 +67,14 @@ def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, function: st
     """Return Normalise's result. function: one of FUNCTIONS. rounding: the LearnedQuantizers that it includes."""
     steps = [power_of_two(module.log_step) for module in rounding] + [None, None]
     ranges = [code_range(module.bits, module.signed) for module in rounding] + [(0, 0), (0, 0)]
-    options = eps, FUNCTIONS.index(function), ranges[:2], frozen
+    options = eps, list(FUNCTIONS).index(function), ranges[:2], frozen
     return Normalise.apply(x, weight, bias, *steps[:2], mean, var, options)
 
 
 class BatchNorm(nn.BatchNorm2d):
     """Compute BatchNorm2d and the function behind it, on a CPU.
 
-    activation: one of FUNCTIONS. behind: the modules that it stands for if it rounds, as [(module, the class it had)].
+    activation: one of FUNCTIONS. behind: the modules that it includes, as [(module, the class it had)].
     """
     activation, behind = "none", ()
 
@@ -168,16 +168,30 @@ class Depthwise(nn.Conv2d):
 
 # ---- Their use -----------------------------------------------------------------------------------
 
-def normalisations(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module | None]]:
-    """Return {BatchNorm2d: (one of ACTIVATIONS, its module)} of a model, ("none", None) where none follows.
+def kind_of(module: nn.Module) -> type | None:
+    """Return the class of a module; None for a LearnedQuantizer with a clip of its own, which kernels.c lacks."""
+    return None if isinstance(module, LearnedQuantizer) and module.most < math.inf else type(module)
 
-    An activation counts if, by the network's graph, nothing else reads the value between the two.
+
+def chains(model: nn.Module, functions=tuple(FUNCTIONS)) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
+    """Return {BatchNorm2d: (that of the functions which includes most modules behind it, these modules)} of a model.
+
+    By the network's graph, nothing else reads the values between the modules.
     """
-    norms = {module: ("none", None) for module in model.modules() if type(module) is nn.BatchNorm2d}
-    with contextlib.suppress(BadInput):  # if the graph cannot be read, the activations stay separate
-        for norm, (activation, kind) in activated_norms(model).items():
-            norms[model.get_submodule(norm)] = kind, model.get_submodule(activation)
-    return norms
+    found, readers = {}, {}
+    with contextlib.suppress(BadInput):  # if the graph cannot be read, the modules stay separate
+        readers = sole_readers(model)
+    for name, norm in model.named_modules():
+        if type(norm) is nn.BatchNorm2d:
+            behind = []
+            while name in readers and len(behind) < 3:
+                name = readers[name]
+                behind.append(model.get_submodule(name))
+            kinds = tuple(map(kind_of, behind))
+            function = max((each for each in functions if kinds[:len(FUNCTIONS[each])] == FUNCTIONS[each]),
+                           key=lambda each: len(FUNCTIONS[each]))
+            found[norm] = function, behind[:len(FUNCTIONS[function])]
+    return found
 
 
 @contextlib.contextmanager
@@ -193,35 +207,14 @@ def exchanged(classes: dict[nn.Module, type]):
             module.__class__ = own
 
 
-def with_activations(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
-    """Return {module: new class}: norms (see `normalisations`) become of this kind, their activations nn.Identity."""
-    return {norm: type(kind.__name__, (kind,), {"activation": activation, **attributes})
-            for norm, (activation, _) in norms.items()} | {
-        separate: nn.Identity for _, separate in norms.values() if separate is not None}
-
-
-def can_round(module: nn.Module) -> bool:
-    """Return True for a LearnedQuantizer that kernels.c can compute: one without an upper clip of its own."""
-    return type(module) is LearnedQuantizer and module.most == math.inf
-
-
-def roundings(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
-    """Return {BatchNorm2d: (a key of ROUNDED, the modules behind it)} of those whose output has a trained step.
-
-    By the network's graph, nothing else reads the values between the modules.
-    """
-    found, readers = {}, {}
-    with contextlib.suppress(BadInput):  # if the graph cannot be read, the modules stay separate
-        readers = sole_readers(model)
-    for name, module in model.named_modules():
-        chain = []
-        while type(module) is nn.BatchNorm2d and (name := readers.get(name)) is not None and len(chain) < 3:
-            chain.append(model.get_submodule(name))
-            if isinstance(chain[-1], LearnedQuantizer) and not can_round(chain[-1]):
-                break
-            found |= {module: (kind, list(chain)) for kind, classes in ROUNDED.items()
-                      if classes == tuple(map(type, chain))}
-    return found
+def included(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
+    """Return {module: new class}: norms (see `chains`) become of this kind, what they include nn.Identity."""
+    classes = {}
+    for norm, (function, behind) in norms.items():
+        classes[norm] = type(kind.__name__, (kind,), {
+            "activation": function, "behind": [(each, type(each)) for each in behind], **attributes})
+        classes |= dict.fromkeys(behind, nn.Identity)
+    return classes
 
 
 def fast_on_a_cpu(model: nn.Module):
@@ -233,11 +226,6 @@ def fast_on_a_cpu(model: nn.Module):
     """
     classes = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
-    classes |= {module: Rounding for module in model.modules() if can_round(module)}
-    norms = {norm: kind for norm, kind in normalisations(model).items() if norm.affine and norm.track_running_stats}
-    classes |= with_activations(norms, BatchNorm)
-    for norm, (function, behind) in roundings(model).items():
-        classes[norm] = type("BatchNorm", (BatchNorm,), {"activation": function,
-                                                         "behind": [(each, type(each)) for each in behind]})
-        classes |= dict.fromkeys(behind, nn.Identity)
-    return exchanged(classes)
+    classes |= {module: Rounding for module in model.modules() if kind_of(module) is LearnedQuantizer}
+    norms = {norm: what for norm, what in chains(model).items() if norm.affine and norm.track_running_stats}
+    return exchanged(classes | included(norms, BatchNorm))

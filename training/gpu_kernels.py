@@ -5,6 +5,7 @@ backward, for the stage's batch and image sizes, and the results are compared. T
 faster. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -16,13 +17,13 @@ from torch import nn
 
 from compressed.command_line import say_once
 from training import cpu_kernels
-from training.cpu_kernels import ACTIVATIONS, exchanged, normalisations, with_activations
+from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
+from training.cuda_graphs import Graphs
 
 KINDS = "depthwise", "BatchNorm"  # of layers that may use the kernels
 AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
 LARGEST = 2**31 - 2**24  # values of a map: the kernels' offsets, also of masked positions, are 32-bit integers
 DTYPES = torch.bfloat16, torch.float16, torch.float32
-MODULES = {"none": nn.Identity, "relu": nn.ReLU, "hardswish": nn.Hardswish}
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -64,11 +65,22 @@ class Depthwise(nn.Conv2d):
             super().forward(x)
 
 
+def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes) -> dict[nn.Module, type]:
+    """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`."""
+    first, *behind = layer
+    if kind == "depthwise":
+        return {first: type("Depthwise", (Depthwise,), {"sizes": sizes})}
+    return included({first: (activation, behind)}, BatchNorm, sizes=sizes)
+
+
 # ---- Timing --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs."""
+    """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs.
+
+    example: such a layer, [convolution] or [BatchNorm2d, its activation].
+    """
     kind: str
     channels: int
     height: int
@@ -79,23 +91,15 @@ class Layer:
     dtype: torch.dtype
     device: torch.device
     captured: bool
+    example: list[nn.Module] = dataclasses.field(compare=False, repr=False)
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Return (PyTorch's layer, ours), with equal weights, in training mode."""
-        if self.kind == "depthwise":
-            # skip_init: without random numbers, which are training's
-            theirs, ours = (nn.utils.skip_init(nn.Conv2d, self.channels, self.channels, 3, self.stride, 1,
-                                               groups=self.channels, bias=False) for _ in range(2))
-            ours.__class__ = Depthwise
-        else:
-            theirs, ours = (nn.BatchNorm2d(self.channels) for _ in range(2))
-            ours.__class__, ours.activation = BatchNorm, self.activation
-            theirs = nn.Sequential(theirs, MODULES[self.activation]())
-        ours.sizes = ((self.height, self.width),)
-        for one, two in zip(theirs.parameters(), ours.parameters()):
-            one.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-            two.data.copy_(one)
-        return theirs.to(self.device), ours.to(self.device)
+        """Return copies of the layer: (PyTorch's, ours), in training mode."""
+        theirs, ours = (nn.Sequential(*copy.deepcopy(self.example)).to(self.device).train().requires_grad_()
+                        for _ in range(2))
+        for module, kind in with_kernels(self.kind, list(ours), self.activation, ((self.height, self.width),)).items():
+            module.__class__ = kind
+        return theirs, ours
 
     def maps(self, height: int, width: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -113,63 +117,22 @@ class Layer:
             return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
         return work
 
-    def operators(self, module: nn.Module) -> dict:
-        """Return {operator: function that calls it} for the operators whose tilings are to be chosen."""
-        x, op = self.maps(self.height, self.width, 0), torch.ops.training
-        if self.kind == "depthwise":
-            weight, stride = module.weight.detach(), self.stride
-            dy = op.depthwise(x, weight, stride)
-            return {"depthwise": lambda: op.depthwise(x, weight, stride),
-                    "depthwise_input_gradient": lambda: op.depthwise_input_gradient(dy, weight, *x.shape[2:], stride),
-                    "depthwise_weight_gradient": lambda: op.depthwise_weight_gradient(x, dy, stride)}
-        values = module.weight.detach(), module.bias.detach()
-        kind = ACTIVATIONS.index(self.activation)
-        y, statistics = op.normalise(x, *values, module.running_mean, module.eps, kind)
-        return {"normalise": lambda: op.normalise(x, *values, module.running_mean, module.eps, kind),
-                "normalise_gradients": lambda: op.normalise_gradients(x, y, *values, statistics, kind)}
 
-
-recorded = []  # the CUDA graph that was timed last; the next one takes over its memory
-timing_stream = functools.cache(torch.cuda.Stream)  # one for each device, because each stream's memory is its own
-
-
-def seconds(work, captured: bool, device: torch.device, repeats: int = 5) -> float:
-    """Return the time that the device takes for work(), as a CUDA graph if `captured`."""
-    stream, now = timing_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()  # compiles kernels and allocates memory
-        if captured:
-            graph = torch.cuda.CUDAGraph()  # torch.cuda.graph would collect garbage first, which takes longer than all
-            graph.capture_begin(recorded[0].pool() if recorded else None, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-            recorded[:], work = [graph], graph.replay
-            work()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def seconds(work, captured: bool, device: torch.device, repeats: int = 10) -> float:
+    """Return the time that the device takes for work(), in a CUDA graph as training's steps are, if `captured`."""
+    def several(*_):
         for _ in range(repeats):
             work()
-        end.record()
-        end.synchronize()
-    now.wait_stream(stream)
+    graphs = Graphs(several, device)
+    run = (lambda: graphs.step("layer", ())) if captured else several
+    for _ in range(3):
+        run()  # compiles kernels and allocates memory; records; replays
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
     return start.elapsed_time(end) / 1000 / repeats
-
-
-def choose_tilings(layer: Layer, module: nn.Module) -> None:
-    """Time all tilings of the layer's operators and keep the fastest of each in triton_kernels.chosen."""
-    triton_kernels = importlib.import_module("training.triton_kernels")
-    for operator, work in layer.operators(module).items():
-        key = operator, layer.channels, layer.height, layer.width, layer.stride
-        times = {}
-        for tiling in triton_kernels.TILINGS[operator]:
-            triton_kernels.chosen[key] = tiling
-            with contextlib.suppress(Exception):  # a tiling may need more registers or memory than this GPU has
-                times[tiling] = seconds(work, layer.captured, layer.device)
-        triton_kernels.chosen[key] = min(times, key=times.get) if times else triton_kernels.TILINGS[operator][0]
 
 
 def distance(found: list, wanted: list) -> float:
@@ -185,7 +148,6 @@ def measured(layer: Layer) -> dict:
     theirs, ours = (layer.work(module) for module in layer.modules())
     found = {"pytorch": seconds(theirs, layer.captured, layer.device), "ours": math.inf}
     try:
-        choose_tilings(layer, layer.modules()[1])
         found["distance"] = distance(ours(), theirs())
         if not found["distance"] <= AGREEMENT:
             raise ArithmeticError(f"its results are {found['distance']:.2g} from PyTorch's")
@@ -206,37 +168,42 @@ def compiled_speed(layer: Layer) -> float:
 
 # ---- Their use -----------------------------------------------------------------------------------
 
-def input_sizes(model: nn.Module, modules: list, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
+def input_sizes(model: nn.Module, modules, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
     """Return {module: {(height, width) of its inputs}} for images of these sizes."""
     found, modes = {module: set() for module in modules}, {module: module.training for module in model.modules()}
-    hooks = [module.register_forward_pre_hook(lambda module, args: found[module].add(tuple(args[0].shape[2:])))
-             for module in modules]
+
+    def note(module, args):
+        if module in found:
+            found[module].add(tuple(args[0].shape[2:]))
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
     try:
         with torch.no_grad():
             model.eval()
             for size in sizes:
                 model(torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last))
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         for module, training in modes.items():
             module.training = training
     return found
 
 
-def layers_of(model: nn.Module, norms: dict, sizes, **options) -> dict[nn.Module, list[Layer]]:
+def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]]:
     """Return {module: its Layers, one for each input size} of all layers that may use the kernels.
 
-    norms: see cpu_kernels.normalisations. options: the fields of a Layer from `batch` on.
+    options: the fields batch, dtype, device and captured of a Layer.
     """
-    kinds = {module: ("depthwise", module.in_channels, module.stride[0], "none") for module in model.modules()
-             if type(module) is nn.Conv2d and Depthwise.fits(module)}
-    kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation) for norm, (activation, _) in norms.items()
-              if BatchNorm.fits(norm)}
-    kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
-    inputs = input_sizes(model, list(kinds), sizes, options["device"])
-    return {module: [Layer(kind, channels, *size, stride, activation, **options) for size in sorted(inputs[module])]
-            for module, (kind, channels, stride, activation) in kinds.items()}
+    kinds = {}
+    if "depthwise" in KINDS:
+        kinds |= {conv: ("depthwise", conv.in_channels, conv.stride[0], "none", [conv]) for conv in model.modules()
+                  if type(conv) is nn.Conv2d and Depthwise.fits(conv)}
+    if "BatchNorm" in KINDS:
+        kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation, [norm, *behind])
+                  for norm, (activation, behind) in chains(model, ACTIVATIONS).items() if BatchNorm.fits(norm)}
+    inputs = input_sizes(model, kinds, sizes, options["device"])
+    return {module: [Layer(kind, channels, *size, stride, activation, example=example, **options)
+                     for size in sorted(inputs[module])]
+            for module, (kind, channels, stride, activation, example) in kinds.items()}
 
 
 def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module, type]:
@@ -244,25 +211,22 @@ def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module
     if not KINDS:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
-    began, norms = time.monotonic(), normalisations(model)
-    layers = layers_of(model, norms, sizes, **options)
-    normalised = [layer for several in layers.values() for layer in several if layer.kind == "BatchNorm"]
-    speed = {"depthwise": 1.0, "BatchNorm": 1.0}
+    began, classes = time.monotonic(), {}
+    layers = [each for each in layers_of(model, sizes, **options).values() if each]
+    normalised = [layer for several in layers for layer in several if layer.kind == "BatchNorm"]
+    speed, counts = {"depthwise": 1.0, "BatchNorm": 1.0}, {kind: [0, 0] for kind in KINDS}
     if compiled and normalised:
         speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
-    classes, counts = {}, []
-    for kind in KINDS:
-        used = {module: tuple((each.height, each.width) for each in several
-                              if measured(each)["ours"] * speed[kind] < measured(each)["pytorch"])
-                for module, several in layers.items() if several and several[0].kind == kind}
-        counts.append(f"{sum(map(bool, used.values()))} of {len(used)} {kind} layers")
-        for module, chosen in used.items():
-            if chosen and kind == "depthwise":
-                classes[module] = type("Depthwise", (Depthwise,), {"sizes": chosen})
-            elif chosen:
-                classes |= with_activations({module: norms[module]}, BatchNorm, sizes=chosen)
-    print(f"Triton: {', '.join(counts)} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)",
-          flush=True)
+    for several in layers:
+        layer = several[0]
+        ours = tuple((each.height, each.width) for each in several
+                     if measured(each)["ours"] * speed[each.kind] < measured(each)["pytorch"])
+        if ours:
+            classes |= with_kernels(layer.kind, layer.example, layer.activation, ours)
+        counts[layer.kind][0] += bool(ours)
+        counts[layer.kind][1] += 1
+    shown = ", ".join(f"{some} of {every} {kind} layers" for kind, (some, every) in counts.items())
+    print(f"Triton: {shown} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
 
 
@@ -281,7 +245,6 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     except Exception as error:
         say_once(f"without Triton's kernels: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
         classes = {}
-    recorded.clear()
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     with exchanged(classes):
         yield

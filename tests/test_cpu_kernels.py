@@ -1,4 +1,7 @@
-"""The compiled BatchNorm beside PyTorch's in float64, and what happens where there is no compiler."""
+"""What is special to the functions of kernels.c, where they are used, and what happens without a compiler.
+
+test_kernels.py compares them with PyTorch's functions.
+"""
 import contextlib
 import copy
 import math
@@ -6,7 +9,6 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from compressed import grids, kernels
@@ -14,94 +16,12 @@ from compressed.exact_network import Quantizer, quantize_activations
 from compressed.graph import prepare, read
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from small import with_hardswish
+from test_kernels import DTYPES, PYTORCHS, maps, pair
 from training import cpu_kernels
-from training.cpu_kernels import fast_on_a_cpu
+from training.cpu_kernels import LARGEST_MAP, Depthwise, fast_on_a_cpu
 from training.learned_steps import LearnedQuantizer, learn_steps
 
 compiled = pytest.mark.skipif(kernels.library(torch.float32) is None, reason="there is no C compiler")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
-PYTORCHS = {"none": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-
-
-def pair(channels: int, activation: str) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
-    """(PyTorch's in float64, ours)."""
-    torch.manual_seed(channels)
-    norm = nn.BatchNorm2d(channels)
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.normal_(norm.bias)
-    nn.init.normal_(norm.running_mean)
-    ours = copy.deepcopy(norm)
-    ours.__class__, ours.activation = cpu_kernels.BatchNorm, activation
-    return norm.double(), ours
-
-
-def maps(*shape, dtype=torch.float32):
-    x = torch.randn(shape) * (0.2 + torch.rand(shape[1]))[:, None, None] + torch.randn(shape[1])[:, None, None]
-    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-@compiled
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("activation", PYTORCHS)
-@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (2, 37, 9, 9), (3, 40, 12, 12), (2, 1248, 3, 3), (1, 1, 1, 130)))
-def test_it_is_batchnorm_with_an_activation(shape, activation, dtype):
-    norm, ours = pair(shape[1], activation)
-    x = maps(*shape, dtype=dtype)
-    double = x.detach().double().requires_grad_()
-    z = norm(double)
-    wanted, jumps = PYTORCHS[activation](z), {"none": (), "relu": (0,), "hardswish": (-3, 3)}[activation]
-    clear = torch.ones(shape, dtype=torch.bool)  # elsewhere rounding decides on which side of a jump z is
-    for jump in jumps:
-        clear &= (z.detach() - jump).abs() > 0.05
-    found = ours(x)
-    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    error, tolerance = (found - wanted).detach().abs(), TOLERANCE[dtype]
-    assert error.max() <= tolerance * wanted.abs().max()
-    gradient = torch.randn(shape).to(dtype) * clear
-    wanted.backward(gradient.double())
-    found.backward(gradient)
-    for mine, theirs in ((x.grad, double.grad), (ours.weight.grad, norm.weight.grad), (ours.bias.grad, norm.bias.grad),
-                         (ours.running_mean, norm.running_mean), (ours.running_var, norm.running_var)):
-        assert (mine - theirs).abs().max() <= 2 * tolerance * theirs.abs().max() + 1e-6
-    assert ours.num_batches_tracked == norm.num_batches_tracked == 1
-
-
-@compiled
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("activation", ("relu", "hardswish"))
-def test_at_and_beside_the_jumps_of_the_derivative(activation, dtype):
-    """With a weight of 0, z is the bias to the last bit."""
-    at = torch.tensor([-3.0, 0.0, 3.0])
-    beside = [torch.nextafter(at, at + direction) for direction in (-1, 1)]
-    z = torch.cat([at, *beside, torch.tensor([-1e30, -1.5, 1.5, 1e30])])
-    norm, ours = pair(len(z), activation)
-    for each in (norm, ours):
-        nn.init.zeros_(each.weight)
-        each.bias.data.copy_(z)
-    x = maps(2, len(z), 3, 5, dtype=dtype)
-    gradient, double = torch.randn(x.shape).to(dtype), x.detach().double().requires_grad_()
-    found, wanted = ours(x), PYTORCHS[activation](norm(double))
-    assert torch.allclose(found.double(), wanted, rtol=TOLERANCE[dtype], atol=1e-6)
-    wanted.backward(gradient.double())
-    found.backward(gradient)
-    assert not x.grad.any() and not double.grad.any()
-    assert torch.allclose(ours.bias.grad.double(), norm.bias.grad, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(ours.weight.grad.double(), norm.weight.grad, rtol=1e-4, atol=1e-4)
-
-
-@compiled
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("activation", PYTORCHS)
-def test_what_is_not_finite_stays_so(activation, dtype):
-    x = maps(2, 8, 4, 4, dtype=dtype)
-    with torch.no_grad():
-        x[0, 3, 0, 0] = torch.nan
-    ours = pair(8, activation)[1]
-    y = ours(x)
-    assert y[:, 3].isnan().all() and y[:, :3].isfinite().all()
-    y.sum().backward()
-    assert x.grad[:, 3].isnan().all() and x.grad[:, :3].isfinite().all()
-
 
 @compiled
 @pytest.mark.parametrize("precision", (torch.float32, torch.bfloat16))
@@ -109,7 +29,7 @@ def test_what_is_not_finite_stays_so(activation, dtype):
 def test_a_step_of_the_network_is_the_same_without_a_compiler(activation, precision, monkeypatch):
     """Logits, statistics, the last layer's gradient: rounding stirs those of layers further in (see test_loop.py). In
     bfloat16 they are as near to float32's as without it."""
-    x, found = maps(4, 3, 16, 16).detach(), []
+    x, found = maps("compiled", 4, 3, 16, 16).detach(), []
     for there, precision in ((True, precision), (False, precision), (False, torch.float32)):
         with monkeypatch.context() as patch:
             if not there:
@@ -133,7 +53,7 @@ def test_a_step_of_the_network_is_the_same_without_a_compiler(activation, precis
 
 def with_rounding(channels: int, activation: str, signed: bool) -> nn.ModuleList:
     """A BatchNorm with its roundings and its activation; steps so fine that values are clipped at both ends."""
-    modules = [pair(channels, "none")[1], LearnedQuantizer(Quantizer(5, signed, 0.125))]
+    modules = [pair("compiled", channels, "none", ())[1], LearnedQuantizer(Quantizer(5, signed, 0.125))]
     if activation == "hardswish":
         modules += [nn.Hardswish(), LearnedQuantizer(Quantizer(4, True, 0.125))]
     modules[0].__class__ = nn.BatchNorm2d
@@ -150,7 +70,7 @@ def test_rounding_with_trained_steps_is_that_of_autograd(activation, signed, fro
     ours = copy.deepcopy(slow)
     ours[0].__class__, ours[0].behind = cpu_kernels.BatchNorm, [(each, type(each)) for each in ours[1:]]
     ours[0].activation = "rounded_hardswish" if activation == "hardswish" else "rounded"
-    x = maps(3, 24, 9, 9)
+    x = maps("compiled", 3, 24, 9, 9)
     same, y = x.detach().clone().requires_grad_(), ours[0](x)
     wanted = same
     for module in slow:
@@ -171,12 +91,12 @@ def test_rounding_with_trained_steps_is_that_of_autograd(activation, signed, fro
 
 
 @compiled
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_alone(dtype):
     slow = LearnedQuantizer(Quantizer(8, True, 2.0**-5))
     ours = copy.deepcopy(slow)
     ours.__class__ = cpu_kernels.Rounding
-    x = maps(2, 37, 5, 5, dtype=dtype)
+    x = maps("compiled", 2, 37, 5, 5, dtype=dtype)
     same, gradient = x.detach().clone().requires_grad_(), torch.randn(x.shape).to(dtype)
     y, wanted = ours(x), slow(same)
     assert torch.equal(y.float(), wanted) and y.dtype == dtype
@@ -186,15 +106,14 @@ def test_rounding_alone(dtype):
     assert torch.allclose(ours.log_step.grad, slow.log_step.grad, rtol=1e-3)
 
 
-@pytest.mark.parametrize("most", (math.inf, 6.0))
-@pytest.mark.parametrize("there", (True, False))
-def test_a_network_with_trained_steps_is_changed_and_changed_back(most, there, monkeypatch):
+@pytest.mark.parametrize("there, most", ((True, math.inf), (True, 6.0), (False, math.inf)))
+def test_a_network_with_trained_steps_is_changed_and_changed_back(there, most, monkeypatch):
     if not there:
         monkeypatch.setattr(kernels, "library", lambda dtype: None)
     torch.manual_seed(0)
-    model = prepare(SmallMobileNetV2(width=0.5))
+    model = prepare(SmallMobileNetV2(width=0.25))
     grids.quantize_weights(model, grids.bit_table("4", model), "channel")
-    x = maps(4, 3, 16, 16).detach()
+    x = maps("compiled", 4, 3, 16, 16).detach()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -215,7 +134,7 @@ def test_a_network_with_trained_steps_is_changed_and_changed_back(most, there, m
             together = sum(len(module.behind) for module in changed)
             if fast:
                 # two roundings and a hard swish behind 33 of them; one rounding where a block has no shortcut
-                assert together == (33 * 3 + 3 if most == math.inf else 0) and len(changed) == 49
+                assert together == (33 * 3 + 3 if most == math.inf else 0) and len(changed) == 50
             logits = each(x)
             logits.float().logsumexp(1).mean().backward()
             inside = copy.deepcopy(each)(x)  # as an evaluation in the midst of a stage
@@ -230,8 +149,8 @@ def test_a_network_with_trained_steps_is_changed_and_changed_back(most, there, m
 @compiled
 @pytest.mark.parametrize("activation", PYTORCHS)
 def test_in_eval_mode_it_is_pytorchs(activation):
-    norm, ours = pair(8, activation)
-    x = maps(2, 8, 4, 4)
+    norm, ours = pair("compiled", 8, activation, ())
+    x = maps("compiled", 2, 8, 4, 4)
     assert torch.allclose(ours.eval()(x).double(), PYTORCHS[activation](norm.eval()(x.double())), atol=1e-5)
 
 
@@ -247,3 +166,28 @@ def test_the_compiler_may_have_options(monkeypatch):
     assert kernels.library.__wrapped__(torch.float32) is not None
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -include no-such-file")
     assert kernels.library.__wrapped__(torch.float32) is None
+
+
+@compiled
+def test_it_takes_what_fits_and_leaves_the_rest(monkeypatch):
+    ours = [conv for conv in MobileNetV2().modules() if isinstance(conv, nn.Conv2d) and Depthwise.fits(conv)]
+    assert len(ours) == 17
+    taken = []
+    monkeypatch.setattr(kernels, "call", lambda name, *args: taken.append(name))
+    wide = {"groups": 32, "bias": False}
+    for conv, side in ((nn.Conv2d(32, 32, 3, 1, 1, groups=32), 8), (nn.Conv2d(32, 64, 3, 1, 1, **wide), 8),
+                       (nn.Conv2d(32, 32, 5, 1, 2, **wide), 8), (nn.Conv2d(32, 32, 3, 1, 0, **wide), 8),
+                       (nn.Conv2d(32, 32, 3, 3, 1, **wide), 8), (nn.Conv2d(32, 32, 3, 1, 2, 2, **wide), 8),
+                       (nn.Conv2d(32, 32, 3, 1, 1, padding_mode="circular", **wide), 8),
+                       (nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), 8),
+                       (nn.Conv2d(32, 32, 3, 1, 1, **wide).double(), 8),
+                       (nn.Conv2d(32, 32, 3, 1, 1, **wide), LARGEST_MAP + 1)):
+        x = torch.randn(2, conv.in_channels, side, side, dtype=conv.weight.dtype)
+        plain = conv(x)
+        with fast_on_a_cpu(conv):
+            assert isinstance(conv, Depthwise) and torch.equal(conv(x), plain)
+        assert type(conv) is nn.Conv2d and not taken
+    conv = nn.Conv2d(32, 32, 3, 1, 1, **wide)
+    with fast_on_a_cpu(conv):
+        conv(torch.randn(2, 32, LARGEST_MAP, 2))
+    assert taken == ["depthwise"]
