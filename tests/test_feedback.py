@@ -61,7 +61,7 @@ def stage(folder, optimizer="sgd", schedule="cosine", kind="irregular", target=0
 @pytest.mark.parametrize("optimizer", LR)
 def test_the_penalty_makes_the_masks_zeros(tmp_path, optimizer, schedule):
     model, penalty, lines = stage(tmp_path, optimizer, schedule)
-    share = penalty.share().item()
+    share = penalty.zeros_share().item()
     assert 0.79 <= share <= 0.82
     _, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.8))
     assert already >= 0.98 * pruned
@@ -77,7 +77,7 @@ def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, monkeypatch, opti
     monkeypatch.chdir(tmp_path)
     Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
     model, penalty, _ = stage(tmp_path, optimizer, schedule, spec="lp.py:Lp?p=0.5")
-    assert 0.79 <= penalty.share() <= 0.82
+    assert 0.79 <= penalty.zeros_share() <= 0.82
     _, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.8))
     assert already >= 0.98 * pruned
 
@@ -91,7 +91,7 @@ def test_groups_go_whole_and_as_many(tmp_path, kind, optimizer, schedule):
                   for name, layer in weight_layers(model) if name in LAYERS)
     total, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.6, kind))
     assert pruned - already <= max(0.02 * pruned, largest)
-    assert penalty.share() <= 0.62 + largest / total
+    assert penalty.zeros_share() <= 0.62 + largest / total
     gone = sum(int((group_norms(weight, kind) == 0).sum()) for weight in penalty.weights)
     assert (lines[-1]["zero_groups"], lines[-1]["kind"]) == (gone, kind)
     assert f"{gone:,} of {lines[-1]['groups']:,} {kind}s" in zeros(lines[-1])
@@ -101,7 +101,7 @@ def test_a_stage_taken_up_in_its_middle_is_led_from_there(tmp_path):
     """By weights alone, without the state of the penalty: it does not wait for the next update."""
     _, penalty, lines = stage(tmp_path, "muon", "constant", start_epoch=3.3)
     assert penalty.feedback.total == pytest.approx(0.1 * (256 - 106))
-    assert lines[0]["epoch"] == 4 and lines[0]["zeros_share"] > 0.1 and 0.79 <= penalty.share() <= 0.82
+    assert lines[0]["epoch"] == 4 and lines[0]["zeros_share"] > 0.1 and 0.79 <= penalty.zeros_share() <= 0.82
 
 
 # ------------------------------------------------------------------------------------------ path and controller
