@@ -1,4 +1,5 @@
 """Masks and prune-ratio files: cases computed by hand, and properties on random weights."""
+import argparse
 import math
 import tomllib
 
@@ -13,7 +14,6 @@ from test_penalties import HAND, KINDS, LAYERS, Net, one
 from training.masks import (
     PROFILES,
     Masks,
-    default_layers,
     group_norms,
     prune_ratios,
     ratio_masks,
@@ -21,6 +21,7 @@ from training.masks import (
     threshold_masks,
     zero_masks,
 )
+from training.sparsity import pruned_layers
 
 
 def test_threshold_mask_by_hand():
@@ -152,15 +153,15 @@ def test_the_shipped_profile_lists_every_convolution(mobilenet):
         assert prune_ratios(name, mobilenet) == dict.fromkeys(convs[1:], 0.7)
 
 
-def test_default_layers_are_all_but_the_stem(mobilenet):
-    layers = default_layers(mobilenet)
+def test_all_layers_but_the_stem_are_pruned(mobilenet):
+    layers = pruned_layers(argparse.Namespace(config_file=None), mobilenet)
     assert len(layers) == 57 and "conv1" not in layers and {"conv2", "linear", "layers.16.shortcut.0"} < set(layers)
 
 
 @pytest.mark.parametrize("content, named", (
     ("[prune_ratios]\nconv9 = 0.5", "conv9"), ("[prune_ratios]\nconv = 1", "conv is 1"),
     ("[prune_ratios]\nconv = -0.1", "-0.1"), ("[prune_ratios]\nconv = '0.5'", "'0.5'"),
-    ("[prune_ratios]\nconv = nan", "nan"),
+    ("[prune_ratios]\nconv = nan", "nan"), ("[prune_ratios]\nconv = 0", "no layer has a ratio above 0"),
     ("[ratios]\nconv = 0.5", "prune_ratios"), ("[prune_ratios\nconv = 0.5", "ratios.toml"),
     ("prune_ratios = 0.5", "prune_ratios"), (b"\xff\xfe", "ratios.toml")))
 def test_bad_ratio_files_are_refused(tmp_path, content, named):

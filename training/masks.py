@@ -45,7 +45,7 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
     """Return {layer name: share of its weights to prune} from a TOML file, without the layers whose ratio is 0.
 
     config_file: a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput for a
-    missing or damaged file, a layer that the model lacks, and a ratio outside [0, 1).
+    missing or damaged file, a layer that the model lacks, a ratio outside [0, 1), and if no ratio is above 0.
     """
     candidates = [Path(config_file), PROFILES / config_file, PROFILES / f"{config_file}.toml"]
     path = next(filter(Path.is_file, candidates), None)
@@ -60,12 +60,9 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
             raise BadInput(f"{path}: the network has no layer {name!r}")
         if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
             raise BadInput(f"{path}: the ratio of {name} is {ratio!r}, expected a number from 0 to below 1")
+    if not any(ratios.values()):
+        raise BadInput(f"{path}: no layer has a ratio above 0")
     return {name: float(ratio) for name, ratio in ratios.items() if ratio > 0}
-
-
-def default_layers(model: nn.Module) -> list[str]:
-    """Return the names of all layers but the stem. Its 1,080 weights read the image itself and cost little."""
-    return [name for name, _ in weight_layers(model)][1:]
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
