@@ -82,6 +82,7 @@ class Block(nn.Module):
 
 class MobileNetV2(nn.Module):
     """[N, 3, 32, 32] normalised images -> [N, classes] logits. Any input of at least 8x8 works: the map is averaged."""
+    block = Block
 
     def __init__(self, num_classes: int = 100, width: float = 1.3, table: Table = SUBMISSION):
         super().__init__()
@@ -96,7 +97,7 @@ class MobileNetV2(nn.Module):
         for expansion, base, repeats, stride in table.stages:
             for i in range(repeats):
                 out_channels = table.scaled(base, width)
-                blocks.append(Block(channels, out_channels, expansion, stride if i == 0 else 1, table.activation))
+                blocks.append(self.block(channels, out_channels, expansion, stride if i == 0 else 1, table.activation))
                 channels = out_channels
         self.layers = nn.Sequential(*blocks)
         self.head = table.head is not None

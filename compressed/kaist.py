@@ -2,80 +2,57 @@
 
 Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
 """
-import re
+import dataclasses
+import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100, counting
+from compressed import counting
 from compressed.errors import BadInput
+from compressed.evaluation import logits
 from compressed.graph import trace, weight_layers
 from compressed.networks import fill, is_plain, load_state
 from compressed.normalisation import scale_and_shift
+from mobilenet_v2 import KAIST, Block, MobileNetV2
 
-# output width, number of blocks, stride of the first
-STAGES = ((20, 2, 1), (36, 1, 2), (36, 1, 1), (56, 3, 1), (80, 1, 2), (80, 4, 1), (88, 1, 2), (96, 2, 1), (114, 1, 1))
-STEM_WIDTH, EXPANSION = 32, 2.5
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of RGB / 255, as their authors trained with
+# in place: a teacher is evaluated at every training step
+TABLE = dataclasses.replace(KAIST, activation=functools.partial(nn.Hardswish, inplace=True))
 
 
-def swish(x: Tensor) -> Tensor:
-    """Return hard swish of x, in place if no gradient is needed: a teacher is evaluated at every training step."""
-    return F.hardswish(x, inplace=not torch.is_grad_enabled())
-
-
-class Block(nn.Module):
+class GatedBlock(Block):
     """Inverted residual with hard swish and, where the stride is 1, squeeze and excitation and a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        hidden = int(EXPANSION * in_channels)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
-        self.bn2 = nn.BatchNorm2d(hidden)
-        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation):
+        super().__init__(in_channels, out_channels, expansion, stride, activation)
         # stored with stride 2 too, but used with stride 1 alone
         self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
         self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
-        self.residual = stride == 1
-        self.shortcut = nn.Sequential()
-        if self.residual and in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                                          nn.BatchNorm2d(out_channels))
+        self.relu3 = activation()
+        self.shortcut = self._modules.pop("shortcut")  # last, as in the files: states have a digest in this order
 
     def forward(self, x):
-        out = swish(self.bn1(self.conv1(x)))
-        out = swish(self.bn2(self.conv2(out)))
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if not self.residual:
             return out
-        excited = self.fc2(swish(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
-        return out * excited + self.shortcut(x)
+        gate = self.fc2(self.relu3(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
+        return out * gate + self.shortcut(x)
 
 
-class Micronet(nn.Module):
+class Micronet(MobileNetV2):
     """KAIST's network: [N, 3, 32, 32] images normalised by cifar100.normalise -> [N, 100] logits."""
+    block = GatedBlock
 
     def __init__(self, num_classes: int = 100):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, STEM_WIDTH, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM_WIDTH)
-        blocks, channels = [], STEM_WIDTH
-        for width, repeats, stride in STAGES:
-            for i in range(repeats):
-                blocks.append(Block(channels, width, stride if i == 0 else 1))
-                channels = width
-        self.layers = nn.Sequential(*blocks)
-        self.linear = nn.Linear(channels, num_classes)
+        super().__init__(num_classes, 1.0, TABLE)
         for name, values in zip(("scale", "shift"), scale_and_shift(MEAN, STD)):
             self.register_buffer(name, values.float()[:, None, None], persistent=False)
 
     def forward(self, x):
-        out = swish(self.bn1(self.conv1(x * self.scale + self.shift)))
-        return self.linear(self.layers(out).mean((2, 3)))
+        return super().forward(x * self.scale + self.shift)
 
 
 def load_micronet(path) -> Micronet:
@@ -101,22 +78,19 @@ def without_gates(model: Micronet, images: Tensor) -> dict[str, Tensor]:
     convolution and its BatchNorm, so that the zeros of its border are grey pixels: exact but for the map's outermost
     positions.
     """
-    sums: dict[str, Tensor] = {}
-
-    def see(name):
-        return lambda module, _, out: sums.update({name: sums.get(name, 0) + out.sigmoid().sum((0, 2, 3))})
-
-    hooks = [block.fc2.register_forward_hook(see(name)) for name, block in model.named_modules()
-             if isinstance(block, Block)]
-    with torch.no_grad():
-        for batch in images.split(100):
-            model(cifar100.normalise(batch))
+    gates, hooks = {}, []
+    for name, block in model.named_modules():
+        if isinstance(block, GatedBlock) and block.residual:
+            gates[name] = seen = []
+            hooks.append(block.fc2.register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(out.sigmoid())))
+    logits(model, images)
     for hook in hooks:
         hook.remove()
-    state = {key: value.clone() for key, value in model.state_dict().items() if not re.search(r"\.fc[12]\.", key)}
-    for name, gates in sums.items():
-        for kind in ("weight", "bias"):
-            state[f"{name}.bn3.{kind}"] *= gates / len(images)
+    state = {key: value.clone() for key, value in model.state_dict().items() if ".fc" not in key}
+    for name, seen in gates.items():
+        mean = torch.cat(seen).mean((0, 2, 3))
+        state[f"{name}.bn3.weight"] *= mean
+        state[f"{name}.bn3.bias"] *= mean
     state["bn1.running_mean"] -= (state["conv1.weight"] * model.shift).sum((1, 2, 3))
     state["conv1.weight"] *= model.scale
     return state
@@ -141,12 +115,9 @@ def authors_count(model: Micronet) -> dict[str, float]:
             terms, positions = op.module.weight.flatten(1).count_nonzero(1), op.outputs // op.channels
             multiplications += int(terms.sum()) * positions
             additions += int((terms - 1).clamp(min=0).sum()) * positions + op.outputs  # and a bias
-        elif op.kind == "hardswish":
-            multiplications, additions = multiplications + 4 * op.outputs, additions + op.outputs
-        elif op.kind == "sigmoid":
-            multiplications += op.outputs
-        elif op.kind == "mean":
-            multiplications, additions = multiplications + op.outputs, additions + (op.fan_in - 1) * op.outputs
+        elif op.kind in ("hardswish", "sigmoid", "mean"):
+            multiplications += (4 if op.kind == "hardswish" else 1) * op.outputs
+            additions += {"hardswish": 1, "sigmoid": 0, "mean": op.fan_in - 1}[op.kind] * op.outputs
     operations = multiplications / 2 + additions
     return {"parameters": parameters, "operations": operations,
             "score": parameters / counting.STORAGE_BASE + operations / counting.OPERATIONS_BASE}

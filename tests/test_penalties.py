@@ -14,6 +14,13 @@ from training.penalties import GradualMagnitude, LossReweightedL1, Penalty, Rewe
 KINDS = tuple(GROUPS)
 
 
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for _, module in weight_layers(model):
+        module.weight.data = torch.randn(module.weight.shape, generator=generator)
+    return model
+
+
 class Net(nn.Module):
     """A convolution, a depthwise one and a linear layer, with random weights; never run."""
 
@@ -23,9 +30,7 @@ class Net(nn.Module):
         self.bn = nn.BatchNorm2d(6)
         self.depthwise = nn.Conv2d(6, 6, 3, groups=6, bias=False)
         self.linear = nn.Linear(6, 5)
-        generator = torch.Generator().manual_seed(seed)
-        for _, module in weight_layers(self):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator)
+        randomised(self, seed)
 
 
 LAYERS = ["conv", "depthwise", "linear"]
@@ -56,24 +61,20 @@ def hand(kind, penalty=ReweightedL1, **kwargs) -> tuple[torch.Tensor, Penalty]:
 
 # --------------------------------------------------------------------------------------------------------- penalty
 
-class Pyramid(nn.Sequential):
+def pyramid() -> nn.Module:
     """Two equal convolutions, the first with 16 times as many positions as the second."""
-
-    def __init__(self, seed=0):
-        super().__init__(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                         nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                         nn.Conv2d(8, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-        generator = torch.Generator().manual_seed(seed)
-        for _, module in weight_layers(self):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator)
+    return randomised(nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), 0)
 
 
 def test_weights_that_cost_more_become_zero_earlier():
     layers = ["3", "6"]
-    prices = counting.prices(Pyramid())
+    prices = counting.prices(pyramid())
     for power in (0.0, 0.5):
-        penalty = ReweightedL1(Pyramid(), layers, target=0.5, cost_power=power)
+        penalty = ReweightedL1(pyramid(), layers, target=0.5, cost_power=power)
         penalty.update(1.0)
         ratio = (prices["3"] / prices["6"]) ** power
         assert (penalty.factors[0] / penalty.factors[1]) == pytest.approx(ratio) and (ratio > 2) == (power > 0)
@@ -83,7 +84,7 @@ def test_weights_that_cost_more_become_zero_earlier():
             for _ in range(1000):
                 penalty.shrink(penalty.lam * FIRST / 1000)
         first, second = ((weight == 0).double().mean().item() for weight in penalty.weights)
-        assert penalty.share().item() == pytest.approx(0.5 - 0.5 * (1 - FIRST / 0.75) ** 3, abs=0.01)
+        assert penalty.zeros_share().item() == pytest.approx(0.5 - 0.5 * (1 - FIRST / 0.75) ** 3, abs=0.01)
         assert (first > 1.5 * second) == (power > 0)
 
 
@@ -154,8 +155,8 @@ def test_group_shrink_by_hand(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(5))
-def test_shrink_never_flips_a_sign_and_never_grows_a_weight(kind, seed):
+def test_shrink_never_flips_a_sign_and_never_grows_a_weight(kind):
+    seed = KINDS.index(kind)
     model = Net(seed)
     model.conv.weight.data[1] = 0
     model.conv.weight.data[2, 1] = 1e-20
@@ -193,15 +194,6 @@ def test_shrink_is_the_proximal_step(kind):
             near = [w.detach() + scale * torch.randn(w.shape, generator=generator, dtype=w.dtype)
                     for w in penalty.weights]
             assert objective(near) > best
-
-
-def test_no_strength_changes_nothing():
-    model = Net()
-    before = model.conv.weight.clone()
-    penalty = ReweightedL1(model, LAYERS, lam=0.0)
-    penalty.update(1.0)
-    penalty.after_step(1.0)
-    assert torch.equal(model.conv.weight, before) and penalty.loss().item() == 0
 
 
 # ---------------------------------------------------------------------------------------------- lambda from a target
@@ -248,18 +240,15 @@ def test_with_a_target_the_convolutions_keep_their_norms():
     penalty.update(1.0)
     for _ in range(100):
         penalty.after_step(0.01)
-    assert penalty.feedback.spent == pytest.approx(1) and penalty.share() > 0.3
+    assert penalty.feedback.spent == pytest.approx(1) and penalty.zeros_share() > 0.3
     assert layers["conv"].weight.norm().item() == pytest.approx(before["conv"], rel=1e-3)
     assert layers["linear"].weight.norm() < 0.99 * before["linear"] and not layers["depthwise"].weight.any()
 
 
-@pytest.mark.parametrize("wrong", (dict(kind="rows", lam=1.0), dict(),
-                                   dict(lam=1.0, target=0.5), dict(penalty=LossReweightedL1, target=0.5),
-                                   dict(lam=1.0, eps=0.0), dict(lam=-1.0), dict(target=0.0), dict(target=1.0)))
-def test_impossible_penalties_are_refused(wrong):
-    penalty = wrong.pop("penalty", ReweightedL1)
-    with pytest.raises(BadInput):
-        penalty(Net(), LAYERS, **wrong)
+@pytest.mark.parametrize("wrong", ({}, dict(lam=1.0, target=0.5)))
+def test_a_lambda_or_a_target_and_not_both(wrong):
+    with pytest.raises(BadInput, match="and not both"):
+        ReweightedL1(Net(), LAYERS, **wrong)
 
 
 @pytest.mark.parametrize("strength", (dict(target=0.5), dict(lam=0.1)))
@@ -311,14 +300,6 @@ def test_the_schedule_of_magnitudes_by_hand():
     assert model.linear.weight.flatten()[60:].tolist() == [-i + 7.0 for i in range(161, 201)]
 
 
-def test_only_the_named_layers_are_pruned():
-    model = Counted()
-    pruning = GradualMagnitude(model, ["linear"], 0.5)
-    pruning.update(1.0)
-    pruning.update(0.0)
-    assert model.zeros() == [0, 50]
-
-
 def test_state_of_magnitudes_of_another_process():
     ours, theirs = Counted(), Counted()
     first, second = GradualMagnitude(ours, ["conv", "linear"], 0.8), GradualMagnitude(theirs, ["conv", "linear"], 0.8)
@@ -331,12 +312,6 @@ def test_state_of_magnitudes_of_another_process():
     second.update(4.0)
     assert theirs.zeros() == [100, 40]
     assert first.options() == second.options() != GradualMagnitude(ours, ["conv"], 0.8).options()
-
-
-@pytest.mark.parametrize("target", (0, 1, -0.1))
-def test_an_impossible_target(target):
-    with pytest.raises(BadInput, match="impossible target"):
-        GradualMagnitude(Counted(), ["conv"], target)
 
 
 # ----------------------------------------------------------------------------------------------- a penalty of one's own

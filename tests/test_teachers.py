@@ -8,7 +8,6 @@ from torch import nn
 
 from compressed import cifar100, kaist
 from compressed.errors import BadInput
-from compressed.evaluation import logits
 from compressed.files import save_tensors
 from compressed.graph import prepare, read
 from compressed.networks import fill, load_checkpoint
@@ -43,15 +42,6 @@ def random_state(pruned=("layers.3.conv1", "linear")) -> dict:
 
 real_files = pytest.mark.skipif(not THERE or not os.environ.get("CIFAR100_DIR"),
                                 reason="TEACHERS_DIR and CIFAR100_DIR do not name real files")
-
-
-@real_files
-def test_a_published_network_has_the_published_accuracy():
-    """To the image but for rounding: the network and its normalisation are right."""
-    data, name = cifar100.load(os.environ["CIFAR100_DIR"], "test"), NAMES[0]
-    model = teachers.load(Path(THERE, name)).to(memory_format=torch.channels_last)
-    correct = int((logits(model, data.images).argmax(1) == data.labels).sum())
-    assert teachers.KAIST[name][1] == 8091 and correct == pytest.approx(8091, abs=1)
 
 
 @real_files
@@ -107,7 +97,6 @@ def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
 
 
 def test_ours_is_a_teacher_too(sparse_checkpoint):
-    from compressed.networks import load_checkpoint
     x = cifar100.normalise(cifar100.made_up(2, 0).images)
     with torch.no_grad():
         assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3,

@@ -19,8 +19,7 @@ def option_parser(text: str) -> argparse.ArgumentParser:
 
 
 def agreement(found: Tensor, exact: Tensor, labels: Tensor) -> dict[str, int]:
-    """Count the images on which two executions agree. found, exact: float32 logits [N, classes], the latter those of
-    exact_network.
+    """Count the images on which two executions agree: float32 logits [N, classes] of one, and of exact_network.
 
     {"images", "correct", "float_correct": of exact_network, "agree": images with the same prediction, "identical":
     images whose logits are the same to the last bit}

@@ -27,12 +27,6 @@ def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) 
     return augmentation.augment(data.images[index], data.labels[index], draws)[0]
 
 
-def logits(network, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits [N, classes] of a network for normalised images."""
-    network = network.to(memory_format=torch.channels_last)
-    return answers(lambda batch: network(batch.contiguous(memory_format=torch.channels_last)), images, 16)
-
-
 def read(path):
     """Return the network of a checkpoint: quantized if there is a claim, else in float32."""
     if not claims.claim_path(path).exists():
@@ -56,10 +50,11 @@ def main(argv=None) -> int:
     data = datasets.chosen(args, "train")[0]
     taught_by = [teachers.load(path, data_set=data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
-    expected = sum(logits(teacher, mixed).double().softmax(1) for teacher in taught_by) / len(taught_by)
+    mixed = mixed.contiguous(memory_format=torch.channels_last)
+    expected = sum(answers(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, network in networks.items():
-        found = logits(network, mixed).double().log_softmax(1)
+        found = answers(network, mixed, 16).double().log_softmax(1)
         apart = F.kl_div(found, expected, reduction="none").sum(1)
         print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, same prediction for "
               f"{(found.argmax(1) == expected.argmax(1)).double().mean():.2%}: {path}", flush=True)

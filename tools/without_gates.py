@@ -7,6 +7,8 @@
 What comes out is *KAIST AI's network, compressed further*: table, masks and most of the training are theirs (MIT
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
 """
+import torch
+
 from compressed import datasets, kaist, networks
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.files import check_outputs
@@ -24,18 +26,16 @@ def main(argv=None) -> int:
                         help="train images over which the gates are averaged (%(default)s)")
     datasets.add_options(parser)
     args = parser.parse_args(argv)
-    path = args.file
-    if path.name in teachers.KAIST and not path.is_file():
-        path = teachers.find() / path.name
+    path = teachers.located(args.file)
     check_outputs([args.out], [path], suffix=".pt")
     model = kaist.load_micronet(path)
     images = datasets.chosen(args, "train")[0].images[:args.calibration]
     state = kaist.without_gates(model, images)
     network = networks.fill(networks.make(NETWORK), state, f"{path} does not fit {NETWORK}")
     networks.save_state(network.state_dict(), args.out)
-    layers = [layer.weight for _, layer in weight_layers(network)]
-    zeros, total = sum(int((weight == 0).sum()) for weight in layers), sum(weight.numel() for weight in layers)
-    print(f"wrote {args.out}: {total:,} weights, {zeros / total:.1%} of them zero; gates averaged over {len(images):,} "
+    weights = torch.cat([layer.weight.flatten() for _, layer in weight_layers(network)])
+    zeros = float((weights == 0).double().mean())
+    print(f"wrote {args.out}: {len(weights):,} weights, {zeros:.1%} of them zero; gates averaged over {len(images):,} "
           f"train images; read it with --network {NETWORK}")
     return 0
 

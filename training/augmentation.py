@@ -5,13 +5,11 @@ One of several processes draws for the whole batch and applies its slice, so tha
 single one would.
 """
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
 
 from compressed.cifar100 import IMAGE_SIZE, normalise
-from compressed.errors import BadInput
 
 # ----------------------------------------------------------------------------------------------------------- draws
 
@@ -21,25 +19,15 @@ OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Br
 (IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOR, CONTRAST,
  SHARPNESS, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE) = range(len(OPS))
 BINS = 31
-
-
-def magnitude_table() -> torch.Tensor:
-    """Return the 31 strengths of each operation, from none to full: float32 [14, 31] (TrivialAugment, wide).
-
-    Units: shears in pixels per pixel, translations in pixels, rotation in degrees, Brightness to Sharpness as a change
-    of the blending factor 1, Posterize in bits that are kept, Solarize as a threshold.
-    """
-    table = torch.zeros(len(OPS), BINS)
-    table[[SHEAR_X, SHEAR_Y, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS]] = torch.linspace(0, 0.99, BINS)
-    table[[TRANSLATE_X, TRANSLATE_Y]] = torch.linspace(0, 32, BINS)
-    table[ROTATE] = torch.linspace(0, 135, BINS)
-    table[POSTERIZE] = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round()
-    table[SOLARIZE] = torch.linspace(255, 0, BINS)
-    return table
-
-
-MAGNITUDES = magnitude_table()
-MIXINGS = ("none", "mixup", "cutmix", "both")
+# The 31 strengths of each operation, from none to full (TrivialAugment, wide): shears in pixels per pixel,
+# translations in pixels, rotation in degrees, Brightness to Sharpness as a change of the blending factor 1, Posterize
+# in bits that are kept, Solarize as a threshold.
+MAGNITUDES = torch.zeros(len(OPS), BINS)
+MAGNITUDES[[SHEAR_X, SHEAR_Y, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS]] = torch.linspace(0, 0.99, BINS)
+MAGNITUDES[[TRANSLATE_X, TRANSLATE_Y]] = torch.linspace(0, 32, BINS)
+MAGNITUDES[ROTATE] = torch.linspace(0, 135, BINS)
+MAGNITUDES[POSTERIZE] = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round()
+MAGNITUDES[SOLARIZE] = torch.linspace(255, 0, BINS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +54,20 @@ class Draws:
         start, stop, step = part.indices(self.count)
         if step != 1 or self.lam is not None and (start % 2 or stop % 2 and stop != self.count):
             raise ValueError(f"draws[{start}:{stop}:{step}] would separate an image from its mixing partner")
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "count"}
-        return Draws(max(0, stop - start), **{k: None if v is None else v[start:stop] for k, v in tensors.items()})
+        _, *tensors = vars(self).values()
+        return Draws(max(0, stop - start), *(None if tensor is None else tensor[start:stop] for tensor in tensors))
 
 
 def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = False, mixing: str = "none",
-         mixup_alpha: float = 0.3, cutmix_alpha: float = 1.0, mix_probability: float = 1.0) -> Draws:
+         mixup_alpha: float = 0.3) -> Draws:
     """Draw independent augmentation parameters for each of n images, on the generator's device.
 
     crop: random crop and flip. trivial: TrivialAugment. mixing: none, mixup, cutmix, or both (either with probability
-    1/2 for each image). An image is mixed with `mix_probability`, with a share drawn from Beta(alpha, alpha). Raises
-    BadInput for an unknown mixing and an impossible alpha or probability.
+    1/2 for each image); the share is drawn from Beta(mixup_alpha, mixup_alpha), that of CutMix from Beta(1, 1).
 
     Prefer a generator on the CPU, even for CUDA training: the draws are then the same on both, and `trivial_augment`
     can assign images to operations without waiting for the GPU.
     """
-    if mixing not in MIXINGS:
-        raise BadInput(f"mixing {mixing!r} is none of {', '.join(MIXINGS)}")
-    if not (0.01 <= mixup_alpha < math.inf and 0.01 <= cutmix_alpha < math.inf):  # below, even float64 underflows
-        raise BadInput(f"mixup alpha {mixup_alpha} and CutMix alpha {cutmix_alpha} must be 0.01 or more")
-    if not 0 <= mix_probability <= 1:
-        raise BadInput(f"mixing probability {mix_probability} is not between 0 and 1")
     device, drawn = generator.device, {}
 
     def integers(below, *shape):
@@ -105,8 +86,8 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         drawn |= {"op": op, "magnitude": MAGNITUDES.to(device)[op, integers(BINS)] * sign}
     if mixing != "none":
         cut = integers(2).bool() if mixing == "both" else torch.full((n,), mixing == "cutmix", device=device)
-        mixed = torch.rand(n, generator=generator, device=device) < mix_probability
-        lam = torch.where(cut, beta(cutmix_alpha), beta(mixup_alpha)).where(mixed, 1.0)
+        torch.rand(n, generator=generator, device=device)  # has no effect: keeps what a seed draws as it was
+        lam = torch.where(cut, beta(1.0), beta(mixup_alpha))
         # CutMix (Yun et al. 2019): a box with the share 1 - lam of the area around a random pixel, clipped at the
         # border; lam is then recomputed from the clipped box. Without CutMix the box is empty.
         half = torch.where(cut, 0.5 * (1 - lam).sqrt() * IMAGE_SIZE, 0.0).long()[:, None]
@@ -114,7 +95,7 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         low, high = (centre - half).clamp(min=0), (centre + half).clamp(max=IMAGE_SIZE)
         kept = 1 - (high - low).prod(1) / IMAGE_SIZE**2
         drawn |= {"lam": torch.where(cut, kept, lam).float(), "weight": torch.where(cut, 1.0, lam).float(),
-                  "box": torch.stack((low[:, 0], high[:, 0], low[:, 1], high[:, 1]), 1)}
+                  "box": torch.stack((low, high), 2).flatten(1)}
     return Draws(n, **drawn)
 
 
@@ -142,11 +123,15 @@ def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Crop 32x32 pixels of each image padded with 4 black pixels, and flip some: uint8 [N, 3, 32, 32] -> the same."""
     if draws.top is None:
         return images
-    top, left, flip = (t.to(images.device, non_blocking=True) for t in (draws.top, draws.left, draws.flip))
+    top, left, flip = on(images.device, draws.top, draws.left, draws.flip)
     pixel = torch.arange(IMAGE_SIZE, device=images.device)
     rows = top[:, None] + pixel
     columns = left[:, None] + torch.where(flip[:, None], pixel.flip(0), pixel)
     return pick(F.pad(images, [PAD] * 4), rows[:, :, None], columns[:, None, :])
+
+
+def on(device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def pick(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -167,14 +152,19 @@ def trivial_augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     if draws.op is None:
         return images
     out = images.clone()
-    families = (warp, SHEAR_X, ROTATE), (blend, BRIGHTNESS, SHARPNESS), (relevel, POSTERIZE, EQUALIZE)
-    for family, first, last in families:
+    for family, first, last in (warp, SHEAR_X, ROTATE), (blend, BRIGHTNESS, SHARPNESS), (relevel, POSTERIZE, EQUALIZE):
         mine = ((draws.op >= first) & (draws.op <= last)).nonzero().squeeze(1)
         if len(mine):
-            mine, op, magnitude = (t.to(images.device, non_blocking=True)
-                                   for t in (mine, draws.op[mine], draws.magnitude[mine]))
+            mine, op, magnitude = on(images.device, mine, draws.op[mine], draws.magnitude[mine])
             out[mine] = family(images[mine], op[:, None, None], magnitude[:, None, None])
     return out
+
+
+def select(op, others, values: dict):
+    """Return values[op] for each image, and `others` for operations that are not listed."""
+    for known, value in values.items():
+        others = torch.where(op == known, value, others)
+    return others
 
 
 # The families take images uint8 [N, 3, 32, 32], op and magnitude [N, 1, 1], and return the changed images.
@@ -193,10 +183,9 @@ def warp(images, op, magnitude):
     # Shears keep the image's top or left edge in place, 16 pixels from the centre. Translations are whole pixels.
     source_x = angle.cos() * x - angle.sin() * y + shear_x * (y + IMAGE_SIZE / 2) - only(TRANSLATE_X, magnitude.trunc())
     source_y = angle.sin() * x + angle.cos() * y + shear_y * (x + IMAGE_SIZE / 2) - only(TRANSLATE_Y, magnitude.trunc())
-    columns, rows = (source_x + centre).round().long(), (source_y + centre).round().long()
-    outside = (columns < 0) | (columns >= IMAGE_SIZE) | (rows < 0) | (rows >= IMAGE_SIZE)
-    picked = pick(images, rows.clamp(0, IMAGE_SIZE - 1), columns.clamp(0, IMAGE_SIZE - 1))
-    return picked.masked_fill_(outside[:, None], 0)
+    # in the image padded by 1: positions outside read its black border
+    rows, columns = ((source + centre).round().long() + 1 for source in (source_y, source_x))
+    return pick(F.pad(images, [1] * 4), rows.clamp(0, IMAGE_SIZE + 1), columns.clamp(0, IMAGE_SIZE + 1))
 
 
 def blend(images, op, magnitude):
@@ -210,9 +199,7 @@ def blend(images, op, magnitude):
     square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     blurred = x.clone()
     blurred[..., 1:-1, 1:-1] = ((square + 4 * x[..., 1:-1, 1:-1]) / 13).round_()
-    plain = torch.where(op == COLOR, grey, 0.0)  # 0: Brightness
-    plain = torch.where(op == CONTRAST, grey.mean((1, 2, 3), keepdim=True), plain)
-    plain = torch.where(op == SHARPNESS, blurred, plain)
+    plain = select(op, 0.0, {COLOR: grey, CONTRAST: grey.mean((1, 2, 3), keepdim=True), SHARPNESS: blurred})
     return (x + magnitude * (x - plain)).clamp_(0, 255).to(torch.uint8)
 
 
@@ -237,9 +224,7 @@ def relevel(images, op, magnitude):
     equalized = ((darker + step // 2) // step.clamp(min=1)).clamp(0, 255)
     equalized = torch.where(step == 0, level, equalized)
 
-    table = torch.where(op == POSTERIZE, posterized, solarized)
-    table = torch.where(op == AUTO_CONTRAST, stretched, table)
-    table = torch.where(op == EQUALIZE, equalized, table)
+    table = select(op, solarized, {POSTERIZE: posterized, AUTO_CONTRAST: stretched, EQUALIZE: equalized})
     return table.to(torch.uint8).gather(2, pixels).view_as(images)
 
 
@@ -252,7 +237,7 @@ def mix(x: torch.Tensor, labels: torch.Tensor, draws: Draws):
     """
     if draws.lam is None:
         return x, labels, labels, torch.ones(len(x), device=x.device)
-    lam, weight, box = (t.to(x.device, non_blocking=True) for t in (draws.lam, draws.weight, draws.box))
+    lam, weight, box = on(x.device, draws.lam, draws.weight, draws.box)
     partner = torch.arange(len(x), device=x.device) ^ 1
     partner.clamp_(max=len(x) - 1)
     pixel = torch.arange(IMAGE_SIZE, device=x.device)

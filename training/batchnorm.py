@@ -11,21 +11,20 @@ from compressed.evaluation import divided
 from training import augmentation
 
 
-def renew_statistics(model: nn.Module, data: Images, count: int, augment: str,
-                     generator: torch.Generator) -> None:
+def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
     """Re-estimate the BatchNorm statistics from `count` train images, in place; leave the model in eval mode.
 
-    augment: "none", "plain" or "trivial", preferably as in training; images are not mixed. Statistics of images without
-    augmentation are worse, although the test images have none: a network trained on crops with black borders, measured
-    on train images, had 56% correct with statistics of clean images and 62% with those of crops.
+    augment: "none", "plain" or "trivial", preferably as in training, although the test images have no augmentation: a
+    network trained on crops with black borders had 56% of the train images correct with statistics of clean images, and
+    62% with those of crops. Images are not mixed.
     """
     chosen = augmentation.epoch_order(len(data), generator)[:count].to(data.labels.device)
     batches = [(index, augmentation.draw(len(index), generator, crop=augment != "none", trivial=augment == "trivial"))
                for index in chosen.split(250)]
     parts = divided(batches, data.labels.device.type == "cpu")
-    models = [model] + [copy.deepcopy(model) for _ in parts[1:]]
+    models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
 
-    def some(k):
+    def update(k):
         def images():
             for index, draws in parts[k]:
                 threads.go_on()
@@ -33,18 +32,16 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str,
                 yield x.contiguous(memory_format=torch.channels_last)
         update_bn(images(), models[k])
 
-    threads.in_threads(some, range(len(parts)))
-    with torch.no_grad():  # average the threads' statistics, weighted by their batches
-        weights = [len(part) / len(batches) for part in parts]
-        for mine, *others in zip(*(each.buffers() for each in models)):
-            if others and mine.is_floating_point():
-                mine.copy_(sum(weight * each for weight, each in zip(weights, (mine.clone(), *others))))
+    threads.in_threads(update, range(len(parts)))
+    weights = [len(part) / len(batches) for part in parts]  # of the threads' statistics
+    for buffers in zip(*(each.buffers() for each in models)):
+        if buffers[0].is_floating_point():
+            buffers[0].copy_(sum(weight * each for weight, each in zip(weights, buffers)))
     model.eval()
 
 
 def renew_means(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
-    """Re-estimate only the BatchNorm means, as renew_statistics does; quantize.py has shortened scales that depend on
-    the variances."""
+    """Re-estimate only the means, as renew_statistics does: quantize.py has shortened scales made of the variances."""
     norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:

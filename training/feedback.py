@@ -1,6 +1,4 @@
 """Adjust lambda by feedback, so that the measured share of zeros follows a path to the target (see METHOD.md)."""
-import math
-
 import torch
 from torch import Tensor
 
@@ -77,14 +75,3 @@ class Feedback:
         fall = HELD if self.single and self.path >= self.target else FALL
         lam = self.lam * move.clamp(-fall, RISE).exp()
         self.lam = lam.clamp(self.first / RANGE, self.first * RANGE)
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
-
-def quantile(values: Tensor, share: float) -> float:
-    """Return the value that this share of `values` does not exceed."""
-    return values.kthvalue(max(1, math.ceil(share * values.numel()))).values.item()

@@ -21,107 +21,108 @@ PROFILES = Path(__file__).resolve().parent / "profile"
 def group_norms(weight: Tensor, kind: str) -> Tensor:
     """Return the norms of a weight's groups, shaped to broadcast against it. A linear layer is a 1x1 convolution here.
     """
+    if kind == "irregular":
+        return weight.abs()
     four = weight if weight.dim() == 4 else weight[:, :, None, None]
-    norms = torch.linalg.vector_norm(four, dim=GROUPS[kind], keepdim=True) if GROUPS[kind] else four.abs()
+    norms = torch.linalg.vector_norm(four, dim=GROUPS[kind], keepdim=True)
     return norms if weight.dim() == 4 else norms[:, :, 0, 0]
 
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """Return the value that this share of `values` [n] does not exceed, a 0-dim tensor."""
+    return values.kthvalue(max(1, math.ceil(share * len(values)))).values
+
+
+def weights_of(model: nn.Module, layers) -> dict[str, Tensor]:
+    """Return {layer name: its weight, without gradient}."""
+    modules = dict(weight_layers(model))
+    return {name: modules[name].weight.detach() for name in layers}
+
+
+# ---- Which layers, and how much of them ------------------------------------------------------------------------------
 
 def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
     """Return {layer name: share of its weights to prune} from a TOML file, without the layers whose ratio is 0.
 
-    `config_file` is a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput
-    for a missing or damaged file, a layer that the model lacks, and a ratio outside [0, 1).
+    config_file: a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput for a
+    missing or damaged file, a layer that the model lacks, a ratio outside [0, 1), and if no ratio is above 0.
     """
     candidates = [Path(config_file), PROFILES / config_file, PROFILES / f"{config_file}.toml"]
-    path = next((path for path in candidates if path.is_file()), None)
+    path = next(filter(Path.is_file, candidates), None)
     if path is None:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
         raise BadInput(f"no prune-ratio file {config_file}; in {PROFILES} there are: {known}")
-    try:
-        ratios = dict(load_toml(path)["prune_ratios"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: not a TOML file with a table [prune_ratios] ({error})") from error
-    layers = dict(weight_layers(model))
+    ratios, layers = load_toml(path).get("prune_ratios"), dict(weight_layers(model))
+    if not isinstance(ratios, dict):
+        raise BadInput(f"{path}: has no table [prune_ratios]")
     for name, ratio in ratios.items():
         if name not in layers:
             raise BadInput(f"{path}: the network has no layer {name!r}")
         if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
             raise BadInput(f"{path}: the ratio of {name} is {ratio!r}, expected a number from 0 to below 1")
+    if not any(ratios.values()):
+        raise BadInput(f"{path}: no layer has a ratio above 0")
     return {name: float(ratio) for name, ratio in ratios.items() if ratio > 0}
 
 
-def default_layers(model: nn.Module) -> list[str]:
-    """Return the names of all layers but the stem. Its 1,080 weights read the image itself and cost little."""
-    return [name for name, _ in weight_layers(model)][1:]
+# ---- Masks -----------------------------------------------------------------------------------------------------------
+
+def zero_masks(model: nn.Module, layers) -> dict[str, Tensor]:
+    """Return masks that prune the weights of these layers that are zero now."""
+    return {name: weight != 0 for name, weight in weights_of(model, layers).items()}
 
 
-@torch.no_grad()
 def threshold_masks(model: nn.Module, layers, threshold: float) -> dict[str, Tensor]:
     """Return masks that prune all weights smaller than the threshold, the submission's rule (it used 1e-4)."""
-    modules = dict(weight_layers(model))
-    return {name: modules[name].weight.abs() >= threshold for name in layers}
+    return {name: weight.abs() >= threshold for name, weight in weights_of(model, layers).items()}
 
 
-@torch.no_grad()
 def ratio_masks(model: nn.Module, ratios: dict[str, float], kind: str) -> dict[str, Tensor]:
     """Return masks that prune, in every layer, the given share of its groups: those with the smallest norms."""
-    modules = dict(weight_layers(model))
     masks = {}
-    for name, ratio in ratios.items():
-        weight = modules[name].weight
+    for name, weight in weights_of(model, ratios).items():
         norms = group_norms(weight, kind)
-        pruned = int(ratio * norms.numel())
-        keep = torch.ones(norms.numel(), dtype=torch.bool, device=weight.device)
-        keep[norms.flatten().argsort()[:pruned]] = False  # by position: ties do not change the count
-        masks[name] = keep.view(norms.shape).expand(weight.shape).clone()
+        ranks = norms.flatten().argsort().argsort()  # by position: ties do not change the count
+        masks[name] = (ranks >= int(ratios[name] * len(ranks))).view(norms.shape).expand(weight.shape).clone()
     return masks
 
 
-@torch.no_grad()
 def target_masks(model: nn.Module, layers, target: float, kind: str = "irregular") -> dict[str, Tensor]:
     """Return masks by one threshold for all layers, chosen so that at least the target share of weights is pruned.
 
     Groups are ranked by the root mean square of their weights, so that large groups do not win by size.
     """
-    modules = dict(weight_layers(model))
-    weights = [modules[name].weight for name in layers]
-    scores = []
-    for weight in weights:
+    scores = {}
+    for name, weight in weights_of(model, layers).items():
         norms = group_norms(weight, kind)
-        scores.append((norms / (weight.numel() / norms.numel()) ** 0.5).expand_as(weight))
-    every = torch.cat([score.flatten() for score in scores])
-    threshold = every.kthvalue(max(1, math.ceil(target * every.numel()))).values
-    return {name: score > threshold for name, score in zip(layers, scores)}
+        scores[name] = (norms / (weight.numel() / norms.numel()) ** 0.5).expand_as(weight)
+    threshold = quantile(torch.cat([score.flatten() for score in scores.values()]), target)
+    return {name: score > threshold for name, score in scores.items()}
 
 
-@torch.no_grad()
 def already_zero(model: nn.Module, masks: dict[str, Tensor]) -> tuple[int, int, int]:
     """Return three counts of the masked layers' weights: (all, pruned by the masks, pruned and zero already)."""
-    modules, pruned = dict(weight_layers(model)), {name: ~mask for name, mask in masks.items()}
-    already = sum(int((gone & (modules[name].weight == 0)).sum()) for name, gone in pruned.items())
-    return sum(gone.numel() for gone in pruned.values()), sum(int(gone.sum()) for gone in pruned.values()), already
+    pruned = torch.cat([~mask.flatten() for mask in masks.values()])
+    zero = torch.cat([weight.flatten() == 0 for weight in weights_of(model, masks).values()])
+    return len(pruned), int(pruned.sum()), int((pruned & zero).sum())
 
 
 class Masks:
     """Keep the pruned weights of a model at zero: `apply()` sets them to zero after an optimizer step moved them.
 
-    Mask bugs are silent. So the masks are checked when they are made (known layers, right shapes, binary), and the
-    training loop calls `check()`, which looks at the weights themselves, before it writes a file.
+    Mask bugs are silent. So the masks are checked when they are made, and the training loop calls `check()`, which
+    looks at the weights themselves, before it writes a file.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor]):
-        modules = dict(weight_layers(model))
+        layers = dict(weight_layers(model))
         for name, mask in masks.items():
-            if name not in modules:
-                raise BadInput(f"mask for a layer that the network lacks: {name}")
-            if mask.shape != modules[name].weight.shape or mask.dtype != torch.bool:
-                raise BadInput(f"mask of {name}: {list(mask.shape)} {mask.dtype}, expected "
-                               f"{list(modules[name].weight.shape)} torch.bool")
-        self.names = list(masks)
+            if name not in layers or mask.shape != layers[name].weight.shape or mask.dtype != torch.bool:
+                raise BadInput(f"the mask of {name}, {list(mask.shape)} {mask.dtype}, fits no weight of the network")
+        self.names, self.weights = list(masks), [layers[name].weight for name in masks]
         # in the weight's type and memory format, so that applying it is one multiplication a tensor
-        self.factors = [torch.empty_like(modules[name].weight, requires_grad=False).copy_(masks[name])
-                        for name in self.names]
-        self.weights = [modules[name].weight for name in self.names]
+        self.factors = [torch.empty_like(weight, requires_grad=False).copy_(mask)
+                        for weight, mask in zip(self.weights, masks.values())]
         self.apply()
 
     @torch.no_grad()
@@ -129,16 +130,8 @@ class Masks:
         """Set all pruned weights of the model to zero, in place."""
         torch._foreach_mul_(self.weights, self.factors)
 
-    @torch.no_grad()
     def check(self, model: nn.Module) -> None:
         """Raise AssertionError if a pruned weight of `model` (the masked model or its average) is not exactly zero."""
-        modules = dict(weight_layers(model))
-        for name, factor in zip(self.names, self.factors):
-            if (modules[name].weight * (1 - factor)).count_nonzero():
+        for factor, (name, weight) in zip(self.factors, weights_of(model, self.names).items()):
+            if (weight * (1 - factor)).count_nonzero():
                 raise AssertionError(f"pruned weights of {name} are no longer zero")
-
-
-def zero_masks(model: nn.Module, layers) -> dict[str, Tensor]:
-    """Return masks that prune the weights of these layers that are zero now."""
-    modules = dict(weight_layers(model))
-    return {name: modules[name].weight.detach() != 0 for name in layers}

@@ -1,9 +1,9 @@
 """Optimize convolutions that mix channels with Muon, and all other parameters with Nesterov SGD.
 
-Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": a weight matrix moves along the nearest
-semi-orthogonal matrix to its momentum, so that directions with small gradients move as far as those with large ones.
-Here a BatchNorm follows every convolution, so only the direction of a convolution's weights matters. A step therefore
-rotates the weights by a given angle (`turn`, at the peak learning rate) and keeps their norm; weight decay is not used.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks": a weight matrix is updated along the
+semi-orthogonal matrix nearest to its momentum, so that directions with small gradients move as far as those with large
+ones. A BatchNorm follows every convolution here, so only the direction of a convolution's weights matters. A step
+therefore rotates them by a given angle (`turn` at the peak learning rate) and keeps their norm, without weight decay.
 """
 from collections import defaultdict
 
@@ -46,7 +46,7 @@ def mixes_channels(weight: Tensor) -> bool:
 
 
 class Muon(torch.optim.SGD):
-    """Update a model's parameters: Muon for weights that mix channels, SGD for the others.
+    """Update weights that mix channels with Muon, and all other parameters with SGD.
 
     turn:  angle in radians by which a step rotates a weight at the learning rate `lr`; proportional at other rates.
     kept:  {weight: mask tensor, 1 where trained and 0 where pruned}; a step changes no pruned value.
@@ -62,19 +62,18 @@ class Muon(torch.optim.SGD):
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
                          lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.ratio, self.kept, self.dtype, self.streams = turn / lr if lr else 0.0, kept, dtype, None
-        # weights of one shape are one batch of matrices; the most expensive first: every thread takes every n-th
-        groups = defaultdict(list)
+        groups = defaultdict(list)  # weights of one shape, which make up one batch of matrices
         for weight in self.turned:
             groups[weight.shape, weight in kept].append(weight)
-        self.groups = sorted(groups.values(), key=lambda group: -sum(p.numel() * min(len(p), p[0].numel())
-                                                                     for p in group))
+        # the most expensive first, because each of n threads takes every n-th
+        self.groups = sorted(groups.values(), key=lambda group: -len(group) * cost(group[0]))
 
     @torch.no_grad()
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
         groups = [[p for p in group if p.grad is not None] for group in self.groups]
         groups = [group for group in groups if group]
-        if groups and groups[0][0].device.type == "cuda":
+        if groups and groups[0][0].is_cuda:
             self.streams = self.streams or Streams()
             self.streams.for_each(lambda group: self.turn(group, length), groups)
         elif groups:
@@ -86,10 +85,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def turn(self, weights: list[Tensor], length: float) -> None:
-        """Rotate weights of one shape by `length` radians in the directions of their orthogonalized momenta.
-
-        Their norms stay.
-        """
+        """Rotate weights of one shape by `length` radians towards their orthogonalized momenta; keep their norms."""
         gradients = [weight.grad for weight in weights]
         kept = [self.kept[weight] for weight in weights if weight in self.kept]
         if kept:
@@ -104,10 +100,15 @@ class Muon(torch.optim.SGD):
             steps = steps * stacked(kept)
         old = stacked(weights)
         norm = norms(old)
-        steps -= old * ((steps * old).sum((1, 2), keepdim=True) / norm**2)  # without the part that only scales a weight
+        steps -= old * ((steps * old).sum((1, 2), keepdim=True) / norm**2)  # the part along a weight only scales it
         new = old - steps * (length * norm / norms(steps))
         new *= norm / norms(new)
         torch._foreach_copy_(weights, [each.reshape(weight.shape) for each, weight in zip(new, weights)])
+
+
+def cost(weight: Tensor) -> int:
+    """Return the cost of an iteration of `orthogonal`, up to a factor: m n min(m, n) for a matrix [m, n]."""
+    return weight.numel() * min(len(weight), weight[0].numel())
 
 
 def stacked(weights: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import argparse
 from compressed.command_line import number
 from compressed.errors import BadInput
 from compressed.files import load_record
+from compressed.graph import weight_layers
 from training import masks, penalties
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
@@ -46,12 +47,10 @@ def check(args, parser: argparse.ArgumentParser) -> None:
     if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
     spec, lam, _ = strength(args)
-    for option, name in (("--lambda", "lam"), ("--sparsity-type", "kind"), ("--eps", "eps"),
-                         ("--cost-power", "cost_power")):
-        action = parser._option_string_actions[option]
-        given = getattr(args, action.dest) != action.default
-        if args.penalty and given and not penalties.takes(spec, name):
-            parser.error(f"--penalty {spec} has no {option}")
+    for option, name in {"lam": "lam", "sparsity_type": "kind", "eps": "eps", "cost_power": "cost_power"}.items():
+        if args.penalty and getattr(args, option) != parser.get_default(option) and not penalties.takes(spec, name):
+            shown = "lambda" if option == "lam" else option.replace("_", "-")
+            parser.error(f"--penalty {spec} has no --{shown}")
     args.updates = args.updates or penalties.find(spec)[0].updates or (20 if lam is None else 5)
 
 
@@ -70,11 +69,8 @@ def strength(args) -> tuple[str, float | None, float | None]:
 def pruned_layers(args, model) -> list[str]:
     """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
     if args.config_file:
-        layers = list(masks.prune_ratios(args.config_file, model))
-        if not layers:
-            raise BadInput(f"{args.config_file}: no layer has a ratio above 0")
-        return layers
-    return masks.default_layers(model)
+        return list(masks.prune_ratios(args.config_file, model))
+    return [name for name, _ in weight_layers(model)][1:]  # the stem's 1,080 weights read the image, and cost little
 
 
 def make_penalty(args, model) -> penalties.Penalty:
@@ -90,12 +86,10 @@ def make_penalty(args, model) -> penalties.Penalty:
 def of_run(args, say=lambda line: None) -> argparse.Namespace:
     """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
 
-    say: function that gets one line on what was taken from where, and one for every given option that differs. Nothing
-    is taken if the options select the submission's rule: without a target, --sparsity-type threshold, or any type with
-    --config-file.
+    say(line) is called for what was taken, and for every given option that differs. Nothing is taken if the options
+    select the submission's rule: without a target, --sparsity-type threshold, or any type with --config-file.
     """
-    path = args.run / "rew.options.json"
-    theirs = dict.fromkeys(OPTIONS)
+    path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
     if path.is_file():
         options = argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
                                      | load_record(path, "give another --run folder")["options"])

@@ -10,7 +10,6 @@ given, they are downloaded to the last.
 
 A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
 """
-import contextlib
 import http.client
 import os
 from pathlib import Path
@@ -66,27 +65,39 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.M
     if theirs and data_set != CIFAR100 and data_set.digest:  # made-up images are labelled by chance anyway
         raise BadInput(f"--teacher {path}: KAIST's networks know the classes of CIFAR-100, not those of {data_set}; "
                        "give a checkpoint that was trained on the same data, or no teacher")
-    if path.name in KAIST and not path.is_file():
-        path = find() / path.name
-    if path.name in KAIST and sha256(path) != KAIST[path.name][0]:
-        raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
+    path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     return fold_batchnorm(teacher).requires_grad_(False)
 
 
 def ours(path, network: str, classes: int) -> nn.Module:
     """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
-    if network != networks.DEFAULT:
-        with contextlib.suppress(BadInput):
-            return networks.load_checkpoint(path, network, classes)
     try:
-        return networks.load_checkpoint(path, networks.DEFAULT, classes)
+        return networks.load_checkpoint(path, network, classes)
     except BadInput as error:
-        raise BadInput(f"--teacher {error}" + f"; it is no network of {network} either" * (network != networks.DEFAULT)
-                       ) from error
+        if network == networks.DEFAULT:
+            raise BadInput(f"--teacher {error}") from error
+    try:
+        return ours(path, networks.DEFAULT, classes)
+    except BadInput as error:
+        raise BadInput(f"{error}; it is no network of {network} either") from error
 
 
 # ---------------------------------------------------------------------------------------------- find and download
+
+def located(path: Path) -> Path:
+    """Return the path of a teacher's file; a name of KAIST's that is not there is looked for in `find`'s folder."""
+    if path.name not in KAIST:
+        return path
+    return checked(path) if path.is_file() else find() / path.name
+
+
+def checked(path: Path) -> Path:
+    """Return the path of one of KAIST's files. Raises BadInput if it is not the published one."""
+    if sha256(path) != KAIST[path.name][0]:
+        raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
+    return path
+
 
 def find(folder=None) -> Path:
     """Return the folder of KAIST's four files: `folder`, else TEACHERS_DIR, else ./data.teachers.
@@ -96,7 +107,7 @@ def find(folder=None) -> Path:
     """
     given = folder or environment.folder("TEACHERS_DIR")
     start = Path(given or FOLDER)
-    for name, (digest, _) in KAIST.items():
+    for name in KAIST:
         if not (start / name).is_file():
             if given:
                 raise BadInput(f"{start} ({'--folder' if folder else 'TEACHERS_DIR'}) holds no {name}")
@@ -108,8 +119,7 @@ def find(folder=None) -> Path:
                 raise BadInput(f"cannot download {URL + name} ({error}); point at a local folder with "
                                "TEACHERS_DIR") from error
             os.replace(part, start / name)
-        if sha256(start / name) != digest:
-            raise BadInput(f"{start / name}: its SHA-256 is not the published file's: damaged, or another network")
+        checked(start / name)
     return start
 
 
