@@ -15,7 +15,6 @@ Two sorts of files may be accepted with other contents. A text that a user write
 alters a record on purpose: "signed again". A traceback is a bug there too. Exit status 1 if there was a hole or a bug.
 """
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -173,7 +172,7 @@ def run(folder: Path) -> dict:
     saved.settings = record["settings"]
 
     def load_state(_):
-        return saved.load("cpu", functools.partial(loop.constant_so_far, epoch_steps=2))
+        return saved.load("cpu", 2)
 
     save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
     shutil.copy(folder / "fuzz.jsonl", folder / "masked.jsonl")

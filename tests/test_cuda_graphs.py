@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compressed import cifar100
-from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
+from test_loop import LAYERS, SETTINGS, TRAIN
+from tiny import tiny
 from training import cuda_graphs as captured
 from training import gpu_kernels, loop
 from training.loop import Processes, Settings
@@ -17,10 +18,10 @@ MUON = Settings(epochs=5, batch_size=16, lr=0.05, optimizer="muon", warmup_epoch
 
 
 def new_stage(folder, settings, device="cpu") -> loop.Stage:
-    model = Tiny().to(device, memory_format=torch.channels_last)
+    model = tiny().to(device, memory_format=torch.channels_last)
     data = cifar100.Images(TRAIN.images.to(device), TRAIN.labels.to(device))
     masks = Masks(model, target_masks(model, LAYERS, 0.4))
-    taught_by = [Tiny(seed).eval().to(device) for seed in (1, 2)]
+    taught_by = [tiny(seed).eval().to(device) for seed in (1, 2)]
     stage = loop.Stage("stage", model, data, settings, folder, None, 5, masks, taught_by, None, Processes())
     stage.resume(False, 0)
     return stage
@@ -42,7 +43,7 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
 
     def at_once(kind, inputs):
         kinds.append(kind)
-        other.learn_on_one(inputs, kind)
+        other.learn(lambda k: inputs, kind)
     other.graphs = SimpleNamespace(step=at_once)
     for (key, one), two in zip(steps(plain).items(), steps(other).values(), strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
@@ -53,7 +54,7 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
 def test_the_state_of_recorded_steps_goes_on_in_plain_ones(tmp_path):
     """Its learning rate is a tensor, which a state may hold."""
     whole, other, last = (new_stage(tmp_path, MUON) for _ in range(3))
-    other.graphs = SimpleNamespace(step=lambda kind, inputs: other.learn_on_one(inputs, kind))
+    other.graphs = SimpleNamespace(step=lambda kind, inputs: other.learn(lambda k: inputs, kind))
     for stage, first, end in ((whole, 0, 6), (other, 0, 3), (last, 3, 6)):
         if stage is last:
             stage.resume(True, 0)

@@ -37,8 +37,8 @@ class Processes:
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
-            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in
-                                           zip(flat.split([tensor.numel() for tensor in tensors]), tensors)])
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def shares(count: int, parts: int) -> list[slice]:
@@ -66,15 +66,10 @@ class Replicas:
 
     def follow(self) -> None:
         """Copy the model's BatchNorm statistics and train or eval modes to the replicas."""
-        self.spread()
-        for replica in self.models[1:]:
+        for replica, statistics in zip(self.models[1:], self.statistics[1:]):
+            torch._foreach_copy_(statistics, self.statistics[0])
             for theirs, ours in zip(replica.modules(), self.models[0].modules()):
                 theirs.training = ours.training
-
-    def spread(self) -> None:
-        """Copy the model's BatchNorm statistics to the replicas."""
-        for statistics in self.statistics[1:]:
-            torch._foreach_copy_(statistics, self.statistics[0])
 
     @torch.no_grad()
     def gather(self, processes: Processes) -> None:
@@ -88,4 +83,4 @@ class Replicas:
         count = len(self.models) * processes.count
         if count > 1:
             torch._foreach_mul_(statistics, 1 / count)
-            self.spread()
+            self.follow()
