@@ -760,8 +760,8 @@ def test_a_damaged_state_is_named(tmp_path):
     stage(tmp_path / "whole", max_seconds=0)
     for i, damage in enumerate((
             damaged_list, list_without_files, part_cut_short, part_missing, part_of_another_network,
-            part_that_runs_code, flipped_bit, changed(signed=False, step=2), changed(step=10**9), changed(step=-1), changed(step=2.0),
-            changed(step="x"), changed(step=None), changed(loss="1"), changed(log=7))):
+            part_that_runs_code, flipped_bit, changed(signed=False, step=2), changed(step=10**9), changed(step=-1),
+            changed(step=2.0), changed(step="x"), changed(step=None), changed(loss="1"), changed(log=7))):
         shutil.copytree(tmp_path / "whole", tmp_path / str(i))
         damage(tmp_path / str(i) / "stage.state")
         with pytest.raises(BadInput, match="stage.state|the stage has 3") as error:

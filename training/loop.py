@@ -247,7 +247,7 @@ class Stage:
             self.watch.step()
         self.progress["step"] = step + 1
         self.first_steps += 1
-        self.pace = min(self.pace, (time.monotonic() - began) / plan.work_of(step) * self.processes.count)
+        self.pace = min(self.pace, (time.monotonic() - began) / plan.pixels[step] * self.processes.count)
 
     def batch(self, index, draws) -> tuple:
         """Return (mixed images, labels, labels of the mixing partners, lam); see augmentation.augment."""
@@ -308,7 +308,10 @@ class Stage:
         due = last or self.eval_every and (epoch + 1) % self.eval_every == 0
         if self.test is not None and due and not hurry:
             with contextlib.suppress(KeyboardInterrupt):  # stop_noted keeps it; the line is written without accuracy
-                test_loss, right = evaluate(self.result or self.result_so_far(), self.test)
+                try:
+                    test_loss, right = evaluate(self.result or self.result_so_far(), self.test)
+                except BadInput as error:  # the average's loss is not finite, though the epoch's was
+                    raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(self.test)}
                 self.measured = time.monotonic() - began
         for figures in (self.penalty, self.watch):
@@ -433,7 +436,7 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     prepare:   function of (model, epoch from 0), called before each epoch's first step; it may set train or eval modes
     began:     function called when everything is checked, before the first step
     save_seconds, show_seconds: time between saves of the state, and between lines of progress; max_seconds: for all
-    later:     work (see Plan.work) of the stages that follow in this run; it is needed to show the time left
+    later:     number of pixels (see Plan) of the stages that follow in this run, to show the time left
     others:    the other fields of Stage: penalty, masks, teachers, context, eval_every, ...
     """
     stage = Stage(name, model, train_data, settings, Path(folder), test=test_data, **others)

@@ -49,9 +49,10 @@ FLAG = argparse.BooleanOptionalAction
 
 
 def stage_options(group) -> None:
-    group.add_argument("--pretrain", action="store_true", help="dense training")
-    group.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
-    group.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
+    alone = group.add_mutually_exclusive_group()
+    alone.add_argument("--pretrain", action="store_true", help="dense training")
+    alone.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
+    alone.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
     group.add_argument("--recipe", metavar="NAME", help="TOML file with options of all stages, or its name in "
                        "training/recipes; the command line overrides it (default: the run folder's, else none)")
@@ -121,8 +122,6 @@ def parse(argv=None, *before: str) -> argparse.Namespace:
     """Return the options of a command line. before: words that it overrides, such as those of a recipe."""
     parser = make_parser()
     args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
-    if args.pretrain + args.rew + args.masked_retrain > 1:
-        parser.error("--pretrain, --rew and --masked-retrain are one stage each; give one of them, or none for all")
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
     if args.cooldown and args.schedule != "constant":
@@ -157,25 +156,22 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
-    chosen, cuda = plan.given(args), device.type == "cuda"
-    epochs = chosen.setdefault("epochs", EPOCHS[stage])
-    chosen.setdefault("lr", PEAK_LR[args.optimizer or "sgd"][stage])
-    chosen["warmup_epochs"] = min(chosen.get("warmup_epochs", loop.Settings.warmup_epochs),
-                                  epochs / 4) if args.warmup else 0
+    cuda = device.type == "cuda"
+    chosen = {"epochs": EPOCHS[stage], "lr": PEAK_LR[args.optimizer or "sgd"][stage],
+              "warmup_epochs": loop.Settings.warmup_epochs,
+              "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
+    chosen["warmup_epochs"] = min(chosen["warmup_epochs"], chosen["epochs"] / 4) if args.warmup else 0
     if args.mixup is not None:
         chosen["mixing"] = "mixup" if args.mixup else "none"
-    if args.teacher:
-        chosen.setdefault("smoothing", 0.0)
     if not args.smooth:
         chosen["smoothing"] = 0.0
     if args.no_tricks:
         chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant"}
-    if (args.cooldown or 0) > epochs:
-        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {epochs} epochs")
-    chosen["precision"] = plan.precision(args.precision, cuda)
-    chosen["workers"] = 1 if cuda else args.workers or threads.cores()
-    chosen["compile"] = cuda if args.compile is None else args.compile
-    return loop.Settings(**chosen)
+    if (args.cooldown or 0) > chosen["epochs"]:
+        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {chosen['epochs']} epochs")
+    return loop.Settings(**chosen | {"precision": plan.precision(args.precision, cuda),
+                                     "workers": 1 if cuda else args.workers or threads.cores(),
+                                     "compile": cuda if args.compile is None else args.compile})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +295,7 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
 def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    later: work (see Plan.work) of the stages that follow.
+    later: number of pixels (see Plan) of the stages that follow.
     """
     settings, state = job.settings(stage), job.file(f"{stage}.state")
     model = model.to(job.device, memory_format=torch.channels_last)
@@ -385,7 +381,7 @@ def run_stages(job: Job) -> None:
                 say_what_is_trained(plans, job)
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
-            later = sum(plans[other].work() for other in missing[missing.index(stage) + 1:])
+            later = sum(sum(plans[other].pixels) for other in missing[missing.index(stage) + 1:])
             if not run_stage(stage, options, model, job, later):
                 break
         start, start_epoch = None, 0  # --start is for the first stage only

@@ -154,6 +154,7 @@ class Plan:
     epoch_steps: steps of an epoch; images that do not fill a batch are left out, other ones in each epoch
     steps:       steps of the stage
     lrs, sizes:  learning rate and image size of every step
+    pixels:      number of pixels of every step, to which the time that it takes is proportional
     updates:     steps at which the penalty is updated
 
     Raises BadInput for batches that cannot be divided or trained on.
@@ -177,18 +178,10 @@ class Plan:
         self.steps = settings.epochs * self.epoch_steps
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]
         self.sizes = [next(size for size, end in by_share if step < end * self.steps) for step in range(self.steps)]
+        self.pixels = [self.batch_size * size**2 for size in self.sizes]
         self.updates = {round(i * self.steps / updates) for i in range(updates)}
 
     def mixing(self, epoch: int) -> str:
         """Return how images are mixed in an epoch: as the settings say, or "none" in the last ones (see `clean`)."""
         last = round(self.settings.clean * self.settings.epochs)
         return "none" if epoch >= self.settings.epochs - last else self.settings.mixing
-
-    def work(self, step: int = 0) -> int:
-        """Return the number of pixels of all steps from this one on, to which the time that they take is proportional.
-        """
-        return self.batch_size * sum(size**2 for size in self.sizes[step:])
-
-    def work_of(self, step: int) -> int:
-        """Return the number of pixels of one step."""
-        return self.batch_size * self.sizes[step] ** 2

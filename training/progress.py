@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 class Progress:
     """The progress of a stage's epoch: a bar on a terminal, otherwise a line every `seconds`.
 
-    later: work (see Plan.work) of the stages that follow in this run, for the time left.
+    later: number of pixels (see Plan) of the stages that follow in this run, for the time left.
     """
 
     def __init__(self, stage, epoch: int, seconds: float, later: float = 0):
@@ -37,7 +37,7 @@ class Progress:
         rate = (done - self.last) / (now - self.at)
         loss, correct = (stage.totals * stage.processes.count / done).tolist()
         step, epochs, at = stage.progress["step"], stage.settings.epochs, self.epoch + done / plan.epoch_steps
-        left = duration((plan.work(step) + self.later) / plan.work_of(step - 1) / rate)
+        left = duration((sum(plan.pixels[step:]) + self.later) / plan.pixels[step - 1] / rate)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{correct:.1%}", left=left, refresh=False)
             self.bar.update(done - self.last)
