@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import errno
+import io
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from torch import nn
 
 from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.files import load_json, save_record, save_tensors, save_text
+from compressed.files import digest, load_json, save_record, save_tensors
 from compressed.graph import weight_layers
 from training import augmentation, loop, plan, progress
 from tiny import tiny
@@ -513,29 +514,13 @@ def test_sigterm_ends_the_step_and_the_run_goes_on(tmp_path, monkeypatch, capsys
 
 def test_sigterm_in_the_last_step_lets_it_finish(tmp_path, monkeypatch, whole):
     at_draw(monkeypatch, 9, lambda: signal.raise_signal(signal.SIGTERM))
-    with Ignored(signal.SIGTERM) as arrived:
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append("here"))
+    try:
         assert_same(stage(tmp_path)[0], whole("sgd")[0])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert arrived  # who started the stage learns of it too
-
-
-class Ignored:
-    """Counts a signal instead of dying of it."""
-
-    def __init__(self, number):
-        self.number, self.count = number, 0
-
-    def __enter__(self):
-        self.before = signal.signal(self.number, self)
-        return self
-
-    def __call__(self, *_):
-        self.count += 1
-
-    def __bool__(self):
-        return self.count > 0
-
-    def __exit__(self, *_):
-        signal.signal(self.number, self.before)
 
 
 def test_a_budget_of_nothing_is_a_step_at_a_time(tmp_path, whole):
@@ -716,54 +701,27 @@ def test_as_many_other_images_are_another_run(tmp_path, monkeypatch):
     assert stage(tmp_path)[0] is not None
 
 
-def damaged_list(folder):
-    (folder / "state.json").write_text('{"progress": {')
-
-
-def list_without_files(folder):
-    save_record({}, folder / "state.json")
-
-
-def flipped_bit(folder):
-    path = next(folder.glob("weights-*.pt"))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def changed(signed=True, **progress):
-    def change(folder):
-        record = json.loads((folder / "state.json").read_text())
-        record["progress"] |= progress
-        save_record(record, folder / "state.json") if signed else save_text(json.dumps(record), folder / "state.json")
-    return change
-
-
-def part_cut_short(folder):
-    path = next(folder.glob("weights-*.pt"))
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def part_missing(folder):
-    next(folder.glob("optimizer-*.pt")).unlink()
-
-
-def part_of_another_network(folder):
-    save_tensors({"conv.weight": torch.zeros(1)}, next(folder.glob("weights-*.pt")))
-
-
-def part_that_runs_code(folder):
-    torch.save(os.system, next(folder.glob("average-*.pt")))
-
-
 def test_a_damaged_state_is_named(tmp_path):
     stage(tmp_path / "whole", max_seconds=0)
-    for i, damage in enumerate((
-            damaged_list, list_without_files, part_cut_short, part_missing, part_of_another_network,
-            part_that_runs_code, flipped_bit, changed(signed=False, step=2), changed(step=10**9), changed(step=-1),
-            changed(step=2.0), changed(step="x"), changed(step=None), changed(loss="1"), changed(log=7))):
-        shutil.copytree(tmp_path / "whole", tmp_path / str(i))
-        damage(tmp_path / str(i) / "stage.state")
+    record, weights = state_of(tmp_path / "whole"), (tmp_path / "whole/stage.state/weights-1.pt").read_bytes()
+
+    def saved(value) -> bytes:
+        torch.save(value, buffer := io.BytesIO())
+        return buffer.getvalue()
+
+    def signed(content: dict) -> bytes:
+        return json.dumps(content | {"digest": digest(content)}).encode()
+
+    changes = (dict(step=10**9), dict(step=-1), dict(step=2.0), dict(step="x"), dict(step=None), dict(loss="1"),
+               dict(log=7))
+    changed = [record | {"progress": record["progress"] | change} for change in (dict(step=2), *changes)]
+    lists = b'{"progress": {', signed({}), json.dumps(changed[0]).encode(), *map(signed, changed[1:])
+    parts = (("weights-1.pt", weights[:1000]), ("weights-1.pt", saved({"conv.weight": torch.zeros(1)})),
+             ("weights-1.pt", weights[:999] + bytes([weights[999] ^ 1]) + weights[1000:]),
+             ("average-1.pt", saved(os.system)), ("optimizer-1.pt", None))
+    for i, (name, content) in enumerate((*parts, *(("state.json", content) for content in lists))):
+        path = shutil.copytree(tmp_path / "whole", tmp_path / str(i)) / "stage.state" / name
+        path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(BadInput, match="stage.state|the stage has 3") as error:
             stage(tmp_path / str(i))
         assert "\n" not in str(error.value)

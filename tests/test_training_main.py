@@ -390,14 +390,6 @@ def test_a_stage_is_taken_up_from_its_average_alone(small, capsys):
     assert [line["epoch"] for line in lines("new/pretrain.jsonl")] == [2] and log.count("\n") == 1
 
 
-def test_a_refused_resume_leaves_the_record(small):
-    assert run(QUICK + " --pretrain --max-minutes 0") == 0
-    before = Path("run/pretrain.options.json").read_bytes()
-    with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
-        run(QUICK + " --pretrain --lr 0.07")
-    assert Path("run/pretrain.options.json").read_bytes() == before
-
-
 def test_start_is_where_the_first_stage_began(small, monkeypatch):
     """Also when the same command is given again with the first stage done."""
     torch.manual_seed(9)
@@ -467,11 +459,13 @@ def test_the_real_command_is_ended_and_goes_on_bit_for_bit():
     assert lines("run/pretrain.jsonl") == lines("whole/pretrain.jsonl")
 
 
-def test_one_process_a_run_folder(small):
+def test_one_process_a_run_folder_and_what_is_refused_leaves_it(small):
     assert run(QUICK + " --pretrain --max-minutes 0") == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     with files.held("run"), pytest.raises(BadInput, match="run: another process is at work there"):
         run(QUICK + " --pretrain --no-resume")
+    with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
+        run(QUICK + " --pretrain --lr 0.07")
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert run(QUICK + " --pretrain", "other") == run(QUICK + " --pretrain") == 0
 

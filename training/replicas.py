@@ -61,7 +61,6 @@ class Replicas:
             for theirs, ours in zip(replica.parameters(), model.parameters()):
                 theirs.data = ours.data
             self.models.append(replica)
-        self.weights = [[p for p in each.parameters() if p.requires_grad] for each in self.models]
         self.statistics = [[b for b in each.buffers() if b.is_floating_point()] for each in self.models]
 
     def follow(self) -> None:
@@ -74,10 +73,10 @@ class Replicas:
     @torch.no_grad()
     def gather(self, processes: Processes) -> None:
         """After all backward passes, sum the gradients into the model and average the BatchNorm statistics of all."""
-        gradients = [p.grad for p in self.weights[0] if p.grad is not None]
+        gradients, *others = ([p.grad for p in each.parameters() if p.grad is not None] for each in self.models)
         statistics = self.statistics[0]
-        for weights, theirs in zip(self.weights[1:], self.statistics[1:]):
-            threads.for_each(torch._foreach_add_, gradients, [p.grad for p in weights if p.grad is not None])
+        for grads, theirs in zip(others, self.statistics[1:]):
+            threads.for_each(torch._foreach_add_, gradients, grads)
             torch._foreach_add_(statistics, theirs)
         processes.add(gradients + statistics)
         count = len(self.models) * processes.count
