@@ -16,7 +16,6 @@ alters a record on purpose: "signed again". A traceback is a bug there too. Exit
 """
 import contextlib
 import copy
-import functools
 import io
 import json
 import pickle
@@ -166,7 +165,7 @@ def run(folder: Path) -> dict:
     saved.settings = record["settings"]
 
     def load_state(_):
-        return saved.load("cpu", functools.partial(loop.constant_so_far, epoch_steps=2))
+        return saved.load("cpu", 2)
 
     save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
     shutil.copy(folder / "fuzz.jsonl", folder / "masked.jsonl")

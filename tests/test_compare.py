@@ -79,20 +79,21 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
     write_stage(tmp_path, "rew", zeros=75)
     points = compare.curves(read_stages(tmp_path))
     assert [at * 1e6 for at, _ in points["loss"]] == [320, 640, 960, 1280]
-    assert points["accuracy"] == [(640 / 1e6, 50.0)] and [share for _, share in points["zeros"]] == [25, 25, 75, 75]
+    assert points["accuracy"] == [(640 / 1e6, 0.5)]
+    assert [share for _, share in points["zeros"]] == [0.25, 0.25, 0.75, 0.75]
     save_tensors({"conv.weight": torch.tensor([[[[0.0, 1.0, 0.0, 0.0]]]]), "bn.weight": torch.zeros(3)},
                  tmp_path / "rew.average.pt")  # of an unfinished stage
     assert compare.main([str(tmp_path), "--layers", "--figure", str(tmp_path / "f.svg")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["conv", "75.00%"]
     log = tmp_path / "rew.jsonl"
     log.write_text("".join(json.dumps(line | {"zeros_path": 0.5}) + "\n" for line in map(json.loads, open(log))))
-    assert compare.curves(read_stages(tmp_path))["path"] == [(960 / 1e6, 50.0), (1280 / 1e6, 50.0)]
+    assert compare.curves(read_stages(tmp_path))["path"] == [(960 / 1e6, 0.5), (1280 / 1e6, 0.5)]
     assert (tmp_path / "f.svg").read_text().startswith("<?xml")
 
 
 def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.25")
+    monkeypatch.setattr(networks, "DEFAULT", f"{Path(__file__).with_name('tiny.py')}:Tiny")
     quick = "--pretrain --made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --refresh 0".split()
     for seed in "01":
         assert training.main([*quick, "--seed", seed, "--run", f"runs/{seed}"]) == 0
@@ -105,7 +106,7 @@ def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("prepare, options, said", (
     (lambda: None, "nowhere", "nowhere: there is no run"),
-    (lambda: write_stage(Path("a"), "rew"), "a --figure f.doc", "expected a name that ends in"),
+    (lambda: write_stage(Path("a"), "rew"), "a --figure f.doc", "f.doc: Format 'doc' is not supported"),
     (lambda: write_stage(Path("a"), "rew"), "a --csv a", "cannot be written .it is a folder"),
     (lambda: (write_stage(Path("a"), "rew"), Path("a/rew.jsonl").write_text("{}\n")), "a", "no line of a log"),
     (lambda: (write_stage(Path("a"), "rew"), save_record({}, "a/rew.options.json")), "a", "not what a stage writes"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compressed import cifar100
-from test_loop import LAYERS, SETTINGS, TRAIN, Tiny
+from test_loop import LAYERS, SETTINGS, TRAIN
+from tiny import tiny
 from training import cuda_graphs as captured
 from training import gpu_kernels, loop
 from training.loop import Processes, Settings
@@ -17,17 +18,17 @@ MUON = Settings(epochs=5, batch_size=16, lr=0.05, optimizer="muon", warmup_epoch
 
 
 def new_stage(folder, settings, device="cpu") -> loop.Stage:
-    model = Tiny().to(device, memory_format=torch.channels_last)
+    model = tiny().to(device, memory_format=torch.channels_last)
     data = cifar100.Images(TRAIN.images.to(device), TRAIN.labels.to(device))
     masks = Masks(model, target_masks(model, LAYERS, 0.4))
-    taught_by = [Tiny(seed).eval().to(device) for seed in (1, 2)]
+    taught_by = [tiny(seed).eval().to(device) for seed in (1, 2)]
     stage = loop.Stage("stage", model, data, settings, folder, None, 5, masks, taught_by, None, Processes())
     stage.resume(False, 0)
     return stage
 
 
-def steps(stage: loop.Stage) -> dict:
-    for epoch in range(stage.settings.epochs):
+def steps(stage: loop.Stage, first=0, last=MUON.epochs) -> dict:
+    for epoch in range(first, last):
         stage.begin(epoch)
         for i in range(stage.plan.epoch_steps):
             stage.step(epoch, i)
@@ -35,36 +36,28 @@ def steps(stage: loop.Stage) -> dict:
         "totals": stage.totals}
 
 
+def assert_close(one: dict, other: dict):
+    for (key, mine), theirs in zip(one.items(), other.values(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7), key
+
+
 def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
-    """What a graph records: the batch made before it, the learning rate in a tensor."""
-    plain, other = new_stage(tmp_path, MUON), new_stage(tmp_path, MUON)
+    """What a graph records: the batch made before it, the learning rate in a tensor, which a state may hold."""
+    plain, other, last = (new_stage(tmp_path, MUON) for _ in range(3))
     kinds = []
 
     def at_once(kind, inputs):
         kinds.append(kind)
-        other.learn_on_one(inputs, kind)
+        other.learn(lambda k: inputs, kind)
     other.graphs = SimpleNamespace(step=at_once)
-    for (key, one), two in zip(steps(plain).items(), steps(other).values(), strict=True):
-        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
+    steps(other, last=2)
+    other.save()
+    last.resume(True, 0)
+    expected = steps(plain)
+    assert_close(steps(other, first=2), expected)
+    assert_close(steps(last, first=2), expected)  # plain steps go on from the state
     assert kinds == [(step % 2, 32) for step in range(15)]  # the teachers in turn
     assert other.optimizer.param_groups[0]["lr"] is other.rates[1.0]
-
-
-def test_the_state_of_recorded_steps_goes_on_in_plain_ones(tmp_path):
-    """Its learning rate is a tensor, which a state may hold."""
-    whole, other, last = (new_stage(tmp_path, MUON) for _ in range(3))
-    other.graphs = SimpleNamespace(step=lambda kind, inputs: other.learn_on_one(inputs, kind))
-    for stage, first, end in ((whole, 0, 6), (other, 0, 3), (last, 3, 6)):
-        if stage is last:
-            stage.resume(True, 0)
-        for epoch in range(first // 3, end // 3):
-            stage.begin(epoch)
-            for i in range(3):
-                stage.step(epoch, i)
-        if stage is other:
-            stage.save()
-    for (key, one), two in zip(whole.model.state_dict().items(), last.model.state_dict().values(), strict=True):
-        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), key
 
 
 def test_each_kind_is_run_once_and_then_recorded(monkeypatch):

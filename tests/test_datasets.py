@@ -168,7 +168,7 @@ def test_five_classes_through_all_scripts(tmp_path, capsys):
 
     for other in ("other.npz", "four.npz"):  # as many images in the first
         status, out, err = ended(training.main, train + other, capsys)
-        assert status == 2 and err.count("\n") == 1 and "on five.npz (digest" in err and other in err
+        assert status == 2 and err.count("\n") == 1 and "data_set five.npz (5 classes, digest" in err and other in err
     status, out, err = ended(training.main, train.replace("--run run", "--run new --start run/pretrain.pt --rew")
                              + "four.npz", capsys)
     assert status == 2 and "pretrain.pt is of a network with 5 classes, expected 4: give --data" in err

@@ -1,4 +1,6 @@
 """Recipes: TOML files with the options of all stages."""
+from pathlib import Path
+
 import pytest
 
 import quantize
@@ -41,12 +43,12 @@ def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
 def test_a_claim_holds_the_options_that_the_recipe_gave(tmp_path):
     """quantize.py takes them from the run folder: those of the stage, of all stages, and of the command line."""
     path = tmp_path / "mine.toml"
-    path.write_text('network = "mobilenet_v2:MobileNetV2?width=0.25"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
+    network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
+    path.write_text(f'network = "{network}"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
     assert training.main(["--recipe", str(path), "--pretrain", "--made-up", "32", "--epochs", "1", "--refresh", "0",
                           "--optimizer", "muon", "--run", str(tmp_path / "run"), "--no-cuda"]) == 0
     (stage,) = quantize.training_record(tmp_path / "run" / "masked.pt")
-    expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": "mobilenet_v2:MobileNetV2?width=0.25",
-                "recipe": str(path), "made_up": 32}
+    expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": network, "recipe": str(path), "made_up": 32}
     assert {name: stage["options"][name] for name in expected} == expected and stage["stage"] == "pretrain"
     assert (tmp_path / "run" / "recipe.toml").read_bytes() == path.read_bytes()
 

@@ -309,8 +309,9 @@ def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
     assert train.main(["--ship", "--made-up", "100", "--data", "d"]) == 0
     assert commands.lines[1] == "tools.ship runs/default --data d --made-up 100"
     assert "whatever its accuracy" in capsys.readouterr().out
-    assert train.main(["--made-up", "100"]) == 0
-    assert "nothing shipped is going to be replaced" in capsys.readouterr().out
+    for data in (["--made-up", "100"], ["--data", "five.npz"]):
+        assert train.main(data) == 0
+        assert "nothing shipped is going to be replaced" in capsys.readouterr().out
     (root / CLAIM).unlink()
     assert train.main([]) == 0 and "as there is none yet" in capsys.readouterr().out
 

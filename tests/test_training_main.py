@@ -1,4 +1,4 @@
-"""The command line of training, run in the process on a narrow network, and for a few cases as it stands."""
+"""The command line of training, run in the process on a tiny network, and for a few cases as it stands."""
 import dataclasses
 import json
 import os
@@ -25,6 +25,7 @@ from training.masks import group_norms, prune_ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "main.py"
+TINY, NARROW = f"{ROOT / 'tests' / 'tiny.py'}:Tiny", "mobilenet_v2:MobileNetV2?width=0.25"
 CPU = torch.device("cpu")
 # FACTS: the submission's command, as its users know it, and its second with other words for these
 REW = ("--arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsity-type irregular --epoch 300 --optmzr "
@@ -43,8 +44,14 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The same table, half the base width (every shortcut is there): a stage takes a second."""
-    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.5")
+    """All layers of the default network, a fifth of its width."""
+    monkeypatch.setattr(networks, "DEFAULT", NARROW)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three layers: conv1, conv2 (depthwise) and linear."""
+    monkeypatch.setattr(networks, "DEFAULT", TINY)
 
 
 def run(options, folder="run") -> int:
@@ -56,8 +63,8 @@ def script(options, **kwargs):
                           **kwargs)
 
 
-def load(path, width=0.5):
-    return load_checkpoint(path, f"mobilenet_v2:MobileNetV2?width={width}")
+def load(path, network=TINY):
+    return load_checkpoint(path, network)
 
 
 def zeros(model) -> dict[str, int]:
@@ -88,15 +95,11 @@ def test_the_first_documented_command_means_what_it_meant():
     # --no-tricks turns the tricks off that the same command names
     tricks = settings.mixing, settings.smoothing, settings.warmup_epochs, settings.schedule
     assert tricks == ("none", 0.0, 0, "constant")
-    model = MobileNetV2(width=0.5)
+    model = MobileNetV2(width=0.25)
     penalty = sparsity.make_penalty(args, model)
     assert (penalty.kind, penalty.form, penalty.lam, penalty.target) == ("irregular", "loss", 1e-6, None)
     assert penalty.eps == 1e-3
     assert args.rew and not args.pretrain and not args.masked_retrain
-
-
-def test_its_alpha_is_updated_at_epochs_60_120_180_240(monkeypatch):
-    args = training.parse(REW.split())
     updates = {round(i * 300 / args.updates) for i in range(args.updates)}  # as the loop does it, a step an epoch
     assert updates == {0, 60, 120, 180, 240}
 
@@ -104,7 +107,7 @@ def test_its_alpha_is_updated_at_epochs_60_120_180_240(monkeypatch):
 def test_the_second_documented_command_means_what_it_meant():
     args = training.parse(MASKED.split())
     assert args.masked_retrain and not args.rew and args.epochs == 300
-    model = MobileNetV2(width=0.5)
+    model = MobileNetV2(width=0.25)
     with torch.no_grad():
         for _, module in weight_layers(model):
             module.weight.view(-1)[0] = 0.99e-4
@@ -135,13 +138,13 @@ def test_defaults_of_the_stages():
         assert settings.mixing == "both" and settings.average is None and not settings.compile
         muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
-    penalty = sparsity.make_penalty(args, MobileNetV2(width=0.5))
+    penalty = sparsity.make_penalty(args, MobileNetV2(width=0.25))
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 
 
 def test_magnitude_takes_the_penaltys_place():
     args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
-    pruning = sparsity.make_penalty(args, MobileNetV2(width=0.5))
+    pruning = sparsity.make_penalty(args, MobileNetV2(width=0.25))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
     assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
     assert training.parse("--penalty magnitude --updates 9".split()).updates == 9
@@ -150,7 +153,7 @@ def test_magnitude_takes_the_penaltys_place():
             training.parse(["--penalty", "magnitude", *wrong.split()])
 
 
-def test_the_penalty_of_the_page_runs(narrow):
+def test_the_penalty_of_the_page_runs(small):
     """The example in training/README.md, by a command like the one there; test_feedback.py looks at what it reaches."""
     page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
     Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
@@ -183,7 +186,7 @@ def test_the_documented_commands_run(narrow, capsys):
     state["layers.3.conv1.weight"][::2] *= 1e-6
     torch.save(state, "run/rew.pt")
     assert run(MASKED + small) == 0
-    made = zeros(load("run/masked.pt"))
+    made = zeros(load("run/masked.pt", NARROW))
     for name, count in made.items():
         pruned = name not in ("conv1", "linear")
         assert count == (state[f"{name}.weight"].abs() < 1e-4).sum() * pruned, name
@@ -194,17 +197,17 @@ def test_the_documented_commands_run(narrow, capsys):
 
 def test_the_whole_job_with_the_real_network(capsys):
     """No option: three stages; the target is reached; the same command again has nothing to do."""
-    command = QUICK + " --target-sparsity 0.77"
+    command = QUICK + " --target-sparsity 0.77 --sizes 8:0.5,32 --refresh 16"
     assert run(command) == 0
     assert {path.name for path in Path("run").iterdir()} == {
         f"{stage}.{kind}" for stage in training.STAGES for kind in ("pt", "average.pt", "jsonl", "options.json")}
-    model = load("run/masked.pt", width=1.3)
+    model = load("run/masked.pt", networks.DEFAULT)
     count, sizes = zeros(model), {name: module.weight.numel() for name, module in weight_layers(model)}
     assert count["conv1"] == 0
     assert sum(count.values()) >= 0.77 * sum(size for name, size in sizes.items() if name != "conv1")
     assert sum(count.values()) < 0.95 * sum(sizes.values())  # nothing opposes in two steps, so the penalty overshoots
     assert lines("run/masked.jsonl")[-1]["zeros"] == sum(count.values())
-    assert sum(zeros(load("run/pretrain.pt", width=1.3)).values()) == 0
+    assert sum(zeros(load("run/pretrain.pt", networks.DEFAULT)).values()) == 0
     assert os.stat("run/masked.pt").st_mode & 0o777 == 0o644
 
     capsys.readouterr()
@@ -214,12 +217,12 @@ def test_the_whole_job_with_the_real_network(capsys):
     assert times == {path: path.stat().st_mtime_ns for path in Path("run").iterdir()}
 
 
-def test_no_resume_starts_a_stage_again(narrow, capsys):
+def test_no_resume_starts_a_stage_again(small, capsys):
     assert run(QUICK + " --pretrain") == 0
     first = Path("run/pretrain.pt").read_bytes()
     assert run(QUICK + " --pretrain") == 0  # it is there
     assert "--no-resume" in capsys.readouterr().out and Path("run/pretrain.pt").read_bytes() == first
-    for other in ("--seed 5", "--network mobilenet_v2:MobileNetV2?width=0.25", "--made-up 40"):
+    for other in ("--seed 5", f"--network {NARROW}", "--made-up 40"):
         with pytest.raises(BadInput, match=f"trained with other options .{other[2:6]}.*--no-resume"):
             run(QUICK + f" --pretrain {other}")
     assert Path("run/pretrain.pt").read_bytes() == first
@@ -234,7 +237,7 @@ def test_no_resume_starts_a_stage_again(narrow, capsys):
     assert_same(Path("again.pt"), Path("first.pt"))
 
 
-def test_no_option_is_dropped_without_a_word(narrow, capsys):
+def test_no_option_is_dropped_without_a_word(small, capsys):
     """What has no effect is named, and a finished run with other options is refused rather than passed by."""
     assert run(QUICK + " --rew --turn 0.1 --threshold 0.5 --teaching mean --mixing cutmix --alpha 2") == 0
     out = capsys.readouterr().out
@@ -265,28 +268,10 @@ def test_no_option_is_dropped_without_a_word(narrow, capsys):
     assert "the weights are those of run/pretrain.state, and --start has no effect" in capsys.readouterr().out
 
 
-def test_a_state_that_does_not_name_its_images_knows_them_by_its_options(narrow):
-    """As states of older versions: as many other images are refused, the same ones are accepted, and named from now on.
-    """
-    assert run(QUICK + " --pretrain --max-minutes 0") == 0
-    path = Path("run/pretrain.state/state.json")
-    record = json.loads(path.read_text())
-    assert re.fullmatch("[0-9a-f]{16}", record["settings"].pop("data"))
-    files.save_record(record, path)
-    options = files.load_json("run/pretrain.options.json")
-    files.save_record(options | {"options": options["options"] | {"made_up": None, "holdout": True}},
-                      "run/pretrain.options.json")
-    with pytest.raises(BadInput, match="holds a run on other images"):
-        run(QUICK + " --pretrain")
-    files.save_record(options, "run/pretrain.options.json")
-    assert run(QUICK + " --pretrain") == 0
-
-
-def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
+def test_sparsity_is_stated_once_for_a_run(small, capsys):
     """What the masked stage is not given is as the run's reweighted stage had it, and a line says so."""
-    Path("some.toml").write_text('[prune_ratios]\n"layers.5.conv1" = 0.5\nconv2 = 0.5\n')
-    rew = QUICK + " --rew --sparsity-type filter --target-sparsity 0.5 --config-file some.toml"
-    assert run(rew) == 0
+    Path("some.toml").write_text("[prune_ratios]\nconv2 = 0.5\n")
+    assert run(QUICK + " --rew --sparsity-type filter --target-sparsity 0.5 --config-file some.toml") == 0
     assert "lambda" in lines("run/rew.jsonl")[0] and "zeros_path" in lines("run/rew.jsonl")[0]  # led to the target
     capsys.readouterr()
     assert run(QUICK + " --masked-retrain") == 0
@@ -294,14 +279,11 @@ def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
     assert ("masked: target 0.5, filter, layers of some.toml; what was not given is as run/rew.options.json has it"
             in out)
     model = load("run/masked.pt")
-    for name in ("layers.5.conv1", "conv2"):
-        weight = dict(weight_layers(model))[name].weight
-        assert torch.equal(weight == 0, (group_norms(weight, "filter") == 0).expand_as(weight))
+    assert torch.equal(model.conv2.weight == 0, (group_norms(model.conv2.weight, "filter") == 0).expand(-1, -1, 3, 3))
     made = zeros(model)
-    pruned = [made[name] for name in ("layers.5.conv1", "conv2")]
-    assert sum(pruned) == sum(made.values()) > 0 and made["conv1"] == 0
-    total = sum(dict(weight_layers(model))[name].weight.numel() for name in ("layers.5.conv1", "conv2"))
-    assert f"masked: {sum(pruned):,} of {total:,} weights are frozen at zero" in out and "were zero already" in out
+    assert made["conv2"] == sum(made.values()) > 0
+    total = model.conv2.weight.numel()
+    assert f"masked: {made['conv2']:,} of {total:,} weights are frozen at zero" in out and "were zero already" in out
 
     assert run(QUICK + " --masked-retrain --no-resume --sparsity-type irregular --target-sparsity 0.25") == 0
     out = capsys.readouterr().out
@@ -320,7 +302,7 @@ def test_sparsity_is_stated_once_for_a_run(narrow, capsys):
     ("--target-sparsity 0.6", "--sparsity-type threshold", "weights are frozen"),
     (None, "", "masked: target 0.8, irregular, all layers but the stem; what was not given is by default: there is no"),
     (None, "--target-sparsity 0.3", "masked: target 0.3, irregular")))
-def test_what_the_mask_takes_over(narrow, capsys, rew, masked, said):
+def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
     args = training.parse((rew or "").split())
     args.run = Path("run")
     if rew is not None:
@@ -329,7 +311,7 @@ def test_what_the_mask_takes_over(narrow, capsys, rew, masked, said):
         files.save_record({"options": options}, args.run / "rew.options.json")
     args = training.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
-    model = MobileNetV2(width=0.5)
+    model = MobileNetV2(width=0.25)
     sparsity.make_masks(sparsity.of_run(args, print), model, print)
     out = capsys.readouterr().out
     assert said in out and "; 0.00% of them were zero already" in out
@@ -337,11 +319,10 @@ def test_what_the_mask_takes_over(narrow, capsys, rew, masked, said):
 
 
 @pytest.mark.parametrize("kind", ("irregular", "column", "kernel", "filter"))
-def test_every_sparsity_type_makes_real_zeros(narrow, kind):
+def test_every_sparsity_type_makes_real_zeros(small, kind):
     """The submission's way: penalty in the loss, then the ratios of a file; and by a target."""
-    layers = {"layers.5.conv1": 0.5, "layers.5.conv2": 0.25, "conv2": 0.7, "linear": 0.1}
-    Path("ratios.toml").write_text("[prune_ratios]\n"
-                                   + "".join(f'"{name}" = {ratio}\n' for name, ratio in layers.items()))
+    layers = {"conv2": 0.7, "linear": 0.1}
+    Path("ratios.toml").write_text("[prune_ratios]\nconv2 = 0.7\nlinear = 0.1\n")
     config = f" --sparsity-type {kind} --config-file ratios.toml"
     assert run(QUICK + " --rew" + config) == 0
     assert run(QUICK + " --masked-retrain" + config) == 0
@@ -361,14 +342,14 @@ def test_every_sparsity_type_makes_real_zeros(narrow, kind):
     assert 0.6 * total <= gone < 0.7 * total
 
 
-def test_a_proximal_penalty_in_the_submissions_command_makes_zeros_of_its_own(narrow):
+def test_a_proximal_penalty_in_the_submissions_command_makes_zeros_of_its_own(small):
     assert run(QUICK + " --rew --sparsity-type filter --penalty proximal --lambda 100 --updates 2") == 0
     model = load("run/rew.pt")
     dead = {name: (module.weight == 0).flatten(1).all(1) for name, module in weight_layers(model)}
     assert any(d.any() for d in dead.values()) and not dead["conv1"].any()
 
 
-def test_a_teacher_changes_what_is_learnt(narrow):
+def test_a_teacher_changes_what_is_learnt(small):
     assert run(QUICK + " --pretrain") == 0
     assert run(QUICK + " --pretrain --teacher run/pretrain.pt", "taught") == 0
     assert run(QUICK + " --pretrain --teacher run/pretrain.pt --distill 0 --smooth-eps 0.1", "alone") == 0
@@ -377,7 +358,7 @@ def test_a_teacher_changes_what_is_learnt(narrow):
         assert_same(Path("run/pretrain.pt"), Path("taught/pretrain.pt"))
 
 
-def test_a_cooldown_branches_off_a_running_stage(narrow):
+def test_a_cooldown_branches_off_a_running_stage(small):
     """--start takes the weights of its state as they are, or what a stop left of its average; the stage goes on
     unharmed."""
     trunk = QUICK + " --pretrain --epochs 3 --lr-scheduler constant"
@@ -398,7 +379,7 @@ def test_a_cooldown_branches_off_a_running_stage(narrow):
                if value.is_floating_point())
 
 
-def test_a_stage_is_taken_up_from_its_average_alone(narrow, capsys):
+def test_a_stage_is_taken_up_from_its_average_alone(small, capsys):
     command = QUICK + " --pretrain --epochs 2 --lr-scheduler constant"
     for _ in range(3):
         run(command + " --max-minutes 0")
@@ -409,18 +390,10 @@ def test_a_stage_is_taken_up_from_its_average_alone(narrow, capsys):
     assert [line["epoch"] for line in lines("new/pretrain.jsonl")] == [2] and log.count("\n") == 1
 
 
-def test_a_refused_resume_leaves_the_record(narrow):
-    assert run(QUICK + " --pretrain --max-minutes 0") == 0
-    before = Path("run/pretrain.options.json").read_bytes()
-    with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
-        run(QUICK + " --pretrain --lr 0.07")
-    assert Path("run/pretrain.options.json").read_bytes() == before
-
-
-def test_start_is_where_the_first_stage_began(narrow, monkeypatch):
+def test_start_is_where_the_first_stage_began(small, monkeypatch):
     """Also when the same command is given again with the first stage done."""
     torch.manual_seed(9)
-    save(MobileNetV2(width=0.5), Path("start.pt"))
+    save(networks.make(TINY), Path("start.pt"))
     assert run(QUICK + " --start start.pt") == 0
     for stage in ("rew", "masked"):
         for name in (f"{stage}.pt", f"{stage}.jsonl"):
@@ -432,7 +405,7 @@ def test_start_is_where_the_first_stage_began(narrow, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ stopping, going on
 
-def test_a_budget_stops_cleanly_and_the_same_command_goes_on(narrow, capsys):
+def test_a_budget_stops_cleanly_and_the_same_command_goes_on(small, capsys):
     assert run(QUICK, "whole") == 0
     stops = 0
     while not Path("run/masked.pt").exists():
@@ -447,7 +420,7 @@ def test_a_budget_stops_cleanly_and_the_same_command_goes_on(narrow, capsys):
 
 
 @pytest.mark.parametrize("step", (1, 2))
-def test_sigterm_begins_no_new_stage(narrow, monkeypatch, step):
+def test_sigterm_begins_no_new_stage(small, monkeypatch, step):
     """Not even in a stage's last step, which the stage still finishes."""
     count, draw = 0, augmentation.draw
 
@@ -464,43 +437,40 @@ def test_sigterm_begins_no_new_stage(narrow, monkeypatch, step):
     assert run(QUICK + " --refresh 0") == 0 and Path("run/masked.pt").exists()
 
 
-@pytest.mark.parametrize("number, code", ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)))
-def test_the_real_command_is_ended_and_goes_on_bit_for_bit(number, code, real_run):
-    options = f"{real_run['options']} --run run"
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *options.split()], stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not Path("run/pretrain.state/state.json").exists():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == code and not Path("run/pretrain.pt").exists()
-    assert ("the same command resumes it" in out) == (code == 0)
-    assert "resumes at epoch" in (again := script(options)).stdout and again.returncode == 0
-    assert_same(Path("run/pretrain.pt"), real_run["folder"] / "pretrain.pt")
-    assert lines("run/pretrain.jsonl") == lines(real_run["folder"] / "pretrain.jsonl")
+def test_the_real_command_is_ended_and_goes_on_bit_for_bit():
+    """Killed as soon as there is a state, then asked to end, then left alone."""
+    options = (f"--pretrain --made-up 96 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01 --workers 1"
+               f" --save-seconds 0 --network {NARROW}")
+    assert run(options, "whole") == 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *options.split(), "--run", "run"],
+                                   stdout=subprocess.PIPE, text=True)
+        state, until = Path("run/pretrain.state/state.json"), time.monotonic() + 60
+        before = state.read_bytes() if state.exists() else None
+        while not state.exists() or state.read_bytes() == before:
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == code and not Path("run/pretrain.pt").exists()
+        assert ("the same command resumes it" in out) == (code == 0)
+    assert "resumes at epoch" in (again := script(options + " --run run")).stdout and again.returncode == 0
+    assert_same(Path("run/pretrain.pt"), Path("whole/pretrain.pt"))
+    assert lines("run/pretrain.jsonl") == lines("whole/pretrain.jsonl")
 
 
-def test_one_process_a_run_folder(narrow):
+def test_one_process_a_run_folder_and_what_is_refused_leaves_it(small):
     assert run(QUICK + " --pretrain --max-minutes 0") == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     with files.held("run"), pytest.raises(BadInput, match="run: another process is at work there"):
         run(QUICK + " --pretrain --no-resume")
+    with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
+        run(QUICK + " --pretrain --lr 0.07")
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert run(QUICK + " --pretrain", "other") == run(QUICK + " --pretrain") == 0
 
 
-@pytest.fixture(scope="module")
-def real_run(tmp_path_factory):
-    """Three steps of a narrow network, uninterrupted, by the script."""
-    folder = tmp_path_factory.mktemp("real")
-    options = ("--pretrain --made-up 48 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01"
-               " --save-seconds 0 --network mobilenet_v2:MobileNetV2?width=0.25")
-    assert script(f"{options} --run {folder}").returncode == 0
-    return {"folder": folder, "options": options}
-
-
-def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
+def test_a_full_disk_exits_2_and_loses_nothing(small, monkeypatch, capsys):
     assert run(QUICK + " --pretrain", "whole") == 0
     assert run(QUICK + " --pretrain --max-minutes 0") == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -530,7 +500,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(narrow, monkeypatch, capsys):
 @pytest.mark.parametrize("options, said", (
     ("--arch resnet", "resnet"), ("--depth 18", "18"), ("--average 2", "--average"),
     ("--target-sparsity 1", "--target"),
-    ("--rew --masked-retrain", "one stage"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
+    ("--rew --masked-retrain", "not allowed with argument --rew"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
     ("--mixup --mixing both", "exclude"), ("--rew --sparsity-type threshold", "threshold"),
     ("--sparsity-type threshold", "threshold"), ("--sparsity-type rows", "rows"), ("--optmzr lion", "lion"),
     ("--start-epoch 2", "give --start"), ("--rew --penalty magnitude --eps 0.1", "magnitude has no --eps"),
@@ -579,8 +549,8 @@ def no_layer(model):
     # of later stages, before the first one begins
     (empty, "--sparsity-type filter", "--config-file"), (empty, "--config-file nowhere", "nowhere"),
     (empty, "--schedule constant --cooldown 150 --epochs 120", "--cooldown 150")))
-def test_what_cannot_be_is_named(narrow, prepare, options, said):
-    prepare(MobileNetV2(width=0.5))
+def test_what_cannot_be_is_named(small, prepare, options, said):
+    prepare(networks.make(TINY))
     options = f"{QUICK} {options}"
     if "--data" in options:
         options = options.replace("--made-up 32", "")
@@ -615,26 +585,16 @@ def torchrun(options, folder):
     return done.stdout
 
 
-def test_torchrun_trains_what_one_process_of_two_workers_trains():
-    """All three stages, the same global batch.
-
-    test_loop.py compares to the fourth digit, on a network that allows it. The gradient of this one, at random weights,
-    is known to 2% in float32 (one process and two, measured against float64) and large steps make that much more, so
-    the steps are small here and what is compared is the way that the weights went.
-    """
-    options = QUICK + " --lr 1e-5 --target-sparsity 0.7 --network mobilenet_v2:MobileNetV2?width=0.25"
+def test_torchrun_trains_what_one_process_of_two_workers_trains(small):
+    """All three stages, the same global batch."""
+    options = f"{QUICK} --target-sparsity 0.7 --network {TINY}"
     out = torchrun(options, "two")
     assert run(options + " --workers 2", "one") == 0
-    torch.manual_seed(0)
-    init = MobileNetV2(width=0.25).state_dict()
     for stage in training.STAGES:
         assert out.count(f"{stage} epoch 1/1") == 1 and out.count(f"{stage}: wrote") == 1
-        mine, theirs = lines(f"two/{stage}.jsonl"), lines(f"one/{stage}.jsonl")
-        assert len(mine) == 1 and mine[0].keys() == theirs[0].keys()
-        assert mine[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-2)
-        assert mine[0]["zeros"] == pytest.approx(theirs[0]["zeros"], rel=1e-2)
+        (mine,), (theirs,) = lines(f"two/{stage}.jsonl"), lines(f"one/{stage}.jsonl")
+        assert mine.keys() == theirs.keys() and mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert mine["zeros"] == pytest.approx(theirs["zeros"], rel=1e-2)
         two, one = torch.load(f"two/{stage}.pt"), torch.load(f"one/{stage}.pt")
-        weights = [key for key in one if one[key].dim() > 1]
-        apart = sum((two[key] - one[key]).square().sum().item() for key in weights) ** 0.5
-        went = sum((one[key] - init[key]).square().sum().item() for key in weights) ** 0.5
-        assert apart < (0.2 if stage == "pretrain" else 0.01) * went, (stage, apart, went)
+        assert all(torch.allclose(two[f"{name}.weight"], one[f"{name}.weight"], rtol=1e-3, atol=1e-4)
+                   for name in ("conv1", "conv2", "linear"))

@@ -10,7 +10,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from compressed import datasets, shipping
+from compressed import cifar100, datasets, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from training import recipes
@@ -40,15 +40,18 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
 def announcement(args) -> str:
     """Return a sentence that says which files will be replaced after training, and on what condition."""
     shipped = shipping.shipped_accuracy(ROOT)
-    names = [path.name for path in sorted(ROOT.glob(Path(CHECKPOINT).stem + ".*"))]
-    files = f"{', '.join(names) or CHECKPOINT}, the logs and weights of its training in record/, figures/, and the " \
-            "tables of README.md and the other pages"
+    is_cifar100 = args.data is None or cifar100.holding(args.data, cifar100.SET, cifar100.COUNT)
     if args.ship:
-        return f"after training this replaces, whatever its accuracy: {files}"
-    if args.made_up or args.holdout:
-        return "nothing shipped is going to be replaced: the accuracy is not that of the test set (--ship does it)"
-    better = f"if more than {shipped['correct']} of {shipped['images']} test images are right" if shipped else ""
-    return f"after training this replaces, {better or 'as there is none yet'}: {files}"
+        condition = "whatever its accuracy"
+    elif args.made_up or args.holdout or not is_cifar100:
+        return "nothing shipped is going to be replaced: the accuracy is not of CIFAR-100's test set (--ship does it)"
+    elif shipped:
+        condition = f"if more than {shipped['correct']} of {shipped['images']} test images are right"
+    else:
+        condition = "as there is none yet"
+    names = ", ".join(sorted(path.name for path in ROOT.glob(Path(CHECKPOINT).stem + ".*"))) or CHECKPOINT
+    return f"after training this replaces, {condition}: {names}, the logs and weights of its training in record/, " \
+           "figures/, and the tables of README.md and the other pages"
 
 
 def main(argv=None) -> int:

@@ -12,7 +12,6 @@ If a run was stopped, the same command resumes it.
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -33,10 +32,10 @@ from compressed import datasets, environment, networks, threads  # noqa: E402
 from compressed.cifar100 import DataSet, Images  # noqa: E402
 from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
 from compressed.errors import BadInput, refused  # noqa: E402
-from compressed.files import check_outputs, git_commit, held, load_record, save_record, save_text, try_to_write  # noqa
-from compressed.networks import load_checkpoint, save_state  # noqa: E402
+from compressed.files import check_outputs, git_commit, held, save_record, save_text, try_to_write  # noqa: E402
+from compressed.networks import half_state, load_checkpoint, save_state  # noqa: E402
 from training import loop, plan, recipes, sparsity, teachers  # noqa: E402
-from training.runs import DECISIVE, STAGES  # noqa: E402
+from training.runs import DECISIVE, STAGES, options_of  # noqa: E402
 from training.state import MACHINE, fingerprint  # noqa: E402
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -50,9 +49,10 @@ FLAG = argparse.BooleanOptionalAction
 
 
 def stage_options(group) -> None:
-    group.add_argument("--pretrain", action="store_true", help="dense training")
-    group.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
-    group.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
+    alone = group.add_mutually_exclusive_group()
+    alone.add_argument("--pretrain", action="store_true", help="dense training")
+    alone.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
+    alone.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
     group.add_argument("--recipe", metavar="NAME", help="TOML file with options of all stages, or its name in "
                        "training/recipes; the command line overrides it (default: the run folder's, else none)")
@@ -122,8 +122,6 @@ def parse(argv=None, *before: str) -> argparse.Namespace:
     """Return the options of a command line. before: words that it overrides, such as those of a recipe."""
     parser = make_parser()
     args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
-    if args.pretrain + args.rew + args.masked_retrain > 1:
-        parser.error("--pretrain, --rew and --masked-retrain are one stage each; give one of them, or none for all")
     if args.mixing and args.mixup is not None:
         parser.error("--mixup and --mixing exclude each other")
     if args.cooldown and args.schedule != "constant":
@@ -145,56 +143,58 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     args, parser = parse(argv), make_parser()
     kept = args.run / "recipe.toml"
     path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
-    by_stage = {stage: copy.copy(args) for stage in STAGES}
-    if path is not None:
-        recipe = recipes.read(path)
-        by_stage = {stage: parse(argv, *recipes.words(recipe, stage, parser)) for stage in STAGES}
+    recipe = path and recipes.read(path)
+    by_stage = {stage: parse(argv, *(recipes.words(recipe, stage, parser) if path else ())) for stage in STAGES}
     for each in (args, *by_stage.values()):
         each.recipe = path
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = vars(parser.parse_args(argv)).keys()  # on the command line
+    args.given = vars(parser.parse_args(argv)).keys()
     return args, by_stage
 
 
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
-    chosen = plan.given(args)
-    epochs = chosen.setdefault("epochs", EPOCHS[stage])
-    chosen.setdefault("lr", PEAK_LR[args.optimizer or "sgd"][stage])
-    chosen["warmup_epochs"] = min(chosen.get("warmup_epochs", loop.Settings.warmup_epochs),
-                                  epochs / 4) if args.warmup else 0
+    cuda = device.type == "cuda"
+    chosen = {"epochs": EPOCHS[stage], "lr": PEAK_LR[args.optimizer or "sgd"][stage],
+              "warmup_epochs": loop.Settings.warmup_epochs,
+              "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
+    chosen["warmup_epochs"] = min(chosen["warmup_epochs"], chosen["epochs"] / 4) if args.warmup else 0
     if args.mixup is not None:
         chosen["mixing"] = "mixup" if args.mixup else "none"
-    if args.teacher:
-        chosen.setdefault("smoothing", 0.0)
     if not args.smooth:
         chosen["smoothing"] = 0.0
     if args.no_tricks:
         chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant"}
-    if (args.cooldown or 0) > epochs:
-        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {epochs} epochs")
-    cuda = device.type == "cuda"
-    chosen["precision"] = plan.precision(args.precision, cuda)
-    chosen["workers"] = 1 if cuda else args.workers or threads.cores()
-    chosen["compile"] = cuda if args.compile is None else args.compile
-    return loop.Settings(**chosen)
+    if (args.cooldown or 0) > chosen["epochs"]:
+        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {chosen['epochs']} epochs")
+    return loop.Settings(**chosen | {"precision": plan.precision(args.precision, cuda),
+                                     "workers": 1 if cuda else args.workers or threads.cores(),
+                                     "compile": cuda if args.compile is None else args.compile})
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Hold what all stages of a call share: images, device, processes, and the time.monotonic() at which to stop."""
+    """What a call is to do: the options of the run and of each stage, images, device, processes, and when to stop."""
+    args: argparse.Namespace
+    by_stage: dict[str, argparse.Namespace]
     data: Images
     test: Images
     device: torch.device
     processes: loop.Processes
-    deadline: float
+    deadline: float  # in time.monotonic()
 
     @functools.cached_property
     def digest(self) -> str:
         """Return the digest by which a run recognises its train images."""
         return fingerprint([self.data.images, self.data.labels])
+
+    def file(self, name: str) -> Path:
+        return self.args.run / name
+
+    def settings(self, stage: str) -> loop.Settings:
+        return settings_for(stage, self.by_stage[stage], self.device)
 
     def say(self, line: str) -> None:
         """Print a line, in the first process only."""
@@ -202,32 +202,76 @@ class Job:
             print(line, flush=True)
 
 
-def refuse_early(stages: list[str], by_stage: dict[str, argparse.Namespace], data_set: DataSet, device) -> None:
-    """Raise BadInput before the first stage is trained for hours, if a later one cannot use its options or the data."""
+# ---- Before the first stage -----------------------------------------------------------------------------------------
+
+def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
+    """Return the steps of the stages. Raises BadInput, before anything is trained, for options that cannot be used."""
+    plans, data_set = {}, job.data.data_set
     for stage in stages:
-        args = by_stage[stage]
+        args = job.by_stage[stage]
         model = networks.make(args.network, data_set.classes)
         networks.check_outputs(model, args.network, data_set.classes)
-        settings_for(stage, args, device)
+        plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes, 1)
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":
             sparsity.make_penalty(args, model)
         elif stage == "masked":
             sparsity.make_masks(args if "rew" in stages else sparsity.of_run(args), model)
+    return plans
 
 
-def refuse_other_data(args, stages: list[str], data_set: DataSet) -> None:
-    """Raise BadInput if one of the finished stages in the run folder was trained on another data set."""
-    for stage in stages:
-        path = args.run / f"{stage}.options.json"
-        record = load_record(path, "remove it, or give --no-resume") if path.is_file() else {}
-        theirs = record.get("data_set")
-        if isinstance(theirs, dict) and (theirs.get("classes"), theirs.get("digest")) != (data_set.classes,
-                                                                                           data_set.digest):
-            raise BadInput(f"{path} is of a run on {theirs.get('name')} (digest {theirs.get('digest')}), and the data "
-                           f"are {data_set}: give the same --data to go on, or another --run folder")
+def changed_options(stage: str, job: Job) -> dict[str, tuple]:
+    """Return {option: (old, new value)} of what decides a finished stage's result and differs now."""
+    args, path = job.by_stage[stage], job.file(f"{stage}.options.json")
+    if not path.is_file():
+        return {}
+    record = options_of(path, "remove it, or give --no-resume")
+    settings = dataclasses.asdict(job.settings(stage))
+    options = json.loads(json.dumps(vars(sparsity.of_run(args) if stage == "masked" else args), default=str))
+    pairs = ((record["settings"], {key: value for key, value in settings.items() if key not in MACHINE}),
+             (record["options"], {key: options[key] for key, stages in DECISIVE.items() if stage in stages}),
+             (record, {"data": job.digest}))
+    changed = {key: (before[key], value) for before, now in pairs for key, value in now.items()
+               if before.get(key, value) != value}
+    ours = job.data.data_set
+    theirs = DataSet(**record.get("data_set", dataclasses.asdict(ours)))
+    return changed | ({"data_set": (theirs, ours)} if theirs != dataclasses.replace(ours, name=theirs.name) else {})
 
+
+def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
+    """Return, as text, which options of the command line have no effect on a stage.
+
+    alone: True if no other stage is trained, on which they might have one. --no-tricks explains what it overrides.
+    """
+    args, settings = job.by_stage[stage], job.settings(stage)
+    needs = {"turn": ("--optimizer muon", settings.optimizer == "muon"),
+             **dict.fromkeys(TEACHING, ("--teacher", args.teacher)),
+             "alpha": ("mixup", args.no_tricks or settings.mixing in ("both", "mixup")),
+             "clean": ("mixing", args.no_tricks or settings.mixing != "none"),
+             "threshold": ("--sparsity-type threshold", args.sparsity_type == "threshold")}
+    idle = {name: f"without {need}" for name, (need, there) in needs.items()
+            if stage in DECISIVE.get(name, STAGES) and not there}
+    if alone:
+        idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
+    return [f"--{'lambda' if name == 'lam' else name.replace('_', '-')} {why}" for name, why in idle.items()
+            if name in job.args.given]
+
+
+def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
+    """Print device, network, images, run folder, and the steps of each stage."""
+    parts = [f"{stage} {steps.steps:,} steps ({steps.settings.epochs} epochs in batches of {steps.batch_size}, "
+             f"{steps.settings.optimizer}, images {steps.settings.sizes}, {len(job.by_stage[stage].teacher)} teachers)"
+             for stage, steps in plans.items()]
+    recipe = f"; recipe {job.args.recipe}" if job.args.recipe else ""
+    machine = threads.describe_machine(job.device, job.processes.count)
+    job.say(f"{job.by_stage[next(iter(plans))].network} on {machine['processes']} x {machine['device']} "
+            f"({machine['cores']} cores, torch {machine['torch']}); {len(job.data):,} train images "
+            f"({job.data.data_set.name}); run folder {job.args.run}{recipe}")
+    job.say("to train: " + ", ".join(parts))
+
+
+# ---- The stages -----------------------------------------------------------------------------------------------------
 
 def starting_point(stage: str, args, classes: int) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
@@ -237,12 +281,8 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
     if args.start and args.start.is_dir():
         weights = loop.State(args.start, None).read("weights")
         return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
-    if args.start:
-        return load_checkpoint(args.start, args.network, classes)
-    before = {"rew": "pretrain", "masked": "rew"}.get(stage)
-    if before:
-        path = args.run / f"{before}.pt"
-        if path.is_file():
+    if path := args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage):
+        if args.start or path.is_file():
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
@@ -252,33 +292,12 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
     return networks.make(args.network, classes)
 
 
-def plan_for(stage: str, args, job: Job) -> plan.Plan:
-    """Return the steps of a stage."""
-    return plan.Plan(settings_for(stage, args, job.device), len(job.data), job.processes, 1)
-
-
-def say_what_is_trained(stages: list[str], by_stage, job: Job) -> None:
-    """Print device, network, images, run folder, and the steps of each stage."""
-    parts, args = [], by_stage[stages[0]]
-    for stage in stages:
-        steps = plan_for(stage, by_stage[stage], job)
-        settings = steps.settings
-        parts.append(f"{stage} {steps.steps:,} steps ({settings.epochs} epochs in batches of {steps.batch_size}, "
-                     f"{settings.optimizer}, images {settings.sizes}, {len(by_stage[stage].teacher)} teachers)")
-    recipe = f"; recipe {args.recipe}" if args.recipe else ""
-    machine = threads.describe_machine(job.device, job.processes.count)
-    job.say(f"{args.network} on {machine['processes']} x {machine['device']} ({machine['cores']} cores, torch "
-            f"{machine['torch']}); {len(job.data):,} train images ({job.data.data_set.name}); "
-            f"run folder {args.run}{recipe}")
-    job.say("to train: " + ", ".join(parts))
-
-
 def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    later: work (see Plan.work) of the stages that follow.
+    later: number of pixels (see Plan) of the stages that follow.
     """
-    settings, state = settings_for(stage, args, job.device), args.run / f"{stage}.state"
+    settings, state = job.settings(stage), job.file(f"{stage}.state")
     model = model.to(job.device, memory_format=torch.channels_last)
     if args.start and args.resume and state.is_dir():
         job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
@@ -297,7 +316,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
                          "train_images": len(job.data), "data": job.digest, "commit": git_commit(),
                          "data_set": dataclasses.asdict(job.data.data_set),
                          "settings": dataclasses.asdict(settings), "options": options},
-                        args.run / f"{stage}.options.json")
+                        job.file(f"{stage}.options.json"))
 
     with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
@@ -310,124 +329,59 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
         return False
     if job.processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
-        save_state(weights, args.run / f"{stage}.pt")
+        save_state(weights, job.file(f"{stage}.pt"))
         loop.State(state, settings).remove()
-        loop.save_half(finished, args.run / f"{stage}.average.pt")
-        job.say(f"{stage}: wrote {args.run / f'{stage}.pt'}")
+        save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
+        job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
     if job.processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
     return not job.processes.agree(bool(asked), job.device)
 
 
-# {option: (option or value without which it has no effect, function of options and settings that finds it)}
-NEEDS = {"turn": ("--optimizer muon", lambda args, settings: settings.optimizer == "muon"),
-         **dict.fromkeys(TEACHING, ("--teacher", lambda args, settings: args.teacher)),
-         "alpha": ("mixup", lambda args, settings: settings.mixing in ("both", "mixup")),
-         "clean": ("mixing", lambda args, settings: settings.mixing != "none"),
-         "threshold": ("--sparsity-type threshold", lambda args, settings: args.sparsity_type == "threshold")}
-
-
-def idle_options(stage: str, args, given: set[str], device: torch.device, alone: bool) -> list[str]:
-    """Return, as text, which of the given options have no effect on a stage.
-
-    alone: True if no other stage is trained, on which they might have one. --no-tricks explains what it overrides.
-    """
-    settings, needs = settings_for(stage, args, device), NEEDS
-    if args.no_tricks:
-        needs = {name: need for name, need in NEEDS.items() if name not in ("alpha", "clean")}
-    idle = {name: f"without {need}" for name, (need, has) in needs.items()
-            if stage in DECISIVE.get(name, STAGES) and not has(args, settings)}
-    if alone:
-        idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
-    return [f"--{'lambda' if name == 'lam' else name.replace('_', '-')} {why}" for name, why in idle.items()
-            if name in given]
-
-
-def recorded(stage: str, run: Path) -> dict | None:
-    """Return what a stage has written to its options.json, or None. Raises BadInput if the file was altered."""
-    path = run / f"{stage}.options.json"
-    if not path.is_file():
-        return None
-    record = load_record(path, "remove it, or give --no-resume")
-    if not isinstance(record.get("settings"), dict) or not isinstance(record.get("options"), dict):
-        raise BadInput(f"{path}: not what a stage writes; remove it, or give --no-resume")
-    return record
-
-
-def refuse_other_images(stage: str, args) -> None:
-    """Raise BadInput if a saved state does not name its images (by a digest), and its options chose others.
-
-    The loop itself compares the digests, which states of older versions lack.
-    """
-    path = args.run / f"{stage}.state" / "state.json"
-    if not path.is_file() or "data" in loop.State(path.parent, None).record()["settings"]:
-        return
-    before = (recorded(stage, args.run) or {"options": {}})["options"]
-    if any(before.get(name) != getattr(args, name) for name in ("made_up", "holdout") if name in before):
-        raise BadInput(f"{path.parent} holds a run on other images: give the same --made-up or --holdout to resume it, "
-                       "or --no-resume to start it again")
-
-
-def changed_options(stage: str, args, job: Job) -> dict[str, tuple]:
-    """Return {option: (old, new value)} of what decides a finished stage's result and differs now."""
-    record = recorded(stage, args.run)
-    if record is None:
-        return {}
-    now = dataclasses.asdict(settings_for(stage, args, job.device))
-    pairs = {key: (record["settings"].get(key, value), value) for key, value in now.items() if key not in MACHINE}
-    options = json.loads(json.dumps(vars(sparsity.of_run(args) if stage == "masked" else args), default=str))
-    pairs |= {key: (record["options"].get(key, options[key]), options[key])
-              for key, stages in DECISIVE.items() if stage in stages}
-    pairs["data"] = record.get("data", job.digest), job.digest
-    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
-
-
-def run_stages(args, by_stage, job: Job) -> None:
+def run_stages(job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
+    args, by_stage, first = job.args, job.by_stage, job.processes.first
     chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
-    again = [] if args.resume else list(chosen or STAGES)
-    there = [stage for stage in STAGES if (args.run / f"{stage}.pt").is_file() and stage not in again]
-    missing = [stage for stage in chosen or STAGES if stage not in there]
-    refuse_other_data(args, there, job.data.data_set)
+    stages = chosen or list(STAGES)
+    again = [] if args.resume else stages
+    there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
+    missing = [stage for stage in stages if stage not in there]
     for stage in missing:
         start = [args.start] if args.start and stage == missing[0] else []
-        check_outputs([args.run / f"{stage}.pt", args.run / f"{stage}.average.pt"], [*by_stage[stage].teacher, *start])
-    changed = {stage: changed_options(stage, by_stage[stage], job) for stage in there}
-    others = {stage: ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items())
-              for stage, pairs in changed.items() if pairs}
-    for stage in others:
-        if stage in chosen or not missing and args.given & changed[stage].keys():
-            raise BadInput(f"{args.run / f'{stage}.pt'} was trained with other options ({others[stage]}): give "
-                           "--no-resume to train it again, or another --run folder")
-    refuse_early(missing, by_stage, job.data.data_set, job.device)
-    work = {stage: plan_for(stage, by_stage[stage], job).work() for stage in missing}
+        check_outputs([job.file(f"{stage}.pt"), job.file(f"{stage}.average.pt")], [*by_stage[stage].teacher, *start])
+    others = {}  # {finished stage: what differs now}
+    for stage in there:
+        if changed := changed_options(stage, job):
+            others[stage] = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+            if stage in chosen or "data_set" in changed or not missing and args.given & changed.keys():
+                raise BadInput(f"{job.file(f'{stage}.pt')} was trained with other options ({others[stage]}): give the "
+                               "same, or --no-resume to train it again, or another --run folder")
+    plans = make_plans(missing, job)
     if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
-    if job.processes.first and args.recipe:
-        save_text(args.recipe.read_text(encoding="utf-8-sig"), args.run / "recipe.toml")
-    for stage in again if job.processes.first else ():
-        (args.run / f"{stage}.pt").unlink(missing_ok=True)
+    if first and args.recipe:
+        save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
+    for stage in again if first else ():
+        job.file(f"{stage}.pt").unlink(missing_ok=True)
     start, start_epoch = args.start, args.start_epoch
-    for stage in chosen or STAGES:
-        options, first = by_stage[stage], missing[:1] == [stage]
+    for stage in stages:
+        options, begins = by_stage[stage], missing[:1] == [stage]
         late = job.processes.agree(time.monotonic() >= job.deadline, job.device)
         if stage in there:
-            job.say(f"{stage}: {args.run / f'{stage}.pt'} exists"
+            job.say(f"{stage}: {job.file(f'{stage}.pt')} exists"
                     + (f", trained with other options ({others[stage]})" if stage in others else "")
                     + "; --start has no effect on it" * bool(start) + "; --no-resume trains it again" * bool(chosen))
-        elif late and not first:
+        elif late and not begins:
             job.say(f"{stage}: not begun, the time is up; the same command goes on with it")
             break
         else:
             options.start, options.start_epoch = start, start_epoch
-            if args.resume:
-                refuse_other_images(stage, options)
             model = starting_point(stage, options, job.data.data_set.classes)
-            if first:
-                say_what_is_trained(missing, by_stage, job)
-            for line in idle_options(stage, options, args.given, job.device, alone=bool(chosen)):
+            if begins:
+                say_what_is_trained(plans, job)
+            for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
-            later = sum(work[other] for other in missing[missing.index(stage) + 1:])
+            later = sum(sum(plans[other].pixels) for other in missing[missing.index(stage) + 1:])
             if not run_stage(stage, options, model, job, later):
                 break
         start, start_epoch = None, 0  # --start is for the first stage only
@@ -458,7 +412,7 @@ def main(argv=None) -> int:
         data, test = (datasets.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
         with held(args.run) if processes.first else contextlib.nullcontext():
-            run_stages(args, by_stage, Job(data, test, device, processes, deadline))
+            run_stages(Job(args, by_stage, data, test, device, processes, deadline))
         return 0
     finally:
         if processes.count > 1:

@@ -1,4 +1,4 @@
-"""Define the settings of a stage, and compute from them the batches, learning rate and image size of every step."""
+"""The settings of a stage, and what they give each of its steps: images, learning rate, image size."""
 import dataclasses
 import itertools
 import math
@@ -10,18 +10,20 @@ from compressed.command_line import number
 from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
-
-STRIDE = 8  # total stride of the network: an 8x8 image ends in feature maps of 1x1
+STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
 
 
 def setting(default, values, text: str):
-    """Return a field of Settings. values: its argparse type, or a tuple of its choices; text: its help."""
+    """Return a field of Settings with its command-line option. values: a tuple of choices, or the argparse type."""
     return dataclasses.field(default=default, metadata={"values": values, "help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Hold all settings that decide the result of a stage; training/state.py says which of them a resume may change."""
+    """All settings that decide the result of a stage. Raises BadInput for a value that is not among a choice's.
+
+    training/state.py says which of them may change when a stage is resumed.
+    """
     epochs: int = setting(dataclasses.MISSING, number(int, 1, 10**6), "epochs of a stage")
     batch_size: int = setting(512, number(int, 1, 10**6), "images per step, over all processes")
     optimizer: str = setting("sgd", ("sgd", "adam", "muon"),
@@ -55,7 +57,16 @@ class Settings:
                                "Adam's learning rate for trained quantization steps, in octaves, at the peak rate")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     compile: bool = False
-    workers: int = 1  # threads of a process; each computes a share of the process's batch
+    workers: int = 1  # threads of a process, each of which computes a share of its batch
+
+    def __post_init__(self):
+        for name, field in FIELDS.items():
+            values, value = field.metadata.get("values"), getattr(self, name)
+            if isinstance(values, tuple) and value not in values:
+                raise BadInput(f"unknown {name} {value!r}; known: {', '.join(values)}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
 def add_precision(parser) -> None:
@@ -71,46 +82,45 @@ def precision(option: str, cuda: bool) -> str:
 
 
 def add_options(parser, names, **defaults) -> None:
-    """Add an option for each of these settings. One that is not given is None, or its value in `defaults`."""
-    for field in dataclasses.fields(Settings):
-        if field.name in names:
-            add_option(parser, "--" + field.name.replace("_", "-"), field.name, defaults.get(field.name))
+    """Add the options of these settings. One that is not given is None, or its value in `defaults`."""
+    for name in FIELDS:
+        if name in names:
+            add_option(parser, "--" + name.replace("_", "-"), name, defaults.get(name))
 
 
 def add_option(parser, option: str, name: str, default=None, text: str | None = None) -> None:
-    """Add the option for the setting `name`. text: its help, instead of the setting's own help and default."""
-    field = next(field for field in dataclasses.fields(Settings) if field.name == name)
-    values = field.metadata["values"]
-    shown = field.default if default is None else default
+    """Add an option for the setting `name`. text: its help, instead of that of the setting with its default."""
+    values, shown = FIELDS[name].metadata["values"], FIELDS[name].default if default is None else default
     known = "" if shown in (None, dataclasses.MISSING) else f" ({shown})"
     kind = {"choices": values} if isinstance(values, tuple) else {"type": values, "metavar": name[0].upper()}
-    parser.add_argument(option, dest=name, default=default, help=text or field.metadata["help"] + known, **kind)
+    parser.add_argument(option, dest=name, default=default, help=text or FIELDS[name].metadata["help"] + known, **kind)
 
 
 def given(args) -> dict:
-    """Return {setting: value} of all settings whose options were given."""
-    names = (field.name for field in dataclasses.fields(Settings))
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    """Return {setting: value} of the settings whose options were given."""
+    return {name: getattr(args, name) for name in FIELDS if getattr(args, name, None) is not None}
 
 
 def image_sizes(text: str) -> list[tuple[int, float]]:
-    """Return [(size, share of the stage at which it ends)] of a schedule of image sizes.
+    """Return [(image size, share of the stage's steps at which it ends)] of a value of --sizes.
 
-    "24:0.6,32" means 60% of the steps at 24x24, then 32x32. Sizes are multiples of the network's stride, 8. Each but
-    the last has a share, and the last is the images' own size, 32. Raises BadInput for anything else.
+    "24:0.6,32" means 60% of the steps at 24x24 and the others at 32x32. Sizes are multiples of the network's stride,
+    the last one that of the images. Raises BadInput for anything else.
     """
+    sizes, end = [], 0.0
     try:
         *parts, last = text.split(",")
-        parts = [(int(size), float(share)) for size, share in (part.split(":") for part in parts)]
-        ends = itertools.accumulate(share for _, share in parts)
-        sizes = [(size, end) for (size, _), end in zip(parts, ends)] + [(int(last), 1.0)]
-        good = all(size in range(STRIDE, IMAGE_SIZE + 1, STRIDE) for size, _ in sizes) and sizes[-1][0] == IMAGE_SIZE
-        good = good and all(share > 0 for _, share in parts) and sum(share for _, share in parts) < 1
+        for size, share in (part.split(":") for part in parts):
+            end += float(share)
+            sizes.append((int(size), end))
+        sizes.append((int(last), 1.0))
     except ValueError:
-        good = False
-    if not good:
-        raise BadInput(f"image sizes {text!r}: expected multiples of 8 up to {IMAGE_SIZE} with their shares of the "
-                       f"stage, and {IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
+        sizes = [(0, 0.0)]
+    ends = [0.0, *(end for _, end in sizes)]
+    if (any(size not in range(STRIDE, IMAGE_SIZE + 1, STRIDE) for size, _ in sizes) or sizes[-1][0] != IMAGE_SIZE
+            or not all(start < end for start, end in itertools.pairwise(ends))):
+        raise BadInput(f"image sizes {text!r}: expected multiples of {STRIDE} up to {IMAGE_SIZE} with their shares of "
+                       f"the stage, and {IMAGE_SIZE} at the end, such as 24:0.6,{IMAGE_SIZE}")
     return sizes
 
 
@@ -124,64 +134,54 @@ def learning_rate(settings: Settings, step: int, steps: int, epoch_steps: int) -
         return settings.lr * (1 + math.cos(math.pi * done)) / 2
     if settings.schedule == "default":
         return settings.lr * 0.1 ** ((done >= 0.5) + (done >= 0.75))
-    if settings.schedule == "constant":
-        cooldown = round(settings.cooldown * epoch_steps)
-        return settings.lr * min(1, (steps - step) / (cooldown + 1))
-    raise BadInput(f"unknown schedule {settings.schedule!r}; known: cosine, default, constant")
+    cooldown = round(settings.cooldown * epoch_steps)
+    return settings.lr * min(1, (steps - step) / (cooldown + 1))
 
 
 def constant_so_far(settings: dict, step: int, epoch_steps: int) -> bool:
-    """Return True if, after warm-up, the learning rate was constant up to `step` under these settings of a state."""
-    epochs, cooldown = settings.get("epochs"), settings.get("cooldown", 0)
-    if settings.get("schedule") != "constant" or type(epochs) is not int or type(cooldown) not in (int, float):
+    """Return True if, after warm-up, the learning rate was constant up to `step` under the settings in a state."""
+    try:
+        constant_epochs = settings["epochs"] - settings.get("cooldown", 0)
+        return settings["schedule"] == "constant" and step <= constant_epochs * epoch_steps
+    except (KeyError, TypeError):  # a damaged file
         return False
-    return step <= (epochs - cooldown) * epoch_steps
 
 
 class Plan:
-    """Compute batches, learning rates and image sizes of all steps of a stage.
+    """The batches, learning rates and image sizes of all steps of a stage.
 
-    mine:        slice of a batch that this process trains on; shares: slices of `mine`, one for each worker.
-    epoch_steps, steps: number of steps of an epoch and of the stage. Images that do not fill a batch are left out; each
-                 epoch has another order.
-    lrs, sizes:  learning rate and image size of every step.
-    updates:     set of the steps at which the penalty is updated.
+    mine:        slice of a batch on which this process trains; shares: one slice of `mine` for each worker
+    epoch_steps: steps of an epoch; images that do not fill a batch are left out, other ones in each epoch
+    steps:       steps of the stage
+    lrs, sizes:  learning rate and image size of every step
+    pixels:      number of pixels of every step, to which the time that it takes is proportional
+    updates:     steps at which the penalty is updated
 
     Raises BadInput for batches that cannot be divided or trained on.
     """
 
     def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
-        self.settings = settings
+        self.settings, by_share = settings, image_sizes(settings.sizes)
         self.batch_size = min(settings.batch_size, images)
         if self.batch_size % processes.count or settings.epochs < 1 or self.batch_size < 1:
             raise BadInput(f"batch size {self.batch_size} and {settings.epochs} epochs: expected at least one epoch "
                            f"and a batch that {processes.count} process(es) can share equally")
-        share = self.batch_size // processes.count
+        share, smallest = self.batch_size // processes.count, min(size for size, _ in by_share)
         if processes.count > 1 and settings.mixing != "none" and share % 2:
             raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so it must be even")
-        self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
-        self.shares = shares(share, settings.workers)
-        smallest = min(size for size, _ in image_sizes(settings.sizes))
         if share == 1 and smallest < 2 * STRIDE:
             raise BadInput(f"a batch of one image at {smallest}x{smallest}: the last maps have one value a channel, "
                            "and BatchNorm no variance; give a larger --batch-size or other --sizes")
+        self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
+        self.shares = shares(share, settings.workers)
         self.epoch_steps = images // self.batch_size
         self.steps = settings.epochs * self.epoch_steps
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]
-        by_share = image_sizes(settings.sizes)
         self.sizes = [next(size for size, end in by_share if step < end * self.steps) for step in range(self.steps)]
+        self.pixels = [self.batch_size * size**2 for size in self.sizes]
         self.updates = {round(i * self.steps / updates) for i in range(updates)}
 
     def mixing(self, epoch: int) -> str:
         """Return how images are mixed in an epoch: as the settings say, or "none" in the last ones (see `clean`)."""
         last = round(self.settings.clean * self.settings.epochs)
         return "none" if epoch >= self.settings.epochs - last else self.settings.mixing
-
-    def work(self, step: int = 0) -> int:
-        """Return the number of pixels in all steps from this one on. The time of a step is proportional to its pixels.
-        """
-        return self.batch_size * sum(size**2 for size in self.sizes[step:])
-
-    def work_of(self, step: int) -> int:
-        """Return the number of pixels in one step."""
-        return self.batch_size * self.sizes[step] ** 2

@@ -21,26 +21,24 @@ STAGES = ("pretrain", "rew", "masked", "quantized")
 
 def find(name) -> Path:
     """Return the path of a recipe: a file, or a name in training/recipes. Raises BadInput if there is none."""
-    candidates = [Path(name), FOLDER / f"{name}.toml", FOLDER / name]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
-        raise BadInput(f"there is no recipe {name}; give a TOML file, or one of those in training/recipes: {known}")
-    return path
+    for path in (Path(name), FOLDER / f"{name}.toml", FOLDER / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
+    raise BadInput(f"there is no recipe {name}; give a TOML file, or one of those in training/recipes: {known}")
 
 
 def read(name) -> dict[str, dict]:
     """Return {stage: {option: value}} of a recipe (see `find`), and under "common" the options of all stages.
 
-    Raises BadInput for a file that is no TOML, and for tables that are no stages.
+    Raises BadInput for a file that is not TOML, and for tables that are not stages.
     """
     path = find(name)
     content = load_toml(path)
-    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    tables = {key: content.pop(key) for key, value in list(content.items()) if isinstance(value, dict)}
     if unknown := sorted(tables.keys() - set(STAGES)):
         raise BadInput(f"{path}: there is no stage {unknown[0]!r}; known: {', '.join(STAGES)}")
-    common = {key: value for key, value in content.items() if key not in tables}
-    return {"common": common} | {stage: tables.get(stage, {}) for stage in STAGES}
+    return dict.fromkeys(STAGES, {}) | tables | {"common": content}
 
 
 def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -48,9 +46,9 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
 
     Raises BadInput for an option that the parser does not know; of the common ones quantize.py takes those it knows.
     """
-    known, line = {option for action in parser._actions for option in action.option_strings}, []
+    line = []
     for name, value in (recipe["common"] | recipe[stage]).items():
-        if f"--{name}" not in known:
+        if f"--{name}" not in parser._option_string_actions:
             if stage == "quantized" and name not in recipe[stage]:
                 continue
             raise BadInput(f"the recipe's stage {stage} has an unknown option {name!r}")

@@ -37,8 +37,8 @@ class Processes:
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
-            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in
-                                           zip(flat.split([tensor.numel() for tensor in tensors]), tensors)])
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def shares(count: int, parts: int) -> list[slice]:
@@ -61,31 +61,25 @@ class Replicas:
             for theirs, ours in zip(replica.parameters(), model.parameters()):
                 theirs.data = ours.data
             self.models.append(replica)
-        self.weights = [[p for p in each.parameters() if p.requires_grad] for each in self.models]
         self.statistics = [[b for b in each.buffers() if b.is_floating_point()] for each in self.models]
 
     def follow(self) -> None:
         """Copy the model's BatchNorm statistics and train or eval modes to the replicas."""
-        self.spread()
-        for replica in self.models[1:]:
+        for replica, statistics in zip(self.models[1:], self.statistics[1:]):
+            torch._foreach_copy_(statistics, self.statistics[0])
             for theirs, ours in zip(replica.modules(), self.models[0].modules()):
                 theirs.training = ours.training
-
-    def spread(self) -> None:
-        """Copy the model's BatchNorm statistics to the replicas."""
-        for statistics in self.statistics[1:]:
-            torch._foreach_copy_(statistics, self.statistics[0])
 
     @torch.no_grad()
     def gather(self, processes: Processes) -> None:
         """After all backward passes, sum the gradients into the model and average the BatchNorm statistics of all."""
-        gradients = [p.grad for p in self.weights[0] if p.grad is not None]
+        gradients, *others = ([p.grad for p in each.parameters() if p.grad is not None] for each in self.models)
         statistics = self.statistics[0]
-        for weights, theirs in zip(self.weights[1:], self.statistics[1:]):
-            threads.for_each(torch._foreach_add_, gradients, [p.grad for p in weights if p.grad is not None])
+        for grads, theirs in zip(others, self.statistics[1:]):
+            threads.for_each(torch._foreach_add_, gradients, grads)
             torch._foreach_add_(statistics, theirs)
         processes.add(gradients + statistics)
         count = len(self.models) * processes.count
         if count > 1:
             torch._foreach_mul_(statistics, 1 / count)
-            self.spread()
+            self.follow()

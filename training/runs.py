@@ -12,7 +12,6 @@ DECISIVE = {**dict.fromkeys(("network", "teacher", "made_up", "holdout"), STAGES
             **dict.fromkeys(("penalty", "lam", "eps", "cost_power", "updates"), ("rew",)),
             **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
             "threshold": ("masked",), **dict.fromkeys(("grids", "frozen", "teachers"), ("quantized",))}
-REMEDY = "remove it, or restore it"
 
 
 def stage_logs(folder) -> list[Path]:
@@ -25,20 +24,24 @@ def stage_logs(folder) -> list[Path]:
     return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
 
 
+def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
+    """Return the contents of a STAGE.options.json. Raises BadInput, with `remedy` at its end, for a damaged one."""
+    record = load_record(path, remedy)
+    if not isinstance(record.get("settings"), dict) or not isinstance(record.get("options"), dict):
+        raise BadInput(f"{path}: not what a stage writes; {remedy}")
+    return record
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Hold what a stage has left: its log (one dict an epoch), settings, and further options, in plain values."""
+    """What a stage has left: its log (one dict an epoch), settings, and further options, in plain values."""
     name: str
     lines: list[dict]
     settings: dict
     options: dict
 
-    @property
-    def images(self) -> int:
-        """Return the number of images that it was trained on so far, every epoch's counted."""
-        return self.images_at(self.lines[-1])
-
-    def images_at(self, line: dict) -> int:
+    def images(self, line: dict) -> int:
+        """Return the number of images that the stage had been trained on at a line of its log, repetitions counted."""
         return line["step"] * self.settings["batch_size"]
 
     def apart_from_seed(self) -> dict:
@@ -57,13 +60,8 @@ def read_stages(folder) -> list[Stage]:
     """
     stages = []
     for log in stage_logs(folder):
-        options = log.with_suffix(".options.json")
-        lines = load_lines(log)
-        if not lines or not options.is_file():
-            continue
-        record = load_record(options, REMEDY)
-        settings, others = record.get("settings"), record.get("options")
-        if not isinstance(settings, dict) or not isinstance(others, dict) or "batch_size" not in settings:
-            raise BadInput(f"{options}: not what a stage writes; {REMEDY}")
-        stages.append(Stage(log.stem, lines, settings, others))
+        options, lines = log.with_suffix(".options.json"), load_lines(log)
+        if lines and options.is_file():
+            record = options_of(options)
+            stages.append(Stage(log.stem, lines, record["settings"], record["options"]))
     return stages

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from compressed import threads
-from compressed.errors import BadInput
+from compressed.errors import BadInput, one_line
 from compressed.files import load_record, save_record, save_tensors
+from training.plan import constant_so_far
 
 # Settings of where and how a stage is computed. A resume may change them: the result differs by rounding only.
 MACHINE = ("precision", "compile", "workers")
@@ -22,41 +23,38 @@ AGAIN = "--no-resume starts the stage again"
 
 
 class State:
-    """Keep a state as one file per part (weights, average, optimizer, penalty) and state.json.
+    """A state in a folder: one file per part (weights, average, optimizer, penalty) and state.json.
 
     state.json names the files that belong together, with their SHA-256, and holds a digest of itself. It is renamed
-    into place after they are written. A file that it does not name is left over from a killed process, and the next
-    save removes it.
+    into place after they are written. A file that it does not name was left by a killed process, and the next save
+    removes it.
+
+    settings (a dataclass) and others: all that decides the result. A state is resumed only if they are equal; those in
+    MACHINE are exempt.
     """
 
     def __init__(self, folder: Path, settings, **others):
-        """Take all that decides the result, `settings` (a dataclass) and `others`: a resume needs equal values.
-
-        Those in MACHINE are exempt.
-        """
-        self.folder = folder
         everything = (dataclasses.asdict(settings) if settings else {}) | others
+        self.folder, self.file = folder, folder / "state.json"
         self.settings = json.loads(json.dumps({key: value for key, value in everything.items() if key not in MACHINE}))
 
-    def load(self, device, constant=None) -> tuple[dict, dict] | None:
-        """Return (progress, {part: contents}), or None if there is no state.
+    def load(self, device, epoch_steps: int) -> tuple[dict, dict] | None:
+        """Return (progress, {part: contents}), or None if there is no state. Raises BadInput for other settings.
 
-        constant: function (settings, step) -> True if the learning rate is constant up to this step. Where it is, under
-        the saved settings and the new ones, those in LENGTH may differ. Raises BadInput for any other difference.
+        Those in LENGTH may differ if the learning rate was constant so far, by the saved settings and by the new ones.
         """
-        if not (self.folder / "state.json").is_file():
+        if not self.file.is_file():
             return None
         record = self.record()
-        theirs = record["settings"]
+        theirs, step = record["settings"], record["progress"]["step"]
         changed = [key for key, value in self.settings.items() if theirs.get(key, value) != value]
-        step = record["progress"]["step"]
-        free = constant and set(changed) <= set(LENGTH) and constant(theirs, step) and constant(self.settings, step)
-        if changed and not free:
+        longer = set(changed) <= set(LENGTH)
+        constant = all(constant_so_far(each, step, epoch_steps) for each in (theirs, self.settings))
+        if changed and not (longer and constant):
             pairs = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
             raise BadInput(f"{self.folder} holds a run with other settings ({pairs}): give the same options to resume "
                            "it, or --no-resume to start it again, or another --run folder"
-                           + "; its length may change only while the learning rate is constant"
-                           * (set(changed) <= set(LENGTH)))
+                           + "; its length may change only while the learning rate is constant" * longer)
         return record["progress"], {part: self.read(part, device) for part in record["files"]}
 
     def read(self, part: str, device="cpu") -> dict:
@@ -67,53 +65,45 @@ class State:
         path = self.folder / record["files"][part]
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != record["sums"][part]:
-            raise BadInput(f"{path}: damaged, its SHA-256 is not the one in state.json; {AGAIN}")
-        try:
+            if hashlib.sha256(content).hexdigest() != record["sums"][part]:
+                raise BadInput("its SHA-256 is not the one in state.json")
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:
-            raise BadInput(f"{path}: not part of a stage's state ({type(error).__name__}); {AGAIN}") from error
+            raise BadInput(f"{path}: not part of a stage's state ({one_line(error)}); {AGAIN}") from error
 
     def record(self) -> dict:
         """Return the checked state.json: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
-        path = self.folder / "state.json"
-        record = load_record(path, AGAIN)
-        progress, files, sums, settings = (record.get(key) for key in ("progress", "files", "sums", "settings"))
-        good = all(isinstance(each, dict) for each in (progress, files, sums, settings)) and files.keys() == sums.keys()
-        good = good and all(isinstance(name, str) and name == Path(name).name for name in files.values())
-        good = good and type(progress.get("step")) is int and progress["step"] >= 0
-        good = good and isinstance(progress.get("log"),
-                                   list) and all(isinstance(line, dict) for line in progress["log"])
-        good = good and all(type(progress.get(key)) in (int, float) and math.isfinite(progress[key])
-                            for key in ("loss", "correct", "seconds"))
+        record = load_record(self.file, AGAIN)
+        try:
+            progress, files = record["progress"], record["files"]
+            numbers = [progress[key] for key in ("step", "loss", "correct", "seconds")]
+            good = (type(progress["step"]) is int and isinstance(record["settings"], dict)
+                    and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
+                    and isinstance(progress["log"], list) and all(isinstance(line, dict) for line in progress["log"])
+                    and files.keys() == record["sums"].keys()
+                    and all(name == Path(name).name for name in files.values()))
+        except (AttributeError, KeyError, TypeError):
+            good = False
         if not good:
-            raise BadInput(f"{path}: not the state.json of a stage; {AGAIN}")
+            raise BadInput(f"{self.file}: not the state.json of a stage; {AGAIN}")
         return record
 
     def save(self, progress: dict, parts: dict) -> None:
         """Write progress (plain values) and parts ({part: state dict}); then remove the files of the state before."""
         files = {part: f"{part}-{progress['step']}.pt" for part in parts}
         sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
-        save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings},
-                    self.folder / "state.json")
+        save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings}, self.file)
         for path in self.folder.iterdir():
-            if path.name not in (*files.values(), "state.json"):
+            if path.name not in (*files.values(), self.file.name):
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the state and its folder."""
         if self.folder.is_dir():
-            (self.folder / "state.json").unlink(missing_ok=True)  # first: it must not name what is gone
+            self.file.unlink(missing_ok=True)  # first: it must not name what is gone
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
-
-
-def brief(error: Exception) -> str:
-    """Return an error's message on one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def fingerprint(tensors) -> str:
@@ -141,12 +131,9 @@ def stop_noted():
             threads.stop()
         arrived.append(number)
 
-    try:
+    with contextlib.suppress(ValueError):
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, note)
-    except ValueError:
-        yield arrived
-        return
     try:
         yield arrived
     finally:
