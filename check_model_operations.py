@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressed import checkpoints, claims, counting, kaist, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
-from compressed.counting import CONVENTIONS, thop_counts
+from compressed.counting import CONVENTIONS, NO_THOP, thop_counts
 from compressed.files import sha256, to_json
 from compressed.formats import WORD, Formats, float_formats, found_formats, what_if
 from compressed.graph import prepare, read, weight_layers
 
-# ---- Cross-checks --------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------
 
 def flop_counter(model: nn.Module) -> int:
     """Return the floating-point operations that torch's own counter finds: 2 for each multiply-accumulate."""
@@ -41,39 +41,36 @@ def flop_counter(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-# ---- The report ----------------------------------------------------------------------------------
-
 def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Return everything that is printed, in exact integers of bits and plain containers: it is the JSON output, too.
 
     density: as of counting.count.
     """
-    operations = read(model).operations
-    rows = {convention: counting.count(operations, formats, convention, density) for convention in CONVENTIONS}
-    stored = counting.storage(model, formats, density, operations)
-    whole, floats = Fraction(1), float_formats(model)
-    totals = {convention: counting.totals(rows[convention]) for convention in CONVENTIONS}
-    dense = {convention: counting.totals(counting.count(operations, formats, convention, whole))
-             for convention in CONVENTIONS}
-    baseline = counting.totals(counting.count(operations, floats, "32-bit", whole))
-    baseline_storage = counting.storage(model, floats, whole, operations)["total"]
+    operations, whole = read(model).operations, Fraction(1)
+    rows = [counting.count(operations, formats, convention, density) for convention in CONVENTIONS]
+    found, baseline = counting.summary(model, formats, density), counting.summary(model, float_formats(model), whole)
     return {
-        "rows": [{"name": same[0].name, "kind": same[0].kind, "outputs": same[0].outputs,
-                  "multiplications": sum(same[0].multiplications.values()),
-                  "additions": sum(same[0].additions.values()),
-                  "conventions": {convention: {"multiplications": dict(row.multiplications),
-                                               "additions": dict(row.additions), "bits": row.bits}
-                                  for convention, row in zip(CONVENTIONS, same)}}
-                 for same in zip(*rows.values())],
-        "totals": totals, "dense": dense, "storage": stored,
-        "score": {c: counting.score(stored["total"], totals[c]["bits"]) for c in CONVENTIONS},
-        "float32_dense": {"totals": baseline, "storage": baseline_storage,
-                          "score": counting.score(baseline_storage, baseline["bits"])},
+        "rows": [{"name": first.name, "kind": first.kind, "outputs": first.outputs,
+                  "multiplications": first.multiplications.total(), "additions": first.additions.total(),
+                  "conventions": {c: {"multiplications": row.multiplications, "additions": row.additions,
+                                      "bits": row.bits} for c, row in zip(CONVENTIONS, (first, *others))}}
+                 for first, *others in zip(*rows)],
+        "totals": found["operations"], "dense": counting.summary(model, formats, whole)["operations"],
+        "storage": found["storage"], "score": found["score"],
+        "float32_dense": {"totals": baseline["operations"]["32-bit"], "storage": baseline["storage"]["total"],
+                          "score": baseline["score"]["32-bit"]},
         "submission": {"dense": counting.submission_operations(operations),
                        "sparsity_0.5": counting.submission_operations(operations, Fraction(1, 2))},
         "checks": {"macs": counting.macs(operations), "flop_counter": flop_counter(model), "thop": thop_counts(model),
                    "batchnorm_outputs": sum(op.outputs for op in operations if op.kind == "batchnorm")},
     }
+
+
+# ---- The report as text --------------------------------------------------------------------------
+
+def table(columns: str, *rows) -> list[str]:
+    """Return rows of texts as lines. columns: alignment and width of each column, as in a format specification."""
+    return ["".join(f"{text:{column}}" for text, column in zip(row, columns.split())) for row in rows]
 
 
 def millions(bits: int) -> str:
@@ -88,60 +85,55 @@ def widths(counts: dict[int, int]) -> str:
 
 
 def row_lines(rows: list[dict]) -> list[str]:
-    lines = ["", "Every operation for one image. Bits of additions, and cost in millions of 32-bit operations, by",
-             "accumulator convention (32-bit, fixed length, adder tree). Bits of multiplications: fixed length.", "",
-             f"{'operation':<22}{'kind':<10}{'mults':>11}{'bits':>6}{'adds':>12}{'fixed':>6}{'tree':>7}"
-             f"{'M 32-bit':>10}{'M fixed':>9}{'M tree':>9}"]
-    for row in rows:
-        by = row["conventions"]
-        lines.append(f"{row['name']:<22}{row['kind']:<10}{row['multiplications']:>11,}"
-                     f"{widths(by['fixed']['multiplications']):>6}{row['additions']:>12,}"
-                     f"{widths(by['fixed']['additions']):>6}{widths(by['tree']['additions']):>7}"
-                     f"{millions(by['32-bit']['bits']):>10}{millions(by['fixed']['bits']):>9}"
-                     f"{millions(by['tree']['bits']):>9}")
-    return lines
+    heads = "operation kind mults bits adds fixed tree"
+    return ["", "Every operation for one image. Bits of additions, and cost in millions of 32-bit operations, by",
+            "accumulator convention (32-bit, fixed length, adder tree). Bits of multiplications: fixed length.", "",
+            *table("<22 <10 >11 >6 >12 >6 >7 >10 >9 >9", [*heads.split(), "M 32-bit", "M fixed", "M tree"], *(
+                (row["name"], row["kind"], f"{row['multiplications']:,}",
+                 widths(row["conventions"]["fixed"]["multiplications"]), f"{row['additions']:,}",
+                 *(widths(row["conventions"][c]["additions"]) for c in ("fixed", "tree")),
+                 *(millions(row["conventions"][c]["bits"]) for c in CONVENTIONS)) for row in rows))]
 
 
 def total_lines(report: dict) -> list[str]:
-    head = "".join(f"{convention:>12}" for convention in CONVENTIONS)
-    lines = ["", f"{'Millions of 32-bit operations':<44}{head}"]
-    for kind in dict.fromkeys(row["kind"] for row in report["rows"]):
-        same = [row["conventions"] for row in report["rows"] if row["kind"] == kind]
-        costs = [sum(row[c]["bits"] for row in same) for c in CONVENTIONS]
-        lines.append(f"  {kind:<42}" + "".join(f"{millions(cost):>12}" for cost in costs))
-    for label, key in (("multiplications", "multiplication_bits"), ("additions", "addition_bits"), ("all", "bits")):
-        lines.append(f"  {label:<42}" + "".join(f"{millions(report['totals'][c][key]):>12}" for c in CONVENTIONS))
-    lines.append(f"  {'all, as if no weight were zero':<42}"
-                 + "".join(f"{millions(report['dense'][c]['bits']):>12}" for c in CONVENTIONS))
-    one, dense = report["totals"]["32-bit"], report["dense"]["32-bit"]
-    lines += [f"  counts: {one['multiplications']:,} multiplications, {one['additions']:,} additions "
-              f"(as if no weight were zero: {dense['multiplications']:,}, {dense['additions']:,})", ""]
+    def picked(label: str, part: str, key: str, text=millions) -> list[str]:
+        return [f"  {label}", *(text(values[key]) for values in report[part].values())]
+
+    costs = {row["kind"]: Counter() for row in report["rows"]}
+    for row in report["rows"]:
+        costs[row["kind"]].update({c: row["conventions"][c]["bits"] for c in CONVENTIONS})
+    one, dense, base = report["totals"]["32-bit"], report["dense"]["32-bit"], report["float32_dense"]
     labels = {"weights": "weights that are stored", "masks": "mask, one bit a position", "batchnorm": "BatchNorm",
               "biases": "biases", "steps": "steps of the grids", "total": "all"}
-    lines.append(f"{'Storage':<30}{'bits':>14}{'M 32-bit parameters':>24}")
-    lines += [f"  {labels[kind]:<28}{bits:>14,}{bits / WORD / 1e6:>24.4f}" for kind, bits in report["storage"].items()]
-    lines += ["", f"{'Score':<44}{head}"]
-    for label, key in (("storage / 36.5M", "storage"), ("operations / 10.49B", "operations"), ("score", "score")):
-        lines.append(f"  {label:<42}" + "".join(f"{report['score'][c][key]:>12.5f}" for c in CONVENTIONS))
-    base = report["float32_dense"]
-    lines.append(f"  the same network dense in float32: {millions(base['storage'])}M parameters, "
-                 f"{millions(base['totals']['bits'])}M operations, score {base['score']['score']:.4f}")
-    return lines
+    scores = {"storage / 36.5M": "storage", "operations / 10.49B": "operations", "score": "score"}
+    return ["", *table("<44 >12 >12 >12", ("Millions of 32-bit operations", *CONVENTIONS),
+                       *((f"  {kind}", *(millions(cost[c]) for c in CONVENTIONS)) for kind, cost in costs.items()),
+                       picked("multiplications", "totals", "multiplication_bits"),
+                       picked("additions", "totals", "addition_bits"), picked("all", "totals", "bits"),
+                       picked("all, as if no weight were zero", "dense", "bits")),
+            f"  counts: {one['multiplications']:,} multiplications, {one['additions']:,} additions "
+            f"(as if no weight were zero: {dense['multiplications']:,}, {dense['additions']:,})",
+            "", *table("<30 >14 >24", ("Storage", "bits", "M 32-bit parameters"), *(
+                (f"  {labels[kind]}", f"{bits:,}", f"{bits / WORD / 1e6:.4f}")
+                for kind, bits in report["storage"].items())),
+            "", *table("<44 >12 >12 >12", ("Score", *CONVENTIONS), *(
+                picked(label, "score", key, "{:.5f}".format) for label, key in scores.items())),
+            f"  the same network dense in float32: {millions(base['storage'])}M parameters, "
+            f"{millions(base['totals']['bits'])}M operations, score {base['score']['score']:.4f}"]
 
 
 def cross_check_lines(report: dict) -> list[str]:
     def parts(count):
-        return (f"{millions(count['multiplication_bits'])}M + {millions(count['addition_bits'])}M"
-                f" = {millions(count['bits'])}M")
+        return " + ".join(f"{millions(count[key])}M" for key in ("multiplication_bits", "addition_bits")) + (
+            f" = {millions(count['bits'])}M")
 
-    submission, checks = report["submission"], report["checks"]
-    macs, thop = checks["macs"], checks["thop"]
+    submission, checks, weights = report["submission"], report["checks"], report.get("weights")
+    macs, thop, norms = checks["macs"], checks["thop"], checks["batchnorm_outputs"]
     lines = ["", "The submission's convention (dense; 16-bit multiplications, 32-bit additions; neither residual "
              "additions nor the average)",
              f"  {submission['dense']['multiplications'] / 1e6:.2f}M multiplications, "
              f"{submission['dense']['additions'] / 1e6:.3f}M additions: {parts(submission['dense'])}",
              f"  with sparsity 0.5 in every layer: {parts(submission['sparsity_0.5'])}"]
-    weights = report.get("weights")
     if weights and weights["submission"]:
         ours, theirs = weights["all"], weights["submission"]
         lines.append(f"  weights {theirs['total']:,} (exactly {ours['total']:,}), zeros {theirs['zeros']:,} "
@@ -149,16 +141,11 @@ def cross_check_lines(report: dict) -> list[str]:
                      f"sparsity {theirs['sparsity']:.4f} ({ours['sparsity']:.4f}), "
                      f"compression {counting.compression_text(theirs)} ({counting.compression_text(ours)})")
     twice = "twice as many, as it should be" if checks["flop_counter"] == 2 * macs else "NOT twice as many"
-    lines += ["", "Cross-checks",
-              f"  dense multiply-accumulates {macs:,}; torch's FlopCounterMode {checks['flop_counter']:,}, {twice}"]
-    if thop is None:
-        lines.append("  without thop's count: it is not installed, or does not work here (pip install -r "
-                     "requirements.txt)")
-    else:
-        norms = checks["batchnorm_outputs"]
-        why = f": the multiply-accumulates and 4 for each of {norms:,} BatchNorm outputs"
-        lines.append(f"  thop {thop[0]:,} for one image, {thop[1]:,} for two" + why * (thop[0] == macs + 4 * norms))
-    return lines
+    why = f": the multiply-accumulates and 4 for each of {norms:,} BatchNorm outputs"
+    return [*lines, "", "Cross-checks",
+            f"  dense multiply-accumulates {macs:,}; torch's FlopCounterMode {checks['flop_counter']:,}, {twice}",
+            f"  without {NO_THOP}" if thop is None else
+            f"  thop {thop[0]:,} for one image, {thop[1]:,} for two" + why * (thop[0] == macs + 4 * norms)]
 
 
 def width_lines(model: nn.Module, formats: Formats) -> list[str]:
@@ -173,25 +160,12 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
 
 # ---- The script ----------------------------------------------------------------------------------
 
-def share(text: str) -> Fraction:
-    """Return a share from 0 to 1, exactly as typed: an argparse type."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None or not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1")
-    return value
-
-
 AUTHORS = ("by the convention of its authors, KAIST AI (see compressed/kaist.py): {parameters:,.2f} parameters and "
            "{operations:,.0f} operations of 32 bits, score {score:.5f}; they publish 0.00562")
 
 
-def published(checkpoint) -> checkpoints.Checkpoint | None:
-    """Return one of KAIST AI's published networks, known by its suffix .t7; None for any other file."""
-    if checkpoint.suffix != ".t7":
-        return None
+def published(checkpoint) -> checkpoints.Checkpoint:
+    """Return one of KAIST AI's published networks."""
     model = prepare(kaist.load_micronet(checkpoint))
     return checkpoints.Checkpoint(checkpoint, sha256(checkpoint), model, None, found_formats(model), [])
 
@@ -202,7 +176,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="everything as JSON, in exact bits")
     alone = parser.add_mutually_exclusive_group()
     checkpoints.add_option(alone)
-    alone.add_argument("--sparsity", type=share, help="what if: this share of every layer's weights is zero")
+    alone.add_argument("--sparsity", type=number(Fraction, 0, 1), metavar="SHARE",
+                       help="what if: this share of every layer's weights is zero")
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
     networks.add_option(parser, claimed=True)
     parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N",
@@ -215,37 +190,34 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     """Print the report; return the exit status: 0, or 2 if the values contradict the claim."""
     args = parse(argv)
-    source, problems, density, weights = {}, [], None, None
+    source, problems, density, weights = {}, [], None, {}
     if args.dense or args.sparsity is not None:
         density = Fraction(1) if args.dense else 1 - args.sparsity
         model = prepare(networks.make(args.network or networks.DEFAULT))
         formats = float_formats(model)
         source["counted"] = f"what if: the network alone, {float(density):.4g} of every layer's weights non-zero"
     else:
-        checkpoint = args.checkpoint
-        read = published(checkpoint) or checkpoints.read(checkpoint, args.network)
-        model, claim, formats, problems = read.model, read.claim, read.formats, read.problems
-        source |= {"counted": f"{checkpoint}, its own non-zeros", "sha256": read.sha256}
-        if isinstance(model, kaist.Micronet):
+        path = args.checkpoint
+        found = published(path) if path.suffix == ".t7" else checkpoints.read(path, args.network)
+        model, claim, formats, problems = found.model, found.claim, found.formats, found.problems
+        source |= {"counted": f"{path}, its own non-zeros", "sha256": found.sha256}
+        if path.suffix == ".t7":
             source["authors"] = AUTHORS.format(**kaist.authors_count(model))
-        claim_file = claims.claim_path(checkpoint)
+        source["widths"] = "found in the stored values; there is no claim"
         if claim is not None:
+            claim_file = claims.claim_path(path)
             counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
             if not problems and counts is not None and counts != counting.summary(model, formats):
-                problems.append(f"the counts that {claim_file} claims are not those of {checkpoint}")
-            stated = claim_file if claim_file.exists() else checkpoint
+                problems.append(f"the counts that {claim_file} claims are not those of {path}")
+            stated = claim_file if claim_file.exists() else path
             source["widths"] = f"claimed by {stated}, held against the stored values"
-        else:
-            source["widths"] = "found in the stored values; there is no claim"
-        weights = counting.weight_summary(model)
+        weights = {"weights": counting.weight_summary(model)}
     if args.weight_bits or args.activation_bits:
         formats = what_if(formats, model, args.weight_bits, args.activation_bits)
         given = {"--weight-bits": args.weight_bits, "--activation-bits": args.activation_bits}
         source["what if"] = " ".join(f"{option} {bits}" for option, bits in given.items() if bits)
-    report = {"source": source, "problems": problems} | make_report(model, formats, density)
+    report = {"source": source, "problems": problems} | make_report(model, formats, density) | weights
     report["formats"] = {name: {"bits": grid.bits, "grid": grid.kind} for name, grid in formats.tensors.items()}
-    if weights:
-        report["weights"] = weights
     if report["checks"]["flop_counter"] != 2 * report["checks"]["macs"]:
         problems.append("torch's FlopCounterMode does not count two for each multiply-accumulate of this trace")
     if args.json:

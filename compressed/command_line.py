@@ -28,7 +28,7 @@ def number(kind: type, low, high):
     def convert(text: str):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except (ValueError, ArithmeticError):
             value = None
         if value is None or not low <= value <= high:  # NaN is not
             what = "a whole number" if kind is int else "a number"

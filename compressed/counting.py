@@ -8,26 +8,11 @@ addition have the width of the accumulator. Multiplications by zeros do not coun
 them; without one its zeros are values like any other (see `layout`). Source: the challenge's rules and the organisers'
 counter (google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
 
-The operations are those that `torch.fx` finds in the network itself; whatever this file has no rule for raises, because
-a skipped layer flatters the score. Where the rules leave a choice, the dearer one is taken and the reason given:
-
-- A dot product of n stored values is n multiplications and n - 1 additions; padding counts as data.
-- BatchNorm is, folded, one scale and one shift a channel: a multiplication and an addition for every output element.
-- ReLU is a multiplication of the value *before* it is rounded to the next activation's width, so at full width.
-- A residual addition is an addition at full width, too; an average of n values is n - 1 additions and a multiplication,
-  although a multiplication by 1/16 is a shift.
-- A pointwise function counts as its formula does, although it may be looked up in a table, which is not stored: its
-  entries follow from the function and the steps. Hard swish is x + 3, two clips, and the multiplications by x and by
-  1/6: 4 multiplications and an addition an element, as KAIST AI's entry counted it. ReLU6 is two multiplications, a
-  lower and an upper clip; hard sigmoid an addition, two clips and a multiplication. A transcendental function (sigmoid,
-  erf) is by the rules one operation, here a multiplication: SiLU is one more, for the product with x, and GELU an
-  addition and three more.
-- A maximum of n values is n - 1 comparisons, counted as multiplications like a ReLU's. Elements that are moved or
-  concatenated cost nothing.
-- Rounding to an activation's grid is free: the rules need no tally of conversions to a format whose values float32
-  holds exactly.
-
-An accumulator's length is counted by one of three conventions (the challenge's table has a column for each):
+The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
+flatters the score. Where the rules leave a choice, the dearer one is taken; reasons stand in ACCOUNT.md and at `rule`.
+A pointwise function counts as its formula does (KAIST AI's entry counted hard swish like this), although it may be
+looked up in a table, which is not stored: its entries follow from the function and the steps. The length of an
+accumulator is counted by one of three conventions (the challenge's table has a column for each):
 
 - "32-bit": every addition has 32 bits.
 - "fixed": one length a layer, the shortest in which no sum of the stored codes can overflow, whatever the input and
@@ -38,6 +23,7 @@ An accumulator's length is counted by one of three conventions (the challenge's 
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -48,20 +34,17 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_broken
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
-from compressed.graph import UNSIGNED, Operation, prepare, read, weight_layers
-from compressed.operations import CLIPS, FUNCTIONS, MOVES, is_point
+from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read, weight_layers
+from compressed.operations import CLIPS, FUNCTIONS, is_point
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
 CONVENTIONS = ("32-bit", "fixed", "tree")
+NO_THOP = "thop's count: it is not installed, or does not work here (pip install -r requirements.txt)"
 
 
 def macs(operations: list[Operation]) -> int:
-    """Return the multiply-accumulates for one image of convolutions and linear layers, as if no weight were zero.
-
-    >>> macs(read(nn.Sequential(nn.Identity(), nn.Conv2d(3, 8, 3, padding=1))).operations) == 32 * 32 * 8 * 27
-    True
-    """
+    """Return the multiply-accumulates for one image of convolutions and linear layers, as if no weight were zero."""
     return sum(op.fan_in * op.outputs for op in operations if op.kind in ("conv", "linear"))
 
 
@@ -121,9 +104,6 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -
 
 
 # ---- The rules: what an operation multiplies and adds --------------------------------------------
-# Each takes an operation, the formats of its inputs, all formats, the accumulator convention, and the layout of its
-# weights, and returns {bits: multiplications}, {bits: additions}, and the format of its result, which is as wide as it
-# can become until the next activation point rounds it.
 
 @dataclass(frozen=True)
 class Layout:
@@ -143,25 +123,14 @@ def layout(op: Operation, activation: Activation, formats: Formats, density: Fra
     """
     weight, bits, positions = op.module.weight, formats.tensors[f"{op.name}.weight"].bits, op.outputs // op.channels
     bias = op.module.bias is not None and (density is not None or bool(op.module.bias.any()))
-    layouts = (Layout(False, terms_per_channel(weight, Fraction(1)), bias),
-               Layout(True, terms_per_channel(weight, density), bias))
+    layouts = [Layout(masked, terms_per_channel(weight, density if masked else Fraction(1)), bias)
+               for masked in (False, True)]
 
     def cost(each: Layout) -> int:  # the score in units of 1 / (32 x STORAGE_BASE x OPERATIONS_BASE)
         stored = sum(each.terms) * bits + each.masked * weight.numel()
         operations = positions * sum(n * max(bits, activation.bits) + max(n - 1, 0) * WORD for n in each.terms)
         return stored * OPERATIONS_BASE + operations * STORAGE_BASE
     return min(layouts, key=cost)
-
-
-def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
-    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
-    found, values = {}, {}
-    for op in operations:
-        inputs = [values[key] for key in op.inputs]
-        if op.kind in ("conv", "linear"):
-            found[op.name] = layout(op, inputs[0], formats, density)
-        *_, values[op.key] = RULES[op.kind](op, inputs, formats, "32-bit", found.get(op.name))
-    return found
 
 
 def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
@@ -175,20 +144,19 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     return [math.ceil(density * weight[0].numel())] * len(weight)
 
 
-def dot_products(op: Operation, inputs, formats: Formats, convention: str, stored: Layout):
+def dot_products(op: Operation, activation: Activation, formats: Formats, convention: str, stored: Layout):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
     none for a channel without weights. A bias is one more addition, at 32 bits, because its step is not that of the
     products. A bias of zeros alone, which has been folded into the BatchNorm behind it, is none."""
-    weight, grid, activation = op.module.weight, formats.tensors[f"{op.name}.weight"], inputs[0]
-    product_bits = min(WORD, grid.bits + activation.bits)
-    terms = Counter(stored.terms)
-    most, positions = max(terms), op.outputs // op.channels
+    weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
+    product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
+    most = max(stored.terms)
     length = {"32-bit": WORD, "tree": sum_bits(most, product_bits)}.get(convention)
     if convention == "fixed":
         length = fixed_bits(weight, grid, activation, most)
-    multiplications, additions = Counter(), Counter()
-    for n, channels in terms.items():
-        multiplications[max(grid.bits, activation.bits)] += n * channels * positions
+    multiplications = Counter({max(grid.bits, activation.bits): sum(stored.terms) * positions})
+    additions = Counter()
+    for n, channels in Counter(stored.terms).items():
         sums = tree_additions(n, product_bits) if convention == "tree" else {length: max(n - 1, 0)}
         for bits, count in sums.items():
             additions[bits] += count * channels * positions
@@ -198,89 +166,80 @@ def dot_products(op: Operation, inputs, formats: Formats, convention: str, store
     return multiplications, additions, Activation(length)
 
 
-def batchnorm(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """Folded: the accumulator times the channel's scale, plus its shift. A product of a- and b-bit numbers has a + b
-    bits; the shift is added to it at that width, up to 32 (with 16-bit scales in practice always 32). A float16 scale
-    counts its 16 bits, although its significand, which is what multiplies, has 11."""
-    scale, shift = formats.tensors[f"{op.name}.weight"].bits, formats.tensors[f"{op.name}.bias"].bits
-    wide = min(WORD, max(inputs[0].bits + scale, shift))
-    return Counter({max(inputs[0].bits, scale): op.outputs}), Counter({wide: op.outputs}), Activation(wide)
+def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: str, stored: Layout | None = None):
+    """Return {bits: multiplications}, {bits: additions}, and the format of the result of an operation.
 
-
-def pointwise(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """A clip or another function of single values, as its formula is written, at the widths that the values have before
-    they are rounded. An addition (x + 3, 1 + erf) is none of an accumulator: "fixed" and "tree" count it at x's width.
+    inputs: the formats of what it reads. stored: how its weights are. The result is as wide as it can become until the
+    next activation point rounds it: a product of a- and b-bit numbers has a + b bits, a sum one more than the wider of
+    its inputs, and nothing more than 32.
     """
-    x = inputs[0].bits
-    plus = min(WORD, x + 1)  # the width of x + 3
-    wide = min(WORD, x + plus)  # of its product with x
-    multiplications, addition, out = {
-        "relu": ([x], False, x),
-        "relu6": ([x, x], False, x),  # a lower and an upper clip
-        "hardsigmoid": ([plus] * 3, True, plus),  # min(max(x + 3, 0), 6) / 6: two clips, and the factor 1/6
-        "hardswish": ([plus] * 3 + [wide], True, wide),  # the two clips, times x; the factor 1/6
-        "sigmoid": ([x], False, x),
-        "silu": ([x, x], False, min(WORD, 2 * x)),  # the sigmoid, times x
-        "gelu": ([x, x, plus, wide], True, wide),  # x (1 + erf(x / sqrt 2)) / 2: 1 / sqrt 2 and erf, times x; 1/2
-    }[op.kind]
-    counts = {width: number * op.outputs for width, number in Counter(multiplications).items()}
-    sums = {WORD if convention == "32-bit" else x: op.outputs} if addition else {}
-    result = Activation(out, op.kind not in UNSIGNED)
-    return Counter(counts), Counter(sums), formats.activation(op.name, False) if op.kind in CLIPS else result
+    if op.kind in ("conv", "linear"):
+        return dot_products(op, inputs[0], formats, convention, stored)
+    x = max((value.bits for value in inputs), default=WORD)
+    plus, wide = min(WORD, x + 1), min(WORD, 2 * x + 1)  # of x + 3; of its product with x
+    added = WORD if convention == "32-bit" else x  # the width of an addition that is none of an accumulator
+    multiplications, additions, bits = [], [], x  # the widths of those for an output element; the width of the result
+    match op.kind:
+        case "batchnorm":  # a float16 scale counts its 16 bits, although its significand, which multiplies, has 11
+            scale, shift = (formats.tensors[f"{op.name}.{part}"].bits for part in ("weight", "bias"))
+            bits = min(WORD, max(x + scale, shift))
+            multiplications, additions = [max(x, scale)], [bits]
+        case "relu" | "sigmoid":  # at full width, before rounding; a transcendental function is one operation
+            multiplications = [x]
+        case "relu6":  # a lower and an upper clip
+            multiplications = [x, x]
+        case "hardsigmoid":  # min(max(x + 3, 0), 6) / 6: two clips, and the factor 1/6
+            multiplications, additions, bits = [plus] * 3, [added], plus
+        case "hardswish":  # the two clips, times x; the factor 1/6
+            multiplications, additions, bits = [plus] * 3 + [wide], [added], wide
+        case "silu":  # the sigmoid, times x
+            multiplications, bits = [x, x], min(WORD, 2 * x)
+        case "gelu":  # x (1 + erf(x / sqrt 2)) / 2: 1 / sqrt 2 and erf, times x; 1/2
+            multiplications, additions, bits = [x, x, plus, wide], [added], wide
+        case "product":
+            multiplications, bits = [x], min(WORD, sum(value.bits for value in inputs))
+        case "add":
+            bits = WORD if convention == "32-bit" else plus
+            additions = [bits]
+        case "max":  # n - 1 comparisons
+            multiplications = {x: op.fan_in - 1}
+        case "mean":  # a multiplication by 1/n, although that may be a shift
+            bits, additions = mean_additions(inputs[0], op.fan_in, convention)
+            multiplications = [bits]
+        case "point" | "input" | "moved" | "concatenation" | "nothing" | "normalisation":
+            pass  # free; so is rounding to a grid whose values float32 holds exactly
+        case _:
+            raise BadInput(f"no counting rule for {op.name} ({op.kind})")
+    signed = op.kind in ("input", "batchnorm", "add", *FUNCTIONS) or any(value.signed for value in inputs)
+    result = Activation(bits, signed and op.kind not in (*CLIPS, *UNSIGNED))
+    if op.kind in (*CLIPS, "point"):
+        result = formats.activation(op.name, result.signed)
+    return *(Counter({width: n * op.outputs for width, n in Counter(each).items()})
+             for each in (multiplications, additions)), result
 
 
-def product(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """One multiplication an element; a product of a- and b-bit numbers has a + b bits."""
-    widths = [value.bits for value in inputs]
-    return Counter({max(widths): op.outputs}), Counter(), Activation(min(WORD, sum(widths)), any_signed(inputs))
-
-
-def maximum(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """n values: n - 1 comparisons, each counted as a ReLU is; padding counts as data."""
-    return Counter({inputs[0].bits: (op.fan_in - 1) * op.outputs}), Counter(), inputs[0]
-
-
-def any_signed(values: list[Activation]) -> bool:
-    return any(value.signed for value in values)
-
-
-def free(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """Elements that are moved, concatenated, or passed on cost nothing; nor does the input's normalisation."""
-    return Counter(), Counter(), Activation(max(value.bits for value in inputs), any_signed(inputs))
-
-
-def residual(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """One addition an element; a sum has one bit more than the wider of its inputs, up to 32."""
-    bits = WORD if convention == "32-bit" else min(WORD, max(value.bits for value in inputs) + 1)
-    return Counter(), Counter({bits: op.outputs}), Activation(bits)
-
-
-def mean(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """n values: n - 1 additions, and a multiplication of the sum by 1/n. The sum is as wide as its n inputs need."""
-    value, n = inputs[0], op.fan_in
+def mean_additions(value: Activation, n: int, convention: str) -> tuple[int, dict[int, int]]:
+    """Return the width of the sum of n values, as wide as they need, and {bits: additions} that lead to it."""
     if convention == "tree":
-        length, sums = sum_bits(n, value.bits), tree_additions(n, value.bits)
-    else:
-        length = min(WORD, signed_bits(n * value.low, n * value.high)) if convention == "fixed" else WORD
-        sums = {length: n - 1}
-    additions = Counter({bits: count * op.outputs for bits, count in sums.items()})
-    return Counter({length: op.outputs}), additions, Activation(length, value.signed)
+        return sum_bits(n, value.bits), tree_additions(n, value.bits)
+    length = min(WORD, signed_bits(n * value.low, n * value.high)) if convention == "fixed" else WORD
+    return length, {length: n - 1}
 
 
-def point(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """An activation point costs nothing: float32 holds the grid that it rounds to exactly."""
-    return Counter(), Counter(), formats.activation(op.name, inputs[0].signed)
+def costs(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None) -> Iterator[tuple]:
+    """Yield each operation with the Layout of its weights, or None, and {bits: count} of what it multiplies and adds.
+    """
+    values = {}
+    for op in operations:
+        inputs = [values[key] for key in op.inputs]
+        stored = layout(op, inputs[0], formats, density) if op.kind in ("conv", "linear") else None
+        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored)
+        yield op, stored, multiplications, additions
 
 
-def image(op: Operation, inputs, formats: Formats, convention: str, stored):
-    """The network's input, in float32 until a point rounds it. Its normalisation is preprocessing, not counted."""
-    return Counter(), Counter(), Activation()
-
-
-RULES = {"conv": dot_products, "linear": dot_products, "batchnorm": batchnorm, "add": residual, "product": product,
-         "mean": mean, "max": maximum, "point": point, "input": image}
-RULES |= dict.fromkeys((*CLIPS, *FUNCTIONS), pointwise) | dict.fromkeys((*MOVES, "nothing", "normalisation"), free)
-FREE = *MOVES, "nothing", "normalisation", "point", "input"
+def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
+    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
+    return {op.name: stored for op, stored, *_ in costs(operations, formats, "32-bit", density) if stored}
 
 
 # ---- Totals --------------------------------------------------------------------------------------
@@ -295,17 +254,13 @@ class Row:
     additions: Counter
 
     @property
-    def multiplication_bits(self) -> int:
-        return sum(bits * count for bits, count in self.multiplications.items())
-
-    @property
-    def addition_bits(self) -> int:
-        return sum(bits * count for bits, count in self.additions.items())
-
-    @property
     def bits(self) -> int:
         """Bits x count over all multiplications and additions; /32 are the challenge's operations."""
-        return self.multiplication_bits + self.addition_bits
+        return total_bits(self.multiplications) + total_bits(self.additions)
+
+
+def total_bits(counts: dict[int, int]) -> int:
+    return sum(bits * count for bits, count in counts.items())
 
 
 def count(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None = None) -> list[Row]:
@@ -320,23 +275,18 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
         raise BadInput(f"accumulator convention {convention!r} is none of {', '.join(CONVENTIONS)}")
     if density is not None and not 0 <= density <= 1:
         raise BadInput(f"density {density} is not between 0 and 1")
-    rows, values, stored = [], {}, layouts(operations, formats, density)
-    for op in operations:
-        inputs = [values[key] for key in op.inputs]
-        multiplications, additions, values[op.key] = RULES[op.kind](op, inputs, formats, convention,
-                                                                     stored.get(op.name))
-        if op.kind not in FREE:
-            rows.append(Row(op.name, op.kind, op.outputs, multiplications, additions))
-    return rows
+    return [Row(op.name, op.kind, op.outputs, multiplications, additions)
+            for op, _, multiplications, additions in costs(operations, formats, convention, density)
+            if multiplications or additions]
 
 
 def totals(rows: list[Row]) -> dict[str, int]:
     """Return the sums over rows: how many multiplications and additions, and their bits (/32: the operations)."""
-    return {"multiplications": sum(sum(row.multiplications.values()) for row in rows),
-            "additions": sum(sum(row.additions.values()) for row in rows),
-            "multiplication_bits": sum(row.multiplication_bits for row in rows),
-            "addition_bits": sum(row.addition_bits for row in rows),
-            "bits": sum(row.bits for row in rows)}
+    multiplications, additions = (sum((getattr(row, kind) for row in rows), Counter())
+                                  for kind in ("multiplications", "additions"))
+    found = {"multiplication_bits": total_bits(multiplications), "addition_bits": total_bits(additions)}
+    return {"multiplications": multiplications.total(), "additions": additions.total(), **found,
+            "bits": sum(found.values())}
 
 
 def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
@@ -353,11 +303,11 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
     stored, used = layouts(operations, formats, density), {op.name for op in operations}
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in used:
+        layer, _, kind = name.rpartition(".")
+        if layer not in used:
             continue
         n, grid = parameter.numel(), formats.tensors[name]
-        bits["steps"] += WORD * len(grid.steps) if grid.kind != "what if" else WORD
-        layer, _, kind = name.rpartition(".")
+        bits["steps"] += WORD * (1 if grid.kind == "what if" else len(grid.steps))
         if kind == "weight" and layer in stored:
             bits["weights"] += sum(stored[layer].terms) * grid.bits
             bits["masks"] += n * stored[layer].masked
@@ -385,11 +335,7 @@ def thop_counts(model: nn.Module) -> list[int] | None:
 
 def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     """The challenge's score and its two terms, {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations /
-    10.49B, "score": their sum}. storage_bits: the "total" of `storage`; operation_bits: the "bits" of `totals`.
-
-    >>> score(32 * 36_500_000, 32 * 1_049_000_000)["score"]
-    1.1
-    """
+    10.49B, "score": their sum}. storage_bits: the "total" of `storage`; operation_bits: the "bits" of `totals`."""
     terms = {"storage": storage_bits / WORD / STORAGE_BASE, "operations": operation_bits / WORD / OPERATIONS_BASE}
     return terms | {"score": sum(terms.values())}
 
@@ -408,12 +354,11 @@ def prices(model: nn.Module, bits: int = 8) -> dict[str, float]:
             for row in rows if row.name in layers}
 
 
-def summary(model: nn.Module, formats: Formats) -> dict:
+def summary(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Return the counts in a claim: {"weights": `weight_summary` without its tensors, "storage": bits by kind,
-    "operations": {convention: `totals`}, "score": {convention: `score`}}."""
-    operations = read(model).operations
-    stored = storage(model, formats, operations=operations)
-    by = {convention: totals(count(operations, formats, convention)) for convention in CONVENTIONS}
+    "operations": {convention: `totals`}, "score": {convention: `score`}}. density: as in `count`."""
+    stored, operations = storage(model, formats, density), read(model).operations
+    by = {convention: totals(count(operations, formats, convention, density)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
     return {"weights": weights, "storage": stored, "operations": by,
             "score": {convention: score(stored["total"], by[convention]["bits"]) for convention in CONVENTIONS}}
@@ -439,29 +384,19 @@ def tensor_rows(model: nn.Module, formats: Formats) -> list[dict]:
 
 # ---- By the submission's convention --------------------------------------------------------------
 
-def submission_operations(operations: list[Operation], sparsity=0, bits: int = 16) -> dict[str, int]:
+def submission_operations(operations: list[Operation], sparsity=0) -> dict[str, int]:
     """Return the operations as the submission counted them, with the keys of `totals`.
 
     It reported 77.84M multiplications and 153.41M additions of a dense network. By the organisers' counter: every
     convolution has a bias (its folded BatchNorm: an addition, but no multiplication) and a ReLU behind it, those of
     shortcuts, too, and the linear layer a bias; neither residual additions nor the average count. A mean density takes
-    the place of non-zeros; multiplications have `bits` bits, additions 32. A total that is not whole is rounded up.
-    Raises BadInput if the sparsity is not in [0, 1].
+    the place of non-zeros; multiplications have 16 bits, additions 32. A total that is not whole is rounded up.
     """
-    density = 1 - Fraction(sparsity)
-    if not 0 <= density <= 1:
-        raise BadInput(f"sparsity {sparsity} is not between 0 and 1")
-    multiplications = additions = Fraction(0)
-    for op in operations:
-        if op.kind in ("conv", "linear"):
-            multiplications += density * op.fan_in * op.outputs
-            additions += (density * op.fan_in - 1) * op.outputs  # a dot product of n terms
-            additions += op.outputs  # its bias
-        if op.kind == "conv":
-            multiplications += op.outputs  # its ReLU
-    multiplications, additions = math.ceil(multiplications), math.ceil(additions)
-    return {"multiplications": multiplications, "additions": additions, "multiplication_bits": multiplications * bits,
-            "addition_bits": additions * WORD, "bits": multiplications * bits + additions * WORD}
+    products = (1 - Fraction(sparsity)) * macs(operations)  # n terms: n - 1 additions, and that of the bias
+    multiplications = math.ceil(products + sum(op.outputs for op in operations if op.kind == "conv"))
+    additions = math.ceil(products)
+    return {"multiplications": multiplications, "additions": additions, "multiplication_bits": multiplications * 16,
+            "addition_bits": additions * WORD, "bits": multiplications * 16 + additions * WORD}
 
 
 def weight_summary(model: nn.Module) -> dict:
@@ -472,26 +407,20 @@ def weight_summary(model: nn.Module) -> dict:
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone; None
      for a network without the submission's head, the convolution conv2 before that layer}
     """
-    def kind(layer):
-        return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
+    def sums(rows: list[dict], more: int = 0) -> dict:
+        total, zeros = more + sum(row["total"] for row in rows), sum(row["zeros"] for row in rows)
+        left = total - zeros
+        return {"total": total, "zeros": zeros, "nonzeros": left, "sparsity": zeros / total if total else 0.0,
+                "compression": total / left if left else None}
 
-    tensors = [{"index": index, "kind": kind(layer)} | _zeros(f"{name}.weight", layer.weight)
+    tensors = [{"index": index, "kind": layer_kind(layer)} | _zeros(f"{name}.weight", layer.weight)
                for index, (name, layer) in enumerate(weight_layers(model))]
-
-    def ratios(total, zeros):
-        return {"total": total, "zeros": zeros, "nonzeros": total - zeros, "sparsity": zeros / total,
-                "compression": total / (total - zeros) if zeros < total else None}
-
-    def sums(rows):
-        return sum(row["total"] for row in rows), sum(row["zeros"] for row in rows)
-
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
-    total, zeros = sums(convolutions)
-    constant = SUBMISSION_HEAD * tensors[-1]["shape"][0]
     headed = {"conv2.weight", "linear.weight"} <= {row["name"] for row in tensors}
-    return {"tensors": tensors, "conv": ratios(total, zeros), "linear": ratios(*sums(linear)),
-            "all": ratios(*sums(tensors)), "submission": ratios(total + constant, zeros) if headed else None}
+    submission = sums(convolutions, SUBMISSION_HEAD * tensors[-1]["shape"][0]) if headed else None
+    return {"tensors": tensors, "conv": sums(convolutions), "linear": sums(linear), "all": sums(tensors),
+            "submission": submission}
 
 
 def compression_text(part: dict) -> str:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import CLIPS, FUNCTIONS, MODULES, MOVES, Operation, Window, trace, traced
+from compressed.operations import CLIPS, FUNCTIONS, MOVES, SPELLINGS, Operation, Window, trace, traced
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
@@ -38,6 +38,11 @@ def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     A layer's position in this list is its index in a bit table: 0 the stem ... 56 the head, 57 the linear layer.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def layer_kind(layer: nn.Module) -> str:
+    """Return "linear", "depthwise" or "conv"."""
+    return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
 
 
 # ---- The values that are stored, and what is added up to them ------------------------------------
@@ -129,7 +134,7 @@ class _Walk:
     """Finds the points of a list of operations.
 
     values: {key of an operation: a Point, or the branches of a value that is not rounded}. found: {name: Point}.
-    lacking: {key: name of a point} of the operations behind which there is no module to round their value.
+    lacking: [(operation, name of a point)] where there is no module behind an operation to round its value.
     """
 
     def __init__(self, operations: list[Operation]):
@@ -139,7 +144,7 @@ class _Walk:
             for key in op.inputs:
                 self.readers[key].append(op)
         self.uses = Counter(op.module for op in operations)
-        self.found, self.lacking, self.values = {}, {}, {}
+        self.found, self.lacking, self.values = {}, [], {}
         for op in operations:
             self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
 
@@ -148,10 +153,8 @@ class _Walk:
         value = self.branches(op, read)
         if isinstance(value, Point):
             return value
-        own = self.alone(op) and op.kind in ("point", *CLIPS)
-        if op.kind in CLIPS:
-            return self.point(op, value, own, op.kind)
-        if self.stored(op, value) or own and hasattr(op.module, "signed"):  # the latter is a Quantizer
+        own = self.alone(op) and op.kind in ("point", *CLIPS)  # its module can round
+        if op.kind in CLIPS or self.stored(op, value) or own and hasattr(op.module, "signed"):  # or is a Quantizer
             return self.point(op, value, own)
         return value
 
@@ -159,16 +162,13 @@ class _Walk:
         """Return the value of an operation before it is rounded; where it passes a point on, the point."""
         if op.kind == "normalisation":
             return (replace(read[0][0], name=op.name),)
-        if op.kind in READ_CODES and not all(isinstance(each, Point) or moves_again(op, each) for each in read):
-            raise AssertionError(f"{op.name} reads a value that is not rounded")
         if op.kind == "input":
             return (Branch("pixels", "pixels", "pixels"),)
         if op.kind in ("conv", "linear"):
             return (Branch("layer", op.name, read[0].name, window=op.window),)
+        if op.kind == "mean" and op.fan_in & (op.fan_in - 1):
+            raise BadInput(f"{op.name} averages {op.fan_in} values: expected a power of two, whose division is a shift")
         if op.kind in ("mean", "max"):
-            if op.kind == "mean" and op.fan_in & (op.fan_in - 1):
-                raise BadInput(f"{op.name} averages {op.fan_in} values: expected a power of two, whose division is a "
-                               "shift")
             return (Branch(op.kind, op.name, read[0].name, terms=op.fan_in, window=op.window),)
         if op.kind in FUNCTIONS:
             return (Branch("function", op.name, read[0].name, function=op.kind),)
@@ -206,13 +206,15 @@ class _Walk:
         return several or op.kind == "point" and value[0].kind == "function" or any(
             each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value) for each in readers)
 
-    def point(self, op: Operation, branches: tuple[Branch, ...], own: bool, activation: str = "none") -> Point:
+    def point(self, op: Operation, branches: tuple[Branch, ...], own: bool) -> Point:
         """Return a new point behind an operation; own: its module can round, otherwise one has to be inserted."""
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
-        unsigned = activation in CLIPS or all(self.unsigned(branch) for branch in branches)
-        signed = getattr(op.module, "signed", not unsigned) if own else not unsigned
-        if not own:
-            self.lacking[op.key] = name
+        activation = op.kind if op.kind in CLIPS else "none"
+        signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
+        if own:
+            signed = getattr(op.module, "signed", signed)
+        else:
+            self.lacking.append((op, name))
         if len(op.shape) > 3:
             raise BadInput(f"{op.name} gives a value of {len(op.shape)} dimensions that has to be stored: expected at "
                            "most channels, height and width")
@@ -271,28 +273,18 @@ def read(model: nn.Module) -> Graph:
 
 def _keep(model: nn.Module, walk: _Walk) -> Graph:
     """Return the graph that a walk found, and keep it with the network."""
-    operations = walk.operations
     if walk.lacking:
-        key = next(iter(walk.lacking))
-        name = next(op.name for op in operations if op.key == key)
-        raise BadInput(f"{name} gives a value that has to be rounded, and is read unrounded: graph.prepare inserts the "
-                       "activation points of a network")
-    end = _last(operations)
+        raise BadInput(f"{walk.lacking[0][0].name} gives a value that has to be rounded, and is read unrounded: "
+                       "graph.prepare inserts the activation points of a network")
+    end, *others = [op for op in walk.operations if not walk.readers[op.key]]
+    if others:
+        raise BadInput(f"{end.name} is computed, but read by nothing")
     last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
-    graph = Graph(tuple(operations), (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
+    graph = Graph(tuple(walk.operations), (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
     vars(model)[KEPT] = _structure(model), graph
     return graph
-
-
-def _last(operations: list[Operation]) -> Operation:
-    """Return the operation that gives the logits: the one that no other reads."""
-    read_by = {key for op in operations for key in op.inputs}
-    ends = [op for op in operations if op.key not in read_by]
-    if len(ends) > 1:
-        raise BadInput(f"{ends[0].name} is computed, but read by nothing")
-    return ends[0]
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -312,31 +304,22 @@ def prepare(model: nn.Module) -> nn.Module:
         if hasattr(model, taken):
             raise BadInput(f"the network has a part called {taken}, the name of what is inserted: call it otherwise")
     graph, modules = copy.deepcopy(traced(model)), {}
-    nodes, kinds = {node.name: node for node in graph.nodes}, {op.key: op.kind for op in walk.operations}
-    for key, name in walk.lacking.items():
-        if kinds[key] in CLIPS:
-            modules[name] = _as_module(nodes[key], name, kinds[key])
-        else:
-            modules[name] = nn.Identity()
-            with graph.inserting_after(nodes[key]):
-                inserted = graph.create_node("call_module", name, (nodes[key],))
-            nodes[key].replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
+    nodes = {node.name: node for node in graph.nodes}
+
+    def becomes_a_module(op: Operation, name: str) -> None:
+        node, modules[name] = nodes[op.key], SPELLINGS[op.kind][0]()
+        node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+    for op, name in walk.lacking:
+        if op.kind in CLIPS:
+            becomes_a_module(op, name)
+            continue
+        node, modules[name] = nodes[op.key], nn.Identity()
+        with graph.inserting_after(node):
+            inserted = graph.create_node("call_module", name, (node,))
+        node.replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
     for op in loose:
-        name = "functions." + op.name.replace(".", "_")
-        modules[name] = _as_module(nodes[op.key], name, op.kind)
-    network = _rewritten(model, graph, modules)
-    read(network)
-    return network
-
-
-def _as_module(node: fx.Node, name: str, kind: str) -> nn.Module:
-    """Return a module that computes the clip or function of a node, which becomes a call of it by the name `name`."""
-    node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
-    return next(layer for layer, own in MODULES.items() if own == kind)()
-
-
-def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> nn.Module:
-    """Return a copy of a model with more modules, {name: module}, and this graph as its forward pass."""
+        becomes_a_module(op, "functions." + op.name.replace(".", "_"))
     network = copy.deepcopy(model)
     for name, module in modules.items():
         holder, _, own = name.partition(".")
@@ -346,6 +329,7 @@ def _rewritten(model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module])
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
     network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "prepared_graph": graph})
+    read(network)
     return network
 
 

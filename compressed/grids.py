@@ -18,7 +18,7 @@ from compressed.errors import BadInput
 from compressed.exact_network import folded
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
-from compressed.graph import read, weight_layers
+from compressed.graph import layer_kind, read, weight_layers
 
 # the submission's QBNs, by their places among its 58 layers; every other layer has 8 bits
 SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
@@ -58,11 +58,6 @@ class Options:
 def has_the_submissions_layers(names: list[str]) -> bool:
     """Return whether a network's layers stand where the submission's bit table looks for them."""
     return len(names) == LAYERS and all(names[place] == name for place, name in SIX_BITS.items())
-
-
-def layer_kind(layer: nn.Module) -> str:
-    """Return "linear", "depthwise" or "conv"."""
-    return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
 
 
 def bit_table(option: str | None, model: nn.Module) -> list[int]:

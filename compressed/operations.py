@@ -6,6 +6,7 @@ nowhere else, it gets one name, its kind. Whatever is unknown is refused by its 
 import copy
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,25 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.errors import BadInput
+from compressed.errors import BadInput, one_line
 
 CLIPS = "relu", "relu6"
 FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # the other pointwise functions: of codes, tables
 MOVES = "moved", "concatenation"  # the output's elements are those of the inputs, at other places
-MODULES = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batchnorm", nn.ReLU: "relu", nn.ReLU6: "relu6",
-           nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
-           nn.GELU: "gelu", nn.Identity: "point", nn.MaxPool2d: "max", nn.AvgPool2d: "mean",
-           nn.AdaptiveAvgPool2d: "mean", nn.Flatten: "moved", nn.Dropout: "nothing", nn.Dropout2d: "nothing"}
-CALLS = {"relu": (F.relu, F.relu_, torch.relu, "relu", "relu_"), "relu6": (F.relu6,), "hardswish": (F.hardswish,),
-         "hardsigmoid": (F.hardsigmoid,), "sigmoid": (F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"),
-         "silu": (F.silu,), "gelu": (F.gelu,), "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
-         "product": (operator.mul, operator.imul, torch.mul, "mul", "mul_"), "concatenation": (torch.cat, torch.concat),
-         "mean": (torch.mean, "mean", F.avg_pool2d, F.adaptive_avg_pool2d), "max": (F.max_pool2d, torch.max_pool2d),
-         "moved": (torch.flatten, torch.reshape, F.pad, operator.getitem, "flatten", "view", "reshape", "permute",
-                   "transpose", "squeeze", "unsqueeze", "expand", "expand_as", torch.transpose, torch.permute,
-                   torch.squeeze, torch.unsqueeze),
-         "split": (torch.chunk, torch.split, "chunk", "split"), "nothing": (F.dropout, F.dropout2d, "contiguous")}
-KINDS = {call: kind for kind, calls in CALLS.items() for call in calls}
+SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph.prepare inserts the first
+    "conv": (nn.Conv2d,), "linear": (nn.Linear,), "batchnorm": (nn.BatchNorm2d,), "point": (nn.Identity,),
+    "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, "relu", "relu_"), "relu6": (nn.ReLU6, F.relu6),
+    "hardswish": (nn.Hardswish, F.hardswish), "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid),
+    "sigmoid": (nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"), "silu": (nn.SiLU, F.silu),
+    "gelu": (nn.GELU, F.gelu), "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+    "product": (operator.mul, operator.imul, torch.mul, "mul", "mul_"), "concatenation": (torch.cat, torch.concat),
+    "mean": (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"),
+    "max": (nn.MaxPool2d, F.max_pool2d, torch.max_pool2d),
+    "moved": (nn.Flatten, operator.getitem, F.pad, torch.flatten, torch.reshape, torch.transpose, torch.permute,
+              torch.squeeze, torch.unsqueeze, "flatten", "reshape", "transpose", "permute", "squeeze", "unsqueeze",
+              "view", "expand", "expand_as"),
+    "split": (torch.chunk, torch.split, "chunk", "split"),
+    "nothing": (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")}
+KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 NOT_LISTED = "size", "constant", "split"  # numbers, stored tensors, and tuples, whose parts are operations
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
@@ -50,8 +52,8 @@ class Operation:
     """An operation for one image.
 
     key: the name of its node in the traced graph. name: unique; the module's, or that of the module whose forward pass
-    it stands in and the kind, as in "layers.0.add". kind: a value of MODULES or a key of CALLS, "input", or
-    "normalisation", which scales or shifts the input by constants. inputs: keys of the operations that it reads.
+    it stands in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "normalisation", which scales
+    or shifts the input by constants. inputs: keys of the operations that it reads.
     fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. outputs: number
     of elements of its result. channels: of its result. module: the module that is called, or None. shape: of its
     result, without the batch. window: of a convolution or a pooling. index: of an operation in MOVES, for each input:
@@ -99,39 +101,35 @@ def traced(model: nn.Module) -> fx.Graph:
     except BadInput:
         raise
     except Exception as error:  # whatever the user's own forward pass raises on a torch.fx.Proxy
-        raise BadInput(f"the forward pass of {type(model).__name__} cannot be followed: "
-                       f"{' '.join(str(error).split())[:200]}") from error
+        raise BadInput(f"the forward pass of {type(model).__name__} cannot be followed ({one_line(error)})") from error
 
 
 class _Run(fx.Interpreter):
-    """Runs a traced graph and keeps what every node gives."""
+    """Runs a traced graph and keeps in `env` what every node gives."""
 
     def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
-        self.results = {}
-
-    def run_node(self, node):
-        self.results[node] = result = super().run_node(node)
-        return result
+        super().__init__(module, garbage_collect_values=False)
 
     def gives(self, node: fx.Node, values: dict[fx.Node, Tensor]):
         """What a node gives if it reads these values; of others, those of the run. Parts of tuples follow from them."""
         def value(other):
-            return values[other] if other in values else self.gives(other, values) if self.is_tuple(other) \
-                else self.results[other]
+            if other in values:
+                return values[other]
+            return self.gives(other, values) if self.is_tuple(other) else self.env[other]
+
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
         return getattr(self, node.op)(node.target, args, kwargs)
 
     def is_tuple(self, node: fx.Node) -> bool:
-        return (isinstance(self.results[node], (tuple, list))
-                and any(isinstance(part, Tensor) for part in self.results[node]))
+        value = self.env[node]
+        return isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
 
     def read(self, node: fx.Node) -> list[fx.Node]:
         """The nodes of the tensors that a node reads; x + x reads x twice. A tuple stands for what it is made of."""
         nodes, found = [], []
         fx.node.map_arg((node.args, node.kwargs), nodes.append)
         for each in nodes:
-            found += self.read(each) if self.is_tuple(each) else [each] * isinstance(self.results[each], Tensor)
+            found += self.read(each) if self.is_tuple(each) else [each] * isinstance(self.env[each], Tensor)
         return found
 
 
@@ -143,37 +141,40 @@ def _pair(value) -> tuple[int, int]:
 
 
 class _Node:
-    """A node of a traced graph, with the module that it calls, or None, and the nodes whose tensors it reads."""
+    """A node of a traced graph.
+
+    module: that it calls, or None. spelling: see SPELLINGS. read: the nodes whose tensors, the `inputs`, it reads.
+    """
 
     def __init__(self, node: fx.Node, run: _Run, model: nn.Module):
-        self.node, self.run, self.result = node, run, run.results[node]
+        self.node, self.run, self.result = node, run, run.env[node]
         self.module = model.get_submodule(node.target) if node.op == "call_module" else None
+        self.spelling = node.target if self.module is None else next(
+            (each for each in KINDS if isinstance(each, type) and isinstance(self.module, each)), None)
         self.read = run.read(node)
-        self.inputs = [run.results[each] for each in self.read]
+        self.inputs = [run.env[each] for each in self.read]
         self.kind = self.found_kind()
 
-    def refused(self, why: str = "") -> BadInput:
-        return BadInput(f"no counting rule for operation {self.node.name} ({self.node.op} {self.node.target} with "
-                        f"{self.node.args[1:]}){why}")
+    def refused(self, why: str) -> BadInput:
+        node = self.node
+        return BadInput(f"{node.target}: {why}" if self.module is not None else
+                        f"{node.name} ({node.op} {node.target} with {node.args[1:]}): {why}")
 
     def found_kind(self) -> str:
         """The kind. Raises BadInput, naming the node, if it has none."""
-        node = self.node
+        node, kind = self.node, KINDS.get(self.spelling)
         if node.op in ("placeholder", "get_attr"):
             return {"placeholder": "input", "get_attr": "constant"}[node.op]
-        if self.module is not None:
-            kind = next((kind for layer, kind in MODULES.items() if isinstance(self.module, layer)), None)
-            if kind is None and not is_point(self.module):
-                raise BadInput(f"no counting rule for layer {node.target} ({type(self.module).__name__})")
-            return "point" if kind is None else kind
-        kind = KINDS.get(node.target)
-        if not isinstance(self.result, Tensor):
-            if not self.run.is_tuple(node):
-                return "size"  # x.size(0), x.shape
-            if kind != "split":
-                raise self.refused(": it gives several tensors")
-        elif kind is None:
-            raise self.refused()
+        several = self.run.is_tuple(node)
+        if not isinstance(self.result, Tensor) and not several:
+            return "size"  # x.size(0), x.shape
+        if kind is None and self.module is not None and is_point(self.module):
+            return "point"  # a Quantizer
+        if kind is None:
+            what = "this operation" if self.module is None else type(self.module).__name__
+            raise self.refused(f"no counting rule for {what}")
+        if several and kind != "split":
+            raise self.refused("it gives several tensors")
         if node.target is operator.getitem and not node.users and self.run.is_tuple(node.args[0]):
             return "size"  # a part of a split that nobody reads
         return kind
@@ -182,49 +183,42 @@ class _Node:
         """Parameters by name, in the order in which the function takes them."""
         if self.module is not None:
             return {name: getattr(self.module, name, default) for name, default in defaults.items()}
-        args, kwargs = fx.node.map_arg((self.node.args[1:], dict(self.node.kwargs)), self.run.results.__getitem__)
+        args, kwargs = fx.node.map_arg((self.node.args[1:], dict(self.node.kwargs)), self.run.env.__getitem__)
         return defaults | dict(zip(defaults, args)) | {k: v for k, v in kwargs.items() if k in defaults}
 
-    def check(self, own: set[str]) -> None:
-        """Raise BadInput for what looks like a known operation and computes another. own: names of all parameters."""
-        node, kind = self.node, self.kind
-        if self.module is not None:
-            self.check_module(own)
-        if any(each.op == "get_attr" for each in self.read) and kind != "normalisation":
-            raise self.refused(": it reads a constant")
+    def faults(self, own: set[str]) -> Iterator[str]:
+        """Yield why this looks like a known operation and computes another. own: names of all parameters."""
+        node, module, kind = self.node, self.module, self.kind
+        changed = module is not None and self.spelling and type(module).forward is not self.spelling.forward
+        if changed and not hasattr(module, "step"):  # ours round their weights
+            yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
+        if kind == "batchnorm" and (module.weight is None or module.running_mean is None):
+            yield "a BatchNorm without scale and shift, or without statistics, has no rule"
+        if kind in ("conv", "linear", "batchnorm"):
+            if f"{node.target}.weight" not in own:
+                yield "its weight is shared with another layer, or computed; expected a parameter of its own"
+            if sum(each.op == "call_module" and each.target == node.target for each in node.graph.nodes) > 1:
+                yield "it is used several times: each layer may run once"
+        if kind == "linear" and self.inputs[0].dim() != 2:
+            yield f"it reads {self.inputs[0].dim() - 1} dimensions of an image, expected one: flatten it before"
+        if kind == "conv" and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+            yield f"padding {module.padding!r} in mode {module.padding_mode!r}; expected numbers, and zeros"
+        if kind != "normalisation" and any(each.op == "get_attr" for each in self.read):
+            yield "it reads a constant"
         if kind in ("add", "product"):
             shapes = sorted((tuple(each.shape) for each in self.inputs), key=lambda shape: -sum(shape))
-            fits = len(shapes) == 2 and "alpha" not in node.kwargs
-            if not fits or shapes[0] != shapes[1] and (kind == "add" or shapes[1] != (*shapes[0][:2], 1, 1)):
-                raise self.refused()
+            gate = len(shapes) == 2 and kind == "product" and shapes[1] == (*shapes[0][:2], 1, 1)
+            if "alpha" in node.kwargs or not (gate or len(shapes) == 2 and shapes[0] == shapes[1]):
+                yield f"no counting rule for {kind} of {shapes}"
         if kind == "gelu" and self.arguments(approximate="none")["approximate"] != "none":
-            raise BadInput(f"{node.name}: the tanh approximation of GELU has no rule; expected approximate='none'")
-        if node.target in (F.dropout, F.dropout2d) and self.arguments(p=0.5, training=True)["training"]:
-            raise BadInput(f"{node.name}: a dropout that is switched on in eval mode, too; pass training=self.training")
-        if kind == "linear" and self.inputs[0].dim() != 2:
-            raise BadInput(f"{node.target} reads {self.inputs[0].dim() - 1} dimensions of an image, expected one: "
-                           "flatten it before")
+            yield "the tanh approximation of GELU has no rule; expected approximate='none'"
+        if self.spelling in (F.dropout, F.dropout2d) and self.arguments(p=0.5, training=True)["training"]:
+            yield "a dropout that is switched on in eval mode, too; pass training=self.training"
         if self.in_place():
             order, changed = list(node.graph.nodes), node.all_input_nodes[0]
             late = [user for user in changed.users if order.index(user) > order.index(node)]
             if late:
-                raise BadInput(f"{node.name} changes {changed.name} in place, which {late[0].name} reads afterwards: "
-                               "change a copy")
-
-    def check_module(self, own: set[str]) -> None:
-        name, module = self.node.target, self.module
-        layer = next((layer for layer in MODULES if isinstance(module, layer)), None)
-        if layer and type(module).forward is not layer.forward and not hasattr(module, "step"):  # ours round weights
-            raise BadInput(f"{name}: {type(module).__name__} has a forward pass of its own, which has no rule")
-        if self.kind == "batchnorm" and (module.weight is None or module.running_mean is None):
-            raise BadInput(f"{name}: a BatchNorm without scale and shift, or without statistics, has no rule")
-        if self.kind in ("conv", "linear", "batchnorm"):
-            if f"{name}.weight" not in own:
-                raise BadInput(f"{name}: its weight is shared with another layer, or computed from other tensors; "
-                               "expected a parameter of its own")
-            uses = sum(other.target == name for other in self.node.graph.nodes if other.op == "call_module")
-            if uses > 1:
-                raise BadInput(f"{name} is used {uses} times: each layer may run once")
+                yield f"it changes {changed.name} in place, which {late[0].name} reads afterwards: change a copy"
 
     def in_place(self) -> bool:
         """True if the node writes its result over the tensor that it reads first."""
@@ -235,62 +229,53 @@ class _Node:
 
     def window(self) -> Window | None:
         """The window of a convolution or a pooling; otherwise None. Raises BadInput for one that has no rule."""
-        node, module = self.node, self.module
         if self.kind == "conv":
-            if isinstance(module.padding, str) or module.padding_mode != "zeros":
-                raise BadInput(f"{node.target}: padding {module.padding!r} in mode {module.padding_mode!r}; expected "
-                               "numbers, and zeros")
-            return Window(module.kernel_size, module.stride, module.padding, module.dilation)
-        if self.kind == "mean":
-            window = self.mean_window(tuple(self.inputs[0].shape[2:])) if self.inputs[0].dim() == 4 else None
-            if window is None:
-                raise self.refused(": a mean is over both dimensions of a map, or over windows without padding")
-            return window
-        if self.kind != "max":
+            return Window(self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
+        if self.kind not in ("mean", "max"):
             return None
-        given = self.arguments(kernel_size=None, stride=None, padding=0, dilation=1)
-        window = Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]),
-                        _pair(given["padding"]), _pair(given["dilation"]))
+        size, out = tuple(self.inputs[0].shape[2:]), tuple(self.result.shape[2:])
+        window = self.pooled(size) if len(size) == 2 else None
+        if window is None:
+            raise self.refused("a mean is over both dimensions of a map, or over windows without padding")
         floor = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
-                      zip(self.inputs[0].shape[2:], window.kernel, window.stride, window.padding, window.dilation))
-        if tuple(self.result.shape[2:]) != floor:
-            raise BadInput(f"{node.name}: max pooling with ceil_mode reads beyond the map's edge, which has no rule")
+                      zip(size, window.kernel, window.stride, window.padding, window.dilation))
+        if out not in (floor, ()):
+            raise self.refused("pooling with ceil_mode reads beyond the map's edge, which has no rule")
         return window
 
-    def mean_window(self, size: tuple[int, int]) -> Window | None:
-        """The window of a mean over positions of a map of this size; None for a mean of another kind."""
-        if self.node.target is F.adaptive_avg_pool2d or isinstance(self.module, nn.AdaptiveAvgPool2d):
-            out = _pair(self.arguments(output_size=None)["output_size"] or (0, 0))
-            if not all(isinstance(part, int) and part and whole % part == 0 for whole, part in zip(size, out)):
-                return None
-            kernel = tuple(whole // part for whole, part in zip(size, out))
-            return Window(kernel, kernel)
-        if self.node.target is F.avg_pool2d or isinstance(self.module, nn.AvgPool2d):
-            given = self.arguments(kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
-                                   divisor_override=None)
-            if any(_pair(given["padding"])) or given["ceil_mode"] or given["divisor_override"]:
-                return None
-            return Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]))
-        dims = self.arguments(dim=None, keepdim=False)["dim"]
-        dims = dims if isinstance(dims, (tuple, list)) else ()
-        return Window(size, size) if sorted(dim % 4 for dim in dims) == [2, 3] else None
+    def pooled(self, size: tuple[int, int]) -> Window | None:
+        """The window of a mean or a maximum over positions of a map of this size; None for a mean of another kind."""
+        if self.spelling in (torch.mean, "mean"):
+            dims = self.arguments(dim=None)["dim"]
+            dims = dims if isinstance(dims, (tuple, list)) else ()
+            return Window(size, size) if sorted(dim % 4 for dim in dims) == [2, 3] else None
+        if self.spelling in (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d):
+            out = tuple(self.result.shape[2:])
+            kernel = tuple(whole // max(part, 1) for whole, part in zip(size, out))
+            return Window(kernel, kernel) if size == tuple(k * part for k, part in zip(kernel, out)) else None
+        more = {"dilation": 1} if self.kind == "max" else {
+            "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        given = self.arguments(kernel_size=None, stride=None, padding=0, **more)
+        kernel, padding = _pair(given["kernel_size"]), _pair(given["padding"])
+        if self.kind == "mean" and (any(padding) or given["divisor_override"]):
+            return None
+        return Window(kernel, _pair(given["stride"] or kernel), padding, _pair(given.get("dilation", 1)))
 
     def index(self) -> tuple[tuple[Tensor, ...], list[fx.Node]]:
         """Operation.index, and the nodes whose elements it counts: the operation itself is run on these numbers.
 
         A tensor that is read twice has one index, and one whose shape alone is read has none.
         """
-        nothing = {each: torch.zeros(self.run.results[each].shape, dtype=torch.int64) for each in self.read}
-        found = []
-        for each in (None, *nothing):
-            counted = {} if each is None else {
-                each: torch.arange(1, nothing[each].numel() + 1).view(nothing[each].shape)}
-            found.append(self.run.gives(self.node, nothing | counted))
-        if found[0].any():
-            raise self.refused(": it adds elements that are not zero")
-        if found[0].shape[0] != 1:
-            raise BadInput(f"{self.node.name} ({self.node.target}) moves elements between images")
-        moved = {each: numbers[0].contiguous() for each, numbers in zip(nothing, found[1:]) if numbers.any()}
+        nothing = {each: torch.zeros(self.run.env[each].shape, dtype=torch.int64) for each in self.read}
+        empty = self.run.gives(self.node, nothing)
+        if empty.any():
+            raise self.refused("it adds elements that are not zero")
+        if empty.shape[0] != 1:
+            raise self.refused("it moves elements between images")
+        counted = {each: nothing | {each: torch.arange(1, zeros.numel() + 1).view(zeros.shape)}
+                   for each, zeros in nothing.items()}
+        found = {each: self.run.gives(self.node, values) for each, values in counted.items()}
+        moved = {each: numbers[0].contiguous() for each, numbers in found.items() if numbers.any()}
         return tuple(moved.values()), list(moved)
 
     def operation(self, name: str) -> Operation:
@@ -344,11 +329,11 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
         run.run(torch.empty(1, *shape, device="meta"))
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
-                       f"({' '.join(str(error).split())[:200]})") from error
+                       f"({one_line(error)})") from error
     nodes, kinds = [], {}
     for node in graph.nodes:
         if node.op == "output":
-            if len(run.read(node)) != 1 or not isinstance(run.results[node], Tensor):
+            if len(run.read(node)) != 1 or not isinstance(run.env[node], Tensor):
                 raise BadInput("the network returns more than its logits")
             continue
         found = _Node(node, run, model)
@@ -361,6 +346,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     operations = []
     for each, name in zip(nodes, names):
         if each.kind not in NOT_LISTED:
-            each.check(own)
+            for why in each.faults(own):
+                raise each.refused(why)
             operations.append(each.operation(name))
     return operations
