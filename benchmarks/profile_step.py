@@ -8,13 +8,14 @@ JSON if its name ends in .json.
 """
 import contextlib
 import tempfile
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import add_options, begin, synchronize
 from compressed import cifar100, kaist, networks
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, run_script
 from compressed.files import save_json, save_text
 from training import gpu_kernels, loop, plan, teachers
 from training import main as training_main
@@ -34,8 +35,7 @@ def stage_on_made_up_images(network: str, batch_size: int, size: int, steps: int
     teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
     data = cifar100.made_up(batch_size * (steps + 1), seed=0, device=device)  # the last step may have another size
     with tempfile.TemporaryDirectory() as folder:
-        stage = loop.Stage("profile", model, data, settings, some_path(folder), None, 5, None, [teacher] * taught, None,
-                           loop.Processes())
+        stage = loop.Stage("profile", model, data, settings, Path(folder), teachers=[teacher] * taught)
         stage.resume(False, 0)
         with stage.fast_kernels():
             stage.begin(0)
