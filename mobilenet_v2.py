@@ -39,7 +39,7 @@ SUBMISSION = Table(stages=((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 
 SMALL = Table(stages=((3, 20, 2, 1), (3, 40, 4, 2), (3, 80, 6, 2), (3, 120, 4, 2)), stem=24, head=None,
               activation=nn.Hardswish, multiple=4)
 
-# KAIST AI's entry ver2 to the challenge, without its squeeze and excitation (tools/without_gates.py).
+# KAIST AI's entry ver2 to the challenge (tools/kaist_checkpoint.py). Its blocks are gated, see GatedBlock.
 KAIST = Table(stages=((2.5, 20, 2, 1), (2.5, 36, 2, 2), (2.5, 56, 3, 1), (2.5, 80, 5, 2), (2.5, 88, 1, 2),
                       (2.5, 96, 2, 1), (2.5, 114, 1, 1)), stem=32, head=None, activation=nn.Hardswish, multiple=2)
 
@@ -77,6 +77,28 @@ class Block(nn.Module):
         out = self.bn3(self.conv3(out))
         if self.residual:
             out = out + self.shortcut(x)
+        return self.out(out)
+
+
+class GatedBlock(Block):
+    """Inverted residual with squeeze and excitation before the shortcut where the stride is 1, as in KAIST's network."""
+    gates = (1,)  # strides of the blocks that have the gate's layers
+
+    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation=nn.ReLU):
+        super().__init__(in_channels, out_channels, expansion, stride, activation)
+        if stride in self.gates:
+            self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
+            self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
+            self.relu3 = activation()
+        self.shortcut = self._modules.pop("shortcut")  # last, as in KAIST's files: states have a digest in this order
+
+    def forward(self, x):
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.residual:
+            gate = self.fc2(self.relu3(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
+            out = out * gate + self.shortcut(x)
         return self.out(out)
 
 
@@ -126,7 +148,8 @@ class SmallMobileNetV2(MobileNetV2):
 
 
 class KaistMobileNetV2(MobileNetV2):
-    """KAIST AI's table without squeeze and excitation: 429k weights, 39M multiply-accumulates an image."""
+    """KAIST AI's network: 463k weights, 39M multiply-accumulates an image."""
+    block = GatedBlock
 
     def __init__(self, num_classes: int = 100, width: float = 1.0):
         super().__init__(num_classes, width, KAIST)

@@ -14,37 +14,21 @@ from compressed.evaluation import logits
 from compressed.graph import trace, weight_layers
 from compressed.networks import fill, is_plain, load_state
 from compressed.normalisation import scale_and_shift
-from mobilenet_v2 import KAIST, Block, MobileNetV2
+from mobilenet_v2 import KAIST, GatedBlock, MobileNetV2
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of RGB / 255, as their authors trained with
 # in place: a teacher is evaluated at every training step
 TABLE = dataclasses.replace(KAIST, activation=functools.partial(nn.Hardswish, inplace=True))
 
 
-class GatedBlock(Block):
-    """Inverted residual with hard swish and, where the stride is 1, squeeze and excitation and a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation):
-        super().__init__(in_channels, out_channels, expansion, stride, activation)
-        # stored with stride 2 too, but used with stride 1 alone
-        self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
-        self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
-        self.relu3 = activation()
-        self.shortcut = self._modules.pop("shortcut")  # last, as in the files: states have a digest in this order
-
-    def forward(self, x):
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.relu2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if not self.residual:
-            return out
-        gate = self.fc2(self.relu3(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
-        return out * gate + self.shortcut(x)
+class StoredBlock(GatedBlock):
+    """A block as KAIST's files have it: the gate's layers are there with stride 2 too, where nothing uses them."""
+    gates = (1, 2)
 
 
 class Micronet(MobileNetV2):
     """KAIST's network: [N, 3, 32, 32] images normalised by cifar100.normalise -> [N, 100] logits."""
-    block = GatedBlock
+    block = StoredBlock
 
     def __init__(self, num_classes: int = 100):
         super().__init__(num_classes, 1.0, TABLE)
@@ -70,27 +54,14 @@ def load_micronet(path) -> Micronet:
     return fill(Micronet(), state, f"{path} is none of KAIST's networks")
 
 
-def without_gates(model: Micronet, images: Tensor) -> dict[str, Tensor]:
-    """Return the state dict of mobilenet_v2.KaistMobileNetV2 that approximates a network of KAIST's.
+def folded(model: Micronet) -> dict[str, Tensor]:
+    """Return the state dict of mobilenet_v2.KaistMobileNetV2 that computes what a network of KAIST's does.
 
-    Every squeeze-and-excitation gate is replaced by its mean over the images (uint8 [N, 3, 32, 32], of the train set),
-    which goes into the BatchNorm before it; masks stay as they are. The input normalisation goes into the first
-    convolution and its BatchNorm, so that the zeros of its border are grey pixels: exact but for the map's outermost
-    positions.
+    The input normalisation goes into the first convolution and its BatchNorm, so that the zeros of its border are grey
+    pixels: exact but for the map's outermost positions. The layers that nothing uses are left out.
     """
-    gates, hooks = {}, []
-    for name, block in model.named_modules():
-        if isinstance(block, GatedBlock) and block.residual:
-            gates[name] = seen = []
-            hooks.append(block.fc2.register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(out.sigmoid())))
-    logits(model, images)
-    for hook in hooks:
-        hook.remove()
-    state = {key: value.clone() for key, value in model.state_dict().items() if ".fc" not in key}
-    for name, seen in gates.items():
-        mean = torch.cat(seen).mean((0, 2, 3))
-        state[f"{name}.bn3.weight"] *= mean
-        state[f"{name}.bn3.bias"] *= mean
+    unused = [f"{name}.fc" for name, block in model.named_modules() if isinstance(block, GatedBlock) and not block.residual]
+    state = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith(tuple(unused))}
     state["bn1.running_mean"] -= (state["conv1.weight"] * model.shift).sum((1, 2, 3))
     state["conv1.weight"] *= model.scale
     return state
