@@ -179,8 +179,8 @@ COMFORT = {"thop": lambda: counting.thop_counts(networks.make("mobilenet_v2:Mobi
            "tqdm": lambda: command_line.progress_bar(total=1)}
 
 
-@pytest.fixture
-def terminal(monkeypatch, capsys):
+def on_a_terminal(monkeypatch) -> None:
+    """To be called in a test: pytest puts another stderr in place after its fixtures."""
     monkeypatch.delenv("TERM", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
 
@@ -188,8 +188,9 @@ def terminal(monkeypatch, capsys):
 @pytest.mark.parametrize("name, content, said", [
     *((name, *case) for name in COMFORT for case in (*BROKEN, ("", "cannot import name"))),
     ("tqdm", "tqdm = None", "TypeError"), ("thop", "def profile(*a, **k): return {}", "KeyError")])
-def test_a_package_that_is_not_necessary_and_does_not_work_is_done_without(stand_in, terminal, capsys, name, content,
-                                                                           said):
+def test_a_package_that_is_not_necessary_and_does_not_work_is_done_without(stand_in, monkeypatch, capsys, name,
+                                                                           content, said):
+    on_a_terminal(monkeypatch)
     stand_in(name, content)
     assert COMFORT[name]() is None and COMFORT[name]() is None
     line, = capsys.readouterr().err.splitlines()
@@ -197,7 +198,8 @@ def test_a_package_that_is_not_necessary_and_does_not_work_is_done_without(stand
 
 
 @pytest.mark.parametrize("absent", (*COMFORT, "matplotlib", "onnx", "onnxruntime"))
-def test_a_package_that_is_not_installed_is_done_without_or_named(monkeypatch, terminal, capsys, absent):
+def test_a_package_that_is_not_installed_is_done_without_or_named(monkeypatch, capsys, absent):
+    on_a_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, absent, None)  # then its import raises ModuleNotFoundError
     monkeypatch.delitem(sys.modules, "tools.figures", raising=False)
     if absent in COMFORT:
