@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class GatedBlock(Block):
-    """Inverted residual with squeeze and excitation before the shortcut where the stride is 1, as in KAIST's network."""
+    """Inverted residual with squeeze and excitation before the shortcut, where the stride is 1."""
     gates = (1,)  # strides of the blocks that have the gate's layers
 
     def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation=nn.ReLU):
@@ -90,7 +90,7 @@ class GatedBlock(Block):
             self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
             self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
             self.relu3 = activation()
-        self.shortcut = self._modules.pop("shortcut")  # last, as in KAIST's files: states have a digest in this order
+        self.shortcut = self._modules.pop("shortcut")  # behind the gate, as in KAIST's files
 
     def forward(self, x):
         out = self.relu1(self.bn1(self.conv1(x)))

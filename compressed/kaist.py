@@ -5,12 +5,10 @@ Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 K
 import dataclasses
 import functools
 
-import torch
 from torch import Tensor, nn
 
 from compressed import counting
 from compressed.errors import BadInput
-from compressed.evaluation import logits
 from compressed.graph import trace, weight_layers
 from compressed.networks import fill, is_plain, load_state
 from compressed.normalisation import scale_and_shift
@@ -60,8 +58,8 @@ def folded(model: Micronet) -> dict[str, Tensor]:
     The input normalisation goes into the first convolution and its BatchNorm, so that the zeros of its border are grey
     pixels: exact but for the map's outermost positions. The layers that nothing uses are left out.
     """
-    unused = [f"{name}.fc" for name, block in model.named_modules() if isinstance(block, GatedBlock) and not block.residual]
-    state = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith(tuple(unused))}
+    unused = tuple(f"layers.{i}.fc" for i, block in enumerate(model.layers) if not block.residual)
+    state = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith(unused)}
     state["bn1.running_mean"] -= (state["conv1.weight"] * model.shift).sum((1, 2, 3))
     state["conv1.weight"] *= model.scale
     return state

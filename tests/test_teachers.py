@@ -12,7 +12,7 @@ from compressed.files import save_tensors
 from compressed.graph import prepare, read
 from compressed.networks import fill, load_checkpoint
 from mobilenet_v2 import KaistMobileNetV2
-from tools import without_gates
+from tools import kaist_checkpoint
 from training import teachers
 
 THERE = os.environ.get("TEACHERS_DIR")
@@ -146,7 +146,7 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
         teachers.find()
 
 
-# ---- KAIST's network without gates ---------------------------------------------------------------
+# ---- KAIST's network as a checkpoint --------------------------------------------------------------
 
 @torch.no_grad()
 def random_micronet() -> kaist.Micronet:
@@ -161,48 +161,27 @@ def random_micronet() -> kaist.Micronet:
     return model
 
 
-def ungated(model: kaist.Micronet, images: torch.Tensor) -> KaistMobileNetV2:
-    return fill(KaistMobileNetV2(), kaist.without_gates(model, images), "does not fit").eval()
-
-
 @torch.no_grad()
-def test_gates_that_are_constant_are_folded_exactly():
-    model, images = random_micronet(), cifar100.made_up(8, 0).images
-    for block in model.layers:
-        block.fc2.weight.zero_()
-    model.shift.zero_()  # with it, the image's border differs
-    x = cifar100.normalise(images)
-    assert torch.allclose(ungated(model, images)(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_gates_are_replaced_by_their_means_and_the_normalisation_is_folded():
-    model, brightness = random_micronet(), torch.linspace(0, 1, 130)[:, None, None, None]
-    images = (cifar100.made_up(130, 0).images * brightness).byte()
+def test_the_normalisation_is_folded():
+    model, x = random_micronet(), cifar100.normalise(cifar100.made_up(8, 0).images)
     for layer in (model.layers[1].fc1, model.layers[1].fc2):
         layer.weight *= 5
-    network, gates = ungated(model, images), []
-    model.layers[1].fc2.register_forward_hook(lambda module, inputs, out: gates.append(out.sigmoid()))
-    x = cifar100.normalise(images)
-    model(x)
-    mean = torch.cat(gates).mean((0, 2, 3))
-    assert gates[0].std(0).max() > 1e-3
-    for kind in ("weight", "bias"):
-        theirs, ours = (getattr(each.layers[1].bn3, kind) for each in (model, network))
-        assert torch.allclose(ours, theirs * mean, rtol=1e-4)
-    assert torch.equal(network.layers[4].bn3.weight, model.layers[4].bn3.weight) == (not model.layers[4].residual)
-    assert not network.layers[3].conv3.weight[2].any() and network.layers[3].conv3.weight[1].all()
+    network = fill(KaistMobileNetV2(), kaist.folded(model), "does not fit").eval()
+    assert not hasattr(network.layers[2], "fc1") and not network.layers[3].conv3.weight[2].any()
     stem = network.bn1(network.conv1(x)), model.bn1(model.conv1(x * model.scale + model.shift))
     ours, theirs = (out[:, :, 1:-1, 1:-1] for out in stem)
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    model.shift.zero_()  # with it, the image's border differs
+    network = fill(KaistMobileNetV2(), kaist.folded(model), "does not fit").eval()
+    assert torch.allclose(network(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_writes_what_quantize_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(random_micronet().state_dict(), "some.t7")
-    assert without_gates.main(["some.t7", "--out", "ungated.pt", "--made-up", "20"]) == 0
+    assert kaist_checkpoint.main(["some.t7", "--out", "float.pt"]) == 0
     assert "read it with --network mobilenet_v2:KaistMobileNetV2" in capsys.readouterr().out
-    network = load_checkpoint("ungated.pt", without_gates.NETWORK)
+    network = load_checkpoint("float.pt", kaist_checkpoint.NETWORK)
     assert len(read(prepare(network)).points) > 50
     with pytest.raises(BadInput, match="some.t7, which is read|ends in .pt"):
-        without_gates.main(["some.t7", "--out", "some.t7", "--made-up", "20"])
+        kaist_checkpoint.main(["some.t7", "--out", "some.t7"])
