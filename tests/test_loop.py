@@ -704,6 +704,7 @@ def test_as_many_other_images_are_another_run(tmp_path, monkeypatch):
 def test_a_damaged_state_is_named(tmp_path):
     stage(tmp_path / "whole", max_seconds=0)
     record, weights = state_of(tmp_path / "whole"), (tmp_path / "whole/stage.state/weights-1.pt").read_bytes()
+    middle = len(weights) // 2
 
     def saved(value) -> bytes:
         torch.save(value, buffer := io.BytesIO())
@@ -717,7 +718,7 @@ def test_a_damaged_state_is_named(tmp_path):
     changed = [record | {"progress": record["progress"] | change} for change in (dict(step=2), *changes)]
     lists = b'{"progress": {', signed({}), json.dumps(changed[0]).encode(), *map(signed, changed[1:])
     parts = (("weights-1.pt", weights[:1000]), ("weights-1.pt", saved({"conv.weight": torch.zeros(1)})),
-             ("weights-1.pt", weights[:999] + bytes([weights[999] ^ 1]) + weights[1000:]),
+             ("weights-1.pt", weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1:]),
              ("average-1.pt", saved(os.system)), ("optimizer-1.pt", None))
     for i, (name, content) in enumerate((*parts, *(("state.json", content) for content in lists))):
         path = shutil.copytree(tmp_path / "whole", tmp_path / str(i)) / "stage.state" / name

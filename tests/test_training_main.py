@@ -44,8 +44,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """All layers of the default network, a fifth of its width."""
-    monkeypatch.setattr(networks, "DEFAULT", NARROW)
+    """All layers of the default network, with all of its shortcuts."""
+    monkeypatch.setattr(networks, "DEFAULT", "mobilenet_v2:MobileNetV2?width=0.5")
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_first_documented_command_means_what_it_meant():
 def test_the_second_documented_command_means_what_it_meant():
     args = training.parse(MASKED.split())
     assert args.masked_retrain and not args.rew and args.epochs == 300
-    model = MobileNetV2(width=0.25)
+    model = MobileNetV2(width=0.5)
     with torch.no_grad():
         for _, module in weight_layers(model):
             module.weight.view(-1)[0] = 0.99e-4
@@ -186,7 +186,7 @@ def test_the_documented_commands_run(narrow, capsys):
     state["layers.3.conv1.weight"][::2] *= 1e-6
     torch.save(state, "run/rew.pt")
     assert run(MASKED + small) == 0
-    made = zeros(load("run/masked.pt", NARROW))
+    made = zeros(load("run/masked.pt", networks.DEFAULT))
     for name, count in made.items():
         pruned = name not in ("conv1", "linear")
         assert count == (state[f"{name}.weight"].abs() < 1e-4).sum() * pruned, name
