@@ -352,7 +352,7 @@ def test_unknown_operations_raise_and_are_named():
 
     for model, name in ((nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()), "1: .* Tanh"),
                         (nn.Sequential(nn.ELU()), "0: .* ELU"), (Run(lambda x: torch.tanh(x)), "tanh"),
-                        (Run(lambda x: x ** 2), "pow"), (Run(lambda x: x * 2), "mul"),
+                        (Run(lambda x: x ** 2), "pow"), (Run(lambda x: x.relu() * 2), "mul"),
                         (Run(lambda x: x.relu() + 1), "add"), (Run(lambda x: x.mean(2)), "mean")):
         with pytest.raises(BadInput, match=name):
             trace(model, (1, 4, 4))
