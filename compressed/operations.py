@@ -168,13 +168,13 @@ class _Node:
         several = self.run.is_tuple(node)
         if not isinstance(self.result, Tensor) and not several:
             return "size"  # x.size(0), x.shape
+        if several and kind != "split":
+            raise self.refused("it gives several tensors")
         if kind is None and self.module is not None and is_point(self.module):
             return "point"  # a Quantizer
         if kind is None:
             what = "this operation" if self.module is None else type(self.module).__name__
             raise self.refused(f"no counting rule for {what}")
-        if several and kind != "split":
-            raise self.refused("it gives several tensors")
         if node.target is operator.getitem and not node.users and self.run.is_tuple(node.args[0]):
             return "size"  # a part of a split that nobody reads
         return kind

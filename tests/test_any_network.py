@@ -292,7 +292,7 @@ def in_place(x):
     (Lone(lambda s, x: s.c(x) if x.sum() > 0 else x, c=conv(padding=1)), "cannot be followed"),
     (Lone(lambda s, x: s.c(x).transpose(0, 1), c=conv(padding=1)), "does not take an image|between images"),
     (Lone(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=nn.BatchNorm2d(4, affine=False)), "b: a BatchNorm without"),
-    (Lone(lambda s, x: s.c(x) - s.c.weight.sum(), c=conv(padding=1)), "sub .* no counting rule"),
+    (Lone(lambda s, x: s.c(x) - s.c.weight.sum(), c=conv(padding=1)), "sum .* no counting rule for this operation"),
     (Lone(lambda s, x: s.c(x) * s.c.bias.view(1, -1, 1, 1), c=conv(padding=1)), "view .* it reads a constant"),
     (Lone(lambda s, x: s.c(x) * s.scale, c=conv(padding=1), scale=nn.Parameter(torch.ones(1, 4, 1, 1))),
      "mul .* it reads a constant"),
