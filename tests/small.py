@@ -18,7 +18,7 @@ class Few(MobileNetV2):
 
     def __init__(self, num_classes: int = 100):
         stages = ((1, 16, 1, 1), (4, 24, 2, 1), (4, 32, 3, 2), (4, 64, 1, 2))
-        super().__init__(num_classes, 1.0, Table(stages, stem=24, head=512))
+        super().__init__(num_classes, 1.0, Table(stages, stem=24, head=128))
 
 
 FEW_BITS = [8, 6, 8] * 8 + [8, 8]  # a bit table

@@ -518,6 +518,7 @@ def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
 @torch.no_grad()
 def test_a_dead_channels_scale_makes_no_difference(fake):
     network, tensors = grids.shipped(fake["channel"], few())
+    network.layers[3].conv2.weight[5], network.layers[3].bn2.weight[5] = 0.5, 1.0  # so that what it adds goes on
     activations = calibrate(network, cifar100.made_up(5, 0).images, 8, "max")
     logits = exact_module.probe_logits(exact_module.exact_network(network, activations))
     assert network.layers[3].bn1.weight[5] == 0

@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs
     with pytest.raises(OSError):
         quantize.main(options(small_checkpoint, out, "power-of-two"))
     assert out.with_suffix(".json").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
-    assert testers.main(["--checkpoint", str(out), "--made-up", "100"]) == 2
+    assert testers.main(["--checkpoint", str(out), "--made-up", "100", "--network", SPEC]) == 2
     assert "is about another file" in capsys.readouterr().err
 
 
