@@ -27,97 +27,49 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from compressed import cifar100, claims, counting, datasets, dead_weight, grids, networks, normalisation, threads
+from compressed import cifar100, claims, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
-from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
-from compressed.exact_network import Quantizer, exact_network, probe_logits, quantize_activations
-from compressed.files import (
-    check_outputs,
-    git_commit,
-    load_lines,
-    load_record,
-    save_record,
-    sha256,
-)
-from compressed.formats import found_formats
+from compressed.exact_network import Quantizer, exact_network, quantize_activations
+from compressed.files import check_outputs, git_commit, sha256
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import stage_logs
+from training.runs import training_record
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
 
 
-# ---------------------------------------------------------------------------------------------------------- the claim
-
-def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
-    """Return options, settings, hardware and last log line of every stage recorded in a checkpoint's folder.
-
-    tuned: the folder of a fine-tuning, whose stage is added.
-    """
-    logs, stages = [log for log in stage_logs(Path(checkpoint).parent) if log.stem != "quantized"], []
-    for log in logs + ([tuned / "quantized.jsonl"] if tuned else []):
-        options = log.with_suffix(".options.json")
-        if options.is_file():
-            record = load_record(options, "remove it, or give a checkpoint elsewhere")
-            lines = load_lines(log)
-            known = {key: record.get(key) for key in ("machine", "train_images", "settings")}
-            if not lines or not isinstance(known["settings"], dict) or None in known.values():
-                raise BadInput(f"{options} and {log} are not what a stage writes; remove them")
-            # the options as they were resolved: from the command line, the recipe, and the defaults
-            resolved = {"options": record["options"]} if isinstance(record.get("options"), dict) else {}
-            stages.append({"stage": log.stem} | known | resolved | {"last_epoch": lines[-1]})
-    return stages
-
-
-def made_claim(checkpoint: Path, claim: dict, network: str = networks.DEFAULT) -> dict:
-    """The claim (see claims.py) with what follows from the file as it was written: digest, counts and logits."""
-    model = prepare(networks.load_checkpoint(checkpoint, network))
-    formats, problems = claims.hold(claim, checkpoint, model, found_formats(model))
-    if problems:
-        raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
-    return {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint),
-            "network": claims.network(network, model)} | claim | {
-        "counts": counting.summary(model, formats),
-        "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
-    parser.add_argument("--recipe", metavar="NAME",
-                        help="options from the table [quantized] of a recipe, as of training/main.py; those given here "
-                             "stand above it (default: recipe.toml in the checkpoint's folder, else none)")
-    parser.add_argument("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
-                        help="sparse float checkpoint (%(default)s)")
-    parser.add_argument("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
-                        help="what is written, a .pt, with its claim F.json next to it (%(default)s)")
-    parser.add_argument("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: "
-                        "the submission's, 6 bits at " + ", ".join(map(str, grids.SIX_BITS)) + " and 8 elsewhere; for "
-                        "another network 8 bits)")
-    parser.add_argument("--scheme", choices=grids.SCHEMES, default="channel",
-                        help="step of the weights: the submission's power of two a layer, a free scale a layer, or a "
-                             "free scale per channel (%(default)s)")
-    parser.add_argument("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number "
-                        "for all, or a TOML file like --table's (%(default)s)")
-    parser.add_argument("--scale-bits", type=number(int, 4, 16), default=grids.FLOAT_BITS, metavar="B",
-                        help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
-    parser.add_argument("--shift-bits", type=number(int, 4, 16), default=grids.SHIFT_BITS, metavar="B",
-                        help="bits of a BatchNorm's shift, a fixed-point number; fewer than 16 are no whole number of "
-                             "accumulator units, to which 8-bit engines round it (%(default)s)")
-    parser.add_argument("--ranges", choices=grids.RANGES, default="logits",
-                        help="activation steps: of the largest value as in the submission, of the least squared error, "
-                             "or from there what the logits prefer (%(default)s)")
-    parser.add_argument("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
-                        help="train images that set the ranges (%(default)s)")
-    parser.add_argument("--renew", type=number(int, 0, 10**6), default=4000, metavar="N",
-                        help="train images that renew the "
-                        "BatchNorm statistics once the weights are quantized, and the means once the activations are; "
-                        "0: keep them (%(default)s)")
+    add, bits = parser.add_argument, number(int, 4, 16)
+    add("--recipe", metavar="NAME", help="options from the table [quantized] of a recipe, as of training/main.py; "
+        "those given here stand above it (default: recipe.toml in the checkpoint's folder, else none)")
+    add("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
+        help="sparse float checkpoint (%(default)s)")
+    add("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
+        help="what is written, a .pt, with its claim F.json next to it (%(default)s)")
+    add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
+        f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
+    add("--scheme", choices=grids.SCHEMES, default="channel", help="step of the weights: the submission's power of two "
+        "a layer, a free scale a layer, or a free scale per channel (%(default)s)")
+    add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all, or a "
+        "TOML file like --table's (%(default)s)")
+    add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
+        help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
+    add("--shift-bits", type=bits, default=grids.SHIFT_BITS, metavar="B", help="bits of a BatchNorm's shift, a "
+        "fixed-point number; fewer than 16 are no whole number of accumulator units, to which 8-bit engines round it "
+        "(%(default)s)")
+    add("--ranges", choices=grids.RANGES, default="logits", help="activation steps: of the largest value as in the "
+        "submission, of the least squared error, or from there what the logits prefer (%(default)s)")
+    add("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
+        help="train images that set the ranges (%(default)s)")
+    add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the BatchNorm "
+        "statistics once the weights are quantized, and the means once the activations are; 0: keep them (%(default)s)")
     networks.add_option(parser)
     normalisation.add_option(parser)
     datasets.add_options(parser)
@@ -129,12 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
                       help="checkpoints whose logits are distilled, as of training/main.py")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
-    tune.add_argument("--tuning-folder", type=some_path, metavar="DIR",
-                      help="where fine-tuning writes (default: --out with the suffix .run, such as "
-                      + str(Path(CHECKPOINT).with_suffix(".run")) + ")")
+    tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "
+                      f"with the suffix .run, such as {Path(CHECKPOINT).with_suffix('.run')})")
     plan.add_precision(tune)
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
-    parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
+    add("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
                     "(default: as the checkpoint was trained, by its run folder; else plain)")
     return parser
@@ -175,8 +126,8 @@ def listed(widths) -> str:
 
 def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, accuracies: Accuracies) -> None:
     """Put the weights and activations of a float network on grids chosen for it, in place."""
-    def generator():
-        return torch.Generator().manual_seed(chosen.seed)
+    def renewing():
+        return model, train_data, chosen.renew, chosen.augment, torch.Generator().manual_seed(chosen.seed)
 
     accuracies.after("float", model)
     # in canonical order the classes are mixed at random: the first images are a fair sample
@@ -185,7 +136,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     grids.quantize_weights(model, chosen.table, chosen.scheme)
     accuracies.after(f"weights at {listed(chosen.table)} bits, {chosen.scheme}", model)
     if chosen.renew:
-        renew_statistics(model, train_data, chosen.renew, chosen.augment, generator())
+        renew_statistics(*renewing())
         accuracies.after("BatchNorm statistics renewed", model)
     if chosen.scheme == "channel":
         grids.shorten_scales(model, chosen.scale_bits)
@@ -199,17 +150,19 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         choose_steps(model, images, reference)
         accuracies.after("activation steps that the logits prefer", model)
     if chosen.renew:
-        renew_means(model, train_data, chosen.renew, chosen.augment, generator())
+        renew_means(*renewing())
         accuracies.after("BatchNorm means renewed, variances kept", model)
 
 
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
-             network: str, accuracies: Accuracies) -> nn.Module:
+             accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
-    found = fine_tune.take_up(networks.make(network, train_data.data_set.classes), tuning, chosen) if tuning else None
+    found = None
+    if tuning:
+        found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
     if found:
         model, accuracies.steps = found
-        model = fine_tune.moved(model, train_data.labels.device)
+        model.to(train_data.labels.device, memory_format=torch.channels_last)
     else:
         on_grids(model, train_data, chosen, accuracies)
         if tuning is None:
@@ -234,32 +187,45 @@ def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies
         accuracies.after("shifts rounded to whole accumulator units", exact_network(network, activations))
     removed = dead_weight.remove(network, activations)
     accuracies.after(f"dead weight removed: {removed['weights']:,} weights", exact_network(network, activations))
+    for entry in tensors + activations:  # before anything is written that no script would read
+        stored_exponent(entry.get("step", 1), entry["name"])
     return network, {"tensors": tensors, "activations": activations, "dead_weight_removed": removed}
 
 
-def chosen_options(args, model: nn.Module, trained: list[dict]) -> tuple[grids.Options, fine_tune.Tuning | None]:
-    """Return the options of the grids and of the fine-tuning; trained: the stages behind the checkpoint."""
+def grid_options(args, model: nn.Module) -> grids.Options:
+    """Return the options of the grids. The images are augmented as they were in the last stage of the training."""
+    trained = training_record(args.checkpoint)
     augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
     activation_bits = tuple(grids.activation_table(args.activation_bits, model).values())
-    chosen = grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, activation_bits,
-                           args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
+    return grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, activation_bits,
+                         args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
+
+
+def tuning_options(args, augment: str, data_set: cifar100.DataSet) -> fine_tune.Tuning | None:
+    """Return the options of the fine-tuning; None without one."""
     if not args.epochs:
-        return chosen, None
+        return None
     cuda = torch.cuda.is_available() and not args.no_cuda
     settings = loop.Settings(**plan.given(args) | {
         "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
         "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
-    return chosen, fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint,
-                                    args.tuning_folder, args.resume)
-
-
-def other_options(args, data_set: cifar100.DataSet) -> dict:
-    """Return, in plain values, what decides the result of a fine-tuning besides settings and grids, and is no default.
-    """
+    # what decides the result besides settings and grids, in plain values, where it is no default
     others = {"data_set": (str(data_set), str(cifar100.CIFAR100)), "holdout": (args.holdout, False),
               "normalise": (args.normalise, None)}
-    return {key: value for key, (value, default) in others.items() if value != default}
+    others = {key: value for key, (value, default) in others.items() if value != default}
+    return fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint, args.tuning_folder,
+                            args.resume, args.network, others)
+
+
+def accuracy_of(network: nn.Module, accuracies: Accuracies, data_name: str, data_folder) -> dict:
+    """Return a claim's entry "accuracy" of the network that was evaluated last."""
+    last = accuracies.steps[-1]
+    found = {"data": data_name, "correct": last["correct"], "images": len(accuracies.data), "loss": last["loss"]}
+    duplicates = cifar100.near_duplicates(data_folder) if data_name == "test" else None
+    if duplicates is None:
+        return found
+    return found | {"without_duplicates": without_duplicates(network, accuracies.data, last["correct"], duplicates)}
 
 
 def main(argv=None) -> int:
@@ -269,40 +235,31 @@ def main(argv=None) -> int:
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    model = prepare(networks.load_checkpoint(args.checkpoint, args.network))
-    model = fine_tune.moved(normalisation.fold(model, *args.normalise) if args.normalise else model, device)
-    source = sha256(args.checkpoint)
-    chosen, tuning = chosen_options(args, model, training_record(args.checkpoint))
+    model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
+    if args.normalise:
+        model = normalisation.fold(model, *args.normalise)
+    model.to(device, memory_format=torch.channels_last)
+    chosen = grid_options(args, model)
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
-                                                 for split in ("train", "test"))
-    if tuning:
-        tuning = dataclasses.replace(tuning, network=args.network, others=other_options(args, train_data.data_set))
+                                               for split in ("train", "test"))
+    tuning = tuning_options(args, chosen.augment, train_data.data_set)
     accuracies = Accuracies(test_data)
-    model = fine_tune.moved(quantize(model, train_data, chosen, tuning, args.network, accuracies), "cpu")
+    model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
     accuracies.data = dataclasses.replace(test_data, images=test_data.images.cpu(), labels=test_data.labels.cpu())
     plain = prepare(networks.make(args.network, train_data.data_set.classes))
     network, formats = ship(model, plain, chosen, accuracies)
-    for entry in formats["tensors"] + formats["activations"]:  # before anything is written that no script would read
-        stored_exponent(entry.get("step", 1), entry["name"])
     networks.save_state(network.state_dict(), args.out)
-    last = accuracies.steps[-1]
-    accuracy = {"data": data_name, "correct": last["correct"], "images": len(test_data), "loss": last["loss"]}
-    duplicates = cifar100.near_duplicates(args.data) if data_name == "test" else None
-    if duplicates is not None:
-        accuracy["without_duplicates"] = without_duplicates(exact_network(network, formats["activations"]),
-                                                            accuracies.data, last["correct"], duplicates)
-    claim = formats | {
+    claims.write(formats | {
         "data_set": dataclasses.asdict(test_data.data_set),
-        "accuracy": accuracy,
+        "accuracy": accuracy_of(exact_network(network, formats["activations"]), accuracies, data_name, args.data),
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
                     "commit": commit,
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
-                    "training": training_record(args.checkpoint, tuning.folder if tuning else None)}}
-    save_record(made_claim(args.out, claim, args.network), claims.claim_path(args.out))
+                    "training": training_record(args.checkpoint, tuning and tuning.folder)}}, args.out, args.network)
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

@@ -26,10 +26,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from compressed import counting, networks
 from compressed.cifar100 import MEAN, STD
 from compressed.errors import BadInput
-from compressed.files import load_record, save_record
-from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, is_half, signed_bits
+from compressed.exact_network import exact_network, probe_logits
+from compressed.files import load_record, save_record, sha256
+from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, found_formats, is_half, signed_bits
+from compressed.graph import prepare
 from compressed.graph import read as read_graph
 
 # parts that testers.py does not check, and the command that measured them
@@ -57,6 +60,21 @@ def recordable(checkpoint) -> None:
         raise BadInput(f"{checkpoint} has no claim next to it to record anything in; quantize.py writes one")
 
 
+def write(claim: dict, checkpoint: Path, spec: str = networks.DEFAULT) -> None:
+    """Write a claim, with what follows from the checkpoint as it was written: digest, counts and logits.
+
+    claim: "tensors", "activations", and whatever else is known. spec: of the network.
+    """
+    model = prepare(networks.load_checkpoint(checkpoint, spec))
+    formats, problems = hold(claim, checkpoint, model, found_formats(model))
+    if problems:
+        raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
+    first = {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "network": network(spec, model)}
+    last = {"counts": counting.summary(model, formats),
+            "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
+    save_record(first | claim | last, claim_path(checkpoint))
+
+
 def record(checkpoint, key: str, value: dict) -> None:
     """Set one key of a checkpoint's claim, and keep all other keys as the file has them now."""
     recordable(checkpoint)
@@ -72,11 +90,8 @@ def network(spec: str, model: nn.Module) -> dict:
 def other_network(stated: dict, model: nn.Module) -> str | None:
     """Return a line that says how a network differs from a claim's entry "network"; None if it does not."""
     made = network(stated.get("spec"), model)
-    differing = [key for key in made if stated.get(key) != made[key]]
-    if not differing:
-        return None
-    return (f"it is of another network than {made['spec']} makes here: " + ", ".join(
-        f"{key} {stated.get(key)} and not {made[key]}" for key in differing))
+    differing = [f"{key} {stated.get(key)} and not {made[key]}" for key in made if stated.get(key) != made[key]]
+    return f"it is of another network than {made['spec']} makes here: {', '.join(differing)}" if differing else None
 
 
 def entries(claim: dict, key: str, path) -> dict[str, dict]:
@@ -85,12 +100,10 @@ def entries(claim: dict, key: str, path) -> dict[str, dict]:
     Raises BadInput if a name is missing or occurs twice, or if an entry's bits are not 1 to 32.
     """
     found = {}
-    listed = claim.get(key)
-    if not isinstance(listed, list):
+    if not isinstance(claim.get(key), list):
         raise BadInput(f"{path}: {key!r} is not a list")
-    for entry in listed:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        bits = entry.get("bits") if isinstance(entry, dict) else None
+    for entry in claim[key]:
+        name, bits = (entry.get("name"), entry.get("bits")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or name in found:
             raise BadInput(f"{path}: {key!r} holds {entry!r} without a name of its own")
         if type(bits) is not int or not 1 <= bits <= WORD:
@@ -116,7 +129,7 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
         raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
     grid = Grid(bits, tuple(map(float, steps)), "claimed")
     codes = grid.codes(parameter)
-    on_steps = codes * torch.tensor(grid.steps, dtype=torch.float64).reshape(-1, *[1] * (parameter.dim() - 1))
+    on_steps = codes * grid.steps_of(parameter)
     off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # always exact for powers of two
     if off.any() or signed_bits(int(codes.min()), int(codes.max())) > bits:
         raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")

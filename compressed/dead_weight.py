@@ -12,22 +12,9 @@ from compressed.exact_network import FUNCTIONS
 from compressed.graph import Branch, Point, read
 
 
-def group_rows(layer: nn.Module, used: Tensor) -> Tensor:
-    """Return which inputs are read, bool [in]; used: which each output reads, bool [out, in of a group]."""
-    groups = getattr(layer, "groups", 1)
-    return used.view(groups, -1, used.shape[1]).any(1).flatten()
-
-
-def reads(layer: nn.Module) -> Tensor:
-    """Return which input channels a convolution or a linear layer reads, bool [in]."""
-    return group_rows(layer, (layer.weight != 0).flatten(2).any(2) if layer.weight.dim() > 2 else layer.weight != 0)
-
-
-def drop_inputs(layer: nn.Module, dead: Tensor) -> None:
-    """Set to zero the weights that read the input channels `dead`, bool [in]."""
-    groups, weight = getattr(layer, "groups", 1), layer.weight
-    for rows, part in zip(weight.view(groups, -1, *weight.shape[1:]), dead.view(groups, -1)):
-        rows[:, part] = 0
+def in_groups(layer: nn.Module) -> Tensor:
+    """Return a view of a layer's weights, [groups, outputs of a group, inputs of a group, taps]."""
+    return layer.weight.view(getattr(layer, "groups", 1), -1, layer.weight.shape[1], layer.weight[0, 0].numel())
 
 
 def drop_outputs(model: nn.Module, branch: Branch, dead: Tensor) -> None:
@@ -57,7 +44,7 @@ def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
             if branch.kind in ("layer", "norm"):
                 drop_outputs(model, branch, ~used)
             if branch.kind == "layer":
-                used = reads(model.get_submodule(branch.name))
+                used = (in_groups(model.get_submodule(branch.name)) != 0).any(3).any(1).flatten()
             elif branch.kind == "norm":
                 used = used & (model.get_submodule(branch.norm).weight != 0)
             elif branch.kind == "moved":
@@ -73,7 +60,8 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
     """
     if branch.kind == "layer":
         layer = model.get_submodule(branch.name)
-        drop_inputs(layer, zero[branch.source])
+        for rows, dead in zip(in_groups(layer), zero[branch.source].view(getattr(layer, "groups", 1), -1)):
+            rows[:, dead] = 0
         bias = model.get_submodule(branch.norm).bias if branch.norm else layer.bias
         return ~(layer.weight != 0).flatten(1).any(1), 0.0 if bias is None else bias
     if branch.kind == "norm":

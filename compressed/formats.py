@@ -1,7 +1,8 @@
 """Represent numbers as integer codes times a step size, and find the formats in which a network's values can be stored.
 """
+import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +38,35 @@ def codes(x: Tensor, step, low: int, high: int) -> Tensor:
     return (x / step).round_().clamp_(low, high)
 
 
-class StraightThrough(torch.autograd.Function):
-    """Quantize x; the gradient passes straight through where x is within half a step of the range (Bengio et al. 2013).
+class Rounded(torch.autograd.Function):
+    """Round x to its grid. step: a number, or a tensor that broadcasts against x.
+
+    The gradient of x passes where x lies within half a step of the range (straight through: Bengio et al. 2013); that
+    of the step is the rounding error of the values inside the range, and the clipped code of those outside, in units of
+    the step (Esser et al., "Learned Step Size Quantization", ICLR 2020).
     """
 
     @staticmethod
     def forward(ctx, x, step, low, high):
         scaled = x / step
-        ctx.save_for_backward((scaled >= low - 0.5) & (scaled <= high + 0.5))
-        return scaled.round_().clamp_(low, high).mul_(step)
+        code = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(scaled, code)
+        ctx.range, ctx.shape = (low - 0.5, high + 0.5), getattr(step, "shape", ())
+        return code * step
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], None, None, None
+        scaled, code = ctx.saved_tensors
+        inside = (scaled >= ctx.range[0]) & (scaled <= ctx.range[1])
+        of_step = None
+        if ctx.needs_input_grad[1]:
+            of_step = (gradient * (code - scaled * inside)).sum_to_size(ctx.shape)
+        return gradient * inside, of_step, None, None
 
 
 def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
-    """Return x quantized, as a float: its code times the step. The gradient, if needed, passes straight through."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return StraightThrough.apply(x, step, low, high)
-    return codes(x, step, low, high).mul_(step)
+    """Return x quantized, as a float: its code times the step. Rounded says what the gradients are."""
+    return Rounded.apply(x, step, low, high)
 
 
 LARGEST = 2**1000  # bound of a step: an integer in a JSON file may be too large for a float
@@ -92,10 +102,13 @@ class Grid:
     steps: tuple[float, ...] = ()
     kind: str = "float32"
 
+    def steps_of(self, values: Tensor) -> Tensor:
+        """Return the steps, float64, in a shape that broadcasts against the values. The grid must have steps."""
+        return torch.tensor(self.steps, dtype=torch.float64).reshape(-1, *[1] * (values.dim() - 1))
+
     def codes(self, values: Tensor) -> Tensor:
         """Return the integer codes of the values (int64, same shape). The grid must have steps."""
-        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, *[1] * (values.dim() - 1))
-        return (values.detach().double() / steps).round().long()
+        return (values.detach().double() / self.steps_of(values)).round().long()
 
 
 def _power_of_two(values: Tensor) -> Grid | None:
@@ -137,11 +150,9 @@ def _one_step(values: Tensor) -> Grid | None:
 
 def _per_channel(rows: Tensor) -> Grid | None:
     """Return a grid with one step per row, as wide as the widest row needs; None if a row fits no grid."""
-    grids = []
-    for row in rows:
-        grids.append(_one_step(row))
-        if grids[-1] is None:
-            return None
+    grids = list(itertools.takewhile(bool, map(_one_step, rows)))  # up to the first that fits none
+    if len(grids) < len(rows):
+        return None
     return Grid(max(grid.bits for grid in grids), tuple(grid.steps[0] for grid in grids), "per channel")
 
 
@@ -156,12 +167,8 @@ def found_grid(tensor: Tensor) -> Grid:
     values = tensor.detach()
     if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
         raise BadInput("a tensor holds values that are not finite")
-    grid = _one_step(values.flatten())
-    if grid is None and tensor.dim() > 1:
-        grid = _per_channel(values.flatten(1))
-    if grid is not None:
-        return grid
-    return next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
+    grid = _one_step(values.flatten()) or (_per_channel(values.flatten(1)) if tensor.dim() > 1 else None)
+    return grid or next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
 
 
 def is_half(values: Tensor, kind: str) -> bool:
@@ -226,12 +233,12 @@ def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activat
 
     BatchNorm and biases keep theirs. The codes are unknown then, so "fixed" accumulators assume the extreme codes.
     """
-    tensors = dict(formats.tensors)
     if weight_bits is not None:
-        tensors |= {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
+        weights = {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
+        formats = replace(formats, tensors=formats.tensors | weights)
     if activation_bits is not None:
-        return Formats(tensors, {}, activation_bits)
-    return Formats(tensors, formats.activations, formats.activation_bits)
+        formats = replace(formats, activations={}, activation_bits=activation_bits)
+    return formats
 
 
 def float_formats(model: nn.Module) -> Formats:

@@ -55,23 +55,18 @@ class Options:
 
 # ---- Bit tables ----------------------------------------------------------------------------------
 
-def has_the_submissions_layers(names: list[str]) -> bool:
-    """Return whether a network's layers stand where the submission's bit table looks for them."""
-    return len(names) == LAYERS and all(names[place] == name for place, name in SIX_BITS.items())
-
-
 def bit_table(option: str | None, model: nn.Module) -> list[int]:
     """Return the bits of a network's layers, in the order of weight_layers.
 
     option: None: the submission's table for a network with its layers, else 8 bits for all; otherwise see
-    `chosen_bits`. The kinds of layers are conv, depthwise and linear. In a network with the submission's layers, a
-    table may also name them by their places.
+    `chosen_bits`. In a network with the submission's layers, a table may also name them by their places.
     """
     kinds = {name: layer_kind(layer) for name, layer in weight_layers(model)}
-    submissions = has_the_submissions_layers(list(kinds))
+    names = list(kinds)
+    submissions = len(names) == LAYERS and all(names[place] == name for place, name in SIX_BITS.items())
     if option is None:
-        return [6 if submissions and name in SIX_BITS.values() else 8 for name in kinds]
-    return list(chosen_bits(option, "layer", kinds, LAYER_KINDS, list(kinds) if submissions else []).values())
+        return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
+    return list(chosen_bits(option, "layer", kinds, LAYER_KINDS, names if submissions else ()).values())
 
 
 def activation_table(option: str, model: nn.Module) -> dict[str, int]:
@@ -96,55 +91,60 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
     be given by their index. Raises BadInput for anything else in the file, for an unknown name, and for widths outside
     2 to 8 (wider values would not be summed exactly).
     """
-    content = {"default": int(option)} if option.isdecimal() and len(option) < 9 else read_table(option)
+    if option.isdecimal() and len(option) < 9:
+        content = {"default": int(option)}
+    elif Path(option).is_file():
+        content = load_toml(option)
+    else:
+        raise BadInput(f"no bit table {option!r}: give a number of bits or a TOML file")
     bits = content.get("bits", {})
-    chosen = {name: bits.get(kind, content.get("default", 8)) for name, kind in kinds.items()}
-    for key, width in bits.items():
-        if key in chosen:
-            chosen[key] = width
-        elif key.isdecimal() and int(key) < len(places):
-            chosen[places[int(key)]] = width
-        elif key not in known:
-            raise BadInput(f"{option}: the network has no {what} {key!r} (names with dots need quotes)")
+    if content.keys() - {"default", "bits"} or not isinstance(bits, dict):
+        raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
+    bits = {places[int(key)] if key.isdecimal() and int(key) < len(places) else key: bits[key] for key in bits}
+    if unknown := [key for key in bits if key not in kinds and key not in known]:
+        raise BadInput(f"{option}: the network has no {what} {unknown[0]!r} (names with dots need quotes)")
+    default = content.get("default", 8)
+    chosen = {name: bits.get(name, bits.get(kind, default)) for name, kind in kinds.items()}
     for name, width in chosen.items():
         if type(width) is not int or not 2 <= width <= 8:
             raise BadInput(f"{width!r} bits for {name}: expected 2 to 8")
     return chosen
 
 
-def read_table(path) -> dict:
-    """Return the content of a bit table's file. Raises BadInput for what is none."""
-    if not Path(path).is_file():
-        raise BadInput(f"no bit table {path!r}: give a number of bits or a TOML file")
-    content = load_toml(path)
-    if content.keys() - {"default", "bits"} or not isinstance(content.get("bits", {}), dict):
-        raise BadInput(f"{path}: expected nothing but `default = 8` and a table [bits]")
-    return content
-
-
 # ---- A network that computes on its grids ---------------------------------------------------------
 
-class QuantizedConv2d(nn.Conv2d):
-    """A convolution that rounds its weights on the way: what it stores is what is trained."""
-    step, bits = None, None
+class RoundsWeights:
+    """The part of a convolution or linear layer that rounds its weights on the way: what it stores is what is trained.
+
+    It has the attributes `bits` and `step`, a tensor that broadcasts against the weights.
+    """
+
+    def rounded_step(self) -> Tensor:
+        return self.step.to(self.weight)
+
+    def rounded_weight(self) -> Tensor:
+        return fake_quantize(self.weight, self.rounded_step(), *code_range(self.bits))
+
+
+class QuantizedConv2d(RoundsWeights, nn.Conv2d):
+    """A convolution of the kind above. plain: the class of one that does not round."""
+    plain = nn.Conv2d
 
     def forward(self, x):
-        return self._conv_forward(x, rounded_weight(self), self.bias)
+        return self._conv_forward(x, self.rounded_weight(), self.bias)
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer that rounds its weights on the way."""
-    step, bits = None, None
+class QuantizedLinear(RoundsWeights, nn.Linear):
+    """A linear layer of the kind above."""
+    plain = nn.Linear
 
     def forward(self, x):
-        return F.linear(x, rounded_weight(self), self.bias)
+        return F.linear(x, self.rounded_weight(), self.bias)
 
 
-PLAIN = {QuantizedConv2d: nn.Conv2d, QuantizedLinear: nn.Linear}
-
-
-def rounded_weight(layer: nn.Module) -> Tensor:
-    return fake_quantize(layer.weight, layer.step.to(layer.weight), *code_range(layer.bits))
+def quantized_class(layer: nn.Module) -> type:
+    """Return the class of a layer like this one that rounds its weights."""
+    return QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
 
 
 @contextlib.contextmanager
@@ -153,10 +153,10 @@ def weights_rounded_once(model: nn.Module):
 
     Within the block, weights and their steps must not be changed.
     """
-    before = [(layer, type(layer), layer.weight) for _, layer in weight_layers(model) if type(layer) in PLAIN]
-    for layer, kind, weight in before:
-        layer.weight = nn.Parameter(rounded_weight(layer).detach(), requires_grad=False)
-        layer.__class__ = PLAIN[kind]
+    before = [(layer, type(layer), layer.weight) for layer in model.modules() if isinstance(layer, RoundsWeights)]
+    for layer, kind, _ in before:
+        layer.weight = nn.Parameter(layer.rounded_weight().detach(), requires_grad=False)
+        layer.__class__ = kind.plain
     try:
         yield
     finally:
@@ -172,12 +172,12 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
     dims = tuple(range(1, weight.dim())) if channel else tuple(range(weight.dim()))
     low, high = code_range(bits)
     largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
-    best, least = None, None
+    best, least = largest, torch.full_like(largest, torch.inf)
     for share in torch.linspace(0.4, 1.0, 40).tolist():
         step = largest * share / high
         error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
-        best = step if best is None else torch.where(error < least, step, best)
-        least = error if least is None else torch.minimum(error, least)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
     return best
 
 
@@ -192,13 +192,11 @@ def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
     free = {branch.name for branch in read(model).layers if branch.norm and scheme != "power-of-two"}
     for (name, module), bits in zip(weight_layers(model), table, strict=True):
         weight = module.weight.detach()
-        if name not in free:
-            step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits), device=weight.device)
+        module.__class__, module.bits = quantized_class(module), bits  # same keys, same tensors
+        if name in free:
+            module.step = free_step(weight, bits, scheme == "channel")
         else:
-            step = free_step(weight, bits, channel=scheme == "channel")
-        # same keys, same tensors
-        module.__class__ = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv2d
-        module.step, module.bits = step, bits
+            module.step = torch.tensor(power_of_two_step(float(weight.abs().max()), bits), device=weight.device)
 
 
 # ---- Steps of activations -------------------------------------------------------------------------
@@ -231,23 +229,19 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
 
     def see_errors(name, out):
         for i in range(4):
-            step = power_of_two_step(largest[name], bits[name], points[name]) / 2 ** i
+            step = steps[name] / 2 ** i
             error = codes(out, step, *code_range(bits[name], points[name])).mul_(step).sub_(out)
             errors[name][i] += float(error.square_().sum())
 
     model.eval()
     watch(see_largest)
+    steps = {name: power_of_two_step(largest[name], bits[name], signed) for name, signed in points.items()}
     if ranges == "mse":
         watch(see_errors)
-    result = []
-    for name, signed in points.items():
-        step = power_of_two_step(largest[name], bits[name], signed)
-        if ranges == "mse":
-            step /= 2 ** int(errors[name].argmin())
-        if name in graph.images and bits[name] == 8:
-            step = 1 / cifar100.STD
-        result.append({"name": name, "bits": bits[name], "signed": signed, "step": step})
-    return result
+        steps = {name: step / 2 ** int(errors[name].argmin()) for name, step in steps.items()}
+    steps |= {name: 1 / cifar100.STD for name in graph.images if bits[name] == 8}
+    return [{"name": name, "bits": bits[name], "signed": signed, "step": steps[name]}
+            for name, signed in points.items()]
 
 
 # ---- What is stored -------------------------------------------------------------------------------
@@ -261,36 +255,35 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
     """
     network.load_state_dict(model.state_dict())
     network.eval()
-    ours = []
+    ours = {}
     for branch in read(network).layers:
         layer = network.get_submodule(branch.name)
-        scale = torch.ones(len(layer.weight), dtype=torch.float64)
+        norm = network.get_submodule(branch.norm) if branch.norm else None
+        bias, scale = None, torch.ones(len(layer.weight), dtype=torch.float64)
         if branch.kind == "layer":
-            source = model.get_submodule(branch.name)
-            code = codes(source.weight.detach().float(), source.step, *code_range(source.bits))
+            source, bias = model.get_submodule(branch.name), layer.bias
+            steps = source.rounded_step()
+            code = codes(source.weight, steps, *code_range(source.bits))
             # a free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
-            step = float(source.step) if source.step.dim() == 0 else 2.0 ** (1 - source.bits)
-            layer.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
-            ours.append({"name": f"{branch.name}.weight", "bits": source.bits, "step": step})
-            scale *= (source.step / step).double().flatten()
+            step = 2.0 ** (1 - source.bits) if steps.dim() else float(steps)
+            scale *= (steps / step).double().flatten()
             scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
-            if branch.norm:  # a power of two, moved between scale and weights: nothing else changes
-                factor = normal_factor(folded(network.get_submodule(branch.norm))[0] * scale)
-                layer.weight.div_(factor)
-                ours[-1]["step"], scale = step / factor, scale * factor
-            if layer.bias is not None and branch.norm is None:
-                ours.append(store_fixed(layer.bias, f"{branch.name}.bias"))
-        if branch.norm:
-            bias = getattr(layer, "bias", None) if branch.kind == "layer" else None
-            ours += fold(network.get_submodule(branch.norm), branch.norm, scale, bias, scale_bits, shift_bits)
-            if branch.kind == "layer" and layer.bias is not None:
-                layer.bias.zero_()  # it went into the shift
-                ours.append({"name": f"{branch.name}.bias", "bits": 1, "step": 1.0})
-    order = {name: i for i, name in enumerate(network.state_dict())}
-    unused = {name for name, _ in network.named_parameters()} - {claim["name"] for claim in ours}
-    if unused:
+            if norm:  # a power of two, moved between scale and weights: nothing else changes
+                factor = normal_factor(folded(norm)[0] * scale)
+                step, scale = step / factor, scale * factor
+            layer.weight.copy_(code * step + 0.0)  # a small negative value is -0.0: there is one code 0
+            ours[f"{branch.name}.weight"] = {"bits": source.bits, "step": step}
+        if norm:
+            ours |= fold(norm, branch.norm, scale, bias, scale_bits, shift_bits)
+        if bias is not None and norm:
+            bias.zero_()  # it went into the shift
+            ours[f"{branch.name}.bias"] = {"bits": 1, "step": 1.0}
+        elif bias is not None:
+            ours[f"{branch.name}.bias"] = store_fixed(bias)
+    names = [name for name, _ in network.named_parameters()]
+    if unused := set(names) - ours.keys():
         raise BadInput(f"{min(unused)} is not used by the forward pass: take it out of the network")
-    return network, sorted(ours, key=lambda claim: order[claim["name"]])
+    return network, [{"name": name} | ours[name] for name in names]
 
 
 def normal_factor(scale: Tensor) -> float:
@@ -306,9 +299,9 @@ def normal_factor(scale: Tensor) -> float:
     return 2.0 ** max(0, min(-13 - needed, 15 - room))
 
 
-def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None, scale_bits: int = FLOAT_BITS,
-         shift_bits: int = SHIFT_BITS) -> list[dict]:
-    """Fold a BatchNorm in place, with the steps that it absorbs and the bias before it; return its tensors' claims."""
+def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None, scale_bits: int,
+         shift_bits: int) -> dict[str, dict]:
+    """Fold a BatchNorm in place, with the steps that it absorbs and the bias before it; return {tensor: its format}."""
     scale, shift = folded(bn)
     shift = shift if bias is None else shift + scale * bias.double()
     scale = torch.where(step == 0, 0.0, scale * step)
@@ -317,16 +310,16 @@ def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None, scale
         if largest > torch.finfo(torch.float16).max:
             raise BadInput(f"{name}: its folded scale {largest:.3g} does not fit 16 bits")
         bn.weight.copy_(scale.half())
-        stored = {"name": f"{name}.weight", "bits": 16, "kind": "float16"}
+        stored = {"bits": 16, "kind": "float16"}
     else:
         unit = scale_unit(scale, scale_bits)
         bn.weight.copy_(codes(scale, unit, *code_range(scale_bits)) * unit + 0.0)
-        stored = {"name": f"{name}.weight", "bits": scale_bits, "step": float(unit)}
+        stored = {"bits": scale_bits, "step": float(unit)}
     bn.bias.copy_(shift)
     bn.running_mean.zero_()
     bn.running_var.fill_(1 - bn.eps)
     bn.num_batches_tracked.zero_()
-    return [stored, store_fixed(bn.bias, f"{name}.bias", shift_bits)]
+    return {f"{name}.weight": stored, f"{name}.bias": store_fixed(bn.bias, shift_bits)}
 
 
 def scale_unit(scale: Tensor, bits: int) -> Tensor:
@@ -380,30 +373,26 @@ def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict
     steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
     bits, graph = {entry["name"]: entry["bits"] for entry in tensors}, read(network)
     for branch in graph.layers:
-        owner = network.get_submodule(branch.norm or branch.name)
+        name = branch.norm or branch.name
+        owner = network.get_submodule(name)
         if owner.bias is None or not branch.norm and branch in graph.points[-1].branches:
             continue
-        name = f"{branch.norm or branch.name}.bias"
-        step = steps[name]
-        largest = step * code_range(bits[name])[1]
+        step = steps[f"{name}.bias"]
+        largest = step * code_range(bits[f"{name}.bias"])[1]
         unit = steps[branch.source] * (steps[f"{branch.name}.weight"] if branch.kind == "layer" else 1)
         scales = owner.weight.tolist() if branch.norm else [1] * len(owner.bias)
         for channel, (scale, shift) in enumerate(zip(scales, owner.bias.tolist())):
             if scale == 0:
                 continue  # nothing is accumulated
-            grain = shift_grain(abs(Fraction(scale)) * unit, step)
+            scaled = abs(Fraction(scale)) * unit
+            odd = scaled.numerator // (scaled.numerator & -scaled.numerator)
+            grain = odd * max(scaled / odd, step)  # the least number that is whole in both
             limit = largest // grain
             owner.bias[channel] = float(max(-limit, min(limit, round(Fraction(shift) / grain))) * grain)
 
 
-def shift_grain(unit: Fraction, step: Fraction) -> Fraction:
-    """Return the least number that is a whole number of an accumulator's units and of a stored shift's steps."""
-    odd = unit.numerator // (unit.numerator & -unit.numerator)
-    return odd * max(unit / odd, step)
-
-
-def store_fixed(tensor: Tensor, name: str, bits: int = SHIFT_BITS) -> dict:
+def store_fixed(tensor: Tensor, bits: int = SHIFT_BITS) -> dict:
     """Round a vector in place to codes times one power of two: what is added needs absolute precision."""
     step = power_of_two_step(float(tensor.abs().max()), bits)
     tensor.copy_(codes(tensor.double(), step, *code_range(bits)) * step + 0.0)
-    return {"name": name, "bits": bits, "step": step}
+    return {"bits": bits, "step": step}

@@ -68,8 +68,8 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
         found = networks[k].finish().double().log_softmax(1)
         return F.kl_div(found, expected[k], reduction="none", log_target=True).sum(1)
 
-    def gain(least: list[Tensor]) -> list[Tensor] | None:
-        """Return the divergences of the model as it is, if their sum is less than that of these; else None."""
+    def gain() -> list[Tensor] | None:
+        """Return the divergences of the model as it is, if their sum is less than the `least`; else None."""
         found = [divergences(0)]
         apart = found[0] - least[0]
         if apart.mean() > 2 * apart.std() / len(apart) ** 0.5:
@@ -89,7 +89,7 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
             before = quantizer.step
             for step in (2 * before, before / 2):
                 quantizer.step = step
-                if (found := gain(least)) is not None:
+                if (found := gain()) is not None:
                     least = found
                     break
             else:

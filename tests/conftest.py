@@ -21,22 +21,20 @@ def cifar100_dir() -> Path:
     return Path(REAL).absolute()
 
 
-@pytest.fixture(scope="session")
-def sparse_checkpoint(tmp_path_factory) -> Path:
+@torch.no_grad()
+def sparse_network(spec: str):
     """A network with random weights, three quarters of them zero, and BatchNorm statistics of no round numbers.
 
     Its linear layer is fitted to the 100 made-up images that it is tested on (`--made-up 100`): some 40 are right in
     float and fewer with every rounding, so that an error in the arithmetic costs accuracy.
     """
-    from compressed import cifar100
-    from compressed.files import save_tensors
+    from compressed import cifar100, networks
     from compressed.graph import weight_layers
-    from mobilenet_v2 import MobileNetV2
 
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MobileNetV2()
+        model = networks.make(spec)
         for _, layer in weight_layers(model):
             layer.weight.mul_(torch.rand(layer.weight.shape, generator=generator) < 0.25)
         model.layers[3].conv1.weight[5] = 0  # a dead channel, whatever the draw
@@ -60,21 +58,40 @@ def sparse_checkpoint(tmp_path_factory) -> Path:
         weight = torch.linalg.solve(kernel, 10 * torch.eye(100)[data.labels]).T @ hidden
         model.linear.weight.copy_(weight * (weight.abs() > weight.abs().median()))
         model.linear.bias.copy_(-model.linear.weight @ features[0].mean(0))
-    path = tmp_path_factory.mktemp("sparse") / "masked.pt"
-    save_tensors(model.state_dict(), path)
-    return path
+    return model
+
+
+def saved(model, folder: Path) -> Path:
+    from compressed.files import save_tensors
+
+    save_tensors(model.state_dict(), folder / "masked.pt")
+    return folder / "masked.pt"
 
 
 @pytest.fixture(scope="session")
-def fake(sparse_checkpoint):
-    """{scheme: the sparse network with weights that are rounded on the way}"""
+def sparse_checkpoint(tmp_path_factory) -> Path:
+    """The sparse network in full size, of which every evaluation takes seconds."""
+    return saved(sparse_network("mobilenet_v2:MobileNetV2"), tmp_path_factory.mktemp("sparse"))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    """The sparse network small.Few: for every test that does not need the shipped one's size."""
+    from small import SPEC
+    return saved(sparse_network(SPEC), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def fake(small_checkpoint):
+    """{scheme: the small sparse network with weights that are rounded on the way}"""
     from compressed import grids
     from compressed.networks import load_checkpoint
+    from small import FEW_BITS, SPEC
 
     models = {}
     for scheme in grids.SCHEMES:
-        models[scheme] = load_checkpoint(sparse_checkpoint)
-        grids.quantize_weights(models[scheme], grids.bit_table(None, models[scheme]), scheme)
+        models[scheme] = load_checkpoint(small_checkpoint, SPEC)
+        grids.quantize_weights(models[scheme], FEW_BITS, scheme)
     return models
 
 
@@ -83,11 +100,11 @@ def exact(fake):
     """{scheme: (shipped network, its tensors, its activations, the exact network)}"""
     from compressed import cifar100, grids
     from compressed.exact_network import exact_network
-    from mobilenet_v2 import MobileNetV2
+    from small import few
 
     made = {}
     for scheme, ranges in zip(grids.SCHEMES, ("max", "mse", "mse")):
-        network, tensors = grids.shipped(fake[scheme], MobileNetV2())
+        network, tensors = grids.shipped(fake[scheme], few())
         activations = grids.calibrate(fake[scheme], cifar100.made_up(20, 0).images, 8, ranges)
         made[scheme] = network, tensors, activations, exact_network(network, activations)
     return made

@@ -1,13 +1,31 @@
 """A small network in the shipped format, for tests of everything that reads one."""
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from compressed import cifar100, claims, grids
 from compressed.formats import code_range
 from compressed.graph import read, weight_layers
-from mobilenet_v2 import MobileNetV2
+from mobilenet_v2 import MobileNetV2, Table
 
 CLASSES, WIDTH = 7, 0.25
+SPEC = f"{Path(__file__).resolve()}:Few"
+
+
+class Few(MobileNetV2):
+    """The first seven blocks of the submission's table, narrow: every kind of layer and shortcut that it has."""
+
+    def __init__(self, num_classes: int = 100):
+        stages = ((1, 16, 1, 1), (4, 24, 2, 1), (4, 32, 3, 2), (4, 64, 1, 2))
+        super().__init__(num_classes, 1.0, Table(stages, stem=24, head=128))
+
+
+FEW_BITS = [8, 6, 8] * 8 + [8, 8]  # a bit table
+
+
+def few(classes: int = 100) -> Few:
+    return Few(classes).eval()
 
 
 def with_hardswish(model: MobileNetV2) -> MobileNetV2:
@@ -40,9 +58,9 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
             norm.bias.copy_(0.3 * torch.randn(len(conv), generator=generator))
             norm.running_var.fill_(1 - norm.eps)
             tensors.append({"name": f"{name}.weight", "bits": 16, "kind": "float16"})
-            tensors.append(grids.store_fixed(norm.bias, f"{name}.bias"))
+            tensors.append({"name": f"{name}.bias"} | grids.store_fixed(norm.bias))
     model.linear.bias.copy_(torch.randn(classes, generator=generator))
-    tensors.append(grids.store_fixed(model.linear.bias, "linear.bias"))
+    tensors.append({"name": "linear.bias"} | grids.store_fixed(model.linear.bias))
     order = [name for name, _ in model.named_parameters()]
     activations = grids.calibrate(model, cifar100.made_up(20, 3).images, 8, "max")
     return model, {"tensors": sorted(tensors, key=lambda t: order.index(t["name"])), "activations": activations,

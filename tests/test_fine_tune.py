@@ -1,6 +1,5 @@
 """Fine-tuning on the grids, by quantize.py's command line."""
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -14,17 +13,18 @@ from compressed.files import load_json, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, calibrate
 from compressed.networks import load_checkpoint
+from small import SPEC
 from test_quantize import ladder, options, short_and_whole
 from training import fine_tune, learned_steps
 
 TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
 
 
-def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
+def test_fine_tuning_keeps_the_zeros(small_checkpoint, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     checkpoint = folder / "masked.pt"
-    checkpoint.write_bytes(sparse_checkpoint.read_bytes())
+    checkpoint.write_bytes(small_checkpoint.read_bytes())
     plain, tuned = tmp_path / "plain.pt", tmp_path / "tuned.pt"
     assert quantize.main(options(checkpoint, plain, "channel")) == 0
     assert quantize.main(options(checkpoint, tuned, "channel", *TUNE)) == 0
@@ -34,7 +34,7 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
         claim["accuracy_by_step"][-1]["step"]]
     assert short_and_whole(tuned)
     assert claim["accuracy_by_step"][:4] == untouched["accuracy_by_step"][:4]
-    masked, before, after = load_checkpoint(checkpoint), load_checkpoint(plain), load_checkpoint(tuned)
+    masked, before, after = (load_checkpoint(path, SPEC) for path in (checkpoint, plain, tuned))
     changed = 0
     for (name, zeros), (_, old), (_, new) in zip(*map(weight_layers, (masked, before, after))):
         assert (new.weight[zeros.weight == 0] == 0).all()
@@ -47,27 +47,18 @@ def test_fine_tuning_keeps_the_zeros(sparse_checkpoint, tmp_path):
     assert list(folder.iterdir()) == [checkpoint]
 
 
-def test_a_sweep_over_bit_tables_fine_tunes_one_checkpoint(sparse_checkpoint, tmp_path, monkeypatch):
-    """Every fine-tuning belongs to its --out: the next one neither stops nor replaces it."""
-    def no_training(name, model, data, test, settings, folder, began, **_):
-        began()
-        (folder / f"{name}.jsonl").write_text('{"step": 1}\n')
-        return model
-    monkeypatch.setattr(fine_tune.loop, "train", no_training)
-    for table in ("4", "5"):
-        assert quantize.main(options(sparse_checkpoint, tmp_path / f"b{table}.pt", "channel", *TUNE,
-                                     "--table", table)) == 0
-    for table in ("4", "5"):
-        record = load_json(tmp_path / f"b{table}.run" / "quantized.options.json")
-        assert record["options"]["grids"]["table"][0] == int(table)
+def test_every_fine_tuning_has_a_folder_of_its_own():
+    """A sweep over bit tables fine-tunes one checkpoint: the next one neither stops nor replaces the one before."""
+    folders = [quantize.parse(["--out", out]).tuning_folder for out in ("b4.pt", "b5.pt")]
+    assert list(map(str, folders)) == ["b4.run", "b5.run"]
 
 
-def test_a_finished_fine_tuning_is_taken_up(sparse_checkpoint, tmp_path, monkeypatch):
+def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypatch):
     """The same command, on another machine perhaps, ships what quantized.pt holds; with other options it is refused."""
     checkpoint = tmp_path / "masked.pt"
-    checkpoint.write_bytes(sparse_checkpoint.read_bytes())
+    checkpoint.write_bytes(small_checkpoint.read_bytes())
     tune = (*TUNE, "--tuning-folder", str(tmp_path), "--optimizer", "muon", "--turn", "0.001", "--teacher",
-            str(sparse_checkpoint), str(checkpoint))
+            str(small_checkpoint), str(checkpoint))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     assert quantize.main(options(checkpoint, first, "channel", *tune)) == 0
     monkeypatch.setattr(quantize, "on_grids", None)
@@ -92,13 +83,14 @@ def test_a_finished_fine_tuning_is_taken_up(sparse_checkpoint, tmp_path, monkeyp
     assert not (tmp_path / "quantized.pt").exists()
 
 
-def test_fine_tuning_trains_everything_but_zeros_and_statistics(sparse_checkpoint, tmp_path):
+def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint, tmp_path):
     """A gradient reaches every weight and every step through every rounding."""
-    model = load_checkpoint(sparse_checkpoint)
-    args = quantize.parse(["--checkpoint", str(sparse_checkpoint), "--lr", "0.001", "--teacher", str(sparse_checkpoint),
-                           "--scheme", "layer", "--step-rate", "0.01", *TUNE])
-    chosen, tuning = quantize.chosen_options(args, model, [])
-    tuning = dataclasses.replace(tuning, folder=tmp_path)
+    model = load_checkpoint(small_checkpoint, SPEC)
+    args = quantize.parse(["--checkpoint", str(small_checkpoint), "--lr", "0.001", "--teacher", str(small_checkpoint),
+                           "--scheme", "layer", "--step-rate", "0.01", "--network", SPEC, "--tuning-folder",
+                           str(tmp_path), *TUNE])
+    chosen = quantize.grid_options(args, model)
+    tuning = quantize.tuning_options(args, chosen.augment, cifar100.CIFAR100)
     grids.quantize_weights(model, chosen.table, "layer")
     exact_module.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
     before, steps = copy.deepcopy(model.state_dict()), fine_tune.with_steps(model)
@@ -117,9 +109,9 @@ def test_fine_tuning_trains_everything_but_zeros_and_statistics(sparse_checkpoin
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_trained_steps_are_those_that_the_forward_pass_used(sparse_checkpoint, scheme):
+def test_trained_steps_are_those_that_the_forward_pass_used(small_checkpoint, scheme):
     """Making the steps trained parameters, moving them, and fixing them again changes no logit."""
-    model = load_checkpoint(sparse_checkpoint)
+    model = load_checkpoint(small_checkpoint, SPEC)
     images, generator = cifar100.made_up(10, 0).images, torch.Generator().manual_seed(0)
     grids.quantize_weights(model, grids.bit_table("4", model), scheme)
     if scheme == "channel":
@@ -141,20 +133,6 @@ def test_trained_steps_are_those_that_the_forward_pass_used(sparse_checkpoint, s
     assert not any("log_step" in name for name in model.state_dict())
 
 
-def test_the_gradient_of_a_step_by_hand():
-    """Rounding errors inside the range, the clipped code outside (Esser et al. 2020, equation 3)."""
-    x = torch.tensor([0.3, 0.9, -9.0, 9.0, 0.26], requires_grad=True)
-    step = torch.tensor(0.5, requires_grad=True)
-    y = learned_steps.Rounded.apply(x, step, -2, 1)
-    assert y.tolist() == [0.5, 0.5, -1.0, 0.5, 0.5]
-    y.backward(torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0]))
-    assert x.grad.tolist() == [1, 0, 0, 0, 10000]
-    assert step.grad.item() == pytest.approx((1 - 0.6) + 10 + 100 * -2 + 1000 + 10000 * (1 - 0.52))
-    channels = torch.tensor([[0.5], [2.0]], requires_grad=True)
-    learned_steps.Rounded.apply(torch.tensor([[0.3, 0.4], [1.5, 2.0]]), channels, -8, 7).sum().backward()
-    assert channels.grad.flatten().tolist() == pytest.approx([0.4 + 0.2, 0.25 + 0.0])
-
-
 def test_oscillating_weights_are_counted():
     """One weight of eight goes up and down, one goes up and stays, and one moves below the grid's resolution."""
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1, bias=False), torch.nn.Conv2d(2, 2, 1, groups=2, bias=False),
@@ -162,7 +140,7 @@ def test_oscillating_weights_are_counted():
     for layer, kind in zip(model, (learned_steps.LearnedConv2d, learned_steps.LearnedConv2d,
                                    learned_steps.LearnedLinear)):
         torch.nn.init.ones_(layer.weight)
-        layer.__class__, layer.bits, layer.norm, layer.log_step = kind, 4, [], torch.nn.Parameter(torch.tensor(-1.0))
+        layer.__class__, layer.bits, layer.log_step = kind, 4, torch.nn.Parameter(torch.tensor(-1.0))
     watch = learned_steps.Oscillation(model)
     model[0].weight.data[0, 0] = 0  # it does not count, and leaves seven
 

@@ -18,7 +18,7 @@ from compressed.graph import prepare, read, weight_layers
 from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
-from small import layer_neighbours
+from small import FEW_BITS, SPEC, few, layer_neighbours
 from test_any_network import FILE, shipped
 from tools.integer import IntegerNetwork
 
@@ -49,13 +49,6 @@ def test_code_ranges():
     assert [code_range(b, signed=False) for b in (2, 6, 8)] == [(0, 3), (0, 63), (0, 255)]
 
 
-def test_halves_go_to_even():
-    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -0.51, 0.49, -1.0])
-    assert codes(x, 1.0, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
-    assert codes(x / 4, 0.25, -8, 7).tolist() == [-2, -2, 0, 0, 2, 2, -1, 0, -1]
-    assert codes(torch.tensor([-99.0, 99.0, 7.4, 7.5]), 1.0, -8, 7).tolist() == [-8, 7, 7, 7]
-
-
 def slow_code(value, step, low, high):
     quotient = Fraction(float(np.float32(value / step)))  # float32 division, then exact
     return min(max(round(quotient), low), high)
@@ -75,13 +68,23 @@ def test_codes_are_those_of_a_slow_reference(bits, signed, step):
     assert torch.equal(fake_quantize(x.clone().requires_grad_(), step, low, high), on_grid)
 
 
-def test_the_gradient_is_one_inside_and_zero_outside():
-    for low, high in (code_range(4), code_range(4, signed=False)):
-        # in range is what is rounded to a code; what is clipped to one is outside
-        x = torch.tensor([low - 0.75, low - 0.25, low + 0.3, 0.1, 3.4, high + 0.25,
-                          high + 0.75]).mul_(0.25).requires_grad_()
-        fake_quantize(x, 0.25, low, high).backward(torch.arange(1.0, 8.0))
-        assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+def test_the_gradients_by_hand():
+    """Of a step: rounding errors inside the range, the clipped code outside (Esser et al. 2020, equation 3)."""
+    # inside is what is rounded to a code, up to half a step beyond the range; what is clipped to one is outside
+    x = torch.tensor([0.3, 0.7, 0.9, -9.0, 9.0, -1.2, 0.26], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    y = fake_quantize(x, step, -2, 1)
+    assert y.tolist() == [0.5, 0.5, 0.5, -1.0, 0.5, -1.0, 0.5]
+    y.backward(torch.tensor([1.0, 5.0, 10.0, 100.0, 1000.0, 2.0, 10000.0]))
+    assert x.grad.tolist() == [1, 5, 0, 0, 0, 2, 10000]
+    assert step.grad.item() == pytest.approx(
+        (1 - 0.6) + 5 * (1 - 1.4) + 10 + 100 * -2 + 1000 + 2 * (-2 + 2.4) + 10000 * (1 - 0.52))
+    channels = torch.tensor([[0.5], [2.0]], requires_grad=True)
+    fake_quantize(torch.tensor([[0.3, 0.4], [1.5, 2.0]]), channels, -8, 7).sum().backward()
+    assert channels.grad.flatten().tolist() == pytest.approx([0.4 + 0.2, 0.25 + 0.0])
+    x = torch.tensor([-0.3, -0.1, 7.6], requires_grad=True)
+    fake_quantize(x, 0.5, 0, 15).sum().backward()  # unsigned, by a step that is no tensor
+    assert x.grad.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("bits", [2, 6, 8])
@@ -108,24 +111,27 @@ def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
 
 # --------------------------------------------------------------------------------------------------------- bit table
 
-def test_the_submissions_bits():
-    table = bit_table(None, MobileNetV2())
+@pytest.fixture(scope="module")
+def submission():
+    return MobileNetV2()
+
+
+def test_the_submissions_bits(submission):
+    table = bit_table(None, submission)
     assert [i for i, bits in enumerate(table) if bits == 6] == [3, 5, 8, 10, 11, 14, 16, 19, 55]
     assert len(table) == 58 and set(table) == {6, 8}
 
 
-def test_other_bit_tables(tmp_path):
-    assert bit_table("4", MobileNetV2()) == [4] * 58
+def test_other_bit_tables(submission, tmp_path):
+    assert bit_table("4", submission) == [4] * 58
     path = tmp_path / "t.toml"
     path.write_text('default = 7\n[bits]\n"layers.0.conv3" = 5\n57 = 6\nconv1 = 8\n"layers.16.shortcut.0" = 2\n')
-    table = bit_table(str(path), MobileNetV2())
+    table = bit_table(str(path), submission)
     assert (table[3], table[57], table[0], table[55]) == (5, 6, 8, 2) and table.count(7) == 54
-    path.write_text("[bits]\n9 = 3\n")
-    assert bit_table(str(path), MobileNetV2()) == [8] * 9 + [3] + [8] * 48
-    path.write_text("")
-    assert bit_table(str(path), MobileNetV2()) == [8] * 58
-    path.write_bytes(b'\xef\xbb\xbf# \xc3\xbc\r\ndefault = 5\r\n')  # as Windows' editors write it
-    assert bit_table(str(path), MobileNetV2()) == [5] * 58
+    for content, bits in ((b"[bits]\n9 = 3\n", [8] * 9 + [3] + [8] * 48), (b"", [8] * 58),
+                          (b'\xef\xbb\xbf# \xc3\xbc\r\ndefault = 5\r\n', [5] * 58)):  # as Windows' editors write it
+        path.write_bytes(content)
+        assert bit_table(str(path), submission) == bits
 
 
 def test_bit_tables_of_another_network(tmp_path):
@@ -197,8 +203,8 @@ def test_small_scales_lose_nothing_in_a_shipped_network(fake):
     """A layer has scales 2^-20 of what they were: its weights become that much smaller, and products are exact."""
     model, same = copy.deepcopy(fake["layer"]), copy.deepcopy(fake["layer"])
     model.layers[2].bn3.weight.data.mul_(2**-20)
-    network, tensors = grids.shipped(model, MobileNetV2())
-    expected, stated = grids.shipped(same, MobileNetV2())
+    network, tensors = grids.shipped(model, few())
+    expected, stated = grids.shipped(same, few())
     ours, theirs = network.layers[2], expected.layers[2]
     product = ours.bn3.weight.double()[:, None, None, None] * ours.conv3.weight.double() * 2**20
     assert torch.equal(product, theirs.bn3.weight.double()[:, None, None, None] * theirs.conv3.weight.double())
@@ -212,37 +218,34 @@ def test_small_scales_lose_nothing_in_a_shipped_network(fake):
     ("[bits]\n-1 = 6", "has no layer '-1'"), ("[bits]\nlayers.0.conv1 = 6",
                                               "no layer 'layers' .names with dots need quotes"),
     ("[bits]\nconv1 = 9", "9 bits for conv1: expected 2 to 8"), ("default = 1", "1 bits for conv1"),
-    ("[bits]\nconv1 = 6.0", "6.0 bits"), 
-    ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"), ("default = true", "True bits"),
+    ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"),
+    ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
     ("[bits", "not readable as TOML"), ("[bits]\nconv1 = 6\nconv1 = 7", "not readable as TOML"),
 ])
-def test_bit_tables_that_are_wrong(tmp_path, content, message):
+def test_bit_tables_that_are_wrong(submission, tmp_path, content, message):
     path = tmp_path / "t.toml"
     path.write_text(content)
     with pytest.raises(BadInput, match=message):
-        bit_table(str(path), MobileNetV2())
+        bit_table(str(path), submission)
 
 
 @pytest.mark.parametrize("option, message", [
     ("1", "1 bits for conv1: expected 2 to 8"), ("9", "9 bits"), ("-3", "no bit table '-3'"), ("", "no bit table ''"),
     ("nowhere.toml", "no bit table 'nowhere.toml': give a number of bits or a TOML file"), (".", "no bit table"),
 ])
-def test_bit_tables_that_are_not_there(option, message):
+def test_bit_tables_that_are_not_there(submission, option, message):
     with pytest.raises(BadInput, match=message):
-        bit_table(option, MobileNetV2())
+        bit_table(option, submission)
 
 
 # ------------------------------------------------------------------------------------------------------- activations
 
-def test_the_55_activation_points():
-    points = read(MobileNetV2()).activation_points
-    signs = dict(points)
-    assert len(points) == len(signs) == 55
+def test_the_55_activation_points(submission):
+    points = read(submission).activation_points
     signed = {"image", *(f"layers.{i}.out" for i in range(17))}
     unsigned = {"relu1", "relu2", "features", *(f"layers.{i}.relu{j}" for i in range(17) for j in (1, 2))}
-    assert {name for name, sign in signs.items() if sign} == signed
-    assert {name for name, sign in signs.items() if not sign} == unsigned
+    assert points == dict.fromkeys(signed, True) | dict.fromkeys(unsigned, False) and len(points) == 55
 
 
 @torch.no_grad()
@@ -266,13 +269,13 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def values(sparse_checkpoint, images):
-    return seen(load_checkpoint(sparse_checkpoint), images)
+def values(small_checkpoint, images):
+    return seen(load_checkpoint(small_checkpoint, SPEC), images)
 
 
 @pytest.mark.parametrize("bits, ranges", [(8, "mse"), (4, "max"), (4, "mse")])
-def test_calibrated_ranges(sparse_checkpoint, images, values, bits, ranges):
-    model = load_checkpoint(sparse_checkpoint)
+def test_calibrated_ranges(small_checkpoint, images, values, bits, ranges):
+    model = load_checkpoint(small_checkpoint, SPEC)
     chosen = calibrate(model, images, bits, ranges)
     points, finer = read(model).activation_points, 0
     assert [entry["name"] for entry in chosen] == list(points)
@@ -295,7 +298,7 @@ def test_calibrated_ranges(sparse_checkpoint, images, values, bits, ranges):
 
 def test_calibration_by_hand():
     """A network of zeros: every activation is known."""
-    model = MobileNetV2().eval()
+    model = few()
     for name, parameter in model.named_parameters():
         parameter.data.zero_()
     model.bn1.bias.data.fill_(3.0)  # relu1 is 3; its block adds nothing; the shortcut's BatchNorm makes 0.75
@@ -319,7 +322,7 @@ def test_steps_that_the_logits_prefer(first, monkeypatch):
     """Beside a slow search of the same kind, on a network of which one step is far too coarse."""
     monkeypatch.setattr(step_search, "FIRST", first)
     torch.manual_seed(0)
-    model = MobileNetV2(7, 0.25).eval()
+    model = few(7)
     images = cifar100.made_up(20, 0).images
 
     @torch.no_grad()
@@ -372,9 +375,12 @@ def test_weights_are_rounded_once_and_come_back(fake):
     assert kinds == [type(module) for module in model.modules()]
 
 
+UNCHANGED = few()
+
+
 def claimed_activations(**changes):
     return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
-            for name, signed in read(MobileNetV2()).activation_points.items()]
+            for name, signed in read(UNCHANGED).activation_points.items()]
 
 
 @pytest.mark.parametrize("entry, message", [
@@ -388,30 +394,29 @@ def claimed_activations(**changes):
     ({"signed": 0}, "signed is 0"),
     ({"name": "relu3"}, r"missing \['relu1'\], unknown \['relu3'\]"),
     ({"name": None}, r"missing \['relu1'\], unknown \['None'\]"),
-    ({"name": "relu2"}, r"not the network's 55: missing \['relu1'\]"),
+    ({"name": "relu2"}, r"not the network's 25: missing \['relu1'\]"),
 ])
 def test_activations_that_are_refused(entry, message):
-    model = MobileNetV2()
     with pytest.raises(BadInput, match=message):
-        exact_module.quantize_activations(model, claimed_activations(relu1=entry))
+        exact_module.quantize_activations(UNCHANGED, claimed_activations(relu1=entry))
 
 
 def test_missing_activations_are_refused():
-    with pytest.raises(BadInput, match=r"missing \['layers.16.out', 'relu2'\], unknown \[\]"):
-        exact_module.quantize_activations(MobileNetV2(), [entry for entry in claimed_activations()
-                                                      if entry["name"] not in ("relu2", "layers.16.out")])
+    with pytest.raises(BadInput, match=r"missing \['layers.6.out', 'relu2'\], unknown \[\]"):
+        exact_module.quantize_activations(UNCHANGED, [entry for entry in claimed_activations()
+                                                      if entry["name"] not in ("relu2", "layers.6.out")])
 
 
 def test_a_quantizer_stands_at_every_point():
-    model = MobileNetV2().eval()
+    model = few()
     exact_module.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
     values = seen(model, cifar100.made_up(2, 0).images)
-    assert len(values) == 55 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
+    assert len(values) == 25 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
     for name, signed in read(model).activation_points.items():
         low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
         scaled = values[name] / step
         assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high
-    assert list(model.state_dict()) == list(MobileNetV2().state_dict())
+    assert list(model.state_dict()) == list(few().state_dict())
     x = random(1000) * 20
     for signed in (True, False):
         quantizer = exact_module.Quantizer(8, signed, 0.125)
@@ -421,18 +426,15 @@ def test_a_quantizer_stands_at_every_point():
 
 # ----------------------------------------------------------------------------------------------------------- shipped
 
-
-
 def test_unknown_scheme():
     with pytest.raises(BadInput, match="unknown scheme 'log'; known: power-of-two, layer, channel"):
-        grids.quantize_weights(MobileNetV2(), bit_table(None, MobileNetV2()), "log")
+        grids.quantize_weights(few(), FEW_BITS, "log")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_steps_of_the_schemes(sparse_checkpoint, fake, scheme):
-    latent = load_checkpoint(sparse_checkpoint)
-    for (name, module), (_, before), bits in zip(weight_layers(fake[scheme]), weight_layers(latent),
-                                                  bit_table(None, MobileNetV2())):
+def test_steps_of_the_schemes(small_checkpoint, fake, scheme):
+    latent = load_checkpoint(small_checkpoint, SPEC)
+    for (name, module), (_, before), bits in zip(weight_layers(fake[scheme]), weight_layers(latent), FEW_BITS):
         assert module.bits == bits and torch.equal(module.weight, before.weight)
         largest = before.weight.detach().abs().max().item()
         if scheme == "power-of-two" or name == "linear":
@@ -444,15 +446,13 @@ def test_steps_of_the_schemes(sparse_checkpoint, fake, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint, fake, scheme):
-    masked = load_checkpoint(sparse_checkpoint)
-    network, tensors = grids.shipped(fake[scheme], MobileNetV2())
-    MobileNetV2().load_state_dict(network.state_dict(), strict=True)
-    assert type(network) is MobileNetV2
+def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(small_checkpoint, fake, scheme):
+    masked = load_checkpoint(small_checkpoint, SPEC)
+    network, tensors = grids.shipped(fake[scheme], few())
     assert all(type(module) in (nn.Conv2d, nn.Linear) for _, module in weight_layers(network))
     parameters = dict(network.named_parameters())
     assert [entry["name"] for entry in tensors] == [key for key in network.state_dict() if key in parameters]
-    bits = dict(zip((f"{name}.weight" for name, _ in weight_layers(network)), bit_table(None, MobileNetV2())))
+    bits = dict(zip((f"{name}.weight" for name, _ in weight_layers(network)), FEW_BITS))
     for entry in tensors:
         value = parameters[entry["name"]].detach()
         if entry.get("kind") == "float16":
@@ -480,20 +480,20 @@ def test_every_shipped_value_stands_on_its_grid_and_zeros_stay(sparse_checkpoint
 def test_absorbing_a_scale_changes_nothing(fake, scheme, monkeypatch):
     """Without the rounding to 16 bits, what is shipped computes what the fake-quantized network computes."""
     monkeypatch.setattr(torch.Tensor, "half", lambda self: self)
-    monkeypatch.setattr(grids, "store_fixed", lambda tensor, name, bits=16: {"name": name})
-    network, _ = grids.shipped(fake[scheme], MobileNetV2())
+    monkeypatch.setattr(grids, "store_fixed", lambda tensor, bits=16: {})
+    network, _ = grids.shipped(fake[scheme], few())
     x = cifar100.normalise(cifar100.made_up(4, 5).images)
     logits = fake[scheme](x)
     assert torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
     assert not torch.allclose(network(x[[1, 0, 2, 3]]), logits, atol=1e-2 * logits.abs().max().item(), rtol=0)
-    network.layers[8].bn2.weight[10] *= 1.05  # the comparison can fail
+    network.layers[4].bn2.weight[10] *= 1.05  # the comparison can fail
     assert not torch.allclose(network(x), logits, atol=1e-4 * logits.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
 def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
-    network, tensors = grids.shipped(fake[scheme], MobileNetV2())
+    network, tensors = grids.shipped(fake[scheme], few())
     steps = {entry["name"]: entry.get("step") for entry in tensors}
     pairs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}
     for (name, theirs), (_, ours) in zip(weight_layers(fake[scheme])[:-1], weight_layers(network)):
@@ -517,7 +517,8 @@ def test_each_shipped_layer_differs_by_the_16_bit_roundings_alone(fake, scheme):
 
 @torch.no_grad()
 def test_a_dead_channels_scale_makes_no_difference(fake):
-    network, tensors = grids.shipped(fake["channel"], MobileNetV2())
+    network, tensors = grids.shipped(fake["channel"], few())
+    network.layers[3].conv2.weight[5], network.layers[3].bn2.weight[5] = 0.5, 1.0  # so that what it adds goes on
     activations = calibrate(network, cifar100.made_up(5, 0).images, 8, "max")
     logits = exact_module.probe_logits(exact_module.exact_network(network, activations))
     assert network.layers[3].bn1.weight[5] == 0
@@ -525,32 +526,6 @@ def test_a_dead_channels_scale_makes_no_difference(fake):
     assert exact_module.probe_logits(exact_module.exact_network(network, activations)) == logits
     network.layers[3].bn1.bias[5] += 3.0  # its shift does
     assert exact_module.probe_logits(exact_module.exact_network(network, activations)) != logits
-
-
-@torch.no_grad()
-def test_neighbours_are_those_of_the_forward_pass():
-    """What a layer reads and what scales it, found by running the network."""
-    model = MobileNetV2().eval()
-    table, made, seen = layer_neighbours(model), {}, {}
-    points, norms = read(model).activation_points, {norm for norm, _ in table.values()}
-
-    def see(name):
-        def hook(module, inputs, out):
-            source = made.get(inputs[0].data_ptr())
-            if name in norms:
-                seen[source] = name, seen[source]
-            elif name in table:
-                seen[name] = source
-            made[out.data_ptr()] = name
-            kept.append(out)  # no address is used twice
-        return hook
-
-    kept = [torch.randn(1, 3, 32, 32)]
-    for name, module in model.named_modules():
-        if name in points or name in norms or name in table:
-            module.register_forward_hook(see(name))
-    model(kept[0])
-    assert seen == table and len(table) == 57
 
 
 @torch.no_grad()
@@ -567,8 +542,8 @@ def test_short_scales(fake):
         moved += int((ratio != 1).sum())
         if name == "layers.3.conv2":
             assert step[4] == old[4]
-    assert moved > 20_000
-    network, tensors = grids.shipped(model, MobileNetV2())
+    assert moved > 1000
+    network, tensors = grids.shipped(model, few())
     steps = {entry["name"]: entry.get("step") for entry in tensors}
     for name, (norm, _) in layer_neighbours(model).items():
         scale = network.get_submodule(norm).weight
@@ -584,7 +559,7 @@ def test_shifts_of_whole_units(fake):
     model = copy.deepcopy(fake["channel"])
     grids.shorten_scales(model)
     activations = calibrate(model, cifar100.made_up(20, 0).images, 8, "mse")
-    before, tensors = grids.shipped(model, MobileNetV2())
+    before, tensors = grids.shipped(model, few())
     network = copy.deepcopy(before)
     assert grids.round_shifts(network, tensors, activations) is None
     steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
@@ -601,7 +576,7 @@ def test_shifts_of_whole_units(fake):
         bound = torch.maximum(unit.abs() / 2, torch.tensor(31 * steps[f"{norm}.bias"] / 2))
         assert ((shift - old).abs() <= bound)[old.abs() < 32000 * steps[f"{norm}.bias"]].all()
         changed += int((shift != old).sum())
-    assert changed > 10_000
+    assert changed > 1000
     state = network.state_dict()
     grids.round_shifts(network, tensors, activations)
     assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
@@ -611,7 +586,7 @@ def test_a_scale_that_16_bits_do_not_hold_is_named(fake):
     model = copy.deepcopy(fake["layer"])
     model.layers[2].bn3.weight.data[7] = 1e9
     with pytest.raises(BadInput, match="layers.2.bn3: its folded scale .* does not fit 16 bits"):
-        grids.shipped(model, MobileNetV2())
+        grids.shipped(model, few())
 
 
 def test_folded_by_hand():
@@ -625,7 +600,7 @@ def test_folded_by_hand():
 
 def test_store_fixed_by_hand():
     x = torch.tensor([0.75, -1.0, 1.5 * 2**-15, -(2.0**-16), 1e-9])
-    assert grids.store_fixed(x, "b") == {"name": "b", "bits": 16, "step": 2**-15}
+    assert grids.store_fixed(x) == {"bits": 16, "step": 2**-15}
     assert x.tolist() == [0.75, -1.0, 2**-14, 0.0, 0.0]
     zeros = torch.zeros(3)
-    assert grids.store_fixed(zeros, "z")["step"] == 1 and not zeros.any()
+    assert grids.store_fixed(zeros)["step"] == 1 and not zeros.any()

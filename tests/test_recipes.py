@@ -5,10 +5,12 @@ import pytest
 
 import quantize
 from compressed import networks
+from compressed.cifar100 import CIFAR100
 from compressed.errors import BadInput
 from compressed.graph import prepare, weight_layers
 from training import main as training
 from training import recipes
+from training.runs import training_record
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_a_claim_holds_the_options_that_the_recipe_gave(tmp_path):
     path.write_text(f'network = "{network}"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
     assert training.main(["--recipe", str(path), "--pretrain", "--made-up", "32", "--epochs", "1", "--refresh", "0",
                           "--optimizer", "muon", "--run", str(tmp_path / "run"), "--no-cuda"]) == 0
-    (stage,) = quantize.training_record(tmp_path / "run" / "masked.pt")
+    (stage,) = training_record(tmp_path / "run" / "masked.pt")
     expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": network, "recipe": str(path), "made_up": 32}
     assert {name: stage["options"][name] for name in expected} == expected and stage["stage"] == "pretrain"
     assert (tmp_path / "run" / "recipe.toml").read_bytes() == path.read_bytes()
@@ -71,6 +73,7 @@ def test_the_recipes_here_are_taken(name, tmp_path):
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
     args = quantize.parse(["--recipe", name, "--lr", "0.5"])
     model = prepare(networks.make(args.network))
-    chosen, tuning = quantize.chosen_options(args, model, [])
-    assert tuning.settings.lr == 0.5 and len(chosen.table) == len(weight_layers(model))
+    chosen = quantize.grid_options(args, model)
+    assert quantize.tuning_options(args, chosen.augment, CIFAR100).settings.lr == 0.5
+    assert len(chosen.table) == len(weight_layers(model))
     assert args.network == training.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network

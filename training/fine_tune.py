@@ -36,9 +36,9 @@ class Tuning:
     teachers: tuple[str, ...]
     source: Path
     folder: Path
-    resume: bool = True
-    network: str | None = None
-    others: dict = dataclasses.field(default_factory=dict)
+    resume: bool
+    network: str
+    others: dict
 
     @property
     def file(self) -> Path:
@@ -61,11 +61,11 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     """
     settings, file, device = tuning.settings, tuning.file, train_data.labels.device
 
-    def prepare(network, epoch):
-        frozen = epoch >= round((1 - tuning.frozen) * settings.epochs)
-        for module in network.modules():
-            if frozen and isinstance(module, nn.BatchNorm2d):
-                module.eval()
+    def freeze(network, epoch):
+        if epoch >= round((1 - tuning.frozen) * settings.epochs):
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
 
     def began():
         file.unlink(missing_ok=True)  # of other options
@@ -77,10 +77,11 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
 
     zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
-    moved(model, device)
-    taught_by = [moved(teachers.load(path, tuning.network, train_data.data_set), device) for path in tuning.teachers]
+    layout = {"device": device, "memory_format": torch.channels_last}
+    model.to(**layout)  # the steps of activations are new
+    taught_by = [teachers.load(path, tuning.network, train_data.data_set).to(**layout) for path in tuning.teachers]
     finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
-                          teachers=taught_by, prepare=prepare, resume=tuning.resume, eval_every=0, began=began,
+                          teachers=taught_by, prepare=freeze, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen), watch=Oscillation(model))
     if finished is None:
         raise BadInput("fine-tuning was stopped; the same command resumes it")
@@ -88,14 +89,6 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     save_tensors(with_steps(finished), file)
     loop.State(file.with_suffix(".state"), settings).remove()
     return finished
-
-
-def moved(network: nn.Module, device) -> nn.Module:
-    """Move a network, in place, with the steps of its weights."""
-    for module in network.modules():
-        if isinstance(getattr(module, "step", None), Tensor):
-            module.step = module.step.to(device)
-    return network.to(device, memory_format=torch.channels_last)
 
 
 def with_steps(model: nn.Module) -> dict[str, Tensor]:
@@ -129,4 +122,4 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
         module.step = steps[name]
     quantize_activations(model, [{"name": name, "bits": bits, "signed": signed, "step": float(steps[name])}
                                  for (name, signed), bits in zip(points.items(), chosen.activation_bits, strict=True)])
-    return model.eval().to(memory_format=torch.channels_last), record["accuracy_by_step"]
+    return model.eval(), record["accuracy_by_step"]

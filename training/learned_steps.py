@@ -9,38 +9,12 @@ steps that were trained are the steps that are stored.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressed import grids
 from compressed.exact_network import Quantizer, folded
-from compressed.formats import code_range, codes
-from compressed.graph import read, weight_layers
-
-
-class Rounded(torch.autograd.Function):
-    """(x, step, low, high) -> x on its grid. step broadcasts against x.
-
-    The gradient of x passes where x lies within half a step of the range; that of the step is the rounding error of the
-    values inside the range, and the clipped code of those outside, in units of the step.
-    """
-
-    @staticmethod
-    def forward(ctx, x, step, low, high):
-        scaled = x / step
-        code = scaled.round().clamp_(low, high)
-        ctx.save_for_backward(scaled, code, step)
-        ctx.range = low - 0.5, high + 0.5
-        return code * step
-
-    @staticmethod
-    def backward(ctx, gradient):
-        scaled, code, step = ctx.saved_tensors
-        inside = (scaled >= ctx.range[0]) & (scaled <= ctx.range[1])
-        of_step = None
-        if ctx.needs_input_grad[1]:
-            of_step = (gradient * (code - scaled * inside)).sum_to_size(step.shape)
-        return gradient * inside, of_step, None, None
+from compressed.formats import code_range, codes, fake_quantize
+from compressed.graph import layer_kind, read, weight_layers
 
 
 def straight_through(value: Tensor, latent: Tensor) -> Tensor:
@@ -63,20 +37,20 @@ class LearnedQuantizer(Quantizer):
     def forward(self, x):
         # the upper clip in units of the values: its code depends on the step
         x = x.float() if self.most == math.inf else x.float().clamp(max=self.most)
-        return Rounded.apply(x, power_of_two(self.log_step), *code_range(self.bits, self.signed))
+        return fake_quantize(x, power_of_two(self.log_step), *code_range(self.bits, self.signed))
 
     def plain(self) -> Quantizer:
         return Quantizer(self.bits, self.signed, 2.0 ** round(float(self.log_step)), self.most)
 
 
-class LearnedConv2d(grids.QuantizedConv2d):
-    """A convolution that rounds its weights to trained steps.
+class LearnedStep:
+    """A layer that rounds its weights to trained steps.
 
+    whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
     norm: a list of the BatchNorm behind it, where the product of its scale with the step has to be short; else empty.
     scale_bits: width of that product (see grids.short_step).
-    whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
     """
-    whole = False
+    whole, norm = True, ()
 
     def rounded_step(self) -> Tensor:
         step = power_of_two(self.log_step) if self.whole else self.log_step.exp2()
@@ -86,19 +60,13 @@ class LearnedConv2d(grids.QuantizedConv2d):
             step = straight_through(short, step)
         return step
 
-    def forward(self, x):
-        weight = Rounded.apply(self.weight, self.rounded_step(), *code_range(self.bits))
-        return self._conv_forward(x, weight, self.bias)
+
+class LearnedConv2d(LearnedStep, grids.QuantizedConv2d):
+    """A QuantizedConv2d whose steps are trained."""
 
 
-class LearnedLinear(grids.QuantizedLinear):
-    """A linear layer that rounds its weights to a trained power of two."""
-
-    def rounded_step(self) -> Tensor:
-        return power_of_two(self.log_step)
-
-    def forward(self, x):
-        return F.linear(x, Rounded.apply(self.weight, self.rounded_step(), *code_range(self.bits)), self.bias)
+class LearnedLinear(LearnedStep, grids.QuantizedLinear):
+    """A QuantizedLinear whose step is trained."""
 
 
 def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
@@ -110,15 +78,10 @@ def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BIT
     norms = {branch.name: branch.norm for branch in graph.layers}
     for name, layer in weight_layers(model):
         layer.log_step = nn.Parameter(layer.step.detach().log2())
-        if isinstance(layer, nn.Linear):
-            layer.__class__ = LearnedLinear
-        else:
-            # in a list, which hides the module from named_modules: it is registered where it belongs
-            norm = norms[name]
-            layer.norm = [model.get_submodule(norm)] if norm and scheme == "channel" else []
-            layer.scale_bits = scale_bits
-            layer.whole = norm is None or scheme == "power-of-two"
-            layer.__class__ = LearnedConv2d
+        layer.whole, layer.scale_bits = norms[name] is None or scheme == "power-of-two", scale_bits
+        # in a list, which hides the module from named_modules: it is registered where it belongs
+        layer.norm = [model.get_submodule(norms[name])] if norms[name] and scheme == "channel" else []
+        layer.__class__ = LearnedLinear if isinstance(layer, nn.Linear) else LearnedConv2d
     for name in graph.activation_points:
         if name not in graph.images:
             model.set_submodule(name, LearnedQuantizer(model.get_submodule(name)))
@@ -129,11 +92,10 @@ def fix_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS)
     """Make trained steps plain values again, in place, each where the forward pass had rounded it to."""
     graph = read(model)
     for _, layer in weight_layers(model):
-        exact = scheme == "power-of-two" or getattr(layer, "whole", True)
-        layer.step = (layer.log_step.round() if exact else layer.log_step).detach().exp2()
-        layer.__class__ = grids.QuantizedLinear if isinstance(layer, nn.Linear) else grids.QuantizedConv2d
+        layer.step = (layer.log_step.round() if layer.whole else layer.log_step).detach().exp2()
+        layer.__class__ = grids.quantized_class(layer)
         del layer.log_step
-        layer.norm = []
+        layer.norm = ()
     for name in graph.activation_points:
         if isinstance(quantizer := model.get_submodule(name), LearnedQuantizer):
             model.set_submodule(name, quantizer.plain())
@@ -173,9 +135,9 @@ class Oscillation:
     def record(self) -> dict[str, float]:
         """Return the shares of the non-zero weights that oscillated since the last record."""
         shares = {}
-        for name, wanted in (("oscillating", lambda kind: True), ("oscillating_depthwise", "depthwise".__eq__)):
+        for name, kinds in (("oscillating", grids.LAYER_KINDS), ("oscillating_depthwise", ("depthwise",))):
             chosen = [(layer, turned) for layer, turned in zip(self.layers, self.turned)
-                      if wanted(grids.layer_kind(layer))]
+                      if layer_kind(layer) in kinds]
             weights = sum(int(layer.weight.count_nonzero()) for layer, _ in chosen)
             shares[name] = round(sum(int(turned.sum()) for _, turned in chosen) / max(1, weights), 6)
         self.turned = [torch.zeros_like(turned) for turned in self.turned]

@@ -39,6 +39,8 @@ class Stage:
     lines: list[dict]
     settings: dict
     options: dict
+    machine: str
+    train_images: int
 
     def images(self, line: dict) -> int:
         """Return the number of images that the stage had been trained on at a line of its log, repetitions counted."""
@@ -53,15 +55,28 @@ class Stage:
         return kept
 
 
-def read_stages(folder) -> list[Stage]:
-    """Return the stages of a run folder, in the order of training. Raises BadInput for damaged files.
+def read_stage(log: Path) -> Stage | None:
+    """Return the stage of a log; None without an epoch in it or without options. Raises BadInput for damaged files."""
+    options, lines = log.with_suffix(".options.json"), load_lines(log)
+    if not lines or not options.is_file():
+        return None
+    record = options_of(options)
+    return Stage(log.stem, lines, record["settings"], record["options"], record.get("machine"),
+                 record.get("train_images"))
 
-    Stages without an epoch in their log, or without their options, are left out.
+
+def read_stages(folder) -> list[Stage]:
+    """Return the stages of a run folder, in the order of training (see `read_stage`)."""
+    return [stage for stage in map(read_stage, stage_logs(folder)) if stage]
+
+
+def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
+    """Return options, settings, hardware and last log line of every stage recorded in a checkpoint's folder.
+
+    tuned: the folder of a fine-tuning, whose stage is added.
     """
-    stages = []
-    for log in stage_logs(folder):
-        options, lines = log.with_suffix(".options.json"), load_lines(log)
-        if lines and options.is_file():
-            record = options_of(options)
-            stages.append(Stage(log.stem, lines, record["settings"], record["options"]))
-    return stages
+    logs = [log for log in stage_logs(Path(checkpoint).parent) if log.stem != "quantized"]
+    stages = map(read_stage, logs + ([tuned / "quantized.jsonl"] if tuned else []))
+    return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
+             "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
+            for stage in stages if stage]
