@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     normalisation.add_option(parser)
     datasets.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
-                                     "quantized.pt, and quantized.state/ while it runs")
+                                     "quantized.pt, and quantized.start.pt and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
     plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
@@ -157,16 +157,17 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
-    found = None
+    found, finished = None, False
     if tuning:
         found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
     if found:
-        model, accuracies.steps = found
+        model, accuracies.steps, finished = found
         model.to(train_data.labels.device, memory_format=torch.channels_last)
     else:
         on_grids(model, train_data, chosen, accuracies)
-        if tuning is None:
-            return model
+    if tuning is None:
+        return model
+    if not finished:
         model = fine_tune.fine_tune(model, train_data, accuracies.data, tuning, chosen, accuracies.steps)
     accuracies.after(f"fine-tuned for {tuning.settings.epochs} epochs", model)
     return model

@@ -81,6 +81,12 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5", "--no-resume"))
     assert not (tmp_path / "quantized.pt").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(quantize, "on_grids", None)  # the same command finds the network on its grids
+    assert quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5")) == 0
+    again = load_json(second.with_suffix(".json"))["accuracy_by_step"]
+    assert again[:4] == one["accuracy_by_step"][:4] and len(again) == len(one["accuracy_by_step"])
+    assert not list(tmp_path.glob("quantized.st*"))
 
 
 def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint, tmp_path):

@@ -44,6 +44,11 @@ class Tuning:
     def file(self) -> Path:
         return self.folder / "quantized.pt"
 
+    @property
+    def start(self) -> Path:
+        """The network that the fine-tuning starts from, there while it is not finished: its grids take minutes."""
+        return self.folder / "quantized.start.pt"
+
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
         machine = dict.fromkeys(("precision", "compile", "workers"))
@@ -74,7 +79,9 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                      "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
                      "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},
                     file.with_suffix(".options.json"))
+        save_tensors(start, tuning.start)
 
+    start = {name: value.clone() for name, value in with_steps(model).items()}
     zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
     layout = {"device": device, "memory_format": torch.channels_last}
@@ -87,6 +94,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         raise BadInput("fine-tuning was stopped; the same command resumes it")
     fix_steps(finished, chosen.scheme, chosen.scale_bits)
     save_tensors(with_steps(finished), file)
+    tuning.start.unlink(missing_ok=True)
     loop.State(file.with_suffix(".state"), settings).remove()
     return finished
 
@@ -98,28 +106,30 @@ def with_steps(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in content.items()}
 
 
-def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn.Module, list[dict]] | None:
-    """Return the network that an earlier fine-tuning of the same options left, and the accuracies found before it.
+def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn.Module, list[dict], bool] | None:
+    """Return the network that a fine-tuning of the same options left, the accuracies before it, and if it is finished.
 
-    model: a plain network of its kind, which is filled. None if there is none, or if it is to be made again. Raises
-    BadInput if the file is of another checkpoint or of other options.
+    If it is not, the network is the one that it starts from. model: a plain network of its kind, which is filled. None
+    if there is none, or if it is to be made again. Raises BadInput if the file is of another checkpoint or of other
+    options.
     """
-    if not tuning.resume or not tuning.file.is_file():
+    file = next((file for file in (tuning.file, tuning.start) if file.is_file()), None)
+    if not tuning.resume or file is None:
         return None
     record = load_record(tuning.file.with_suffix(".options.json"), "--no-resume fine-tunes again")
     if record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen):
-        raise BadInput(f"{tuning.file} was fine-tuned from another checkpoint or with other options; --no-resume "
+        raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options; --no-resume "
                        "fine-tunes again")
     model = prepare(model)
-    content, points = load_state(tuning.file), read(model).activation_points
+    content, points = load_state(file), read(model).activation_points
     try:
         steps = {name: content.pop(f"{name}.step") for name in (*dict(weight_layers(model)), *points)}
         model.load_state_dict(content)
     except (KeyError, RuntimeError) as error:
-        raise BadInput(f"{tuning.file}: not what a fine-tuning writes; --no-resume starts it again") from error
+        raise BadInput(f"{file}: not what a fine-tuning writes; --no-resume starts it again") from error
     grids.quantize_weights(model, chosen.table, chosen.scheme)
     for name, module in weight_layers(model):
         module.step = steps[name]
     quantize_activations(model, [{"name": name, "bits": bits, "signed": signed, "step": float(steps[name])}
                                  for (name, signed), bits in zip(points.items(), chosen.activation_bits, strict=True)])
-    return model.eval(), record["accuracy_by_step"]
+    return model.eval(), record["accuracy_by_step"], file == tuning.file
