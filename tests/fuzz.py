@@ -167,7 +167,8 @@ def run(folder: Path) -> dict:
     def load_state(_):
         return saved.load("cpu", 2)
 
-    save_record({"machine": "CPU", "train_images": 40, "settings": {"augment": "plain", "lr": 0.1}}, options)
+    save_record({"machine": "CPU", "train_images": 40, "options": {}, "settings": {"augment": "plain", "lr": 0.1}},
+                options)
     shutil.copy(folder / "fuzz.jsonl", folder / "masked.jsonl")
     shutil.copy(recipes.find("default"), folder / "recipe.toml")
     return {**{f"state part {part}": (state / name, load_state) for part, name in record["files"].items()},

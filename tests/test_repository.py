@@ -277,6 +277,15 @@ def test_the_tables_take_in_a_second_network(measured, spec, name):
     assert labels[:2] == ["ours", name]
 
 
+@shipped
+def test_the_smaller_network_is_below_the_board():
+    claim = load_json(ROOT / "kaist/cifar100_mobilenetv2.json")
+    assert claim["accuracy"]["correct"] >= 8000 and claim["accuracy"]["data"] == "test"
+    for convention, column in zip(("32-bit", "fixed", "tree"), (3, 4, 5)):
+        published = [float(number) for entry in report.BOARD for number in re.findall(r"0\.\d+", entry[column])]
+        assert published and claim["counts"]["score"][convention]["score"] < min(published)
+
+
 @pytest.mark.parametrize("checkpoint", SHIPPED, ids=lambda path: path.parent.name)
 def test_a_shipped_network_is_what_its_claim_says(checkpoint):
     """All but its accuracy, for which tests/test_testers.py needs the real images."""
