@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32x32 images: the submission's table (width 1.3), and a small one of the same family.
+"""MobileNetV2 for 32x32 images: the submission's table (width 1.3), a small one, and KAIST AI's of the same family.
 
     python -m tools.layers      prints the layer table and what thop counts
 
