@@ -69,14 +69,15 @@ def saved(model, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sparse_checkpoint(tmp_path_factory) -> Path:
-    """The sparse network in full size, of which every evaluation takes seconds."""
-    return saved(sparse_network("mobilenet_v2:MobileNetV2"), tmp_path_factory.mktemp("sparse"))
+def narrow_checkpoint(tmp_path_factory) -> Path:
+    """The sparse network small.NARROW: for tests that need the submission's layers, or a network made without code."""
+    from small import NARROW
+    return saved(sparse_network(NARROW), tmp_path_factory.mktemp("narrow"))
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
-    """The sparse network small.Few: for every test that does not need the shipped one's size."""
+    """The sparse network small.Few: for every other test."""
     from small import SPEC
     return saved(sparse_network(SPEC), tmp_path_factory.mktemp("small"))
 
@@ -111,23 +112,24 @@ def exact(fake):
 
 
 @pytest.fixture(scope="session")
-def full(sparse_checkpoint, tmp_path_factory):
-    """(path, model, claim) of a network of full size, shipped as quantize.py does by default."""
-    from compressed import cifar100, grids
+def narrow(narrow_checkpoint, tmp_path_factory):
+    """(path, model, claim) of the network small.NARROW, shipped as quantize.py does by default."""
+    from compressed import cifar100, claims, grids, networks
     from compressed.exact_network import quantize_activations
     from compressed.files import save_record, save_tensors, sha256
     from compressed.networks import load_checkpoint
-    from mobilenet_v2 import MobileNetV2
+    from small import NARROW
 
-    model = load_checkpoint(sparse_checkpoint).to(memory_format=torch.channels_last)
+    model = load_checkpoint(narrow_checkpoint, NARROW).to(memory_format=torch.channels_last)
     grids.quantize_weights(model, grids.bit_table(None, model), "channel")
     grids.shorten_scales(model)
     activations = grids.calibrate(model, cifar100.made_up(50, 0).images, 8, "max")
     quantize_activations(model, activations)
-    network, tensors = grids.shipped(model, MobileNetV2())
+    network, tensors = grids.shipped(model, networks.make(NARROW))
     grids.round_shifts(network, tensors, activations)
-    path = tmp_path_factory.mktemp("full") / "network.pt"
+    path = tmp_path_factory.mktemp("shipped") / "network.pt"
     save_tensors(network.state_dict(), path)
-    claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations}
+    claim = {"sha256": sha256(path), "network": claims.network(NARROW, network), "tensors": tensors,
+             "activations": activations}
     save_record(claim, path.with_suffix(".json"))
-    return path, load_checkpoint(path), claim
+    return path, load_checkpoint(path, NARROW), claim

@@ -10,6 +10,7 @@ from compressed.graph import read, weight_layers
 from mobilenet_v2 import MobileNetV2, Table
 
 CLASSES, WIDTH = 7, 0.25
+NARROW = "mobilenet_v2:MobileNetV2?width=0.5"  # the narrowest with every layer and shortcut of the submission's
 SPEC = f"{Path(__file__).resolve()}:Few"
 
 

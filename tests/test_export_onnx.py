@@ -13,6 +13,7 @@ from compressed.errors import BadInput
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_record, sha256
 from compressed.graph import read, weight_layers
+from small import NARROW
 from tools import report
 
 onnx = pytest.importorskip("onnx")
@@ -23,17 +24,17 @@ from tools.export_onnx import Exporter, main, session  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def checkpoint(full, tmp_path_factory):
+def checkpoint(narrow, tmp_path_factory):
     path = tmp_path_factory.mktemp("shipped") / "small.pt"
-    shutil.copy(full[0], path)
-    save_record(full[2] | {"accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}},
+    shutil.copy(narrow[0], path)
+    save_record(narrow[2] | {"accuracy": {"data": "made up", "correct": 0, "images": 100, "loss": 0.0}},
                 claims.claim_path(path))
     return path
 
 
 @pytest.fixture(scope="module")
-def shipped(full):
-    return full[1:]
+def shipped(narrow):
+    return narrow[1:]
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +215,11 @@ def test_comparison_counts():
     assert text.count("whose two logits differ by") == 20 and f"and {len(expected) - 20} with smaller" in text
 
 
-def test_bad_input(checkpoint, sparse_checkpoint, tmp_path, capsys, monkeypatch):
+def test_bad_input(checkpoint, narrow_checkpoint, tmp_path, capsys, monkeypatch):
     assert "no such checkpoint" in refused(["--checkpoint", str(tmp_path / "none.pt")], capsys)
     out = str(tmp_path / "x.onnx")
-    assert "no claim next to it" in refused(["--checkpoint", str(sparse_checkpoint), "--out", out], capsys)
+    alone = ["--checkpoint", str(narrow_checkpoint), "--network", NARROW, "--out", out]
+    assert "no claim next to it" in refused(alone, capsys)
     assert "ends in .onnx" in refused(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "x.pt")], capsys)
     for module in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:
@@ -241,7 +243,8 @@ def test_formats_that_8_bit_kernels_do_not_have(shipped):
         Exporter(model, coarse).finished({})
     tiny = copy.deepcopy(model)
     with torch.no_grad():
-        tiny.layers[5].bn2.weight[tiny.layers[5].bn2.weight.abs().argmax()] = 2.0**-24  # the smallest float16
+        bn = tiny.layers[5].bn2
+        bn.weight[bn.bias.abs().argmax()] = 2.0**-24  # the smallest float16
     graph = Exporter(tiny, claim)
     with pytest.raises(BadInput, match="layers.5.conv2: a shift of .* units does not fit 32 bits"):
         graph.finished({})

@@ -14,7 +14,7 @@ from compressed.formats import code_range, signed_bits
 from compressed.graph import weight_layers
 from compressed.integer_network import IntegerNetwork, Term, Value, products
 from mobilenet_v2 import MobileNetV2
-from small import CLASSES, tiny_network
+from small import CLASSES, NARROW, tiny_network
 from tools import integer
 from tools import pack as packed
 from tools.integer import compare, main
@@ -105,8 +105,8 @@ def test_the_float_network_is_the_same_to_the_last_bit(tiny):
     assert compare(network, lambda x: floats(x) + one_off, data)["identical"] == 0
 
 
-def test_32_bits_are_enough_for_short_scales_and_others_get_64(full):
-    network = IntegerNetwork(*full[1:])
+def test_32_bits_are_enough_for_short_scales_and_others_get_64(narrow):
+    network = IntegerNetwork(*narrow[1:])
     assert {(value.bits <= 32, value.half.dtype, value.terms[0].multiplier.dtype) for value in network.values} == {
         (True, torch.int32, torch.int32)}
     model, claim = tiny_network()
@@ -134,10 +134,10 @@ def test_wrong_arithmetic_shows(wrong):
     assert compare(network, floats, cifar100.made_up(20, 5, CLASSES))["identical"] < 20
 
 
-def test_record(full, tmp_path, capsys):
+def test_record(narrow, tmp_path, capsys):
     """Into the claim of a .pt, as it is at that moment, and nowhere else."""
-    path, claim = tmp_path / "network.pt", full[0].with_suffix(".json")
-    path.write_bytes(full[0].read_bytes())
+    path, claim = tmp_path / "network.pt", narrow[0].with_suffix(".json")
+    path.write_bytes(narrow[0].read_bytes())
     path.with_suffix(".json").write_bytes(claim.read_bytes())
     argv = ["--checkpoint", str(path), "--made-up", "100", "--images", "9", "--record"]
     assert main(argv) == 0
@@ -307,8 +307,8 @@ def test_what_it_does_not_take(change, line):
 
 # ---- The script ----------------------------------------------------------------------------------
 
-def test_script(full, capsys):
-    path, _, _ = full
+def test_script(narrow, capsys):
+    path, _, _ = narrow
     assert main(["--checkpoint", str(path), "--made-up", "500", "--images", "20"]) == 0
     out = capsys.readouterr().out
     for text in ("Accuracy in integers: ", "Same prediction: 20/20 (100.00%)", "last bit: 20/20",
@@ -319,11 +319,11 @@ def test_script(full, capsys):
     assert len(report["accumulators"]) == 59 and report["images"] == 2 and report["identical"] == 2
 
 
-def test_script_says_what_is_wrong(full, tmp_path, capsys, monkeypatch):
-    path, _, _ = full
+def test_script_says_what_is_wrong(narrow, tmp_path, capsys, monkeypatch):
+    path, _, _ = narrow
     (tmp_path / "alone.pt").write_bytes(path.read_bytes())
     with pytest.raises(BadInput, match="no claim next to it"):
-        main(["--checkpoint", str(tmp_path / "alone.pt"), "--made-up", "500"])
+        main(["--checkpoint", str(tmp_path / "alone.pt"), "--network", NARROW, "--made-up", "500"])
     monkeypatch.setattr(integer, "compare", lambda *args: {
         "images": 100, "correct": 1, "float_correct": 1, "agree": 99, "identical": 98, "accumulators": []})
     assert main(["--checkpoint", str(path), "--made-up", "500"]) == 2

@@ -12,6 +12,7 @@ from compressed.files import save_tensors
 from compressed.graph import prepare, read
 from compressed.networks import fill, load_checkpoint
 from mobilenet_v2 import KaistMobileNetV2
+from small import NARROW
 from tools import kaist_checkpoint
 from training import teachers
 
@@ -96,11 +97,11 @@ def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
     assert torch.equal(kaist.load_micronet("parallel.t7").linear.weight, plain.linear.weight)
 
 
-def test_ours_is_a_teacher_too(sparse_checkpoint):
+def test_ours_is_a_teacher_too(narrow_checkpoint):
     x = cifar100.normalise(cifar100.made_up(2, 0).images)
     with torch.no_grad():
-        assert torch.allclose(teachers.load(sparse_checkpoint)(x), load_checkpoint(sparse_checkpoint)(x), rtol=1e-3,
-                              atol=1e-3)
+        assert torch.allclose(teachers.load(narrow_checkpoint, NARROW)(x),
+                              load_checkpoint(narrow_checkpoint, NARROW)(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("change, said", (

@@ -13,7 +13,7 @@ import torch
 import check_model_operations
 import quantize
 import testers
-from compressed import cifar100, grids, shipping
+from compressed import cifar100, grids, networks, shipping
 from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.errors import BadInput
@@ -23,8 +23,7 @@ from compressed.files import load_json, save_json, save_record, save_tensors, sh
 from compressed.formats import Activation, Formats, Grid
 from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
-from mobilenet_v2 import MobileNetV2
-from small import layer_neighbours
+from small import NARROW, layer_neighbours
 from tools import report
 
 SCRIPT = Path(testers.__file__)
@@ -32,12 +31,12 @@ MADE_UP = ("--made-up", "100")
 
 
 @pytest.fixture(scope="module")
-def original(sparse_checkpoint, tmp_path_factory):
+def original(narrow_checkpoint, tmp_path_factory):
     """A checkpoint and its claim, made by quantize.py."""
     out = tmp_path_factory.mktemp("shipped") / "network.pt"
     with contextlib.redirect_stdout(io.StringIO()):
-        quantize.main(["--checkpoint", str(sparse_checkpoint), "--out", str(out), "--calibration", "20",
-                       "--ranges", "max", "--renew", "0", *MADE_UP])
+        quantize.main(["--checkpoint", str(narrow_checkpoint), "--out", str(out), "--calibration", "20",
+                       "--ranges", "max", "--renew", "0", "--network", NARROW, *MADE_UP])
     return out
 
 
@@ -78,11 +77,12 @@ def test_a_true_claim_is_verified(original, run):
     assert f"SHA-256 {sha256(original)}" in out
 
     # counted once more, value by value
-    state, layers = load_checkpoint(original).state_dict(), [name for name, _ in weight_layers(MobileNetV2())]
+    state, network = load_checkpoint(original, NARROW).state_dict(), networks.make(NARROW)
+    layers = [name for name, _ in weight_layers(network)]
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d+  \S", line)]
     assert [row[0] for row in rows] == [str(i) for i in range(58)]
     assert [row[1] for row in rows] == [f"{name}.weight" for name in layers]
-    bits, zeros, total = grids.bit_table(None, MobileNetV2()), {}, {}
+    bits, zeros, total = grids.bit_table(None, network), {}, {}
     for index, row in enumerate(rows):
         weight = state[row[1]]
         zeros[row[1]], total[row[1]] = sum(value == 0 for value in weight.flatten().tolist()), weight.numel()
@@ -97,10 +97,9 @@ def test_a_true_claim_is_verified(original, run):
     conv, conv_zeros = sum(total.values()), sum(zeros.values())
     for label, n, z in (("convolutions and linear, exact", conv + linear, conv_zeros + linear_zeros),
                         ("convolutions alone, exact", conv, conv_zeros), ("linear alone, exact", linear, linear_zeros),
-                        ("the submission's convention (ACCOUNT.md)", 3_905_632, conv_zeros)):
+                        ("the submission's convention (ACCOUNT.md)", conv + 1280 * 100, conv_zeros)):
         figures = out.split(f"  {label} ")[1].splitlines()[0].split()
         assert figures == [f"{n:,}", f"{z:,}", f"{n - z:,}", f"{z / n:.4f}", f"{n / (n - z):.4f}"]
-    assert (conv, linear) == (3_777_632, 166_400)
     storage = claim["counts"]["storage"]["total"]
     assert f"storage by the challenge's rules: {storage:,} bits = {storage / 32e6:.4f}M" in out
     assert f"score term {storage / 32 / 36.5e6:.5f}" in out
@@ -115,8 +114,8 @@ def test_json_holds_the_same(original, run):
     assert {key: report[key] for key in claim["accuracy"]} == pytest.approx(claim["accuracy"])
     assert report["counts"] == claim["counts"] and len(report["tensors"]) == 173
     row = next(row for row in report["tensors"] if row["name"] == "layers.1.conv3.weight")
-    weight = load_checkpoint(original).layers[1].conv3.weight
-    assert (row["index"], row["shape"], row["total"]) == (7, [32, 144, 1, 1], 4608)
+    weight = load_checkpoint(original, NARROW).layers[1].conv3.weight
+    assert (row["index"], row["shape"], row["total"]) == (7, [16, 48, 1, 1], 768)
     assert row["zeros"] == int((weight == 0).sum())
 
 
@@ -127,35 +126,35 @@ def test_the_summary_leaves_out_the_tensors(original, run):
 
 
 @pytest.mark.parametrize("value, said", [(1e38, "the loss is"), (-1.0, "holds a variance below zero")])
-def test_values_that_cannot_be(sparse_checkpoint, tmp_path, run, value, said):
+def test_values_that_cannot_be(narrow_checkpoint, tmp_path, run, value, said):
     """A float network that answers nothing is not verified, in JSON either."""
-    state = torch.load(sparse_checkpoint)
+    state = torch.load(narrow_checkpoint)
     state["linear.bias" if value > 0 else "bn1.running_var"][0] = value
     if value > 0:
         state["linear.weight"].mul_(1e38)
     save_tensors(state, tmp_path / "a.pt")
     for words in ((), ("--json",)):
-        status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", *words)
+        status, out, err = run("--checkpoint", tmp_path / "a.pt", "--network", NARROW, "--made-up", "10", *words)
         assert status == 2 and said in err and "Loss:" not in out
         if words and out:
             assert "loss" not in json.loads(out, parse_constant=pytest.fail)
 
 
-def test_a_layer_of_zeros_alone_has_no_compression(sparse_checkpoint, tmp_path, run):
-    state = torch.load(sparse_checkpoint)
+def test_a_layer_of_zeros_alone_has_no_compression(narrow_checkpoint, tmp_path, run):
+    state = torch.load(narrow_checkpoint)
     state["linear.weight"].zero_()
     save_tensors(state, tmp_path / "a.pt")
-    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", "--summary")
+    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--network", NARROW, "--made-up", "10", "--summary")
     assert status == 0 and "no bound" in out
-    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--made-up", "10", "--json")
+    status, out, err = run("--checkpoint", tmp_path / "a.pt", "--network", NARROW, "--made-up", "10", "--json")
     assert json.loads(out)["counts"]["weights"]["linear"]["compression"] is None
 
 
-def test_without_a_claim_it_is_a_float_network(sparse_checkpoint, run):
-    status, out, err = run("--checkpoint", sparse_checkpoint, *MADE_UP)
+def test_without_a_claim_it_is_a_float_network(narrow_checkpoint, run):
+    status, out, err = run("--checkpoint", narrow_checkpoint, "--network", NARROW, *MADE_UP)
     data = cifar100.made_up(100, 1)
     with torch.no_grad():
-        logits = load_checkpoint(sparse_checkpoint)(cifar100.normalise(data.images))
+        logits = load_checkpoint(narrow_checkpoint, NARROW)(cifar100.normalise(data.images))
     correct = int((logits.argmax(1) == data.labels).sum())
     assert (status, err) == (0, "") and f"Accuracy: {correct}/100 ({correct}.00%)" in out
     assert "no claim: evaluated in float32" in out and "logits of the fixed" not in out
@@ -170,7 +169,7 @@ def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
     monkeypatch.setattr(testers, "evaluate", lambda network, data: (1.5, correct))
     monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: None)
     shipped.with_suffix(".json").unlink()
-    status, out, _ = run("--checkpoint", shipped)
+    status, out, _ = run("--checkpoint", shipped, "--network", NARROW)
     assert status == 0
     assert f"\nLoss: 1.5000 (test set)\nAccuracy: {correct}/{images} ({100 * correct / images:.2f}%)\n" in out
     assert "without a near-duplicate in the train set: not known" in out
@@ -182,7 +181,7 @@ def test_the_images_without_a_near_duplicate(shipped, run, monkeypatch):
     marked = torch.arange(100) % 3 == 0
     monkeypatch.setattr(cifar100, "load", lambda folder, split, device: data)
     monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: marked)
-    network = exact_network(load_checkpoint(shipped), claim["activations"])
+    network = exact_network(load_checkpoint(shipped, NARROW), claim["activations"])
     right = logits(network, data.images).argmax(1) == data.labels
     part = {"correct": int(right[~marked].sum()), "images": 66}
     claim["accuracy"]["data"] = "test"
@@ -212,8 +211,8 @@ def test_without_data_everything_else_is_checked(original, run, tmp_path, monkey
     assert status == 2 and "correct" not in report and len(report["problems"]) == 1 and "NOT" not in out
 
 
-def test_without_data_a_float_network_is_not_verified_either(sparse_checkpoint, run, tmp_path):
-    status, out, err = run("--checkpoint", sparse_checkpoint, "--data", tmp_path)
+def test_without_data_a_float_network_is_not_verified_either(narrow_checkpoint, run, tmp_path):
+    status, out, err = run("--checkpoint", narrow_checkpoint, "--network", NARROW, "--data", tmp_path)
     assert status == 2 and "Accuracy: NOT VERIFIED" in out and "not verified" in err
 
 
@@ -279,7 +278,7 @@ def test_a_tampered_claim(shipped, run, what):
 # --------------------------------------------------------------------------------------------- a tampered checkpoint
 
 def tamper(path, change):
-    state = load_checkpoint(path).state_dict()
+    state = load_checkpoint(path, NARROW).state_dict()
     change(state)
     save_tensors(state, path)
 
@@ -344,7 +343,7 @@ def test_statistics_that_are_not_folded(shipped, run):
 # -------------------------------------------------------------------------------------------------------- exactness
 
 def test_the_largest_sum(original):
-    model = load_checkpoint(original)
+    model = load_checkpoint(original, NARROW)
     claim = load_json(original.with_suffix(".json"))
     grids = {e["name"]: Grid(e["bits"], (e["step"],) if "step" in e else (), "claimed") for e in claim["tensors"]}
     activations = {e["name"]: Activation(e["bits"], e["signed"]) for e in claim["activations"]}
