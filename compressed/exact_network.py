@@ -3,9 +3,9 @@
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
 summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
-those exactly. A pointwise function of a code, such as hard swish, is computed in float64 and rounded to the grid of the
-point behind it: a table of codes. So a claim is verified to the image, the recorded logits to the last bit, and
-tools/integer.py computes the same logits without a float.
+those exactly. A pointwise function, such as hard swish, is a table: for every code the function's value, computed in
+float64 and rounded to the grid of the point behind it. So a claim is verified to the image, the recorded logits to the
+last bit, and tools/integer.py computes the same logits without a float.
 """
 import copy
 import math
@@ -77,17 +77,6 @@ class ScaleShift(nn.Module):
         return x.double().mul_(self.scale).add_(self.shift)
 
 
-class Function(nn.Module):
-    """Compute a pointwise function of values on a grid in float64; the Quantizer behind it rounds to codes."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def forward(self, x):
-        return FUNCTIONS[self.name](x.double())
-
-
 def table(function: str, source: Activation, step: float, target: Activation, target_step: float) -> Tensor:
     """Return a function as a table of codes: for each code of the source, from the lowest on, that of the target.
 
@@ -95,6 +84,25 @@ def table(function: str, source: Activation, step: float, target: Activation, ta
     """
     values = FUNCTIONS[function](torch.arange(source.low, source.high + 1).double() * step)
     return codes(values, target_step, target.low, target.high).int()
+
+
+class Lookup(Quantizer):
+    """Look up a pointwise function of the codes of `source`, rounded to the grid of the Quantizer behind it."""
+
+    def __init__(self, function: str, source: Quantizer, behind: Quantizer):
+        super().__init__(behind.bits, behind.signed, behind.step, behind.most)
+        entries = table(function, Activation(source.bits, source.signed), source.step,
+                        Activation(self.bits, self.signed), self.step)
+        self.register_buffer("values", entries.float() * self.step, persistent=False)
+        self.source_step, self.lowest = source.step, source.range()[0]
+
+    def forward(self, x):
+        if compiled(x):
+            y = torch.empty_like(x)
+            kernels.call("look_up", x, x.numel(), self.source_step, self.lowest, self.values, len(self.values), y)
+            return y
+        places = (x * (1 / self.source_step) - self.lowest).nan_to_num_().long()
+        return self.values.take(places).where(x == x, x)
 
 
 class Rescale(Quantizer):
@@ -183,7 +191,9 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     for point in graph.points:
         first = point.branches[0]
         if first.kind == "function":
-            network.set_submodule(first.name, Function(first.function))
+            source, behind = (network.get_submodule(name) for name in (first.source, point.name))
+            network.set_submodule(first.name, nn.Identity())
+            network.set_submodule(point.name, Lookup(first.function, source, behind))
         elif len(point.branches) == 1 and first.norm and point.name != "logits":
             both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
             network.set_submodule(first.norm, nn.Identity())

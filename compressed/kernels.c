@@ -283,7 +283,19 @@ void quantize(const float *restrict x, long count, float step, float low, float 
     }
 }
 
-/* The same for scale x + shift, computed in doubles. */
+/* y = values[code - lowest], where code is x / step: of `count` values x on this grid, which the `entries` values cover.
+ * A NaN stays one. */
+void look_up(const float *restrict x, long count, float step, long lowest, const float *restrict values, long entries,
+             float *restrict y) {
+    float inverse = 1 / step;
+    for (long i = 0; i < count; i++) {
+        float place = x[i] * inverse - lowest;
+        long k = place > 0 ? place < entries ? (long)place : entries - 1 : 0;
+        y[i] = x[i] == x[i] ? values[k] : x[i];
+    }
+}
+
+/* As `quantize`, for scale x + shift, computed in doubles. */
 void rescale(const float *restrict x, long rows, long channels, const double *restrict scale,
              const double *restrict shift, float step, float low, float high, float *restrict y) {
     double inverse = 1 / step;

@@ -18,7 +18,8 @@ from compressed import environment
 from compressed.command_line import say_once
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients", "quantize", "rescale")
+FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients", "quantize", "look_up",
+             "rescale")
 FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 

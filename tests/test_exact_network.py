@@ -127,6 +127,27 @@ def test_compiled_rounding_is_pytorchs_to_the_last_bit(monkeypatch, layout, sign
         assert found.min() == low * step
 
 
+@pytest.mark.parametrize("compiled", (True, False))
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))
+@pytest.mark.parametrize("signed", (True, False))
+def test_a_function_is_looked_up(monkeypatch, compiled, layout, signed):
+    """Every code of both signs, and what is not a number, beside the function in float64."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda dtype: None)
+    elif kernels.library(torch.float32) is None:
+        pytest.skip("there is no C compiler")
+    source, behind = exact_module.Quantizer(8, signed, 2.0**-4), exact_module.Quantizer(6, True, 2.0**-2)
+    low, high = source.range()
+    x = torch.arange(low, high + 1).float().mul(source.step).view(2, 4, 4, 8).contiguous(memory_format=layout)
+    with torch.no_grad():
+        found = exact_module.Lookup("hardswish", source, behind)(x)
+        wanted = behind(nn.functional.hardswish(x.double()))
+        assert torch.equal(found, wanted) and len(found.unique()) > 20 and found.max() == 31 * behind.step
+        x[1, 2, 3, 4] = torch.nan
+        found = exact_module.Lookup("hardswish", source, behind)(x)
+    assert found[1, 2, 3, 4].isnan() and int(found.isnan().sum()) == 1
+
+
 def test_the_probe_is_fixed():
     images = exact_module.probe_images()
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
