@@ -7,9 +7,9 @@
     python check_model_operations.py --checkpoint F.t7 one of the networks that KAIST AI published
 
 The widths of weights are found in the stored values and compared with the claim. If the values need more bits than it
-claims, or if it is about another file, this is said, and the exit status is 2. Widths of activations do not show in a
-checkpoint: they are the claim's (testers.py measures the accuracy that they leave), and without a claim 32 bits. The
-rules are in compressed/counting.py.
+claims, or if it is about another file, this is printed, and the exit status is 2. Activation widths are not stored in a
+checkpoint: they are the claim's (testers.py measures the resulting accuracy), and 32 bits without a claim. The rules
+are in compressed/counting.py.
 """
 import argparse
 import copy
@@ -44,7 +44,7 @@ def flop_counter(model: nn.Module) -> int:
 def make_report(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Return everything that is printed, in exact integers of bits and plain containers: it is the JSON output, too.
 
-    density: as of counting.count.
+    density: as in counting.count.
     """
     operations, whole = read(model).operations, Fraction(1)
     rows = [counting.count(operations, formats, convention, density) for convention in CONVENTIONS]
@@ -206,7 +206,7 @@ def main(argv=None) -> int:
         source["widths"] = "found in the stored values; there is no claim"
         if claim is not None:
             claim_file = claims.claim_path(path)
-            counts = claim.get("counts")  # of what quantize.py wrote; a claim can do without
+            counts = claim.get("counts")  # written by quantize.py; optional in a claim
             if not problems and counts is not None and counts != counting.summary(model, formats):
                 problems.append(f"the counts that {claim_file} claims are not those of {path}")
             stated = claim_file if claim_file.exists() else path

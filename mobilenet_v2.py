@@ -58,7 +58,7 @@ class Block(nn.Module):
         hidden = int(expansion * in_channels)
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.relu1 = activation()  # so called whatever it is: these names stand in every claim
+        self.relu1 = activation()  # so called whatever it is: every claim has these names
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.relu2 = activation()
@@ -90,7 +90,7 @@ class GatedBlock(Block):
             self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)
             self.fc2 = nn.Conv2d(out_channels // 4, out_channels, 1)
             self.relu3 = activation()
-        self.shortcut = self._modules.pop("shortcut")  # behind the gate, as in KAIST's files
+        self.shortcut = self._modules.pop("shortcut")  # after the gate, as in KAIST's files
 
     def forward(self, x):
         out = self.relu1(self.bn1(self.conv1(x)))
@@ -141,14 +141,14 @@ class MobileNetV2(nn.Module):
 
 
 class SmallMobileNetV2(MobileNetV2):
-    """The small table: 593k weights, 39M multiply-accumulates an image."""
+    """The small table: 593k weights, 39M MACs per image."""
 
     def __init__(self, num_classes: int = 100, width: float = 1.0):
         super().__init__(num_classes, width, SMALL)
 
 
 class KaistMobileNetV2(MobileNetV2):
-    """KAIST AI's network: 463k weights, 39M multiply-accumulates an image."""
+    """KAIST AI's network: 463k weights, 39M MACs per image."""
     block = GatedBlock
 
     def __init__(self, num_classes: int = 100, width: float = 1.0):

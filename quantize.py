@@ -1,18 +1,18 @@
-"""From a masked checkpoint to the shipped one: every value that inference needs gets a grid and a stated width.
+"""Quantize a masked checkpoint: every value that inference needs gets a grid and a stated bit width.
 
     python quantize.py --checkpoint runs/default/masked.pt      writes cifar100_mobilenetv2.pt and its .json
 
 What is stored                                               width
-  weights                 code * step, step a power of two   6 or 8 bits a layer (the submission's table, by default)
+  weights                 code * step, step a power of two   6 or 8 bits per layer (by default the submission's)
   BatchNorm scale         a float16: an 11-bit multiplier and a 5-bit shift; or fixed-point (--scale-bits)    16 bits
   BatchNorm shift, bias   code * step, step a power of two                                                    16 bits
   activations             code * step, step a power of two   8 bits: unsigned after a ReLU, signed elsewhere
 BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
 or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
-a (s q * x) + b = (a s) (q * x) + b. The linear layer has none behind it, so its step is always a power of two.
+a (s q * x) + b = (a s) (q * x) + b. The linear layer has none after it, so its step is always a power of two.
 Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
-shift is a whole number of the accumulator's units: what is left to differ in an 8-bit engine that computes in float32
-behind its accumulators is too rare to be seen (see tools/export_onnx.py).
+shift is a whole number of the accumulator's units: what still differs in an 8-bit engine that computes in float32
+after its accumulators is too rare to be seen (see tools/export_onnx.py).
 
 Powers of two make the evaluation exact: see compressed/exact_network.py, the network that computes on these grids.
 """
@@ -47,8 +47,8 @@ TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule",
 def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     add, bits = parser.add_argument, number(int, 4, 16)
-    add("--recipe", metavar="NAME", help="options from the table [quantized] of a recipe, as of training/main.py; "
-        "those given here stand above it (default: recipe.toml in the checkpoint's folder, else none)")
+    add("--recipe", metavar="NAME", help="options from the table [quantized] of a recipe (see training/main.py); "
+        "the command line overrides it (default: recipe.toml in the checkpoint's folder, else none)")
     add("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
         help="sparse float checkpoint (%(default)s)")
     add("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
@@ -56,20 +56,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
         f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step of the weights: the submission's power of two "
-        "a layer, a free scale a layer, or a free scale per channel (%(default)s)")
+        "per layer, a free one per layer, or a free one per channel (%(default)s)")
     add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all, or a "
         "TOML file like --table's (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
         help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
     add("--shift-bits", type=bits, default=grids.SHIFT_BITS, metavar="B", help="bits of a BatchNorm's shift, a "
-        "fixed-point number; fewer than 16 are no whole number of accumulator units, to which 8-bit engines round it "
+        "fixed-point number; with fewer than 16, 8-bit engines round it to whole units of the accumulator "
         "(%(default)s)")
-    add("--ranges", choices=grids.RANGES, default="logits", help="activation steps: of the largest value as in the "
-        "submission, of the least squared error, or from there what the logits prefer (%(default)s)")
+    add("--ranges", choices=grids.RANGES, default="logits", help="activation steps: by largest value as in the "
+        "submission, by least squared error, or from there by effect on the logits (%(default)s)")
     add("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
         help="train images that set the ranges (%(default)s)")
-    add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images that renew the BatchNorm "
-        "statistics once the weights are quantized, and the means once the activations are; 0: keep them (%(default)s)")
+    add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
+        "statistics are re-estimated once weights are quantized, and means once activations are; 0: keep (%(default)s)")
     networks.add_option(parser)
     normalisation.add_option(parser)
     datasets.add_options(parser)
@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
     plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
-                      help="checkpoints whose logits are distilled, as of training/main.py")
+                      help="checkpoints to distil from, as in training/main.py")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "
@@ -174,7 +174,7 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
 
 
 def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies: Accuracies) -> tuple[nn.Module, dict]:
-    """Return a network all of whose values stand on their grids; and "tensors", "activations" and more of its claim.
+    """Return a network all of whose values are on their grids; and "tensors", "activations" and more of its claim.
 
     network: a plain one of the model's kind, which is filled and returned.
     """
@@ -211,7 +211,7 @@ def tuning_options(args, augment: str, data_set: cifar100.DataSet) -> fine_tune.
         "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
         "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
-    # what decides the result besides settings and grids, in plain values, where it is no default
+    # what decides the result besides settings and grids, in plain values, if not the default
     others = {"data_set": (str(data_set), str(cifar100.CIFAR100)), "holdout": (args.holdout, False),
               "normalise": (args.normalise, None)}
     others = {key: value for key, (value, default) in others.items() if value != default}

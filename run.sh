@@ -3,7 +3,7 @@
 #
 #   bash run.sh               set up, then verify the shipped checkpoint: accuracy, sparsity, operations, storage, score
 #   bash run.sh test          set up, then run the tests (further words go to pytest)
-#   bash run.sh quick         all stages in a few minutes on a CPU, on made-up images, and a table of what each left
+#   bash run.sh quick         all stages in a few minutes on a CPU, on synthetic images, and a table of the results
 #   bash run.sh train         train on CIFAR-100; ship the network if it is more accurate than the shipped one (or --ship)
 #   bash run.sh ship [RUN]    quantize, pack, execute, export, record and verify the masked network of a run (runs/default)
 #   bash run.sh baseline RUN  make the dense network of a run record/dense.pt, which the shipped one is compared with

@@ -90,7 +90,7 @@ def total_lines(summary: dict) -> list[str]:
 
 
 def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, list[str]]:
-    """Return (a network without a claim, in float32; lines to print about it). normalise: as of --normalise."""
+    """Return (a network without a claim, in float32; lines to print about it). normalise: as in --normalise."""
     network, lines = read.model, ["no claim: evaluated in float32, widths as found in the values"]
     if normalise is not None:
         network = normalisation.Renormalised(network, *normalise)
@@ -99,7 +99,7 @@ def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, l
 
 
 def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
-    """Return (the network as the claim says that it computes, lines to print about it).
+    """Return (the network, quantized as the claim says, and lines to print about it).
 
     Adds what the claim gets wrong to read.problems.
     """

@@ -47,7 +47,7 @@ def seconds(work, device: torch.device) -> float:
 
 
 def in_turn(loops: dict, rounds: int) -> dict[str, list[float]]:
-    """Return {name: images a second in each round} of {name: function that measures it}; prints every round."""
+    """Return {name: images/s in each round} of {name: function that measures it}; prints every round."""
     speeds = {name: [] for name in loops}
     for turn in range(rounds):
         for name, measure in loops.items():

@@ -12,8 +12,8 @@ each kind of layer costs in float and in 8 bits.
   onnx float   the same network, as torch.onnx.export writes it
   onnx 8-bit   tools.export_onnx
 
-Variants of the 8-bit graph that were tried on an EPYC with VNNI (onnxruntime 1.32, 2 threads): images/s as a ratio to
-the graph of that time, and why the variant was not taken:
+Variants of the 8-bit graph that were tried on an EPYC with VNNI (onnxruntime 1.32, 2 threads): images/s relative to
+the graph of that time, and why the variant was rejected:
   projections as convolutions, rounded before the residual sum   1.07 to 1.25   not our definition
   expansions as matrix products, too                             0.63 to 0.79   float32 between, exact shifts
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels
@@ -68,7 +68,7 @@ def engines(model: nn.Module, claim: dict, threads: int) -> tuple[dict, dict[str
 
 
 def speed(run, images: torch.Tensor, seconds: float) -> float:
-    """Return images a second, over at least so many seconds, after a first call that is not counted."""
+    """Return images per second, measured over at least `seconds`, after one warm-up call."""
     run(images)
     calls, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:

@@ -34,7 +34,7 @@ METHODS = ("proximal", "loss", "magnitude", "one-shot")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
           "--clean 0 --eval-every 0 --refresh 5000").split()
 
-# options of training/main.py in which a stage that is there must agree
+# options of training/main.py in which an existing stage must agree
 SAME = ("network", "epochs", "batch_size", "sizes", "penalty", "lam", "target_sparsity", "seed", "made_up", "data")
 
 
@@ -47,7 +47,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--epochs", nargs=3, type=number(int, 1, 10**4), default=(8, 6, 6), metavar="E",
                         help="dense, making zeros, masked (8 6 6)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), default=128, metavar="B", help="(%(default)s)")
-    parser.add_argument("--sizes", default="24:0.97,32", metavar="S", help="as of training/main.py (%(default)s)")
+    parser.add_argument("--sizes", default="24:0.97,32", metavar="S", help="as in training/main.py (%(default)s)")
     parser.add_argument("--targets", nargs="+", type=number(float, 0.001, 0.999), default=(0.8, 0.9), metavar="S",
                         help="shares of zeros (0.8 0.9)")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=3, metavar="N", help="(%(default)s)")
@@ -69,7 +69,7 @@ def options_of(method: str, target: float, lam: float) -> list[str]:
 
 
 class Runs:
-    """The stages of all runs, each trained once. Raises BadInput, to be resumed, when the time is over."""
+    """The stages of all runs, each trained once. Raises BadInput, resumable, when the time is up."""
 
     def __init__(self, args):
         self.args, self.started = args, time.monotonic()

@@ -194,7 +194,7 @@ def busy_neighbour():
 
 
 def loops(args, settings: loop.Settings, device: torch.device) -> dict:
-    """Return {loop: function that measures the images a second of one epoch}."""
+    """Return {loop: function that measures the images/s of one epoch}."""
     ours = functools.partial(our_epoch, network=args.network, settings=settings)
     small = functools.partial(ours, settings=dataclasses.replace(settings, sizes="24:0.999999,32"))
     plain = functools.partial(plain_epoch, network=args.network, batch_size=settings.batch_size, workers=args.workers)

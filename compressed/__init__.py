@@ -1,1 +1,1 @@
-"""Read, check, count and execute a compressed network; `checkpoints` and `exact_network` are where to begin."""
+"""Read, check, count and execute a compressed network; start with `checkpoints` and `exact_network`."""

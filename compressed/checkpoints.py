@@ -77,7 +77,7 @@ def read(path, network: str | None = None) -> Checkpoint:
         if "network" in claim:
             if other := claims.other_network(claim["network"], model):
                 problems.append(f"{claim_file}: {other}")
-            claim["network"]["spec"] = spec  # the user's, whose code may be in another folder
+            claim["network"]["spec"] = spec  # as given: its file may be in another folder
         record = claim if own is None else claim.get("packed")
         claimed = record.get("sha256") if isinstance(record, dict) else None
         if claimed != digest:

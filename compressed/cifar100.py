@@ -1,10 +1,10 @@
-"""Find or download CIFAR-100, check it to the last pixel, and load it as uint8 tensors; every other set has its form.
+"""Find or download CIFAR-100, check it to the last pixel, and load it as uint8 tensors, like all other data sets.
 
     python -m compressed.cifar100 [--data FOLDER]      finds (or downloads) the data set, checks it, prints a summary
 
-Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The data set is searched in --data, then in
-the environment variable CIFAR100_DIR, then in ./data.cifar100. If the first two are not given, it is downloaded to the
-last. Other data sets are read by datasets.py.
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The data set is taken from --data, else from
+the environment variable CIFAR100_DIR, else from ./data.cifar100, to which it is downloaded if the first two are not
+given. Other data sets are read by datasets.py.
 """
 import contextlib
 import csv
@@ -30,7 +30,7 @@ from compressed.errors import BadInput, refused
 
 CLASSES = 100
 IMAGE_SIZE = 32
-HOLDOUT = 10  # one of so many train images of each class is held out
+HOLDOUT = 10  # one in ten train images of each class is held out
 FOLDER = Path("data.cifar100")
 NEAR_DUPLICATES = Path(__file__).with_name("near_duplicates.csv")
 SET = "cifar-100-python"  # the name of the folder inside the published archive
@@ -187,7 +187,7 @@ def fingerprint(digests: list[bytes]) -> str:
 def select(images: np.ndarray, labels: np.ndarray, keys: list[bytes], split: str, data_set: DataSet, device) -> Images:
     """Return the images of a split in canonical order, on the device, from all images of its file and their digests.
 
-    That is the order of the digests: the same for every copy, and as good as random.
+    Canonical means sorted by digest: the same for every copy, and as good as random.
     """
     order = np.argsort(keys, kind="stable")
     if split in ("fit", "holdout"):

@@ -57,7 +57,7 @@ def complain(line: str) -> None:
 
 
 def needed(name: str):
-    """Return a package that only some scripts use, imported. Raises BadInput if it is missing or does not work."""
+    """Import and return a package only some scripts use. Raises BadInput if it is missing or does not work."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # of another version of numpy, of a broken one, or a warning under python -W error
@@ -78,7 +78,7 @@ def say_broken(name: str, error: Exception) -> None:
 
 
 def progress_bar(**options):
-    """Return a progress bar of tqdm on stderr; None if that is no terminal for it, or if there is no working tqdm."""
+    """Return a tqdm progress bar on stderr; None if stderr is no suitable terminal, or if tqdm does not work."""
     if not sys.stderr.isatty() or environment.text("TERM") == "dumb":
         return None
     try:
@@ -110,7 +110,7 @@ def run_script(main) -> None:
     """Run `main()` and exit with what it returns.
 
     BadInput and OSError print one line and exit with status 2; Ctrl-C prints one line and exits with 130. If the reader
-    of stdout exits (`| head`), the script ends silently with status 141, as any program that SIGPIPE ends; 2 would mean
+    of stdout exits (`| head`), the script ends silently with status 141, like a program killed by SIGPIPE; 2 would mean
     that something contradicts a claim. Output to closed streams is discarded and does not change the status.
     """
     prepare_streams()

@@ -1,21 +1,21 @@
-"""The rules of the MicroNet Challenge (NeurIPS 2019, CIFAR-100), one small function a rule, in exact integers.
+"""The rules of the MicroNet Challenge (NeurIPS 2019, CIFAR-100), one function per rule, in exact integers.
 
     score = parameter storage / 36.5M + operations / 10.49B
 
 Storage: a b-bit value counts b/32; a sparse tensor is its non-zeros and one mask bit for every position.
 Operations, for one image: a multiplication or addition counts the larger width of its two inputs/32; the inputs of an
-addition have the width of the accumulator. Multiplications by zeros do not count where the tensor has a mask that tells
-them; without one its zeros are values like any other (see `layout`). Source: the challenge's rules and the organisers'
+addition have the width of the accumulator. Multiplications by zeros do not count if the tensor is stored with a
+mask; without one, its zeros count like other values (see `layout`). Source: the challenge's rules and the organisers'
 counter (google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
 
 The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
-flatters the score. Where the rules leave a choice, the dearer one is taken; reasons stand in ACCOUNT.md and at `rule`.
+flatters the score. Where the rules leave a choice, the costlier one is taken; reasons are in ACCOUNT.md and at `rule`.
 A pointwise function counts as its formula does (KAIST AI's entry counted hard swish like this), although it may be
 looked up in a table, which is not stored: its entries follow from the function and the steps. The length of an
 accumulator is counted by one of three conventions (the challenge's table has a column for each):
 
 - "32-bit": every addition has 32 bits.
-- "fixed": one length a layer, the shortest in which no sum of the stored codes can overflow, whatever the input and
+- "fixed": per layer, the shortest length in which no sum of the stored codes can overflow, whatever the input and
   whatever the order of the additions (see `reach`). The layer's worst channel decides for all of its channels.
 - "tree": a balanced binary tree whose first additions count the width of a product, the next one bit more, and so on up
   to 32 (see `tree_additions`). This is the submission's convention.
@@ -90,8 +90,8 @@ def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
 def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -> int:
     """Return the length of a layer's accumulator under "fixed": of its worst channel; 32 at most, and for any float.
 
-    Without steps (a what-if) the codes are unknown: `terms` weights a channel, all of the most negative code, stand for
-    them.
+    Without steps (a what-if) the codes are unknown: `terms` weights per channel, all of the most negative code, are
+    assumed.
     """
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD
@@ -137,7 +137,7 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     """Return the terms of the dot product of each output channel: its non-zeros, or a what-if density of all weights.
 
     A density is rounded up in each channel: with a layer's mean density, as in the organisers' counter, channels with
-    few weights would have less than no additions.
+    few weights would have negative additions.
     """
     if density is None:
         return weight.detach().flatten(1).count_nonzero(1).tolist()
@@ -147,7 +147,7 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
 def dot_products(op: Operation, activation: Activation, formats: Formats, convention: str, stored: Layout):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
     none for a channel without weights. A bias is one more addition, at 32 bits, because its step is not that of the
-    products. A bias of zeros alone, which has been folded into the BatchNorm behind it, is none."""
+    products. A bias of zeros, as after folding into the next BatchNorm, adds nothing."""
     weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
     product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
     most = max(stored.terms)
@@ -169,7 +169,7 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
 def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: str, stored: Layout | None = None):
     """Return {bits: multiplications}, {bits: additions}, and the format of the result of an operation.
 
-    inputs: the formats of what it reads. stored: how its weights are. The result is as wide as it can become until the
+    inputs: the formats of what it reads. stored: its weights' Layout. The result is as wide as it can become until the
     next activation point rounds it: a product of a- and b-bit numbers has a + b bits, a sum one more than the wider of
     its inputs, and nothing more than 32.
     """
@@ -177,8 +177,8 @@ def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: 
         return dot_products(op, inputs[0], formats, convention, stored)
     x = max((value.bits for value in inputs), default=WORD)
     plus, wide = min(WORD, x + 1), min(WORD, 2 * x + 1)  # of x + 3; of its product with x
-    added = WORD if convention == "32-bit" else x  # the width of an addition that is none of an accumulator
-    multiplications, additions, bits = [], [], x  # the widths of those for an output element; the width of the result
+    added = WORD if convention == "32-bit" else x  # the width of an addition outside an accumulator
+    multiplications, additions, bits = [], [], x  # widths of those per output element; width of the result
     match op.kind:
         case "batchnorm":  # a float16 scale counts its 16 bits, although its significand, which multiplies, has 11
             scale, shift = (formats.tensors[f"{op.name}.{part}"].bits for part in ("weight", "bias"))
@@ -295,9 +295,9 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
     count.
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
-    positions), as `layout` says. A BatchNorm is a scale and a shift a channel at their widths. Every step (of a
+    positions), as `layout` says. A BatchNorm is a scale and shift per channel at their widths. Every step (of a
     tensor, of a channel where channels have their own, of an activation point) counts 32 bits, although the exponent
-    of a power of two would do with 8. density: as in `count`. operations: of `graph.read`, where they are at hand.
+    of a power of two would fit in 8. density: as in `count`. operations: of `graph.read`, if already available.
     """
     operations = read(model).operations if operations is None else operations
     stored, used = layouts(operations, formats, density), {op.name for op in operations}
@@ -328,7 +328,7 @@ def thop_counts(model: nn.Module) -> list[int] | None:
     try:
         from thop import profile
         return [int(profile(copy.deepcopy(model).eval(), inputs=(batch,), verbose=False)[0]) for batch in batches]
-    except Exception as error:  # of other versions of torch and numpy, or a warning that is an error
+    except Exception as error:  # with other versions of torch or numpy, or a warning as an error
         say_broken("thop", error)
         return None
 
@@ -388,8 +388,8 @@ def submission_operations(operations: list[Operation], sparsity=0) -> dict[str, 
     """Return the operations as the submission counted them, with the keys of `totals`.
 
     It reported 77.84M multiplications and 153.41M additions of a dense network. By the organisers' counter: every
-    convolution has a bias (its folded BatchNorm: an addition, but no multiplication) and a ReLU behind it, those of
-    shortcuts, too, and the linear layer a bias; neither residual additions nor the average count. A mean density takes
+    convolution, shortcuts included, has a bias (its folded BatchNorm: an addition, but no multiplication) and a ReLU,
+    and the linear layer has a bias; neither residual additions nor the average count. A mean density takes
     the place of non-zeros; multiplications have 16 bits, additions 32. A total that is not whole is rounded up.
     """
     products = (1 - Fraction(sparsity)) * macs(operations)  # n terms: n - 1 additions, and that of the bias

@@ -7,7 +7,7 @@
         train_images, test_images   uint8 [N, 32, 32, 3], RGB from 0 to 255
         train_labels, test_labels   integers [N], from 0 to the number of classes - 1
 A folder may also be the parent of the published folder, cifar-100-python or cifar-10-batches-py; where both are there,
-it means CIFAR-100. The number of classes is that of the data. As with CIFAR-100, images stand in the order of their
+it means CIFAR-100. The number of classes is that of the data. As with CIFAR-100, images are in the order of their
 digests, and a hold-out is a tenth of the train images of every class.
 """
 import dataclasses
@@ -53,9 +53,9 @@ def option_words(args) -> list[str]:
 def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> tuple[Images, str]:
     """Return (images, their name) of the split "train" or "test", as the options say.
 
-    The name is "test", "train", "hold-out" or "made up"; that of a data set other than CIFAR-100 stands before it.
-    network: if there is one already (see graph.prepare), BadInput if it is of another number of classes. If args.images
-    is set, only so many images: the first in canonical order.
+    The name is "test", "train", "hold-out" or "made up"; the data set's name goes before it unless that is CIFAR-100.
+    network: BadInput if this prepared network (see graph.prepare) has another number of classes. If args.images is set,
+    only that many images: the first in canonical order.
     """
     classes = None if network is None else read(network).points[-1].shape[0]
     if args.made_up:

@@ -2,7 +2,7 @@
 
 A channel is never read if every weight that would read it is zero; then what computes it is dead. A channel is always
 zero if nothing but zeros reaches it and its shift rounds to the code 0; then what reads it is dead. Each removal can
-make others, so both passes alternate until nothing changes. What is zero need not be stored (see counting.layout), but
+allow more, so both passes alternate until nothing changes. What is zero need not be stored (see counting.layout), but
 tensors keep their shapes: a channel or filter of zeros is not cut out of the network.
 """
 import torch
@@ -25,7 +25,7 @@ def drop_outputs(model: nn.Module, branch: Branch, dead: Tensor) -> None:
 
 
 def moved_from(branch: Branch, used: Tensor, channels: int) -> Tensor:
-    """Return the source's channels, bool [channels], that stand anywhere in the channels `used` of a "moved" branch."""
+    """Return the source's channels, bool [channels], that occur in the channels `used` of a "moved" branch."""
     numbers, size = branch.index[used], branch.elements // channels
     found = torch.zeros(channels, dtype=torch.bool)
     found[((numbers[numbers > 0] - 1) // size).unique()] = True
@@ -102,8 +102,8 @@ def forward(model: nn.Module, order: tuple[Point, ...], steps: dict[str, float])
 def remove(model: nn.Module, activations: list[dict]) -> dict[str, int]:
     """Set every dead weight, scale and shift of a shipped model to zero, in place.
 
-    activations: the claim's list of activation points, whose steps say what rounds to zero. Returns how many non-zero
-    values went, {"weights", "scales and shifts"}.
+    activations: the claim's list of activation points, whose steps say what rounds to zero. Returns the number of
+    removed values, {"weights", "scales and shifts"}.
     """
     def nonzeros():
         return {"weights": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1),

@@ -1,9 +1,9 @@
-"""The exception for input that the user can mend, and the wording of errors in one line."""
+"""The exception for input that the user can fix, and error messages of one line."""
 import contextlib
 
 
 class BadInput(ValueError):
-    """Input that the user can mend. Scripts print its one line and exit with status 2 (see command_line.run_script)."""
+    """Input that the user can fix. Scripts print its one line and exit with status 2 (see command_line.run_script)."""
 
 
 def one_line(error: BaseException) -> str:

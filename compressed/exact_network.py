@@ -1,10 +1,10 @@
-"""A network that computes on its grids: every value a whole number times a step, so that its logits are exact.
+"""Exact simulation of a quantized network: every value is an integer times a step, so the logits are exact.
 
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
 summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
 those exactly. A pointwise function, such as hard swish, is a table: for every code the function's value, computed in
-float64 and rounded to the grid of the point behind it. So a claim is verified to the image, the recorded logits to the
+float64 and rounded to the grid of the next point. So a claim is verified to the image, the recorded logits to the
 last bit, and tools/integer.py computes the same logits without a float.
 """
 import copy
@@ -49,7 +49,7 @@ class Quantizer(nn.Module):
     def forward(self, x):
         low, high = self.range()
         if x.dtype == torch.bfloat16:
-            x = x.float()  # autocast's bfloat16 holds the codes of the result, but not the rounding towards them
+            x = x.float()  # autocast's bfloat16 can hold the resulting codes, but is too coarse to compute them
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, self.step, low, high)
         if compiled(x):
@@ -87,7 +87,7 @@ def table(function: str, source: Activation, step: float, target: Activation, ta
 
 
 class Lookup(Quantizer):
-    """Look up a pointwise function of the codes of `source`, rounded to the grid of the Quantizer behind it."""
+    """Look up a pointwise function of the codes of `source`, rounded to the grid of the Quantizer after it."""
 
     def __init__(self, function: str, source: Quantizer, behind: Quantizer):
         super().__init__(behind.bits, behind.signed, behind.step, behind.most)
@@ -106,7 +106,7 @@ class Lookup(Quantizer):
 
 
 class Rescale(Quantizer):
-    """Scale, shift and round: a ScaleShift and the Quantizer behind it, compiled where kernels.c can be."""
+    """Scale, shift and round: a ScaleShift and the next Quantizer, with kernels.c where possible."""
 
     def __init__(self, norm: ScaleShift, behind: Quantizer):
         super().__init__(behind.bits, behind.signed, behind.step, behind.most)
@@ -152,7 +152,7 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     """Put a Quantizer in the place of the ReLU or Identity at every activation point, in place.
 
     activations: {"name", "bits", "signed", "step"} of each point, as in a claim. Raises BadInput if the names are not
-    exactly the network's points, or a format cannot be.
+    exactly the network's points, or a format is bad.
     """
     graph = read(model)
     if graph.normalised:
@@ -176,7 +176,7 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
 def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     """Return a copy of a shipped model that computes on its grids, with the same logits to the last bit on any machine.
 
-    activations: as of `quantize_activations`.
+    activations: as in `quantize_activations`.
     """
     network, graph = copy.deepcopy(model).eval(), read(model)
     quantize_activations(network, activations)

@@ -20,7 +20,7 @@ def replacing(path):
     """Yield a temporary file, open for writing bytes, and rename it to `path` if the block ends without an error.
 
     A reader sees the old file or the new one, never a part. A full disk or a killed process leaves the old one
-    unchanged. The file gets the permissions of the umask. If `path` is a symbolic link, the file behind it is replaced.
+    unchanged. The file gets the permissions of the umask. If `path` is a symbolic link, its target is replaced.
     An OSError names `path`, whichever call raised it.
     """
     path, temporary = Path(path), None
@@ -44,7 +44,7 @@ def replacing(path):
 def create_next_to(path) -> tuple[int, Path, Path]:
     """Create an empty file with a new name in the folder of `path`, and the folder if it is missing.
 
-    Returns (its open descriptor, its path, the path behind all symbolic links). Raises OSError if it cannot be created.
+    Returns (its open descriptor, its path, `path` with all links resolved). Raises OSError if it cannot be created.
     tempfile.mkstemp does not fit: only the owner can read its files, and not every file system allows a chmod.
     """
     place = Path(os.path.realpath(path))
@@ -57,7 +57,7 @@ def create_next_to(path) -> tuple[int, Path, Path]:
 
 
 def try_to_write(*paths) -> None:
-    """Raise BadInput if a file could not be written to one of the paths. Creates folders; to call before long work."""
+    """Raise BadInput if a file could not be written to one of the paths. Creates folders; call it before long work."""
     for path in map(Path, paths):
         with refused(f"{path}: cannot be written", "; give another place", OSError):
             if path.exists() and not path.is_file():
@@ -70,7 +70,7 @@ def try_to_write(*paths) -> None:
 def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
     """Raise BadInput if an output could not be written or would overwrite an input or another output.
 
-    To call before long work. outputs: paths of files to be written; the first is the one that the user named, and it
+    Call it before long work. outputs: paths of files to be written; the first is the one that the user named, and it
     must end in `suffix` if that is given. inputs: paths that are read. Links are followed to compare paths.
     """
     outputs, inputs = list(map(Path, outputs)), list(map(Path, inputs))
@@ -198,7 +198,7 @@ def sha256(path) -> str:
 def git_commit() -> str | None:
     """Return the git commit of this code, marked -dirty if files differ from it; None without a repository of its own.
 
-    The repository is named, because git would also take one around this folder, or the one in the variable GIT_DIR.
+    The repository is named, because git would also use an enclosing one, or the one in the variable GIT_DIR.
     """
     words = ["git", "--git-dir=.git", "--work-tree=.", "describe", "--always", "--dirty", "--abbrev=12"]
     try:

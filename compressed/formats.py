@@ -87,7 +87,7 @@ def signed_bits(low: int, high: int) -> int:
 
 INTEGER_BITS = 16  # beyond this, values on a grid with a power-of-two step are floating-point numbers like any other
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-EVEN_BITS = 8  # beyond this, float32 cannot tell a step that is no power of two from chance
+EVEN_BITS = 8  # beyond this, float32 values fit a step that is no power of two by chance
 EVEN_TOLERANCE = 2.0**-22  # relative: the rounding errors of two float32 numbers, 2^-24 each, and some margin
 
 
@@ -214,8 +214,8 @@ def is_folded(norm: nn.BatchNorm2d) -> bool:
 def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
     """Return the formats found from the values of every parameter.
 
-    A BatchNorm whose statistics are not folded in yet counts as float32, because folding makes float32 values of its
-    weight and bias whatever their formats are. Raises BadInput, naming the tensor, if a value is not finite.
+    A BatchNorm whose statistics are not folded in yet counts as float32, because folding turns its
+    weight and bias into float32, whatever they were. Raises BadInput, naming the tensor, if a value is not finite.
     """
     tensors = {}
     for name, parameter in model.named_parameters():

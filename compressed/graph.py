@@ -1,19 +1,19 @@
 """The graph of a network, found in its own forward pass: what is computed from what, and where values are stored.
 
 `read` lists the operations, which are counted, and the activation points: the values that are rounded to codes and
-stored, each with the branches that are added up to it. Quantizer, dead weight, integer network, packed file and ONNX
-model follow them. A network whose forward pass has no module where a value is stored gets one by `prepare`.
+stored, each with the branches whose sum it is. Quantizer, dead weight, integer network, packed file and ONNX model are
+built on them. `prepare` inserts a module wherever a forward pass stores a value without one.
 
 A value is an activation point if it is
   the output of a ReLU or ReLU6;
   read by a convolution, a linear layer, a mean, a maximum, a product, a pointwise function, or a move of elements
     (concatenation, view, slice, padding, ...), which all read codes;
-  read by a BatchNorm that does not stand alone behind a convolution or linear layer, into which it is folded;
+  read by a BatchNorm that cannot be folded into a convolution or linear layer right before it;
   the output of a pointwise function other than these two;
   or read by more than one operation.
 The image is the first point of most networks. Where a value goes through an nn.Identity, that is its point, and a
-function's output goes to an nn.Identity that alone reads it. Elements that are moved several times in a row are moved
-once, from the point before to the point behind. Additions have no point of their own: what is added is not rounded.
+function's output goes to an nn.Identity that alone reads it. Several moves in a row are combined into one,
+from the point before to the point after. Additions have no point of their own: what is added is not rounded.
 """
 import copy
 import functools
@@ -53,7 +53,7 @@ class Branch:
 
     kind: what it computes from the codes of `source`:
       "pixels"      the normalised image, the network's input
-      "layer"       a convolution or linear layer, and the BatchNorm `norm` behind it, if there is one
+      "layer"       a convolution or linear layer, and the BatchNorm `norm` after it, if there is one
       "norm"        the BatchNorm `norm`
       "unchanged"   the value itself
       "mean", "max" of the `terms` values in every position of the `window`
@@ -83,7 +83,7 @@ class Branch:
 class Point:
     """An activation point: a value that is rounded to codes and stored. The last one, "logits", is not rounded.
 
-    name: that of the module behind which it is rounded. branches: what is added up to it. activation: "relu", "relu6"
+    name: that of the module that rounds it. branches: what is added up to it. activation: "relu", "relu6"
     or "none", applied to the sum. signed: it can be below zero. shape: of one image's value, channels first.
     """
     name: str
@@ -95,7 +95,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a network computes: its operations and its points, in the order of running; the last point is the logits.
+    """What a network computes: its operations and its points, in execution order; the last point is the logits.
     """
     operations: tuple[Operation, ...]
     points: tuple[Point, ...]
@@ -134,7 +134,7 @@ class _Walk:
     """Finds the points of a list of operations.
 
     values: {key of an operation: a Point, or the branches of a value that is not rounded}. found: {name: Point}.
-    lacking: [(operation, name of a point)] where there is no module behind an operation to round its value.
+    lacking: [(operation, name of a point)] where there is no module after an operation to round its value.
     """
 
     def __init__(self, operations: list[Operation]):
@@ -207,7 +207,7 @@ class _Walk:
             each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value) for each in readers)
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool) -> Point:
-        """Return a new point behind an operation; own: its module can round, otherwise one has to be inserted."""
+        """Return a new point after an operation; own: its module can round, otherwise one has to be inserted."""
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         activation = op.kind if op.kind in CLIPS else "none"
         signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
@@ -247,7 +247,7 @@ def folds(value) -> bool:
 
 # ---- Reading a network, and preparing one --------------------------------------------------------
 
-KEPT = "_graph_read"  # the attribute in which a network keeps its graph, with what it was found in
+KEPT = "_graph_read"  # the attribute that caches a network's graph, and the structure it is for
 
 
 def _structure(model: nn.Module) -> list:
@@ -334,7 +334,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def sole_readers(model: nn.Module) -> dict[str, str]:
-    """Return {module: the module that alone reads its output} of any network; each of both runs once.
+    """Return {module: the only module that reads its output} of any network; both run once.
 
     Raises BadInput if the forward pass cannot be followed.
     """

@@ -1,7 +1,7 @@
 """Choose widths and steps for a network's weights and activations, and store every value on its grid.
 
 `quantize_weights` and `quantize_activations` make a network that computes on its grids, `shipped` one whose stored
-values all are codes times a step. Source of the rounding: the submission's linear, symmetric quantizer (see
+values are all codes times a step. Source of the rounding: the submission's linear, symmetric quantizer (see
 power_of_two_step).
 """
 import contextlib
@@ -20,7 +20,7 @@ from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
 from compressed.graph import layer_kind, read, weight_layers
 
-# the submission's QBNs, by their places among its 58 layers; every other layer has 8 bits
+# the submission's 6-bit layers, by index among its 58 layers; every other has 8 bits
 SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
             11: "layers.2.conv3", 14: "layers.3.conv3", 16: "layers.4.conv2", 19: "layers.5.conv2",
             55: "layers.16.shortcut.0"}
@@ -72,7 +72,7 @@ def bit_table(option: str | None, model: nn.Module) -> list[int]:
 def activation_table(option: str, model: nn.Module) -> dict[str, int]:
     """Return {activation point: its bits}. option: see `chosen_bits`.
 
-    The kinds of points say what is stored there: the "image"; a "sum" of branches, as behind a residual block; or else
+    The kinds of points say what is stored there: the "image"; a "sum" of branches, as after a residual block; or else
     the output of a "layer", a "function" such as hard swish, a "mean", and so on.
     """
     def kind(branches) -> str:
@@ -87,7 +87,7 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
     """Return the bits of each name in `kinds`, {name: its kind}.
 
     option: a number: that many for all; else a TOML file with `default = 8` and a table [bits] of names (in quotes) or
-    kinds to bits; a name takes precedence over its kind. known: all kinds that there are. places: names that may also
+    kinds to bits; a name takes precedence over its kind. known: all existing kinds. places: names that may also
     be given by their index. Raises BadInput for anything else in the file, for an unknown name, and for widths outside
     2 to 8 (wider values would not be summed exactly).
     """
@@ -114,7 +114,7 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
 # ---- A network that computes on its grids ---------------------------------------------------------
 
 class RoundsWeights:
-    """The part of a convolution or linear layer that rounds its weights on the way: what it stores is what is trained.
+    """Mixin: a convolution or linear layer rounds its weights in the forward pass; the stored ones are trained.
 
     It has the attributes `bits` and `step`, a tensor that broadcasts against the weights.
     """
@@ -127,7 +127,7 @@ class RoundsWeights:
 
 
 class QuantizedConv2d(RoundsWeights, nn.Conv2d):
-    """A convolution of the kind above. plain: the class of one that does not round."""
+    """A convolution that rounds its weights. plain: the class without rounding."""
     plain = nn.Conv2d
 
     def forward(self, x):
@@ -184,7 +184,7 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
 def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
     """Make every convolution and linear layer round its weights, with steps chosen for the weights as they are now.
 
-    A step that is no power of two is absorbed by the BatchNorm behind the layer; a layer without one has a power of two
+    A step that is no power of two is absorbed by the BatchNorm after the layer; a layer without one has a power of two
     in every scheme.
     """
     if scheme not in SCHEMES:
@@ -264,7 +264,7 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
             source, bias = model.get_submodule(branch.name), layer.bias
             steps = source.rounded_step()
             code = codes(source.weight, steps, *code_range(source.bits))
-            # a free step goes into the BatchNorm behind; what is stored has the step 2^-(b-1), or the scheme's own
+            # a free step goes into the next BatchNorm; what is stored has the step 2^-(b-1), or the scheme's own
             step = 2.0 ** (1 - source.bits) if steps.dim() else float(steps)
             scale *= (steps / step).double().flatten()
             scale[code.flatten(1).count_nonzero(1) == 0] = 0  # nothing arrives: any scale would do, and zero says so
@@ -323,9 +323,9 @@ def fold(bn: nn.BatchNorm2d, name: str, step: Tensor, bias: Tensor | None, scale
 
 
 def scale_unit(scale: Tensor, bits: int) -> Tensor:
-    """Return the step, a power of two, on which fixed-point scales of so many bits and a sign are stored.
+    """Return the step, a power of two, on which signed fixed-point scales of this width are stored.
 
-    None is clipped, and scales that stand on their step have the same step again.
+    None is clipped, and scales that are on their grid get the same step again.
     """
     return torch.ldexp(torch.ones_like(scale[0]), torch.frexp(scale.abs().max() / (2 ** (bits - 1) - 0.51))[1])
 
@@ -336,7 +336,7 @@ def short_step(step: Tensor, scale: Tensor, bits: int = FLOAT_BITS) -> Tensor:
 
     A product has SIGNIFICANT_BITS bits, and its step is moved by 3% at most: codes times such scales need few bits, so
     that float32 holds them exactly. At fewer than 16 bits it is also a multiple of the unit of all, and not 0; there a
-    step may become much longer, but no more than 3% shorter, which would clip weights.
+    step may become much larger, but at most 3% smaller, which would clip weights.
     """
     step, scale = step.double(), scale.double()
     significand, exponent = torch.frexp(scale * step)
@@ -368,7 +368,7 @@ def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict
     Those are the shifts of its BatchNorms, and the biases of layers without one, except the logits'.
 
     A unit is scale x weight step x input step. A shift stays a code of its width, so it becomes a multiple of the odd
-    part of the unit and of both powers of two. Engines add a bias to the accumulator: as a whole number.
+    part of the unit and of both powers of two. Engines add a bias to the accumulator, as an integer.
     """
     steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
     bits, graph = {entry["name"]: entry["bits"] for entry in tensors}, read(network)

@@ -3,7 +3,7 @@
 Every stored number is an integer times a power of two (see quantize.py), and so is every value that is computed from
 them. The powers are known before the first image, so integers and shifts are enough. For each activation point:
 
-  sum   = of weight code x activation code                    int32; positions of the padding have the code 0
+  sum   = sum of weight code x activation code                int32; positions of the padding have the code 0
   value = sum over its terms of sum x multiplier + addend     int32, or int64 if scales with many bits need it
   code  = value >> shift, rounded half to even and clipped    8 bits; a lower clip at 0 is the ReLU
 
@@ -128,9 +128,9 @@ def lowest_bit(x: float) -> int:
 
 
 class Value:
-    """The value of an activation point: the sum of its terms. It is rounded to codes; without a step, as logits, not.
+    """The value of an activation point: the sum of its terms. It is rounded to codes unless it has no step (logits).
 
-    Each channel has a unit of its own, 2^exponent: the lowest bit of all that is added in it. bits: that hold every
+    Each channel has a unit of its own, 2^exponent: the lowest bit of all that is added in it. bits: enough for each
     value and its terms. Raises BadInput if a value could overflow 64 bits, or a sum of products 32.
     """
 

@@ -55,8 +55,8 @@ def load_micronet(path) -> Micronet:
 def folded(model: Micronet) -> dict[str, Tensor]:
     """Return the state dict of mobilenet_v2.KaistMobileNetV2 that computes what a network of KAIST's does.
 
-    The input normalisation goes into the first convolution and its BatchNorm, so that the zeros of its border are grey
-    pixels: exact but for the map's outermost positions. The layers that nothing uses are left out.
+    The input normalisation goes into the first convolution and its BatchNorm, so its zero padding now means grey
+    pixels: exact except at the feature map's border. The layers that nothing uses are left out.
     """
     unused = tuple(f"layers.{i}.fc" for i, block in enumerate(model.layers) if not block.residual)
     state = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith(unused)}

@@ -23,8 +23,8 @@ static inline float load(number x) { return x; }
 static inline number store(float value) { return value; }
 #endif
 
-/* BatchNorm followed by h: an activation, and in fine-tuning the rounding before and behind it. Forward and backward each
- * read every value twice and write it once.
+/* BatchNorm followed by h: an activation, and in fine-tuning the rounding before and after it. Forward and backward
+ * each read every value twice and write it once.
  *
  *   y = h(z),  z = a x + b,  a = weight / sqrt(var + eps),  b = bias - a mean
  *   h(z) = z, or max(z, 0), or hard swish: 0 for z <= -3, z for z >= 3, z (z + 3) / 6 between;

@@ -44,7 +44,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def compiled(file: Path, flags: list[str]) -> ctypes.CDLL:
     """Compile kernels.c to this file and load it."""
-    # with vectors narrower than the widest, fewer channels are left over for slow scalar code: the stem has 40
+    # with 256-bit vectors, fewer channels are left over for slow scalar code: the stem has 40
     narrow = ["-mprefer-vector-width=256"] if platform.machine() == "x86_64" else []
     compiler = shlex.split(environment.text("CC") or "cc")
     subprocess.run([*compiler, "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow, *flags,

@@ -25,18 +25,18 @@ code, from 1 to 16; that of float16 is 0x50. An exponent e is a signed byte. A c
 codes of parameters, and of signed activations, are in two's complement. A weight may be stored with a mask or without;
 `pack` takes what `counting.layout` finds cheaper.
 
-Order. The parameters stand as in `named_parameters()` of the network, each in row-major order, a convolution's as
-[out, in / groups, height, width]; their shapes are the network's. The activation points stand in the order in which the
-forward pass computes them. Of any network they are found by the rules in graph.py. Our MobileNetV2 has 55: the image;
+Order. The parameters are in the order of `named_parameters()`, each in row-major order, a convolution's as
+[out, in / groups, height, width]; their shapes are the network's. The activation points are in the order in which the
+forward pass computes them. The rules in graph.py find them in any network. Our MobileNetV2 has 55: the image;
 the ReLU of the stem; for each of 17 blocks both ReLUs and the block's output; the ReLU of the head; the pooled
 features. Its parameters: conv1.weight, bn1.weight, bn1.bias; for each block conv1, bn1, conv2, bn2, conv3, bn3 and,
 where it has one, the shortcut's convolution and BatchNorm; conv2, bn2; linear.weight, linear.bias.
 
 Meaning. A pixel p from 0 to 255 enters as (p - mean) / deviation. At an activation point a value v becomes the code
 v / 2^e, rounded with halves to even, and clipped to the codes of its format: 0 to 2^b - 1, or, signed, -2^(b-1) to
-2^(b-1) - 1; behind a ReLU6 not above 6 / 2^e, rounded. Everything between two points is exact. BatchNorms are folded:
+2^(b-1) - 1; after a ReLU6 not above 6 / 2^e, rounded. Everything between two points is exact. BatchNorms are folded:
 y = weight x + bias, and their mean is 0 and their variance 1 - eps. A mean is the sum times 1/n. The result of a
-pointwise function is the value of the point behind it: a table of codes, which is not stored, because it follows from
+pointwise function is the value of the point after it: a table of codes, which is not stored, because it follows from
 the function and both steps. Hard swish and hard sigmoid are computed in double precision, x min(max(x + 3, 0), 6) / 6
 in this order; sigmoid, SiLU and GELU (with erf), too, and then rounded to float32, so that no code depends on the last
 bits of a machine's exp or erf. `num_batches_tracked` is no part of inference: it is read back as 0.
@@ -144,7 +144,7 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
         if kind & MASKED:
             mask = reader.bits(n, 1) != 0
             codes[mask] = reader.bits(int(mask.sum()), bits)
-        with np.errstate(over="ignore"):  # it is looked for below
+        with np.errstate(over="ignore"):  # it is checked below
             values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
         entry = {"name": name, "bits": bits, "step": 2.0**e}
     if not np.isfinite(values).all():
@@ -169,7 +169,7 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
     """Write the packed file of a shipped model; return the bytes of its sections, named as in `counting.storage`.
 
     What was packed is unpacked and compared before a byte is written. Raises BadInput if the claim does not fit the
-    model, or if anything in them would not come back as it is.
+    model, or if anything would not be read back unchanged.
     """
     spec = claim.get("network", {}).get("spec", networks.DEFAULT)
     formats = stated_formats(model, claim)

@@ -4,7 +4,7 @@ A specification is a module or a file, the name of a class or function in it, an
 
     mobilenet_v2:MobileNetV2                the submission's network, the default everywhere
     mobilenet_v2:MobileNetV2?width=0.5      arguments after "?", joined by "&", as Python literals
-    my_net.py:MyNet?depth=20                a file of one's own
+    my_net.py:MyNet?depth=20                a file of your own
 
 The class or function is called with these arguments, and with `num_classes` if it has such a parameter. It must return
 an nn.Module that maps float32 images [N, 3, 32, 32] to logits [N, classes].
@@ -46,7 +46,7 @@ def add_option(parser, claimed: bool = False) -> None:
 def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
     """Return (file or module, name in it, {argument: value}) of a specification. option: where it was given.
 
-    A value that is no Python literal is a string. Raises BadInput for what has not the form of a specification.
+    A value that is no Python literal is a string. Raises BadInput for anything but a specification.
     """
     what, _, text = spec.partition("?")
     place, _, name = what.rpartition(":")
@@ -135,7 +135,7 @@ def followed(spec: str, given: str | None) -> str:
     """Return the specification to make a file's network from; spec: what the file states; given: the user's --network.
 
     Reading a file must not run code that it names: without --network only this repository's own is run. The user's file
-    may lie in another folder. Raises BadInput for foreign code without --network, and, naming both, if they differ.
+    may be in another folder. Raises BadInput for other code without --network, and, naming both, if they differ.
     """
     if not spec.isprintable():
         raise BadInput("the specification of its network holds characters that cannot be printed")
@@ -165,14 +165,14 @@ def load_state(path) -> dict[str, torch.Tensor]:
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
-    with open(path, "rb") as file:  # opened here: torch takes no name that is no UTF-8
+    with open(path, "rb") as file:  # opened here: torch accepts only UTF-8 names
         try:
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
                 raise zipfile.BadZipFile(f"{part} has another checksum")  # torch does not look at them
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file makes torch's reader stumble anywhere: IndexError, struct.error
-            # not in torch's words: they advise to read it with weights_only=False, which executes what stands in it
+            # not torch's message: it advises weights_only=False, which executes code in the file
             raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors: it is damaged, or holds "
                            f"something else, such as a whole model ({type(error).__name__})") from error
     return plain_state(state, path)
@@ -231,7 +231,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def fault(key: str, value: torch.Tensor) -> str | None:
-    """Return why a tensor cannot be part of a network, or None: the limits of readers and writers alike."""
+    """Return why a tensor cannot be part of a network, or None; the same for reading and for writing."""
     if not is_plain(value):
         return "is no dense tensor of real numbers"
     if not torch.isfinite(value.float()).all():
@@ -272,7 +272,7 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
     """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
 
     num_classes: the number of classes that it must have; None: as many as the values are for. Raises BadInput for a
-    file that does not fit to the last key, and for values that cannot be (see `fill`).
+    file whose keys or shapes do not fit, and for invalid values (see `fill`).
     """
     state, classes = load_state(path), num_classes or CLASSES
     model = make(network, classes)

@@ -1,6 +1,6 @@
 """Give a network from elsewhere the input normalisation that it was trained with, as --normalise states it.
 
-Everything here hands a network (pixel - 128) / 64 (cifar100.normalise). A network that was trained with another
+All code here gives a network (pixel - 128) / 64 (cifar100.normalise). A network that was trained with another
 normalisation takes (pixel / 255 - mean) / deviation, which is scale * ours + shift for each colour.
 """
 import argparse

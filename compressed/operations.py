@@ -1,7 +1,7 @@
-"""The operations of a network's own forward pass, traced by torch.fx and brought to one spelling.
+"""The operations of a network's own forward pass, traced by torch.fx and named uniformly.
 
 The same operation may be written as a module, a function, a method or in place (nn.ReLU, F.relu, x.relu_()). Here, and
-nowhere else, it gets one name, its kind. Whatever is unknown is refused by its name, for everybody who reads the list.
+nowhere else, it gets one name, its kind. Unknown operations are refused by name, for all users of the list.
 """
 import copy
 import operator
@@ -17,7 +17,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput, one_line
 
 CLIPS = "relu", "relu6"
-FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # the other pointwise functions: of codes, tables
+FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # other pointwise functions; tables, on codes
 MOVES = "moved", "concatenation"  # the output's elements are those of the inputs, at other places
 SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph.prepare inserts the first
     "conv": (nn.Conv2d,), "linear": (nn.Linear,), "batchnorm": (nn.BatchNorm2d,), "point": (nn.Identity,),
@@ -52,7 +52,7 @@ class Operation:
     """An operation for one image.
 
     key: the name of its node in the traced graph. name: unique; the module's, or that of the module whose forward pass
-    it stands in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "normalisation", which scales
+    it is in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "normalisation", which scales
     or shifts the input by constants. inputs: keys of the operations that it reads.
     fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. outputs: number
     of elements of its result. channels: of its result. module: the module that is called, or None. shape: of its
@@ -125,7 +125,7 @@ class _Run(fx.Interpreter):
         return isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
 
     def read(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes of the tensors that a node reads; x + x reads x twice. A tuple stands for what it is made of."""
+        """The nodes of the tensors that a node reads; x + x reads x twice. A tuple counts as its elements."""
         nodes, found = [], []
         fx.node.map_arg((node.args, node.kwargs), nodes.append)
         for each in nodes:
@@ -187,7 +187,7 @@ class _Node:
         return defaults | dict(zip(defaults, args)) | {k: v for k, v in kwargs.items() if k in defaults}
 
     def faults(self, own: set[str]) -> Iterator[str]:
-        """Yield why this looks like a known operation and computes another. own: names of all parameters."""
+        """Yield why this differs from the operation that it looks like. own: names of all parameters."""
         node, module, kind = self.node, self.module, self.kind
         changed = module is not None and self.spelling and type(module).forward is not self.spelling.forward
         if changed and not hasattr(module, "step"):  # ours round their weights
@@ -300,7 +300,7 @@ class _Node:
 # ---- The list ------------------------------------------------------------------------------------
 
 def _names(nodes: list[_Node]) -> list[str]:
-    """A unique name for every node: the module's, or that of the module whose forward pass it stands in, and the kind.
+    """A unique name for every node: the module's, or that of the module whose forward pass it is in, and the kind.
     """
     names, used = [], Counter()
     for each in nodes:
@@ -314,7 +314,7 @@ def _names(nodes: list[_Node]) -> list[str]:
 
 
 def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
-    """Return every operation of a model for one image of `shape` (channels, height, width), in the order of running.
+    """Return every operation of a model for one image of `shape` (channels, height, width), in execution order.
 
     The graph is that of the model's own `forward` in eval mode, followed on tensors without data; the model is left as
     it was. Raises BadInput, naming it, for anything that has no rule here.

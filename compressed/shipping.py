@@ -85,10 +85,10 @@ def staging(target: Path):
 
 
 def install(new: Path, target: Path) -> None:
-    """Move every file under `new` to its place under `target`, and remove there what else is of a run: all or nothing.
+    """Move every file under `new` to its place under `target`, and remove other files of a run there: all or nothing.
 
     After an error or Ctrl-C, the old files are restored. The checkpoint moves first and its claim last, so that
-    testers.py detects what a kill in between leaves.
+    testers.py detects a half-finished update.
     """
     old, order = new.parent / "old", {CHECKPOINT: -1, CLAIM: 1}
     files = {path.relative_to(new) for path in new.rglob("*") if path.is_file()}

@@ -12,13 +12,13 @@ from compressed.evaluation import divided
 from compressed.graph import read
 from compressed.operations import traced
 
-FIRST = 50  # images, at least, on which a step is tried first
+FIRST = 50  # minimum number of images of a first trial
 
 
 class Paused:
-    """A network in eval mode, halted before one of its modules for some images: from there it can go on many times.
+    """A network in eval mode, paused before one of its modules for some images; it can resume there repeatedly.
 
-    images: uint8 [N, 3, 32, 32]. What its modules hold may change, from the one it stands at onwards.
+    images: uint8 [N, 3, 32, 32]. The modules from that one onwards may be changed.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
@@ -44,7 +44,7 @@ class Paused:
         return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
 
     def reach(self, name: str) -> None:
-        """Go on to right before the module of this name, which lies ahead."""
+        """Continue to just before the module of this name, still ahead."""
         at = next(i for i, node in enumerate(self.nodes) if node.target == name)
         self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
 
@@ -54,11 +54,11 @@ class Paused:
 
 
 def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
-    """Pass once over the activation steps, but the image's: keep twice or half of each where the logits gain.
+    """Pass once over all activation steps but the image's: double or halve each where this improves the logits.
 
-    What gains has the lower KL divergence of the model's softmax from that of the float network, whose logits for
-    these images are the `reference` [N, classes]. A squared error tells what a point loses, and this what it is worth.
-    A step that is clearly worse on the first images is not tried on the others. Prints how far it is.
+    Better logits have a lower KL divergence of the model's softmax from that of the float network, whose logits for
+    these images are `reference` [N, classes]. Unlike a squared error, it weighs what a point means for the output.
+    A step that is clearly worse on the first images is not tried on the others. Prints its progress.
     """
     few = max(FIRST, len(images) // 8)
     parts = [few, len(images) - few] if len(images) > few else [len(images)]

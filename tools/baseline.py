@@ -2,7 +2,7 @@
 
     python -m tools.baseline RUN      (default: runs/default)
 
-record/ gets its weights (dense.pt), log, options and the result of testers.py; the tables of the pages are renewed.
+record/ gets its weights (dense.pt), log, options and the result of testers.py; the tables of the pages are updated.
 Nothing is replaced before all of this is made.
 """
 import shutil

@@ -4,8 +4,8 @@
     python -m tools.compare runs/* --layers            the zeros of every layer, too
     python -m tools.compare runs/* --csv F --figure F  the table as CSV; loss, accuracy and zeros against the images
 
-A run is a folder of training/main.py, or of a fine-tuning by quantize.py (OUT.run). A checkpoint in it, or next to
-OUT.run, that has a claim is a row of its own, with its score (32-bit accumulators). Accuracies are those that were
+A run is a folder of training/main.py, or of a fine-tuning by quantize.py (OUT.run). A checkpoint with a claim, in it or
+next to OUT.run, gets a row of its own, with its score (32-bit accumulators). Accuracies are those that were
 measured during training: on the test set, or with --holdout on the held-out images.
 """
 import argparse

@@ -100,7 +100,7 @@ def board_figure(shipped: dict[str, tuple], entries: dict[str, tuple]) -> Figure
     """Plot accuracy (%) against score: what is shipped under all accumulator conventions, the entries as published.
 
     shipped: {name: (accuracy, {convention: score})}. entries: {name: (its accuracies, [(score, convention)])}; their
-    points stand at the first accuracy, with a line to the last.
+    points are at the first accuracy, with a line to the last.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, (accuracies, points) in entries.items():

@@ -4,8 +4,8 @@
     python -m tools.pack --checkpoint F --out F.mnet    packs another one
 
 The file is read back and compared value by value. Then a table shows the bytes of every section next to those that the
-challenge's rules count for it. Size and SHA-256 are written into the checkpoint's claim, and its counts, if the rules
-as implemented today give others.
+challenge's rules count for it. Size and SHA-256 are written into the checkpoint's claim, and new counts, if the current
+counting rules give others.
 """
 from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_path

@@ -7,8 +7,8 @@
     python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the network that it
                                                 would replace
 
-Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, these stay as
-they are, and what was made is kept in RUN/candidate. It takes some twelve minutes on two cores. The tables and figures
+Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, the old files
+stay, and the new ones are kept in RUN/candidate. It takes about twelve minutes on two cores. The tables and figures
 of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's figure
 show the others, too.
 """

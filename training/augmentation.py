@@ -86,7 +86,7 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         drawn |= {"op": op, "magnitude": MAGNITUDES.to(device)[op, integers(BINS)] * sign}
     if mixing != "none":
         cut = integers(2).bool() if mixing == "both" else torch.full((n,), mixing == "cutmix", device=device)
-        torch.rand(n, generator=generator, device=device)  # has no effect: keeps what a seed draws as it was
+        torch.rand(n, generator=generator, device=device)  # unused: keeps the draws of a seed as they were
         lam = torch.where(cut, beta(1.0), beta(mixup_alpha))
         # CutMix (Yun et al. 2019): a box with the share 1 - lam of the area around a random pixel, clipped at the
         # border; lam is then recomputed from the clipped box. Without CutMix the box is empty.

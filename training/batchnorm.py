@@ -41,7 +41,7 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 
 
 def renew_means(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
-    """Re-estimate only the means, as renew_statistics does: quantize.py has shortened scales made of the variances."""
+    """Re-estimate the means alone, as renew_statistics does: the variances are part of scales already shortened."""
     norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:

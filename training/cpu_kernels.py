@@ -19,19 +19,19 @@ from compressed.formats import code_range
 from compressed.graph import sole_readers
 from training.learned_steps import LearnedConv2d, LearnedQuantizer, power_of_two
 
-# {function: the modules behind a BatchNorm that it computes with it}, in the order of kernels.c
+# {function: the modules after a BatchNorm that it includes}, in the order of kernels.c
 FUNCTIONS = {"none": (), "relu": (nn.ReLU,), "hardswish": (nn.Hardswish,), "rounded": (LearnedQuantizer,),
              "rounded_hardswish": (LearnedQuantizer, nn.Hardswish, LearnedQuantizer)}
 ACTIVATIONS = "none", "relu", "hardswish"
 MOST_CHANNELS = 4096  # of a BatchNorm, whose sums are kept on the stack
-LEAST_CHANNELS = 16  # of a depthwise convolution, which computes so many channels at a time
+LEAST_CHANNELS = 16  # of a depthwise convolution, which computes that many at a time
 LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which is kept on the stack for some channels
 
 
 # ---- BatchNorm with what follows it --------------------------------------------------------------
 
 class Normalise(torch.autograd.Function):
-    """Normalise a batch and apply the function behind it.
+    """Normalise a batch and apply the function after it.
 
     (x, weight, bias, step, step2, mean, var, options) -> (y, mean, biased variance). The steps are tensors, or None
     where the function rounds less. mean, var: the statistics of the result where they are frozen; else the sums are
@@ -72,7 +72,7 @@ def normalise(x, weight, bias, mean, var, eps: float, frozen: bool, function: st
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Compute BatchNorm2d and the function behind it, on a CPU.
+    """Compute BatchNorm2d and the function after it, on a CPU.
 
     activation: one of FUNCTIONS. behind: the modules that it includes, as [(module, the class it had)].
     """
@@ -105,7 +105,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Rounding(LearnedQuantizer):
-    """Round the values of a map to a trained step, on a CPU: what follows a BatchNorm that changes nothing."""
+    """Round the values of a map to a trained step, on a CPU: the BatchNorm kernel with scale 1, shift 0."""
 
     def forward(self, x):
         if x.dim() != 4 or x.shape[1] > MOST_CHANNELS or kernels.library(x.dtype) is None:
@@ -174,7 +174,7 @@ def kind_of(module: nn.Module) -> type | None:
 
 
 def chains(model: nn.Module, functions=tuple(FUNCTIONS)) -> dict[nn.Module, tuple[str, list[nn.Module]]]:
-    """Return {BatchNorm2d: (that of the functions which includes most modules behind it, these modules)} of a model.
+    """Return {BatchNorm2d: (the function that includes most modules after it, these modules)} of a model.
 
     By the network's graph, nothing else reads the values between the modules.
     """
@@ -208,7 +208,7 @@ def exchanged(classes: dict[nn.Module, type]):
 
 
 def included(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
-    """Return {module: new class}: norms (see `chains`) become of this kind, what they include nn.Identity."""
+    """Return {module: new class}: norms (see `chains`) become `kind`; what they include, nn.Identity."""
     classes = {}
     for norm, (function, behind) in norms.items():
         classes[norm] = type(kind.__name__, (kind,), {

@@ -4,7 +4,7 @@ from torch import Tensor
 
 # "Spent" is the sum of the learning rates of the steps made, as a share of the sum over the whole stage.
 ENDS = 0.75  # the path reaches the target when this share is spent, and stays there
-STEPS, PART = 8, 1 / 200  # there is a control step after so many training steps, or when this share is spent
+STEPS, PART = 8, 1 / 200  # a control step follows this many training steps, or when this share is spent
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; prediction horizon in control steps; of the speed's EMA
 RISE, FALL = 0.3, 0.2  # largest rise and fall of log lambda in a control step
 HELD = 0.05  # largest fall once the path is at the target, for single weights (see Feedback)

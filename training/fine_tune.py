@@ -1,7 +1,7 @@
-"""Fine-tuning on the grids: train the weights behind them, and their steps.
+"""Quantization-aware fine-tuning of the float weights and the step sizes.
 
 A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
-takes them up, on another machine too.
+resumes from them, on any machine.
 """
 import dataclasses
 import json
@@ -28,7 +28,7 @@ class Tuning:
     """How a network is fine-tuned.
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
-    as of training/main.py. source: the checkpoint behind the grids. folder: where state, log and result are written.
+    as in training/main.py. source: the float checkpoint. folder: where state, log and result are written.
     network: its specification. others: what else decides the result, in plain values.
     """
     settings: loop.Settings
@@ -46,7 +46,7 @@ class Tuning:
 
     @property
     def start(self) -> Path:
-        """The network that the fine-tuning starts from, there while it is not finished: its grids take minutes."""
+        """The network that fine-tuning starts from, kept until that is finished: its grids take minutes."""
         return self.folder / "quantized.start.pt"
 
     def options(self, chosen: grids.Options) -> dict:
@@ -61,8 +61,8 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
               steps_before=()) -> nn.Module:
     """Train a network on its grids, in place: weights, BatchNorms and steps; zeros stay zero. Return it.
 
-    Leaves tuning.file, and what it was made of in quantized.options.json, with `steps_before`, the accuracies found
-    before it. Raises BadInput if it was stopped: the same call resumes it.
+    Writes tuning.file, and to quantized.options.json the options with `steps_before`, the accuracies before
+    fine-tuning. Raises BadInput if it was stopped: the same call resumes it.
     """
     settings, file, device = tuning.settings, tuning.file, train_data.labels.device
 
@@ -107,10 +107,10 @@ def with_steps(model: nn.Module) -> dict[str, Tensor]:
 
 
 def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn.Module, list[dict], bool] | None:
-    """Return the network that a fine-tuning of the same options left, the accuracies before it, and if it is finished.
+    """Return the network that a fine-tuning of the same options left, the accuracies before it, whether it is finished.
 
     If it is not, the network is the one that it starts from. model: a plain network of its kind, which is filled. None
-    if there is none, or if it is to be made again. Raises BadInput if the file is of another checkpoint or of other
+    if there is none, or with --no-resume. Raises BadInput if the file is of another checkpoint or of other
     options.
     """
     file = next((file for file in (tuning.file, tuning.start) if file.is_file()), None)

@@ -47,7 +47,7 @@ class LearnedStep:
     """A layer that rounds its weights to trained steps.
 
     whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
-    norm: a list of the BatchNorm behind it, where the product of its scale with the step has to be short; else empty.
+    norm: [the BatchNorm after it] if the product of its scale with the step has to be short; else empty.
     scale_bits: width of that product (see grids.short_step).
     """
     whole, norm = True, ()
@@ -72,7 +72,7 @@ class LearnedLinear(LearnedStep, grids.QuantizedLinear):
 def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
     """Make the steps of a network on its grids trained parameters, in place: "NAME.log_step" in its state dict.
 
-    The image's step stays: its pixels stand on their grid exactly.
+    The image's step is fixed: its pixels are exactly on its grid.
     """
     graph = read(model)
     norms = {branch.name: branch.norm for branch in graph.layers}
@@ -108,7 +108,7 @@ def fix_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS)
 class Oscillation:
     """Watch how many weights oscillate between codes, as those of depthwise convolutions do at few bits.
 
-    Counted is a weight whose code went one way and later the other, looked at every 10th step since the last record.
+    Counts the weights whose code moved one way, later the other, checked every 10th step since the last record.
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (ICML 2022).
     """
     every = 10
@@ -120,7 +120,7 @@ class Oscillation:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Look at the codes, if it is time to. To be called after every training step."""
+        """Check the codes at every 10th call. Call it after every training step."""
         self.steps += 1
         if self.steps % self.every:
             return

@@ -141,7 +141,7 @@ class Stage:
     """A running stage. It writes FOLDER/NAME.jsonl (one line per epoch), FOLDER/NAME.state/ (while it runs) and, after
     a stop, FOLDER/NAME.average.pt (float16: the result as if the stage had ended there).
 
-    penalty:    a Penalty (penalties.py) on `model`, updated `penalty_updates` times at equal distances
+    penalty:    a Penalty (penalties.py) on `model`, updated `penalty_updates` times at equal intervals
     masks:      Masks on `model`, applied after every step and checked before anything is written
     teachers:   models in eval mode; their logits for the same mixed images, always at 32x32, are distilled
     context:    further plain values that decide the result; a state is resumed only if they are equal

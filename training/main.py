@@ -176,7 +176,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a call is to do: the options of the run and of each stage, images, device, processes, and when to stop."""
+    """What one call does: the options of the run and of each stage, images, device, processes, and when to stop."""
     args: argparse.Namespace
     by_stage: dict[str, argparse.Namespace]
     data: Images

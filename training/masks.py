@@ -110,7 +110,7 @@ def already_zero(model: nn.Module, masks: dict[str, Tensor]) -> tuple[int, int, 
 class Masks:
     """Keep the pruned weights of a model at zero: `apply()` sets them to zero after an optimizer step moved them.
 
-    Mask bugs are silent. So the masks are checked when they are made, and the training loop calls `check()`, which
+    Mask bugs are silent, so the masks are checked when they are made, and the training loop calls `check()`, which
     looks at the weights themselves, before it writes a file.
     """
 

@@ -40,7 +40,7 @@ def norms(matrices: Tensor) -> Tensor:
 def mixes_channels(weight: Tensor) -> bool:
     """Return True for the weight [out, in, height, width] of a convolution that is not depthwise.
 
-    The linear layer has no BatchNorm behind it, so its norm matters, and it is left to SGD.
+    The linear layer has no BatchNorm after it, so its norm matters, and it is left to SGD.
     """
     return weight.dim() == 4 and weight.shape[1] > 1
 

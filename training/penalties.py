@@ -1,10 +1,10 @@
-"""Penalties, which make weights zero during training: their base class, and those that are built in.
+"""Penalties, which drive weights to zero during training: the base class and the built-in ones.
 
     minimise  f(w) + lambda * sum_g alpha_g |w_g|,    alpha_g <- 1 / (|w_g| + eps) every T epochs
 
 is reweighted L1 (Candes, Wakin and Boyd, "Enhancing Sparsity by Reweighted L1 Minimization", 2008). |w_g| is the
 magnitude of a weight or the 2-norm of a group, see masks.GROUPS. METHOD.md derives the formulas. Your own penalty is a
-subclass of Penalty, by `--penalty FILE.py:NAME`.
+subclass of Penalty: `--penalty FILE.py:NAME`.
 """
 import inspect
 
@@ -52,7 +52,7 @@ class Penalty:
     # -- what a subclass defines
 
     def shrink(self, strength: float | Tensor) -> None:
-        """Change the weights in place after an optimizer step, zeros included.
+        """Shrink the weights in place after an optimizer step, some to zero.
 
         strength: the step's learning rate times lambda, a float or, with a target, a 0-dim tensor.
         """
@@ -61,7 +61,7 @@ class Penalty:
         """Return lambda times the penalty, a scalar with a gradient, to be added to the training loss."""
 
     def reweight(self) -> None:
-        """Prepare for the next steps; called before the first step and `--updates` times in all, at equal distances.
+        """Prepare for the next steps; called before the first step and `--updates` times in all, at equal intervals.
 
         Tensors that it keeps between calls must be named in `saved`.
         """
@@ -165,7 +165,7 @@ class Reweighted(Penalty):
     """Hold what the two forms of reweighted L1 share: alpha, one tensor for each weight.
 
     cost_power: alpha is multiplied by the layer's price (counting.prices, relative to their mean over all penalised
-    weights) to this power. With 0 a weight is a weight; with 1 the penalty approximates the score of the challenge.
+    weights) to this power. With 0 all weights are alike; with 1 the penalty approximates the challenge's score.
     """
     saved = ("alphas",)
 
@@ -184,7 +184,7 @@ class Reweighted(Penalty):
                        for factor, weight in zip(self.factors, self.weights)]
 
     def sizes(self) -> list[Tensor]:
-        """Return the norms, by the square root of the layer's price: a weight goes at |w| (|w| + eps) < price R."""
+        """Return the norms divided by the root of the factor: a weight becomes 0 at |w| (|w| + eps) < factor R."""
         return [norm / factor ** 0.5 for norm, factor in zip(super().sizes(), self.factors)]
 
     def options(self) -> dict:

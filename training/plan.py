@@ -20,7 +20,7 @@ def setting(default, values, text: str):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings that decide the result of a stage. Raises BadInput for a value that is not among a choice's.
+    """All settings that decide the result of a stage. Raises BadInput for a value that is not a valid choice.
 
     training/state.py says which of them may change when a stage is resumed.
     """
@@ -42,7 +42,7 @@ class Settings:
                            "trivial: TrivialAugment, crop and flip; plain: crop and flip")
     mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: mixup or CutMix, drawn for every image")
     alpha: float = setting(0.3, number(float, 0.01, 1000), "parameter of mixup's Beta distribution")
-    clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, that train without mixing")
+    clean: float = setting(0.05, number(float, 0, 1), "final share of the epochs, which trains without mixing")
     sizes: str = setting("32", str, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
                                     "decay of the weight average, EMA (default: over 3%% of the steps); 0: no average")
@@ -151,7 +151,7 @@ class Plan:
     """The batches, learning rates and image sizes of all steps of a stage.
 
     mine:        slice of a batch on which this process trains; shares: one slice of `mine` for each worker
-    epoch_steps: steps of an epoch; images that do not fill a batch are left out, other ones in each epoch
+    epoch_steps: steps of an epoch; a last partial batch is left out, with other images in each epoch
     steps:       steps of the stage
     lrs, sizes:  learning rate and image size of every step
     pixels:      number of pixels of every step, to which the time that it takes is proportional

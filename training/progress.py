@@ -1,4 +1,4 @@
-"""Show the progress of a training run, and word its log lines."""
+"""Show the progress of training, and format its log lines."""
 import math
 import time
 
@@ -29,7 +29,7 @@ class Progress:
         self.seconds = 0.5 if self.bar is not None else seconds if stage.processes.first else math.inf
 
     def step(self, done: int) -> None:
-        """Show the progress if it is time to. done: number of the epoch's steps that are made."""
+        """Show the progress if it is time to. done: number of the epoch's steps so far."""
         stage, plan, now = self.stage, self.stage.plan, time.monotonic()
         first = stage.first_steps == FIRST and stage.processes.first
         if now - self.at < self.seconds and not first:  # seldom, because reading the totals waits for the device

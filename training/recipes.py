@@ -1,13 +1,13 @@
 """Read a recipe: a TOML file with the options of every stage of a run.
 
-    network = "mobilenet_v2:SmallMobileNetV2"     options of all stages stand first,
+    network = "mobilenet_v2:SmallMobileNetV2"     options of all stages come first,
     batch-size = 128
 
     [pretrain]                                    then a table for each stage: pretrain, rew, masked (training/main.py)
     epochs = 240                                  and quantized (quantize.py)
 
 Options have the names of the command line. `true` gives --option, `false` --no-option, a list an option's several
-values. What is given on a command line stands above the recipe.
+values. The command line overrides the recipe.
 """
 import argparse
 from pathlib import Path

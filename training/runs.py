@@ -34,7 +34,7 @@ def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage has left: its log (one dict an epoch), settings, and further options, in plain values."""
+    """What a stage leaves: its log (one dict per epoch), settings and further options, in plain values."""
     name: str
     lines: list[dict]
     settings: dict

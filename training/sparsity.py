@@ -27,8 +27,8 @@ def add_options(group) -> None:
                             "baseline; FILE.py:NAME: a class of your own (see training/README.md), with arguments as "
                             "in FILE.py:NAME?p=0.5")
     group.add_argument("--updates", type=number(int, 1, 10**6), metavar="K",
-                       help="number of updates of alpha, or with magnitude of the zeros, at equal distances (with a "
-                            "lambda 5, with a target 20, with magnitude 100)")
+                       help="number of updates of alpha, or with magnitude of the zeros, at equal intervals (5 with "
+                            "a lambda, 20 with a target, 100 with magnitude)")
     group.add_argument("--sparsity-type", choices=(*masks.GROUPS, "threshold"),
                        help="groups of weights that become zero together (irregular: single weights). Given without a "
                             "target, it selects the submission's method: the penalty in the loss, lambda 1e-6, and "

@@ -119,8 +119,8 @@ def stop_noted():
     """Yield a list to which SIGTERM and Ctrl-C append their signal numbers, instead of ending the process.
 
     The first Ctrl-C cuts evaluations in `threads.in_threads` short, and the second raises KeyboardInterrupt. At the end
-    of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C the outermost
-    block so ends with KeyboardInterrupt. Only the main thread can install handlers; in others the list stays empty.
+    of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C, the outermost
+    block ends with KeyboardInterrupt. Only the main thread can install handlers; in others the list stays empty.
     """
     arrived, before = [], {}
 

@@ -1,11 +1,11 @@
-"""Load teachers for distillation: our own checkpoints, or KAIST AI's (ver2, the challenge's 3rd entry).
+"""Load teachers for distillation: our own checkpoints, or KAIST AI's (ver2, 3rd in the challenge).
 
     python -m training.teachers [--data FOLDER]     finds or downloads KAIST's four networks, prints their accuracy
 
 KAIST's networks are from the repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
 They were trained on CIFAR-100's train set alone, so a network that is distilled from them has seen no other images. But
 their authors chose the epoch by test accuracy, and a result that is distilled from them has to say so. The files are
-searched in --folder, then in the environment variable TEACHERS_DIR, then in ./data.teachers. If the first two are not
+taken from --folder, else from the environment variable TEACHERS_DIR, else ./data.teachers. If the first two are not
 given, they are downloaded to the last.
 
 A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.

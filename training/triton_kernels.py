@@ -7,8 +7,8 @@ training/gpu_kernels.py decides where they are used. With TRITON_INTERPRET=1, se
 
 In the kernels a tile is [positions, channels]. `channels = groups * ALIGN` tells the compiler which power of two
 divides the number of channels, so that it can load vectors. Masked loads return zero, which is also the border of a
-convolution. Offsets are 32-bit integers: see gpu_kernels.LARGEST. There is one tiling, and shapes are no constants of
-the compiler: it compiles 13 variants for all layers of the default network.
+convolution. Offsets are 32-bit integers: see gpu_kernels.LARGEST. There is one tiling, and shapes are not compile-time
+constants: 13 variants are compiled for all layers of the default network.
 """
 import functools
 import math
@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1056  # that share a sum, at most: eight for each multiprocessor of an H100
+PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100
 CHANNELS, ROWS, PIXELS = 32, 64, 32  # channels of a tile, and its positions in BatchNorm and in convolutions
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
 
-# by default Triton compiles a kernel anew for integers that are 1 or multiples of 16
+# by default Triton recompiles a kernel for integers that are 1 or multiples of 16
 kernel = triton.jit(do_not_specialize=["rows", "images", "height", "width", "y_height", "y_width", "groups", "eps",
                                        "correction"])
 
@@ -58,7 +58,7 @@ def vector(pointer, channel, inside):
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
-    """Return the activation: 0 none, 1 ReLU, 2 hard swish. A NaN stays one, which tl.maximum would not grant."""
+    """Return the activation: 0 none, 1 ReLU, 2 hard swish. A NaN stays NaN, unlike with tl.maximum alone."""
     if ACTIVATION == 1:
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == 2:
@@ -151,7 +151,7 @@ def neighbour(x, position, valid, channel, inside, channels, height, width, y_he
               STRIDE: tl.constexpr, SPREAD: tl.constexpr):
     """Return the pixels of x [images, height, width, channels] that a tap, 0 to 8, meets at `position`s of y.
 
-    STRIDE: of the positions. SPREAD: distance at which the pixels of x stand among zeros.
+    STRIDE: of the positions. SPREAD: spacing of the pixels of x, with zeros between.
     """
     row = position // y_width % y_height * STRIDE + TAP // 3 - 1
     column = position % y_width * STRIDE + TAP % 3 - 1
@@ -202,7 +202,7 @@ def tap_parts(x, dy, parts, images, height, width, y_height, y_width, groups, ST
 # ---- Operators -----------------------------------------------------------------------------------
 
 def launch(kernel, channels: int, programs: int, tile: int, *args, **others) -> None:
-    """Launch so many programs of a kernel for each block of channels, with tiles of so many positions."""
+    """Launch `programs` of a kernel for each block of channels, with tiles of `tile` positions."""
     align = min(8, channels & -channels)  # a thread loads at most 8 values of 16 bits at once
     kernel[programs, triton.cdiv(channels, CHANNELS)](*args, **others, groups=channels // align, ALIGN=align,
                                                       POSITIONS=tile, CHANNELS=CHANNELS, num_warps=4)
