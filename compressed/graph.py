@@ -342,3 +342,13 @@ def sole_readers(model: nn.Module) -> dict[str, str]:
     times = Counter(node.target for node in nodes if node.op == "call_module")
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
+
+
+def normalised_convolutions(model: nn.Module) -> dict[str, str]:
+    """Return {convolution: the BatchNorm that alone reads its output} of any network.
+
+    Raises BadInput if the forward pass cannot be followed.
+    """
+    return {name: reader for name, reader in sole_readers(model).items()
+            if isinstance(model.get_submodule(name), nn.Conv2d)
+            and isinstance(model.get_submodule(reader), nn.BatchNorm2d)}

@@ -1,4 +1,5 @@
 """KAIST's network by its facts, its files where they are there, and what happens where they are not."""
+import copy
 import os
 from pathlib import Path
 
@@ -95,6 +96,32 @@ def test_a_file_is_read_with_its_masks_and_folded_without_a_change():
         assert torch.allclose(plain(x), folded(x), rtol=1e-3, atol=1e-4)
     save_tensors({f"module.{key}": value for key, value in state.items()}, Path("parallel.t7"))
     assert torch.equal(kaist.load_micronet("parallel.t7").linear.weight, plain.linear.weight)
+
+
+class Own(nn.Module):
+    """BatchNorms behind a ReLU, behind a convolution, and without statistics, none next to its convolution in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.bn3 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x).relu())
+        return self.bn3(self.conv3(self.bn2(self.conv2(x)))).mean((2, 3))
+
+
+def test_a_batchnorm_is_folded_where_it_alone_reads_a_convolution():
+    torch.manual_seed(0)
+    model, x = Own(), torch.randn(16, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(20):
+            model(x * 3 + 1)  # statistics of no round numbers
+        wanted = model.eval()(x)
+        folded = teachers.fold_batchnorm(copy.deepcopy(model))
+        assert torch.allclose(folded(x), wanted, rtol=1e-3, atol=1e-5)
+    assert type(folded.bn2) is nn.Identity and type(folded.bn1) is type(folded.bn3) is nn.BatchNorm2d
 
 
 def test_ours_is_a_teacher_too(narrow_checkpoint):

@@ -10,6 +10,7 @@ given, they are downloaded to the last.
 
 A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
 """
+import contextlib
 import http.client
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.files import sha256
+from compressed.graph import normalised_convolutions
 from compressed.kaist import load_micronet
 
 FOLDER = Path("data.teachers")
@@ -42,14 +44,18 @@ MEAN_OF_ALL = 8188  # correct predictions of the mean of all four networks' soft
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into the convolution before it, in place; return the model. Only for evaluation."""
-    for module in list(model.modules()):
-        names = [name for name, _ in module.named_children()]
-        for conv_name, bn_name in zip(names, names[1:]):
-            conv, bn = getattr(module, conv_name), getattr(module, bn_name)
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, bn))
-                setattr(module, bn_name, nn.Identity())
+    """Fold BatchNorms into the convolutions that they follow, in place; return the model. Only for evaluation.
+
+    If the forward pass cannot be followed, nothing is folded.
+    """
+    pairs = {}
+    with contextlib.suppress(BadInput):
+        pairs = normalised_convolutions(model)
+    for conv_name, norm_name in pairs.items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        if norm.running_var is not None:
+            model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+            model.set_submodule(norm_name, nn.Identity())
     return model
 
 
