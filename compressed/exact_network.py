@@ -2,10 +2,11 @@
 
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
-summation, on any machine; scales and shifts, and the linear layer's longer sums, are computed in float64, which holds
-those exactly. A pointwise function, such as hard swish, is a table: for every code the function's value, computed in
-float64 and rounded to the grid of the next point. So a claim is verified to the image, the recorded logits to the
-last bit, and tools/integer.py computes the same logits without a float.
+summation, on any machine (convolution algorithms that do not sum products are switched off). Scales and shifts, and the
+linear layer's longer sums, are computed in float64, which holds those exactly. A pointwise function, such as hard
+swish, is a table: for every code the function's value, computed in float64 and rounded to the grid of the next point.
+So a claim is verified to the image, the recorded logits to the last bit, and tools/integer.py computes the same logits
+without a float.
 """
 import copy
 import math
@@ -178,6 +179,8 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
 
     activations: as in `quantize_activations`.
     """
+    # without oneDNN, PyTorch would leave 3x3 convolutions of 16 images or more to NNPACK, which does not sum products
+    torch.backends.nnpack.set_flags(False)
     network, graph = copy.deepcopy(model).eval(), read(model)
     quantize_activations(network, activations)
     for branch in graph.layers:
