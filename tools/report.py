@@ -38,8 +38,8 @@ BOARD = (
     ("KAIST AI ver2, 3rd", "471,184 weights, 60% sparse, 16-bit", "80.04", "0.0056215", "-", "-"),
     ("OSI AI, 4th", "470,776 weights, 64% sparse, early exit, 16-bit", "80.04", "0.0058", "-", "-"),
     ("MSUNet-v3, 5th", "ternary", "80.13", "0.0108", "-", "-"),
-    ("Woody", "the sister submission, 8/6 bits; its own count, and the verified one", "80.06", "-", "-",
-     "0.0155 to 0.0188"))
+    ("Woody", "the sister submission, 8/6 bits", "80.06", "-", "-",
+     "0.0155 by its own count, 0.0188 verified"))
 # shipped networks that are not ours, by their specification: (their name everywhere, what the pages say of them)
 OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
     "KAIST AI's network, compressed further",
@@ -167,7 +167,7 @@ def summary(m: Shipped) -> str:
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
-        ("dense baseline", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        ("dense: trained on without its mask; theirs: trained dense", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
@@ -187,15 +187,15 @@ def results(m: Shipped) -> str:
     operations = counting.submission_operations(trace(m.model))
     by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else 0
     return table(HEAD, [
-        ("dense baseline, test accuracy", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        ("dense: trained on without its mask; theirs: trained dense", m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
-        ("lost by masking and quantizing",
+        ("the shipped network's distance from it",
          f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
-        ("of these, produced by the penalty; the rest by the mask threshold",
+        ("of these, made by the penalty; most others by the mask's threshold",
          f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-", "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
@@ -310,7 +310,7 @@ def training_table(measured: dict) -> str:
     shares = {part: seconds for part, seconds in measured["step"].items() if part != "whole"}
     rows += [(f"share of a step: {part}", f"{100 * seconds / sum(shares.values()):.2f}%")
              for part, seconds in shares.items()]
-    return table((f"batch {measured['batch_size']}, {measured['precision']}",
+    return table((f"batch {measured['batch_size']}; ours in {measured['precision']}, plain in float32",
                   f"median of {len(next(iter(measured['images_per_second'].values())))} rounds (range)"), rows)
 
 
