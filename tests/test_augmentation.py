@@ -207,7 +207,7 @@ def test_both_mixes_each_image_one_way_or_the_other():
     assert 0.45 < mixup.float().mean() < 0.55 and 0.45 < cutmix.float().mean() < 0.55
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_gpu_gives_what_the_cpu_gives():
     batch = cifar100.made_up(256, 0)
     draws = draw(256, generator(), **EVERYTHING)

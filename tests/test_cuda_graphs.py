@@ -99,7 +99,7 @@ def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
     assert found == [([16, 32], options), ([32], options)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_graphs_compute_what_plain_steps_do(tmp_path):
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
     plain.graphs = None

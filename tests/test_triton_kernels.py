@@ -21,7 +21,6 @@ triton_kernels = pytest.importorskip("training.triton_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and type(triton_kernels.sum_parts).__name__ != "InterpretedFunction":
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
-cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 OPTIONS = {"batch": 2, "dtype": torch.bfloat16, "device": torch.device(DEVICE), "captured": False}
 
 
@@ -123,7 +122,7 @@ def step(model: nn.Module, x, half: bool = True) -> list:
     with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
         y = model(x)
     y.float().logsumexp(1).mean().backward()
-    return [y.float(), *(p.grad for p in model.parameters()), *(b.clone().float() for b in model.buffers())]
+    return [y.detach().float(), *(p.grad for p in model.parameters()), *(b.clone().float() for b in model.buffers())]
 
 
 @pytest.mark.parametrize("activation", (nn.ReLU, nn.Hardswish))
@@ -226,7 +225,7 @@ def test_a_model_that_does_not_run_is_no_fault_of_the_kernels(capsys):
 
 # ---- On a GPU ------------------------------------------------------------------------------------
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_real_shapes_on_a_gpu(dtype):
     torch.manual_seed(0)
@@ -241,7 +240,7 @@ def test_real_shapes_on_a_gpu(dtype):
             assert "error" not in found and found["distance"] < (2e-3 if dtype == torch.float32 else 0.01), layer
 
 
-@cuda
+@pytest.mark.cuda
 def test_a_graph_of_the_kernels_is_the_plain_step():
     x, model = maps("triton", 4, 3, 16, 16).detach(), network()
     with everywhere(model):
