@@ -179,7 +179,7 @@ def parse(argv) -> argparse.Namespace:
     alone.add_argument("--sparsity", type=number(Fraction, 0, 1), metavar="SHARE",
                        help="what if: this share of every layer's weights is zero")
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
-    networks.add_option(parser, claimed=True)
+    networks.add_option(parser, networks.CLAIM)
     parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N",
                         help="what if: every layer's weights have N bits")
     parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",

@@ -36,7 +36,7 @@ from compressed.files import check_outputs, git_commit, sha256
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
-from training import fine_tune, loop, plan, recipes
+from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
 from training.runs import training_record
 
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="train images that set the ranges (%(default)s)")
     add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
         "statistics are re-estimated once weights are quantized, and means once activations are; 0: keep (%(default)s)")
-    networks.add_option(parser)
+    networks.add_option(parser, "the options of the checkpoint's last stage")
     normalisation.add_option(parser)
     datasets.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
@@ -92,14 +92,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Return the options: the recipe's, and above them the command line's."""
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    kept = args.checkpoint.parent / "recipe.toml"
-    path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
-    if path is not None:
-        args = parser.parse_args([*recipes.words(recipes.read(path), "quantized", parser), *argv])
-        args.recipe = path
+    """Return the options of a command line, else of a recipe. --network: else that of the checkpoint's last stage."""
+    parser = make_parser()
+    given = recipes.given(parser, argv)
+    checkpoint = given.get("checkpoint", parser.get_default("checkpoint"))
+    path = recipes.of_run(given.get("recipe"), checkpoint.parent)
+    args = recipes.merged(parser, given, path and recipes.read(path), "quantized")
+    args.recipe, trained = path, training_record(args.checkpoint)
+    if "network" not in given and trained:
+        args.network = trained[-1]["options"].get("network") or args.network
+    args.network = args.network or networks.DEFAULT
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     return args
 
@@ -154,6 +156,13 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         accuracies.after("BatchNorm means renewed, variances kept", model)
 
 
+def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
+    """Raise BadInput, before the long work, for settings and teachers with which the fine-tuning cannot begin."""
+    plan.Plan(tuning.settings, len(train_data), loop.Processes(), 1)
+    for path in tuning.teachers:
+        teachers.load(path, tuning.network, train_data.data_set)
+
+
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
@@ -164,6 +173,8 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         model, accuracies.steps, finished = found
         model.to(train_data.labels.device, memory_format=torch.channels_last)
     else:
+        if tuning:
+            check_tuning(tuning, train_data)
         on_grids(model, train_data, chosen, accuracies)
     if tuning is None:
         return model

@@ -171,7 +171,7 @@ def main(argv=None) -> int:
     threads.prepare()
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, claimed=True)
+    networks.add_option(parser, networks.CLAIM)
     normalisation.add_option(parser)
     datasets.add_options(parser)
     parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")

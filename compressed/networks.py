@@ -35,10 +35,13 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 
 # ---- Specifications ------------------------------------------------------------------------------
 
-def add_option(parser, claimed: bool = False) -> None:
-    """Add --network to a parser. claimed: the checkpoint's claim may say which network it is of."""
-    stated = f"default: what the checkpoint's claim says, else {DEFAULT}" if claimed else "%(default)s"
-    parser.add_argument("--network", metavar="SPEC", default=None if claimed else DEFAULT,
+CLAIM = "the checkpoint's claim"
+
+
+def add_option(parser, source: str | None = None) -> None:
+    """Add --network to a parser. source: what may say which network it is if the option is not given, such as CLAIM."""
+    stated = f"default: as {source} says, else {DEFAULT}" if source else "%(default)s"
+    parser.add_argument("--network", metavar="SPEC", default=None if source else DEFAULT,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
                              f"({stated})")
 

@@ -53,6 +53,19 @@ def test_every_fine_tuning_has_a_folder_of_its_own():
     assert list(map(str, folders)) == ["b4.run", "b5.run"]
 
 
+@pytest.mark.parametrize("words, said", (
+    (["--cooldown", "1"], "--cooldown belongs to --schedule constant"),
+    (["--schedule", "constant", "--cooldown", "2"], "--cooldown 2: the stage has 1 epochs"),
+    (["--teacher", "nowhere.pt"], "nowhere.pt: no such checkpoint"), (["--sizes", "24"], "image sizes '24'"),
+    (["--batch-size", "1", "--sizes", "8:0.5,32"], "give a larger --batch-size")))
+def test_a_fine_tuning_that_cannot_begin_is_refused_before_the_grids(small_checkpoint, tmp_path, monkeypatch, capsys,
+                                                                     words, said):
+    monkeypatch.setattr(quantize, "on_grids", None)
+    with pytest.raises((BadInput, SystemExit)) as error:
+        quantize.main(options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE, *words))
+    assert said in f"{error.value} {capsys.readouterr().err}" and not list(tmp_path.glob("*.pt"))
+
+
 def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypatch):
     """The same command, on another machine perhaps, ships what quantized.pt holds; with other options it is refused."""
     checkpoint = tmp_path / "masked.pt"

@@ -200,6 +200,19 @@ def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words,
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
+    """A run needs no recipe to be shipped; what its stages were trained with counts more than a recipe."""
+    command = ["--checkpoint", str(tmp_path / "masked.average.pt")]
+    assert quantize.parse(command).network == quantize.networks.DEFAULT
+    (tmp_path / "recipe.toml").write_text('network = "recipe:Net"\n')
+    assert quantize.parse(command).network == "recipe:Net"
+    for stage, options in (("rew", {"network": "first:Net"}), ("masked", {"network": SPEC})):
+        save_record({"settings": {}, "options": options}, tmp_path / f"{stage}.options.json")
+        (tmp_path / f"{stage}.jsonl").write_text('{"step": 1}\n')
+    assert quantize.parse(command).network == SPEC
+    assert quantize.parse([*command, "--network", "my:Net"]).network == "my:Net"
+
+
 def test_the_training_record(tmp_path):
     assert training_record(tmp_path / "masked.pt") == []
     said = {"machine": "m", "train_images": 9, "settings": {"batch_size": 1}, "options": {"lam": 2}}

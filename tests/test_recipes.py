@@ -1,6 +1,8 @@
 """Recipes: TOML files with the options of all stages."""
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import quantize
@@ -12,11 +14,13 @@ from training import main as training
 from training import recipes
 from training.runs import training_record
 
+TINY = f"{Path(__file__).with_name('tiny.py')}:Tiny"
+
 
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('\ufeffbatch-size = 20\nteacher = ["a.pt", "b.pt"]\n[pretrain]\nlr = 0.5\nresume = false\n'
+    path.write_text('\ufeffbatch-size = 20\nteacher = ["a.pt", "b.pt"]\n[pretrain]\nlr = 0.5\nwarmup = false\n'
                     '[rew]\nlr = 0.25\n', encoding="utf-8")
     return path
 
@@ -26,7 +30,7 @@ def test_the_command_line_stands_above_the_recipe(recipe, tmp_path):
     args, by_stage = training.parse_stages(["--recipe", str(recipe), "--run", run])
     assert [by_stage[stage].lr for stage in training.STAGES] == [0.5, 0.25, None]
     assert {options.batch_size for options in by_stage.values()} == {20}
-    assert by_stage["pretrain"].resume is False and by_stage["rew"].resume is True
+    assert by_stage["pretrain"].warmup is False and by_stage["rew"].warmup is True and args.batch_size == 20
     assert list(map(str, by_stage["masked"].teacher)) == ["a.pt", "b.pt"]
     _, by_stage = training.parse_stages(["--recipe", str(recipe), "--lr", "0.1", "--teacher", "c.pt", "--run", run])
     assert {options.lr for options in by_stage.values()} == {0.1}
@@ -42,21 +46,70 @@ def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     assert training.parse_stages(["--rew", "--run", str(tmp_path / "other")])[1]["rew"].lr is None
 
 
+@pytest.mark.parametrize("words, stage, expected", (
+    ("--lambda 1e-5", "rew", {"lam": 1e-5, "target_sparsity": None, "updates": 5}),
+    ("--mixup", "rew", {"mixup": True, "mixing": None}), ("--schedule cosine", "masked", {"cooldown": None}),
+    ("--schedule constant", "masked", {"cooldown": 165}), ("--masked-retrain --cooldown 9", "masked", {"cooldown": 9}),
+    ("--made-up 32", "rew", {"made_up": 32, "holdout": False}), ("--smoothing 0.2", "masked", {"smooth": True}),
+    ("--warmup-epochs 3", "pretrain", {"warmup": True}), ("--mixup --no-tricks", "masked", {"cooldown": 165}),
+    ("--penalty magnitude", "rew", {"cost_power": 0.0, "target_sparsity": 0.803}),
+    ("--masked-retrain --eps 0.1", "masked", {"sparsity_type": "threshold", "eps": 0.1}), ("", "rew", {"lam": None})))
+def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words, stage, expected):
+    path = tmp_path / "mine.toml"
+    text = "holdout = true\nwarmup = false\nsmooth = false\n" + (recipes.FOLDER / "default.toml").read_text("utf-8")
+    path.write_text(text.replace("[rew]", "[rew]\ncost-power = 0.5")
+                    .replace("[masked]", '[masked]\nsparsity-type = "threshold"'), "utf-8")
+    _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), *words.split()])
+    assert {name: getattr(by_stage[stage], name) for name in expected} == expected
+    steps = training.plan.Plan(training.settings_for(stage, by_stage[stage], training.torch.device("cpu")), 256,
+                               training.loop.Processes(), 1)
+    assert steps.settings.cooldown == (0 if "no-tricks" in words else by_stage[stage].cooldown or 0)
+
+
+def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
+    """For training as for quantize.py. Another recipe replaces a run's when it trains something, and not before."""
+    data, run, path = tmp_path / "set.npz", tmp_path / "run", tmp_path / "mine.toml"
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
+    labels = np.arange(200) % 10
+    np.savez(data, train_images=images, train_labels=labels, test_images=images[:20], test_labels=labels[:20])
+    text = (f'holdout = true\nno-cuda = true\ndata = "{data}"\nnetwork = "{TINY}"\nbatch-size = 60\nepochs = 1\n'
+            'refresh = 0\nlr = 0.01\nprecision = "float32"\n')
+    path.write_text(text)
+    assert training.parse_stages(["--recipe", str(path)])[0].no_cuda
+    assert training.main(["--recipe", str(path), "--run", str(run)]) == 0
+    record = json.loads((run / "pretrain.options.json").read_text())
+    assert record["train_images"] == 180 and record["options"]["holdout"] is True
+    args = quantize.parse(["--checkpoint", str(run / "masked.pt")])
+    assert args.holdout and args.no_cuda and args.data == data
+    path.write_text(text.replace("0.01", "0.02"))
+    assert training.main(["--recipe", str(path), "--run", str(run)]) == 0
+    assert capsys.readouterr().out.count("exists, trained with other options (lr 0.01 -> 0.02") == 3
+    for option in ("--pretrain", "--rew", "--masked-retrain"):
+        with pytest.raises(BadInput, match="trained with other options"):
+            training.main(["--recipe", str(path), "--run", str(run), option])
+    assert (run / "recipe.toml").read_text() == text
+    assert training.main(["--recipe", str(path), "--run", str(run), "--masked-retrain", "--no-resume"]) == 0
+    assert (run / "recipe.toml").read_text() == path.read_text()
+
+
 def test_a_claim_holds_the_options_that_the_recipe_gave(tmp_path):
     """quantize.py takes them from the run folder: those of the stage, of all stages, and of the command line."""
     path = tmp_path / "mine.toml"
-    network = f"{Path(__file__).with_name('tiny.py')}:Tiny"
-    path.write_text(f'network = "{network}"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
+    path.write_text(f'network = "{TINY}"\nbatch-size = 16\n[pretrain]\nturn = 0.5\n')
     assert training.main(["--recipe", str(path), "--pretrain", "--made-up", "32", "--epochs", "1", "--refresh", "0",
                           "--optimizer", "muon", "--run", str(tmp_path / "run"), "--no-cuda"]) == 0
     (stage,) = training_record(tmp_path / "run" / "masked.pt")
-    expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": network, "recipe": str(path), "made_up": 32}
+    expected = {"turn": 0.5, "batch_size": 16, "epochs": 1, "network": TINY, "recipe": str(path), "made_up": 32}
     assert {name: stage["options"][name] for name in expected} == expected and stage["stage"] == "pretrain"
     assert (tmp_path / "run" / "recipe.toml").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("text, named", (("[dense]\n", "no stage 'dense'"), ("lr = ", "not readable as TOML"),
-                                         ("speed = 3\n", "unknown option 'speed'"), (b"\xff", "not readable as TOML")))
+                                         ("speed = 3\n", "unknown option 'speed'"), (b"\xff", "not readable as TOML"),
+                                         ("resume = false\n", "'resume', which belongs to one command"),
+                                         ('start = "a.pt"\n', "'start', which belongs to one command"),
+                                         ("[rew]\nmax-minutes = 3\n", "'max-minutes', which belongs to one command"),
+                                         ("no-cuda = true\n[rew]\nholdout = true\n", "'holdout', .*for all stages")))
 def test_what_cannot_be_is_named(tmp_path, text, named):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -71,7 +124,7 @@ def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
-    args = quantize.parse(["--recipe", name, "--lr", "0.5"])
+    args = quantize.parse(["--recipe", name, "--lr", "0.5", "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
     assert quantize.tuning_options(args, chosen.augment, CIFAR100).settings.lr == 0.5

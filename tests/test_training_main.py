@@ -128,6 +128,8 @@ def test_the_tricks_are_on_without_no_tricks():
     settings = training.settings_for("pretrain", args, CPU)
     tricks = settings.mixing, settings.smoothing, settings.warmup_epochs, settings.schedule
     assert tricks == ("none", 0.0, 0, "default")
+    args = training.parse("--no-tricks --schedule constant --cooldown 5".split())
+    assert training.settings_for("rew", args, CPU).cooldown == 0
 
 
 def test_defaults_of_the_stages():
@@ -237,6 +239,34 @@ def test_no_resume_starts_a_stage_again(small, capsys):
     assert_same(Path("again.pt"), Path("first.pt"))
 
 
+@pytest.mark.parametrize("options, said", (
+    ("--rew --start typo.pt", "typo.pt: no such checkpoint"), ("--start typo.pt", "typo.pt: no such checkpoint"),
+    ("--rew --start start.pt --start-epoch 9", "epoch 9: the stage has 1"), ("--start run/rew.pt", "which is read"),
+    ("--masked-retrain --start run/pretrain.pt --teacher run/masked.pt", "which is read"),
+    ("--teacher run/masked.pt", "which is read"), ("--rew --penalty loss --target-sparsity 0.5", "target sparsity"),
+    ("--cooldown 1", "belongs to --schedule constant"), ("--schedule constant --cooldown 2", "the stage has 1")))
+def test_finished_stages_survive_what_is_refused(small, options, said):
+    """Before the first stage to be trained begins, everything has been checked."""
+    save(networks.make(TINY), Path("start.pt"))
+    for stage in training.STAGES:
+        save(networks.make(TINY), Path(f"run/{stage}.pt"))
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    Path("mine.toml").write_text("epochs = 1\n")
+    with pytest.raises(BadInput, match=said):
+        run(f"{QUICK} --no-resume --recipe mine.toml {options}")
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_a_cooldown_changes_where_other_stages_are_shorter(small):
+    """What belongs to a stage that is not trained refuses nothing."""
+    Path("mine.toml").write_text('schedule = "constant"\n[rew]\nepochs = 1\n[masked]\nepochs = 4\n')
+    quick = QUICK.replace("--epochs 1 ", "") + " --refresh 0 --recipe mine.toml"
+    assert run(f"{quick} --rew") == 0
+    assert run(f"{quick} --masked-retrain --cooldown 3 --max-minutes 0") == 0
+    assert run(f"{quick} --masked-retrain --cooldown 2") == 0
+    assert json.loads(Path("run/masked.options.json").read_text())["settings"]["cooldown"] == 2
+
+
 def test_no_option_is_dropped_without_a_word(small, capsys):
     """What has no effect is named, and a finished run with other options is refused rather than passed by."""
     assert run(QUICK + " --rew --turn 0.1 --threshold 0.5 --teaching mean --mixing cutmix --alpha 2") == 0
@@ -298,7 +328,8 @@ def test_sparsity_is_stated_once_for_a_run(small, capsys):
     ("", "", "masked: target 0.8, irregular, all layers but the stem; what was not given is as"),
     ("--penalty magnitude --target-sparsity 0.7", "", "masked: target 0.7, irregular"),
     ("--sparsity-type kernel --target-sparsity 0.5", "--target-sparsity 0.4", "masked: target 0.4, kernel"),
-    ("--sparsity-type irregular", "", "masked: target 0.8, irregular"),  # a lambda has no target to take
+    ("--sparsity-type filter", "", "masked: target 0.8 by default, filter"),  # a lambda has no target to take
+    ("--sparsity-type filter", "--target-sparsity 0.3", "masked: target 0.3, filter"),
     ("--target-sparsity 0.6", "--sparsity-type threshold", "weights are frozen"),
     (None, "", "masked: target 0.8, irregular, all layers but the stem; what was not given is by default: there is no"),
     (None, "--target-sparsity 0.3", "masked: target 0.3, irregular")))

@@ -11,7 +11,7 @@ def option_parser(text: str) -> argparse.ArgumentParser:
     """Return a parser with the options of every script that executes a checkpoint; `text` is the script's docstring."""
     parser = command_line(text)
     checkpoints.add_option(parser)
-    networks.add_option(parser, claimed=True)
+    networks.add_option(parser, networks.CLAIM)
     datasets.add_options(parser)
     parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=datasets.FIRST_IMAGES)
     parser.add_argument("--record", action="store_true", help="write the result into the checkpoint's claim")

@@ -17,7 +17,7 @@ from compressed.mnet import differences, pack, stated_formats, unpack
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
-    networks.add_option(parser, claimed=True)
+    networks.add_option(parser, networks.CLAIM)
     parser.add_argument("--out", type=some_path, metavar="F.mnet",
                         help="file to write (default: the checkpoint's name with the suffix .mnet)")
     args = parser.parse_args(argv)

@@ -118,19 +118,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv=None, *before: str) -> argparse.Namespace:
-    """Return the options of a command line. before: words that it overrides, such as those of a recipe."""
+def chosen_stages(args) -> list[str]:
+    """Return the stages that the command line names."""
+    return [stage for stage, named in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if named]
+
+
+def parse(argv=None, recipe: dict[str, dict] | None = None, stage: str = "common") -> argparse.Namespace:
+    """Return the options of a stage, by default those of the whole run: of a command line, else of a recipe.
+
+    Exits with an error for options that exclude each other. Those of a recipe are checked for the stages to be trained.
+    """
     parser = make_parser()
-    args = parser.parse_args([*before, *(sys.argv[1:] if argv is None else argv)])
-    if args.mixing and args.mixup is not None:
-        parser.error("--mixup and --mixing exclude each other")
-    if args.cooldown and args.schedule != "constant":
-        parser.error("--cooldown belongs to --schedule constant")
+    args = recipes.merged(parser, recipes.given(parser, argv), recipe, stage)
     if args.start_epoch and not args.start:
         parser.error("--start-epoch needs the weights of that epoch: give --start, too")
-    if args.sizes is not None:
-        plan.image_sizes(args.sizes)
-    sparsity.check(args, parser)
+    for each in chosen_stages(args) or STAGES:
+        if stage == each or not recipe:
+            if args.mixing and args.mixup is not None:
+                parser.error("--mixup and --mixing exclude each other")
+            sparsity.check(args, each, parser)
+    args.updates = sparsity.updates(args)
     return args
 
 
@@ -140,17 +147,15 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     The recipe is that of --recipe, or the one with which the run folder was begun; args.recipe is its path or None.
     args.given holds the names of the options on the command line.
     """
-    args, parser = parse(argv), make_parser()
-    kept = args.run / "recipe.toml"
-    path = recipes.find(args.recipe) if args.recipe else kept if kept.is_file() else None
+    parser = make_parser()
+    given = recipes.given(parser, argv)
+    path = recipes.of_run(given.get("recipe"), given.get("run", parser.get_default("run")))
     recipe = path and recipes.read(path)
-    by_stage = {stage: parse(argv, *(recipes.words(recipe, stage, parser) if path else ())) for stage in STAGES}
-    for each in (args, *by_stage.values()):
+    args, *others = (parse(argv, recipe, stage) for stage in ("common", *STAGES))
+    for each in (args, *others):
         each.recipe = path
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    args.given = vars(parser.parse_args(argv)).keys()
-    return args, by_stage
+    args.given = given.keys()
+    return args, dict(zip(STAGES, others))
 
 
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
@@ -166,9 +171,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     if not args.smooth:
         chosen["smoothing"] = 0.0
     if args.no_tricks:
-        chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant"}
-    if (args.cooldown or 0) > chosen["epochs"]:
-        raise BadInput(f"--cooldown {args.cooldown:g}: the {stage} stage has {chosen['epochs']} epochs")
+        chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant", "cooldown": 0}
     return loop.Settings(**chosen | {"precision": plan.precision(args.precision, cuda),
                                      "workers": 1 if cuda else args.workers or threads.cores(),
                                      "compile": cuda if args.compile is None else args.compile})
@@ -292,12 +295,14 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
     return networks.make(args.network, classes)
 
 
-def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> bool:
+def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, plan.Plan]) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    later: number of pixels (see Plan) of the stages that follow.
+    plans: those of all stages that this call trains. When the first of them begins, and no sooner, the recipe replaces
+    that in the run folder, and the weights that these stages had are removed.
     """
-    settings, state = job.settings(stage), job.file(f"{stage}.state")
+    settings, state, stages = job.settings(stage), job.file(f"{stage}.state"), list(plans)
+    later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
     model = model.to(job.device, memory_format=torch.channels_last)
     if args.start and args.resume and state.is_dir():
         job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
@@ -317,6 +322,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
                          "data_set": dataclasses.asdict(job.data.data_set),
                          "settings": dataclasses.asdict(settings), "options": options},
                         job.file(f"{stage}.options.json"))
+            if stage == stages[0]:
+                if args.recipe:
+                    save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
+                for each in stages:
+                    job.file(f"{each}.pt").unlink(missing_ok=True)
 
     with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
@@ -340,15 +350,15 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, later: float) -> boo
 
 def run_stages(job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
-    args, by_stage, first = job.args, job.by_stage, job.processes.first
-    chosen = [stage for stage, wanted in zip(STAGES, (args.pretrain, args.rew, args.masked_retrain)) if wanted]
+    args, by_stage, chosen = job.args, job.by_stage, chosen_stages(job.args)
     stages = chosen or list(STAGES)
     again = [] if args.resume else stages
     there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in stages if stage not in there]
-    for stage in missing:
-        start = [args.start] if args.start and stage == missing[0] else []
-        check_outputs([job.file(f"{stage}.pt"), job.file(f"{stage}.average.pt")], [*by_stage[stage].teacher, *start])
+    for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
+        start = [args.start] if args.start and stage == stages[0] else []
+        check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
+                      [*by_stage[stage].teacher, *start])
     others = {}  # {finished stage: what differs now}
     for stage in there:
         if changed := changed_options(stage, job):
@@ -359,10 +369,6 @@ def run_stages(job: Job) -> None:
     plans = make_plans(missing, job)
     if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
-    if first and args.recipe:
-        save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
-    for stage in again if first else ():
-        job.file(f"{stage}.pt").unlink(missing_ok=True)
     start, start_epoch = args.start, args.start_epoch
     for stage in stages:
         options, begins = by_stage[stage], missing[:1] == [stage]
@@ -381,8 +387,7 @@ def run_stages(job: Job) -> None:
                 say_what_is_trained(plans, job)
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
-            later = sum(sum(plans[other].pixels) for other in missing[missing.index(stage) + 1:])
-            if not run_stage(stage, options, model, job, later):
+            if not run_stage(stage, options, model, job, plans):
                 break
         start, start_epoch = None, 0  # --start is for the first stage only
 

@@ -1,4 +1,5 @@
 """The settings of a stage, and what they give each of its steps: images, learning rate, image size."""
+import argparse
 import dataclasses
 import itertools
 import math
@@ -11,6 +12,15 @@ from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
 STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
+
+
+def sizes_text(text: str) -> str:
+    """Return the text of --sizes: an argparse type that refuses what `image_sizes` does."""
+    try:
+        image_sizes(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def setting(default, values, text: str):
@@ -43,7 +53,7 @@ class Settings:
     mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: mixup or CutMix, drawn for every image")
     alpha: float = setting(0.3, number(float, 0.01, 1000), "parameter of mixup's Beta distribution")
     clean: float = setting(0.05, number(float, 0, 1), "final share of the epochs, which trains without mixing")
-    sizes: str = setting("32", str, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
+    sizes: str = setting("32", sizes_text, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
                                     "decay of the weight average, EMA (default: over 3%% of the steps); 0: no average")
     refresh: int = setting(10_000, number(int, 0, 10**6),
@@ -157,7 +167,7 @@ class Plan:
     pixels:      number of pixels of every step, to which the time that it takes is proportional
     updates:     steps at which the penalty is updated
 
-    Raises BadInput for batches that cannot be divided or trained on.
+    Raises BadInput for batches that cannot be divided or trained on, and for a cooldown that the stage cannot have.
     """
 
     def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
@@ -166,6 +176,10 @@ class Plan:
         if self.batch_size % processes.count or settings.epochs < 1 or self.batch_size < 1:
             raise BadInput(f"batch size {self.batch_size} and {settings.epochs} epochs: expected at least one epoch "
                            f"and a batch that {processes.count} process(es) can share equally")
+        if settings.cooldown and settings.schedule != "constant":
+            raise BadInput("--cooldown belongs to --schedule constant")
+        if settings.cooldown > settings.epochs:
+            raise BadInput(f"--cooldown {settings.cooldown:g}: the stage has {settings.epochs} epochs")
         share, smallest = self.batch_size // processes.count, min(size for size, _ in by_share)
         if processes.count > 1 and settings.mixing != "none" and share % 2:
             raise BadInput(f"each process gets {share} images of a batch: mixing pairs neighbours, so it must be even")

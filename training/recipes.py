@@ -7,16 +7,26 @@
     epochs = 240                                  and quantized (quantize.py)
 
 Options have the names of the command line. `true` gives --option, `false` --no-option, a list an option's several
-values. The command line overrides the recipe.
+values. The command line overrides the recipe, and an option there removes those of the recipe that it excludes. Options
+that select images or device must be common to all stages. Those of one command, such as --start, are refused.
 """
 import argparse
 from pathlib import Path
 
 from compressed.errors import BadInput
 from compressed.files import load_toml
+from training import sparsity
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 STAGES = ("pretrain", "rew", "masked", "quantized")
+OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume", "max_minutes")
+OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
+# {option of the command line: function of its value that returns which options of a recipe it excludes}
+EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
+            "mixup": lambda value: ["mixing"], "mixing": lambda value: ["mixup"],
+            "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout"],
+            "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
+            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken}
 
 
 def find(name) -> Path:
@@ -26,6 +36,12 @@ def find(name) -> Path:
             return path
     known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
     raise BadInput(f"there is no recipe {name}; give a TOML file, or one of those in training/recipes: {known}")
+
+
+def of_run(name: str | None, folder: Path) -> Path | None:
+    """Return the path of the recipe `name` (see `find`); without a name, of the one in a run folder, or None."""
+    kept = folder / "recipe.toml"
+    return find(name) if name else kept if kept.is_file() else None
 
 
 def read(name) -> dict[str, dict]:
@@ -42,18 +58,43 @@ def read(name) -> dict[str, dict]:
 
 
 def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) -> list[str]:
-    """Return a stage's options as words of a command line.
+    """Return the options of a stage, or of "common", as words of a command line.
 
-    Raises BadInput for an option that the parser does not know; of the common ones quantize.py takes those it knows.
+    Raises BadInput for an option that the parser does not know, or that cannot stand there. Of the common options
+    quantize.py takes those that it knows.
     """
     line = []
     for name, value in (recipe["common"] | recipe[stage]).items():
         if f"--{name}" not in parser._option_string_actions:
             if stage == "quantized" and name not in recipe[stage]:
                 continue
-            raise BadInput(f"the recipe's stage {stage} has an unknown option {name!r}")
+            raise BadInput(f"the recipe has an unknown option {name!r} ({stage})")
+        option = parser._option_string_actions[f"--{name}"].dest
+        if option in OF_A_COMMAND:
+            raise BadInput(f"the recipe has the option {name!r}, which belongs to one command: give it there instead")
+        if option in OF_ALL_STAGES and stage in STAGES[:3] and name in recipe[stage]:
+            raise BadInput(f"the recipe's table [{stage}] has the option {name!r}, which is for all stages: move it to "
+                           "the top")
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
         else:
             line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
+
+
+def given(parser: argparse.ArgumentParser, argv=None) -> dict:
+    """Return {option: value} of the options on a command line alone, without defaults."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
+
+
+def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
+    """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
+
+    An option of ours removes those of the recipe that it excludes.
+    """
+    excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
+    theirs = given(parser, words(recipe, stage, parser)) if recipe else {}
+    theirs = {name: value for name, value in theirs.items() if name not in excluded}
+    return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)

@@ -8,6 +8,7 @@ from compressed.graph import weight_layers
 from training import masks, penalties
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
+ARGUMENTS = {"lam": "lam", "sparsity_type": "kind", "eps": "eps", "cost_power": "cost_power"}  # of penalties
 DEFAULT_TARGET, DEFAULT_EPS = 0.8, 1e-3
 
 
@@ -40,18 +41,27 @@ def add_options(group) -> None:
                        help="with --sparsity-type threshold: smaller weights are pruned (%(default)s)")
 
 
-def check(args, parser: argparse.ArgumentParser) -> None:
-    """Set the default of --updates. Exits with an error for sparsity options that exclude each other."""
+def not_taken(spec: str) -> list[str]:
+    """Return the options for which a penalty's constructor has no argument."""
+    return [option for option, name in ARGUMENTS.items() if not penalties.takes(spec, name)]
+
+
+def check(args, stage: str, parser: argparse.ArgumentParser) -> None:
+    """Exit with an error for sparsity options that exclude each other, or that this stage cannot use."""
     if args.lam is not None and args.target_sparsity is not None:
         parser.error("--lambda and --target-sparsity exclude each other")
-    if args.sparsity_type == "threshold" and not (args.pretrain or args.masked_retrain):
+    if args.sparsity_type == "threshold" and stage == "rew":
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
-    spec, lam, _ = strength(args)
-    for option, name in {"lam": "lam", "sparsity_type": "kind", "eps": "eps", "cost_power": "cost_power"}.items():
-        if args.penalty and getattr(args, option) != parser.get_default(option) and not penalties.takes(spec, name):
+    for option in not_taken(args.penalty) if args.penalty else ():
+        if getattr(args, option) != parser.get_default(option):
             shown = "lambda" if option == "lam" else option.replace("_", "-")
-            parser.error(f"--penalty {spec} has no --{shown}")
-    args.updates = args.updates or penalties.find(spec)[0].updates or (20 if lam is None else 5)
+            parser.error(f"--penalty {args.penalty} has no --{shown}")
+
+
+def updates(args) -> int:
+    """Return how often the penalty is updated: as --updates says, or by default."""
+    spec, lam, _ = strength(args)
+    return args.updates or penalties.find(spec)[0].updates or (20 if lam is None else 5)
 
 
 def strength(args) -> tuple[str, float | None, float | None]:
@@ -107,7 +117,8 @@ def of_run(args, say=lambda line: None) -> argparse.Namespace:
     if len(given) < len(OPTIONS):
         target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
         source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
-        say(f"masked: {f'target {target}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
+        default = " by default" * (path.is_file() and not given.get("target_sparsity", theirs["target_sparsity"]))
+        say(f"masked: {f'target {target}{default}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
             f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
             f"what was not given is {source}")
     return args
