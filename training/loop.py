@@ -187,6 +187,7 @@ class Stage:
         recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
+        self.modes = []  # of all modules, True for train, with which the graphs were recorded
         # {factor: tensor of the learning rate times this factor}; a graph reads its address
         self.rates = collections.defaultdict(lambda: torch.zeros((), device=self.device))
         self.result = None  # the finished model
@@ -215,6 +216,10 @@ class Stage:
     def begin(self, epoch: int) -> None:
         """Prepare an epoch: bring the replicas up to date and draw the order of the images."""
         self.replicas.follow()
+        modes = [module.training for module in self.model.modules()]
+        if self.graphs is not None and modes != self.modes:
+            self.graphs.forget()
+        self.modes = modes
         order = augmentation.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
         self.order = order.to(self.device)
 
