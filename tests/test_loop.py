@@ -575,6 +575,27 @@ def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
     assert cosine > 0.99 and not torch.equal(result.conv1.weight, alone.conv1.weight)
 
 
+def test_trained_quantization_steps_move_between_gpu_and_cpu(tmp_path):
+    """Adam's `capturable` is that of the machine: with that of a GPU's state a CPU refuses to make a step."""
+    def new(capturable):
+        weight, step = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        weight.grad, step.grad = torch.ones(2), torch.ones(2)
+        return step, loop.Together([torch.optim.SGD([weight], lr=0.1),
+                                    torch.optim.Adam([{"params": [step], "factor": 2.0}], capturable=capturable)])
+    _, there = new(False)
+    there.step()
+    state = there.state_dict()
+    state["1"]["param_groups"][0]["capturable"] = True
+    step, here = new(False)
+    here.load_state_dict(state)
+    here.step()
+    assert (here.param_groups[1]["capturable"], here.param_groups[1]["factor"]) == (False, 2.0)
+    assert here.optimizers[1].state[step]["step"] == 2
+    _, gpu = new(True)  # no step: it needs a GPU
+    gpu.load_state_dict(there.state_dict())
+    assert gpu.param_groups[1]["capturable"] and "capturable" not in gpu.param_groups[0]
+
+
 CONSTANT = dataclasses.replace(SETTINGS, schedule="constant", epochs=4, cooldown=1, warmup_epochs=0.5)
 
 

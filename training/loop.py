@@ -110,8 +110,12 @@ class Together:
         return {str(k): each.state_dict() for k, each in enumerate(self.optimizers)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Load a state, of another device perhaps: `capturable`, where Adam keeps its steps, stays as it is here."""
         for k, each in enumerate(self.optimizers):
-            each.load_state_dict(state[str(k)])
+            theirs = state[str(k)]
+            groups = [group | {key: own[key] for key in own.keys() & {"capturable"}}
+                      for group, own in zip(theirs["param_groups"], each.param_groups, strict=True)]
+            each.load_state_dict(theirs | {"param_groups": groups})
 
 
 def averaged(model: nn.Module) -> list:
