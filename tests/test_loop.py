@@ -523,6 +523,61 @@ def test_sigterm_in_the_last_step_lets_it_finish(tmp_path, monkeypatch, whole):
     assert arrived  # who started the stage learns of it too
 
 
+@pytest.mark.parametrize("variant", ("sgd", "masks, no average"))
+@pytest.mark.parametrize("work", ("renew_statistics", "evaluate"))
+def test_ctrl_c_in_the_last_evaluation_repeats_no_step_and_the_last_line_has_an_accuracy(tmp_path, monkeypatch, capsys,
+                                                                                         whole, variant, work):
+    expected, done, function = whole(variant), [], getattr(loop, work)
+
+    def interrupted(*args):
+        done.append(0)
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, work, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stage(tmp_path, variant, save_seconds=1e9)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopped at epoch 3.00 of 3" in capsys.readouterr().out and len(log(tmp_path)) == 2
+    at_draw(monkeypatch, 1, lambda: pytest.fail("a step is made again"))
+    result, model = stage(tmp_path, variant)
+    assert "resumes at epoch 3 of 3" in capsys.readouterr().out
+    assert_same(result, expected[0])
+    assert_same(model, expected[1])
+    assert log(tmp_path) == expected[2]
+
+
+def test_the_mean_loss_is_over_the_steps_that_were_made(tmp_path, monkeypatch, capsys):
+    """Of an epoch that begins in its middle, too, and after a resume; the progress shows the same."""
+    found, gradients = [], loop.Stage.gradients
+    monkeypatch.setattr(loop.Stage, "gradients", lambda *args: found.append(gradients(*args)) or found[-1])
+    assert stage(tmp_path, start_epoch=4 / 3, max_seconds=0, show_seconds=0)[0] is None
+    assert f"loss {found[0][0]:.4f}, train {found[0][1]:.2%}" in capsys.readouterr().out
+    stage(tmp_path)
+    means = [torch.stack(steps).mean(0).tolist() for steps in (found[:2], found[2:])]
+    assert [[line["loss"], line["accuracy"]] for line in log(tmp_path)] == [pytest.approx(m, abs=1e-6) for m in means]
+
+
+def dropped() -> nn.Module:
+    model = tiny()
+    model.register_forward_hook(lambda module, inputs, out: F.dropout(out, 0.5, module.training))
+    return model
+
+
+def test_a_network_with_dropout_resumes_bit_for_bit(tmp_path):
+    results = []
+    for folder, stops in (("whole", 0), ("parts", 4)):
+        for _ in range(stops):
+            stage(tmp_path / folder, model=dropped(), max_seconds=0)
+        torch.rand(7)  # another process draws other numbers
+        results.append(stage(tmp_path / folder, model=dropped())[0])
+    assert_same(*results)
+
+
 def test_a_budget_of_nothing_is_a_step_at_a_time(tmp_path, whole):
     runs = 0
     while (result := stage(tmp_path, "loss+masks", max_seconds=0, save_seconds=1e9)[0]) is None:
@@ -646,8 +701,10 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     result, _ = stage(tmp_path, model=model, start_epoch=4 / 3)
     assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]  # the first was there before
     assert result is not None
+    stage(tmp_path / "late", max_seconds=0)
     with pytest.raises(BadInput, match="cannot resume at epoch 3: the stage has 3"):
-        stage(tmp_path / "late", start_epoch=3)
+        stage(tmp_path / "late", start_epoch=3, resume=False)
+    assert state_of(tmp_path / "late")["progress"]["step"] == 1  # it is still there
 
 
 @pytest.mark.parametrize("limit, step", ((4, 2), (30, 4), (1e9, None)))

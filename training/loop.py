@@ -3,7 +3,8 @@
 The stages (dense, reweighted, masked, quantized) differ in the arguments that they pass to `train`, not in the loop.
 All random numbers of a step follow from (seed, stage, step), and its learning rate from the step alone. So the state of
 a run is its tensors and the number of steps made: a run that is killed at any moment resumes from its last saved state,
-and on a CPU the result is the same to the last bit.
+and on a CPU the result is the same to the last bit. The exception are networks that draw random numbers, as dropout
+does, trained by several workers: these share torch's generator, in any order.
 """
 import collections
 import contextlib
@@ -240,6 +241,7 @@ class Stage:
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                                   crop=settings.augment != "none", trivial=settings.augment == "trivial",
                                   mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
+        torch.manual_seed(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
         turns = self.teachers and settings.teaching == "turns"
         kind = step % len(self.teachers) if turns else None, plan.sizes[step]
         if self.graphs is None:
@@ -300,34 +302,38 @@ class Stage:
     def end(self, epoch: int, hurry: bool = False) -> None:
         """Write and print an epoch's log line, with the test accuracy if it is due; after the last, set `result`.
 
-        hurry: skip the evaluation.
+        hurry: skip the evaluation. After Ctrl-C the line is written without it, but not the last one: then nothing is
+        done, and a resume ends the stage.
         """
         plan, step, weights = self.plan, self.progress["step"], [layer.weight for _, layer in weight_layers(self.model)]
-        loss, correct = self.read_totals()
+        loss, correct = (total / self.summed() for total in self.read_totals())
         record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1],
                   "size": plan.sizes[step - 1],
-                  "loss": round(loss / plan.epoch_steps, 6), "accuracy": round(correct / plan.epoch_steps, 6),
+                  "loss": round(loss, 6), "accuracy": round(correct, 6),
                   "zeros": sum(int((weight == 0).sum()) for weight in weights),
                   "weights": sum(weight.numel() for weight in weights)}
-        self.totals.zero_()
         last, began = step == plan.steps, time.monotonic()
-        if last:
-            self.result = self.finish(self.model if self.average is None else self.average)
-            self.check_masks(self.result)
         due = last or self.eval_every and (epoch + 1) % self.eval_every == 0
-        if self.test is not None and due and not hurry:
-            with contextlib.suppress(KeyboardInterrupt):  # stop_noted keeps it; the line is written without accuracy
-                try:
-                    test_loss, right = evaluate(self.result or self.result_so_far(), self.test)
-                except BadInput as error:  # the average's loss is not finite, though the epoch's was
-                    raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
+        try:
+            result = self.finish(self.model if self.average is None else self.average) if last else None
+            self.check_masks(result)
+            if self.test is not None and due and not hurry:
+                test_loss, right = evaluate(result or self.result_so_far(), self.test)
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(self.test)}
                 self.measured = time.monotonic() - began
+        except BadInput as error:  # the average's loss is not finite, though the epoch's was
+            raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
+        except KeyboardInterrupt:  # stop_noted keeps it
+            if last:
+                return
+        self.result = result
         for figures in (self.penalty, self.watch):
             record |= figures.record() if figures is not None else {}
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.seconds(), 1)}
         self.progress["log"].append(record)
+        self.progress["since"] = step
+        self.totals.zero_()
         if self.processes.first:
             save_text("".join(to_json(line) + "\n" for line in self.progress["log"]),
                       self.folder / f"{self.name}.jsonl")
@@ -360,6 +366,10 @@ class Stage:
             if self.masks is not None and model is not None:
                 self.masks.check(model)
 
+    def summed(self) -> int:
+        """Return the number of the epoch's steps over which `totals` sums up: fewer than all after --start-epoch."""
+        return self.progress["step"] - self.progress["since"]
+
     def read_totals(self) -> list[float]:
         """Return the epoch's sums of loss and accuracy over all processes. Raises BadInput if the loss is not finite.
         """
@@ -377,10 +387,9 @@ class Stage:
         """Resume the state in the folder; if there is none, begin at `start_epoch`. Raises BadInput if it does not fit.
         """
         steps, log = self.plan.epoch_steps, self.folder / f"{self.name}.jsonl"
-        self.progress = {"step": round(start_epoch * steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
+        first = round(start_epoch * steps)
+        self.progress = {"step": first, "since": first, "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
         self.way_on = "the same command" + " without --no-resume" * (not wanted)
-        if not wanted and self.processes.first:
-            self.state.remove()
         if found := self.state.load(self.device, steps) if wanted else None:
             self.progress, contents = found
             try:
@@ -394,10 +403,13 @@ class Stage:
             if self.progress["step"] and log.is_file():
                 self.progress["log"] = [line for line in load_lines(log) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
-        if step >= self.plan.steps:
+        self.progress.setdefault("since", step - step % steps)  # a state of an older version lacks it
+        if step > self.plan.steps or step == self.plan.steps and not self.summed():  # else the last line is missing
             raise BadInput(f"{self.name}: cannot resume at epoch {step / steps:g}: the stage has {epochs}")
+        if not wanted and self.processes.first:
+            self.state.remove()
         if step and self.processes.first:
-            print(f"{self.name}: resumes at epoch {step // steps + 1} of {epochs}", flush=True)
+            print(f"{self.name}: resumes at epoch {min(step // steps + 1, epochs)} of {epochs}", flush=True)
         # Sums of loss and accuracy over the epoch's steps stay on the device, because reading them waits for it.
         # The saved ones are sums over all processes, so each process resumes with its share.
         sums = [self.progress["loss"], self.progress["correct"]]
@@ -455,20 +467,22 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
         at_end.enter_context(stage.fast_kernels())
-        while stage.progress["step"] < plan.steps:
-            epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
+        while stage.result is None:
+            # a stage that was stopped in its last evaluation has made all its steps
+            epoch, first = divmod(min(stage.progress["step"], plan.steps - 1), plan.epoch_steps)
             prepare(model, epoch)
             stage.begin(epoch)
             shown = Progress(stage, epoch, show_seconds, later)
             at_end.callback(shown.close)
             for i in range(first, plan.epoch_steps):
-                stage.step(epoch, i)
-                shown.step(i + 1)
+                if stage.progress["step"] < plan.steps:
+                    stage.step(epoch, i)
+                    shown.step(i + 1)
                 late = time.monotonic() - stage.started + stage.closing() > max_seconds
-                pause = agree(bool(asked) or late, stage.device)
                 if i + 1 == plan.epoch_steps:
                     shown.close()
                     stage.end(epoch, hurry=signal.SIGINT in asked and stage.progress["step"] < plan.steps)
+                pause = agree(bool(asked) or late, stage.device)
                 due = pause or agree(time.monotonic() - saved >= save_seconds, stage.device)
                 if due and stage.result is None:
                     stage.save()
