@@ -340,6 +340,24 @@ def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
     assert [line["zeros"] for line in log(tmp_path)] == [sum(int((~mask).sum()) for mask in keep.values())] * 3
 
 
+def test_muon_turns_what_gradual_magnitude_pruning_has_left(tmp_path):
+    """The angle of a step is that of the kept weights, under masks that grow."""
+    class Weights(list):
+        def step(self):
+            self.append(model.conv1.weight.detach().flatten().clone())
+
+        def record(self):
+            return {}
+
+    model, watch = tiny(), Weights()
+    settings = dataclasses.replace(SETTINGS, optimizer="muon", turn=0.05, schedule="constant", warmup_epochs=0)
+    pruning = make("magnitude", model, ["conv1"], target=0.9)
+    stage(tmp_path, model=model, settings=settings, watch=watch, penalty=pruning)
+    cosines = [F.cosine_similarity(*pair, dim=0).item() for pair in itertools.pairwise(watch)]
+    assert [int((watch[i] == 0).sum()) for i in (5, 8)] == [274, 375]
+    assert [math.acos(cosines[i]) for i in (0, 3, 4, 6, 7)] == pytest.approx([math.atan(0.05)] * 5, rel=0.01)
+
+
 @pytest.mark.parametrize("save_seconds", (0, 1e9))
 def test_a_mask_that_is_not_applied_is_caught(tmp_path, save_seconds):
     model = tiny()

@@ -68,10 +68,11 @@ def distillation(logits, taught: list, temperature: float):
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
 
-def make_optimizer(settings: Settings, model: nn.Module, masks=None):
+def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = None):
     """Return the optimizer of a model's weights. If quantization steps are trained too, Adam is added for those.
 
     Weight decay acts on the weights of convolutions and the linear layer, not on BatchNorm, biases and steps.
+    kept: {weight: mask tensor, 0 where it stays zero}, for Muon, whose steps have a given length without those.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in trained if not name.endswith("log_step")]
@@ -79,9 +80,8 @@ def make_optimizer(settings: Settings, model: nn.Module, masks=None):
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": settings.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
     if settings.optimizer == "muon":
-        kept = dict(zip(masks.weights, masks.factors)) if masks else {}
         dtype = getattr(torch, settings.precision)
-        optimizer = Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept, dtype)
+        optimizer = Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept or {}, dtype)
     elif settings.optimizer == "adam":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     else:
@@ -176,7 +176,8 @@ class Stage:
         self.average = copy.deepcopy(model) if settings.average != 0 else None
         self.averaged = averaged(self.average or model), averaged(model)
         self.replicas = Replicas(model, len(self.plan.shares))
-        self.optimizer = make_optimizer(settings, model, self.masks)
+        masked = {} if self.masks is None else dict(zip(self.masks.weights, self.masks.factors))
+        self.optimizer = make_optimizer(settings, model, masked if penalty is None else masked | penalty.kept())
         parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty}
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
@@ -324,8 +325,9 @@ class Stage:
         except BadInput as error:  # the average's loss is not finite, though the epoch's was
             raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
         except KeyboardInterrupt:  # stop_noted keeps it
-            if last:
-                return
+            result = None
+        if last and self.processes.agree(result is None, self.device):
+            return
         self.result = result
         for figures in (self.penalty, self.watch):
             record |= figures.record() if figures is not None else {}
