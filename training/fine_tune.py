@@ -76,6 +76,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         file.unlink(missing_ok=True)  # of other options
         save_record({"stage": "quantized", "machine": threads.describe_machine(device),
                      "train_images": len(train_data), "commit": git_commit(),
+                     "data": loop.fingerprint([train_data.images, train_data.labels]),
                      "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
                      "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},
                     file.with_suffix(".options.json"))
