@@ -101,26 +101,32 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
     file = tmp_path / "methods.json"
     options = ["--made-up", "60", "--batch-size", "15", "--epochs", "1", "1", "1", *SMALL,
                "--sizes", "8:0.5,32", "--seeds", "1", "--targets", "0.5", "--runs", str(tmp_path / "runs"),
-               "--json", str(file), "--methods", "one-shot", "magnitude", "loss"]
+               "--json", str(file), "--methods", "one-shot", "magnitude", "loss",
+               "--lambda", "1e-5", "1e-3"]
     with pytest.raises(BadInput, match="stopped; the same command resumes it"):
         sparsity_methods.main([*options, "--max-minutes", "0"])
     assert sparsity_methods.main(options) == 0
     rows = {row["method"]: row for row in load_json(file)["rows"]}
-    assert list(rows) == ["one-shot", "magnitude", "loss"] and len({row["dense"] for row in rows.values()}) == 1
-    assert rows["one-shot"]["zeros_made"] == rows["loss"]["zeros_made"] == 0 < rows["magnitude"]["zeros_made"]
+    losses = ["loss-1e-05", "loss-0.001"]
+    assert list(rows) == ["one-shot", "magnitude", *losses] and len({row["dense"] for row in rows.values()}) == 1
+    assert all(rows[name]["zeros_made"] == 0 for name in ("one-shot", *losses)) and rows["magnitude"]["zeros_made"] > 0
     assert len({row["zeros"] for row in rows.values()}) == 1
-    assert "50% zeros, magnitude: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "50% zeros, magnitude: " in out and "50% zeros, loss-0.001: " in out and "the same 100 images" in out
     seeds = tmp_path / "runs" / "seed-0"
     records = [load_json(path) for path in seeds.rglob("*.options.json")]
-    assert len(records) == 7 and len({record["data"] for record in records}) == 1
+    assert len(records) == 9 and len({record["data"] for record in records}) == 1
+    assert {record["settings"]["workers"] for record in records} == {2}
+    assert {record["options"]["updates"] for record in records if record["options"]["penalty"] == "loss"} == {20}
     before = file.read_bytes()
     assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
     file.unlink()  # as if it had been stopped before it was written
     assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
     with pytest.raises(BadInput, match="holds results of other options"):
-        sparsity_methods.main([*options, "--lambda", "0.5"])
-    with pytest.raises(BadInput, match="loss/rew.pt was trained with lam 1e-05 instead of 0.5"):
-        sparsity_methods.main([*options, "--lambda", "0.5", "--json", str(tmp_path / "other.json")])
+        sparsity_methods.main([*options, "--sizes", "32"])
+    monkeypatch.setattr(sparsity_methods, "UPDATES", "5")
+    with pytest.raises(BadInput, match="loss-1e-05/rew.pt was trained with updates 20 instead of 5"):
+        sparsity_methods.main([*options, "--json", str(tmp_path / "other.json")])
 
 
 def test_a_signal_in_a_last_step_ends_the_comparison(tmp_path, monkeypatch):

@@ -14,20 +14,24 @@ from training import main as training
 from training.runs import read_stages
 
 
-def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2, **settings) -> None:
+def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2, data="digest", images=50_000,
+                **settings) -> None:
     """A log of two epochs of 10 steps, in batches of 32; the accuracy is of the second."""
     run.mkdir(parents=True, exist_ok=True)
     lines = [{"stage": stage, "epoch": epoch, "step": 10 * epoch, "loss": 2 / epoch, "zeros": zeros, "weights": 100,
               "accuracy": 0.5} for epoch in (1, 2)]
     lines[1] |= {"test_accuracy": accuracy} if accuracy is not None else {}
     (run / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_record({"settings": {"epochs": epochs, "batch_size": 32, "seed": seed, "workers": seed, **settings},
+    save_record({"settings": {"epochs": epochs, "batch_size": 32, "seed": seed, "compile": bool(seed), **settings},
+                 "data": data, "train_images": images,
                  "options": {"network": "my.py:Net", "run": str(run), "lam": 1.0}}, run / f"{stage}.options.json")
 
 
-def write_claim(path: Path, score: float, bits=4) -> None:
+def write_claim(path: Path, score: float, bits=4, activation_bits=8, scheme="channel") -> None:
     path.write_bytes(b"weights")
     save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80}, "tensors": [{"bits": bits}],
+                 "activations": [{"bits": activation_bits}],
+                 "accuracy_by_step": [{"step": "float"}, {"step": f"weights at 4 bits, {scheme}"}],
                  "counts": {"weights": {"all": {"sparsity": 0.5}}, "score": {"32-bit": {"score": score}}}},
                 path.with_suffix(".json"))
 
@@ -61,10 +65,25 @@ def test_mean_and_deviation_over_seeds_alone(tmp_path, capsys):
     assert [(row["stage"], row["runs"]) for row in rows] == [("pretrain", 2), ("masked", 2), ("q.pt", 2)]
     assert rows[0]["accuracy"] == pytest.approx((0.6, 0.02**0.5)) and rows[0]["zeros"] == (0.25, 0)
     assert rows[1]["accuracy"] is None and rows[2]["score"] == pytest.approx((0.06, 0.0002**0.5))
-    write_claim(tmp_path / "b" / "q.pt", 0.07, bits=8)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    out = capsys.readouterr().out
-    assert "60.00% +- 14.14%" in out and out.count("% +- ") == 3 and "0.0600 +-" not in out  # q.pt has other bits
+    for other in ({"bits": 8}, {"activation_bits": 6}, {"scheme": "layer"}):
+        write_claim(tmp_path / "b" / "q.pt", 0.07, **other)
+        assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+        out = capsys.readouterr().out
+        assert "60.00% +- 14.14%" in out and out.count("% +- ") == 3 and "0.0600 +-" not in out  # without q.pt
+
+
+@pytest.mark.parametrize("other", ({"data": "of others"}, {"workers": 8}))
+def test_runs_on_other_images_or_in_other_shares_are_no_seeds(tmp_path, other):
+    """The same number of other images; each worker's share of a batch has its own BatchNorm statistics."""
+    for seed, change in enumerate(({}, {}, other)):
+        write_stage(tmp_path / str(seed), "pretrain", 0.5, seed, **({"workers": 2} | change))
+    rows = [row for run in tmp_path.iterdir() for row in compare.rows_of(run, read_stages(run))]
+    assert [row["runs"] for row in compare.over_seeds(rows)] == [2]
+
+
+def test_a_batch_has_no_more_images_than_there_are(tmp_path):
+    write_stage(tmp_path, "pretrain", images=10)
+    assert [stage.images(stage.lines[-1]) for stage in read_stages(tmp_path)] == [20 * 10]
 
 
 def test_a_fine_tuning_and_the_claim_next_to_it(tmp_path):

@@ -27,8 +27,9 @@ def new_stage(folder, settings, device="cpu") -> loop.Stage:
     return stage
 
 
-def steps(stage: loop.Stage, first=0, last=MUON.epochs) -> dict:
+def steps(stage: loop.Stage, first=0, last=MUON.epochs, prepare=lambda stage, epoch: None) -> dict:
     for epoch in range(first, last):
+        prepare(stage, epoch)
         stage.begin(epoch)
         for i in range(stage.plan.epoch_steps):
             stage.step(epoch, i)
@@ -49,7 +50,7 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
     def at_once(kind, inputs):
         kinds.append(kind)
         other.learn(lambda k: inputs, kind)
-    other.graphs = SimpleNamespace(step=at_once)
+    other.graphs = SimpleNamespace(step=at_once, forget=lambda: None)
     steps(other, last=2)
     other.save()
     last.resume(True, 0)
@@ -60,12 +61,18 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
     assert other.optimizer.param_groups[0]["lr"] is other.rates[1.0]
 
 
-def test_each_kind_is_run_once_and_then_recorded(monkeypatch):
+@pytest.fixture
+def waits(monkeypatch) -> list:
+    """Streams without a GPU; the list of all waits."""
     waits = []
     stream = SimpleNamespace(wait_stream=waits.append)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    return waits
+
+
+def test_each_kind_is_run_once_and_then_recorded(monkeypatch, waits):
     done = []
     graphs = captured.Graphs(lambda inputs, kind: done.append((kind, float(inputs[0]))), torch.device("cpu"))
     monkeypatch.setattr(graphs, "record", lambda kind: SimpleNamespace(
@@ -74,6 +81,31 @@ def test_each_kind_is_run_once_and_then_recorded(monkeypatch):
         graphs.step(kind, (torch.tensor(value),))
     assert done == [("a", 1), ("b", 2), ("again a", 3), ("again a", 4), ("again b", 5)]
     assert len(waits) == 10  # before and after each step
+
+
+def freeze(stage: loop.Stage, epoch: int) -> None:
+    """From the third epoch on the BatchNorm statistics stay as they are, as in fine_tune.py."""
+    for module in stage.model.modules():
+        if epoch >= 2 and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
+
+def test_graphs_are_recorded_anew_in_other_modes(tmp_path, monkeypatch, waits):
+    """A graph repeats the step in the modes of its recording; what is trained follows the modes of now."""
+    plain, recorded = (new_stage(tmp_path, MUON) for _ in range(2))
+    graphs = captured.Graphs(lambda batch, kind: recorded.learn(lambda k: batch, kind), recorded.device)
+
+    def record(kind):
+        modes = [module.training for module in recorded.model.modules()]
+
+        def replay():
+            for module, mode in zip(recorded.model.modules(), modes):
+                module.training = mode
+            graphs.learn(graphs.inputs, kind)
+        return SimpleNamespace(replay=replay)
+    monkeypatch.setattr(graphs, "record", record)
+    recorded.graphs = graphs
+    assert_close(steps(recorded, prepare=freeze), steps(plain, prepare=freeze))
 
 
 def test_on_a_cpu_nothing_is_recorded_and_no_triton_kernel_is_used(tmp_path, monkeypatch):
@@ -103,7 +135,7 @@ def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
 def test_graphs_compute_what_plain_steps_do(tmp_path):
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
     plain.graphs = None
-    expected, found = steps(plain), steps(recorded)
+    expected, found = (steps(each, prepare=freeze) for each in (plain, recorded))
     assert all(recorded.graphs.graphs.values())  # each kind was recorded
     for (key, one), two in zip(expected.items(), found.values(), strict=True):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-5), key

@@ -83,6 +83,14 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     assert [stage["stage"] for stage in other["made_by"]["training"]] == ["quantized"]
     with pytest.raises(BadInput, match="quantized.pt was fine-tuned from another checkpoint or with other options"):
         quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    teacher = elsewhere / small_checkpoint.name
+    moved = [str(teacher) if word == str(small_checkpoint) else word for word in tune]
+    assert quantize.main(options(checkpoint, second, "channel", *moved)) == 0  # without the file that was the teacher
+    teacher.write_bytes(b"of the same name")
+    with pytest.raises(BadInput, match="or with other options or teachers"):
+        quantize.main(options(checkpoint, second, "channel", *moved))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "quantized.pt")
     with pytest.raises(BadInput, match="not what a fine-tuning writes; --no-resume"):
         quantize.main(options(checkpoint, second, "channel", *tune))

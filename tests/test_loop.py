@@ -340,6 +340,24 @@ def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
     assert [line["zeros"] for line in log(tmp_path)] == [sum(int((~mask).sum()) for mask in keep.values())] * 3
 
 
+def test_muon_turns_what_gradual_magnitude_pruning_has_left(tmp_path):
+    """The angle of a step is that of the kept weights, under masks that grow."""
+    class Weights(list):
+        def step(self):
+            self.append(model.conv1.weight.detach().flatten().clone())
+
+        def record(self):
+            return {}
+
+    model, watch = tiny(), Weights()
+    settings = dataclasses.replace(SETTINGS, optimizer="muon", turn=0.05, schedule="constant", warmup_epochs=0)
+    pruning = make("magnitude", model, ["conv1"], target=0.9)
+    stage(tmp_path, model=model, settings=settings, watch=watch, penalty=pruning)
+    cosines = [F.cosine_similarity(*pair, dim=0).item() for pair in itertools.pairwise(watch)]
+    assert [int((watch[i] == 0).sum()) for i in (5, 8)] == [274, 375]
+    assert [math.acos(cosines[i]) for i in (0, 3, 4, 6, 7)] == pytest.approx([math.atan(0.05)] * 5, rel=0.01)
+
+
 @pytest.mark.parametrize("save_seconds", (0, 1e9))
 def test_a_mask_that_is_not_applied_is_caught(tmp_path, save_seconds):
     model = tiny()
@@ -523,6 +541,61 @@ def test_sigterm_in_the_last_step_lets_it_finish(tmp_path, monkeypatch, whole):
     assert arrived  # who started the stage learns of it too
 
 
+@pytest.mark.parametrize("variant", ("sgd", "masks, no average"))
+@pytest.mark.parametrize("work", ("renew_statistics", "evaluate"))
+def test_ctrl_c_in_the_last_evaluation_repeats_no_step_and_the_last_line_has_an_accuracy(tmp_path, monkeypatch, capsys,
+                                                                                         whole, variant, work):
+    expected, done, function = whole(variant), [], getattr(loop, work)
+
+    def interrupted(*args):
+        done.append(0)
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, work, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stage(tmp_path, variant, save_seconds=1e9)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopped at epoch 3.00 of 3" in capsys.readouterr().out and len(log(tmp_path)) == 2
+    at_draw(monkeypatch, 1, lambda: pytest.fail("a step is made again"))
+    result, model = stage(tmp_path, variant)
+    assert "resumes at epoch 3 of 3" in capsys.readouterr().out
+    assert_same(result, expected[0])
+    assert_same(model, expected[1])
+    assert log(tmp_path) == expected[2]
+
+
+def test_the_mean_loss_is_over_the_steps_that_were_made(tmp_path, monkeypatch, capsys):
+    """Of an epoch that begins in its middle, too, and after a resume; the progress shows the same."""
+    found, gradients = [], loop.Stage.gradients
+    monkeypatch.setattr(loop.Stage, "gradients", lambda *args: found.append(gradients(*args)) or found[-1])
+    assert stage(tmp_path, start_epoch=4 / 3, max_seconds=0, show_seconds=0)[0] is None
+    assert f"loss {found[0][0]:.4f}, train {found[0][1]:.2%}" in capsys.readouterr().out
+    stage(tmp_path)
+    means = [torch.stack(steps).mean(0).tolist() for steps in (found[:2], found[2:])]
+    assert [[line["loss"], line["accuracy"]] for line in log(tmp_path)] == [pytest.approx(m, abs=1e-6) for m in means]
+
+
+def dropped() -> nn.Module:
+    model = tiny()
+    model.register_forward_hook(lambda module, inputs, out: F.dropout(out, 0.5, module.training))
+    return model
+
+
+def test_a_network_with_dropout_resumes_bit_for_bit(tmp_path):
+    results = []
+    for folder, stops in (("whole", 0), ("parts", 4)):
+        for _ in range(stops):
+            stage(tmp_path / folder, model=dropped(), max_seconds=0)
+        torch.rand(7)  # another process draws other numbers
+        results.append(stage(tmp_path / folder, model=dropped())[0])
+    assert_same(*results)
+
+
 def test_a_budget_of_nothing_is_a_step_at_a_time(tmp_path, whole):
     runs = 0
     while (result := stage(tmp_path, "loss+masks", max_seconds=0, save_seconds=1e9)[0]) is None:
@@ -575,6 +648,27 @@ def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
     assert cosine > 0.99 and not torch.equal(result.conv1.weight, alone.conv1.weight)
 
 
+def test_trained_quantization_steps_move_between_gpu_and_cpu(tmp_path):
+    """Adam's `capturable` is that of the machine: with that of a GPU's state a CPU refuses to make a step."""
+    def new(capturable):
+        weight, step = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        weight.grad, step.grad = torch.ones(2), torch.ones(2)
+        return step, loop.Together([torch.optim.SGD([weight], lr=0.1),
+                                    torch.optim.Adam([{"params": [step], "factor": 2.0}], capturable=capturable)])
+    _, there = new(False)
+    there.step()
+    state = there.state_dict()
+    state["1"]["param_groups"][0]["capturable"] = True
+    step, here = new(False)
+    here.load_state_dict(state)
+    here.step()
+    assert (here.param_groups[1]["capturable"], here.param_groups[1]["factor"]) == (False, 2.0)
+    assert here.optimizers[1].state[step]["step"] == 2
+    _, gpu = new(True)  # no step: it needs a GPU
+    gpu.load_state_dict(there.state_dict())
+    assert gpu.param_groups[1]["capturable"] and "capturable" not in gpu.param_groups[0]
+
+
 CONSTANT = dataclasses.replace(SETTINGS, schedule="constant", epochs=4, cooldown=1, warmup_epochs=0.5)
 
 
@@ -625,8 +719,10 @@ def test_what_a_stop_leaves_is_what_the_stage_would_give(tmp_path):
     result, _ = stage(tmp_path, model=model, start_epoch=4 / 3)
     assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]  # the first was there before
     assert result is not None
+    stage(tmp_path / "late", max_seconds=0)
     with pytest.raises(BadInput, match="cannot resume at epoch 3: the stage has 3"):
-        stage(tmp_path / "late", start_epoch=3)
+        stage(tmp_path / "late", start_epoch=3, resume=False)
+    assert state_of(tmp_path / "late")["progress"]["step"] == 1  # it is still there
 
 
 @pytest.mark.parametrize("limit, step", ((4, 2), (30, 4), (1e9, None)))

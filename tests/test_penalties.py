@@ -289,9 +289,9 @@ def test_the_schedule_of_magnitudes_by_hand():
     model = Counted()
     pruning = GradualMagnitude(model, ["conv", "linear"], 0.8)
     expected = {8.0: [0, 0], 6.0: [93, 0], 4.0: [100, 40], 0.0: [100, 60]}  # 160 (1 - 0.75^3), 160 (1 - 0.5^3), 160
-    for lr_to_come, zeros in expected.items():
+    for (lr_to_come, zeros), lr in zip(expected.items(), (2.0, 2.0, 4.0, 0.0)):
         pruning.update(lr_to_come)
-        pruning.after_step(0.1)
+        pruning.after_step(lr)
         assert model.zeros() == zeros  # one ranking for both layers, the smallest first
     model.conv.weight.data += 7  # what the optimizer does to them
     model.linear.weight.data += 7
@@ -300,17 +300,37 @@ def test_the_schedule_of_magnitudes_by_hand():
     assert model.linear.weight.flatten()[60:].tolist() == [-i + 7.0 for i in range(161, 201)]
 
 
+def test_in_a_stage_made_longer_the_magnitudes_wait():
+    model = Counted()
+    pruning = GradualMagnitude(model, ["conv", "linear"], 0.8)
+    shares = []
+    for lr_to_come in (8.0, 4.0, 12.0, 4.0, 0.0):  # half of 8 are spent, then 12 are to come instead of 4
+        pruning.update(lr_to_come)
+        pruning.after_step(4.0)
+        shares.append(pruning.record()["zeros_path"])
+    assert shares == pytest.approx([0, 0.7, 0.7, 0.8 * (1 - 0.25**3), 0.8])
+
+
 def test_state_of_magnitudes_of_another_process():
     ours, theirs = Counted(), Counted()
     first, second = GradualMagnitude(ours, ["conv", "linear"], 0.8), GradualMagnitude(theirs, ["conv", "linear"], 0.8)
     second.load_state_dict(first.state_dict())  # before any update
     first.update(8.0)
+    first.after_step(2.0)
     first.update(6.0)
-    second.load_state_dict(first.state_dict())
-    second.after_step(0.1)
+    first.after_step(2.0)
+    kept, state = second.kept(), first.state_dict()
+    older = {"all_lr": 8.0, "share": first.share, "masks": state["masks"]}  # it is at the last update, not a step later
+    for content, spent in ((older, 2.0), (state, 4.0)):
+        second.load_state_dict(content)
+        assert second.spent == pytest.approx(spent)
+    second.after_step(0)
     assert theirs.zeros() == ours.zeros() == [93, 0]
     second.update(4.0)
     assert theirs.zeros() == [100, 40]
+    # an optimizer has these tensors
+    assert [int((mask == 0).sum()) for mask in kept.values()] == [100, 40] and list(kept) == second.weights
+    second.load_state_dict({"all_lr": None, "share": 0.0, "masks": None})  # older, before its first update
     assert first.options() == second.options() != GradualMagnitude(ours, ["conv"], 0.8).options()
 
 

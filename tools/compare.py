@@ -64,13 +64,14 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
         if not path.is_file() or not file.is_file():
             continue
         claim = claims.read(file)
-        bits = [entry.get("bits") for entry in claim.get("tensors", [])]
+        bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
+        scheme = [step["step"] for step in claim.get("accuracy_by_step", []) if step["step"].startswith("weights at")]
         try:
             accuracy, counts = claim["accuracy"], claim["counts"]
             rows.append({"run": run, "stage": claim["checkpoint"], "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
-                         "key": json.dumps([key, file.name, bits], sort_keys=True)})
+                         "key": json.dumps([key, file.name, bits, scheme], sort_keys=True)})
         except (KeyError, TypeError) as error:
             raise BadInput(f"{file}: not a claim with accuracy and counts; write it again with quantize.py") from error
     return rows

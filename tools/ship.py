@@ -8,9 +8,9 @@
                                                 would replace
 
 Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, the old files
-stay, and the new ones are kept in RUN/candidate. It takes about twelve minutes on two cores. The tables and figures
-of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's figure
-show the others, too.
+stay, and what was made so far is kept in RUN/candidate. It takes about twelve minutes on two cores. The tables and
+figures of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's
+figure show the others, too.
 """
 import argparse
 import shlex
@@ -86,18 +86,20 @@ def main(argv=None) -> int:
     args, words = parse(argv)
     shipped = shipping.shipped_accuracy(args.into) if args.if_better else None
     with shipping.staging(args.into) as new:
-        build(args, words, new)
-        objection = args.if_better and shipping.objection(shipping.shipped_accuracy(new), shipped)
-        if objection:
-            kept = keep(new, args.run / "candidate")
-            print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {args.run} ships it")
-            return 0
         try:
+            build(args, words, new)
+            objection = args.if_better and shipping.objection(shipping.shipped_accuracy(new), shipped)
+            if objection:
+                kept = keep(new, args.run / "candidate")
+                print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {args.run} ships it")
+                return 0
             if args.into.resolve() == ROOT:
                 shutil.copy2(ROOT / "record" / "dense.tested.json", new / "record")  # of the tables, too
                 run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
             shipping.install(new, args.into)
         except (BadInput, OSError) as error:
+            if not (new / CHECKPOINT).is_file():
+                raise
             raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
     if args.into.resolve().parent == ROOT:

@@ -34,6 +34,10 @@ class Graphs:
                 self.graphs[kind].replay()
         before.wait_stream(self.stream)
 
+    def forget(self) -> None:
+        """Record all graphs anew: those of before repeat what a step did when they were recorded."""
+        self.graphs.clear()
+
     def record(self, kind) -> torch.cuda.CUDAGraph:
         """Return the graph of a step of this kind; recording does not execute it."""
         graph = torch.cuda.CUDAGraph()

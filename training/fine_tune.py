@@ -49,6 +49,11 @@ class Tuning:
         """The network that fine-tuning starts from, kept until that is finished: its grids take minutes."""
         return self.folder / "quantized.start.pt"
 
+    @property
+    def teacher_sums(self) -> list[str | None]:
+        """The SHA-256 of each teacher's file; None where it is not there (KAIST AI's are known by name)."""
+        return [sha256(path) if Path(path).is_file() else None for path in self.teachers]
+
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
         machine = dict.fromkeys(("precision", "compile", "workers"))
@@ -76,8 +81,10 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         file.unlink(missing_ok=True)  # of other options
         save_record({"stage": "quantized", "machine": threads.describe_machine(device),
                      "train_images": len(train_data), "commit": git_commit(),
+                     "data": loop.fingerprint([train_data.images, train_data.labels]),
                      "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
-                     "source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before)},
+                     "source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
+                     "accuracy_by_step": list(steps_before)},
                     file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
 
@@ -117,8 +124,11 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
     if not tuning.resume or file is None:
         return None
     record = load_record(tuning.file.with_suffix(".options.json"), "--no-resume fine-tunes again")
-    if record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen):
-        raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options; --no-resume "
+    teachers_differ = any(None not in pair and pair[0] != pair[1]
+                          for pair in zip(record.get("teachers_sha256", ()), tuning.teacher_sums))
+    if (record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen)
+            or teachers_differ):
+        raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options or teachers; --no-resume "
                        "fine-tunes again")
     model = prepare(model)
     content, points = load_state(file), read(model).activation_points

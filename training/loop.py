@@ -3,7 +3,8 @@
 The stages (dense, reweighted, masked, quantized) differ in the arguments that they pass to `train`, not in the loop.
 All random numbers of a step follow from (seed, stage, step), and its learning rate from the step alone. So the state of
 a run is its tensors and the number of steps made: a run that is killed at any moment resumes from its last saved state,
-and on a CPU the result is the same to the last bit.
+and on a CPU the result is the same to the last bit. The exception are networks that draw random numbers, as dropout
+does, trained by several workers: these share torch's generator, in any order.
 """
 import collections
 import contextlib
@@ -67,10 +68,11 @@ def distillation(logits, taught: list, temperature: float):
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
 
-def make_optimizer(settings: Settings, model: nn.Module, masks=None):
+def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = None):
     """Return the optimizer of a model's weights. If quantization steps are trained too, Adam is added for those.
 
     Weight decay acts on the weights of convolutions and the linear layer, not on BatchNorm, biases and steps.
+    kept: {weight: mask tensor, 0 where it stays zero}, for Muon, whose steps have a given length without those.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in trained if not name.endswith("log_step")]
@@ -78,9 +80,8 @@ def make_optimizer(settings: Settings, model: nn.Module, masks=None):
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": settings.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
     if settings.optimizer == "muon":
-        kept = dict(zip(masks.weights, masks.factors)) if masks else {}
         dtype = getattr(torch, settings.precision)
-        optimizer = Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept, dtype)
+        optimizer = Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept or {}, dtype)
     elif settings.optimizer == "adam":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     else:
@@ -110,8 +111,12 @@ class Together:
         return {str(k): each.state_dict() for k, each in enumerate(self.optimizers)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Load a state, of another device perhaps: `capturable`, where Adam keeps its steps, stays as it is here."""
         for k, each in enumerate(self.optimizers):
-            each.load_state_dict(state[str(k)])
+            theirs = state[str(k)]
+            groups = [group | {key: own[key] for key in own.keys() & {"capturable"}}
+                      for group, own in zip(theirs["param_groups"], each.param_groups, strict=True)]
+            each.load_state_dict(theirs | {"param_groups": groups})
 
 
 def averaged(model: nn.Module) -> list:
@@ -171,7 +176,8 @@ class Stage:
         self.average = copy.deepcopy(model) if settings.average != 0 else None
         self.averaged = averaged(self.average or model), averaged(model)
         self.replicas = Replicas(model, len(self.plan.shares))
-        self.optimizer = make_optimizer(settings, model, self.masks)
+        masked = {} if self.masks is None else dict(zip(self.masks.weights, self.masks.factors))
+        self.optimizer = make_optimizer(settings, model, masked if penalty is None else masked | penalty.kept())
         parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty}
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
@@ -187,6 +193,7 @@ class Stage:
         recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
+        self.modes = []  # of all modules, True for train, with which the graphs were recorded
         # {factor: tensor of the learning rate times this factor}; a graph reads its address
         self.rates = collections.defaultdict(lambda: torch.zeros((), device=self.device))
         self.result = None  # the finished model
@@ -215,6 +222,10 @@ class Stage:
     def begin(self, epoch: int) -> None:
         """Prepare an epoch: bring the replicas up to date and draw the order of the images."""
         self.replicas.follow()
+        modes = [module.training for module in self.model.modules()]
+        if self.graphs is not None and modes != self.modes:
+            self.graphs.forget()
+        self.modes = modes
         order = augmentation.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
         self.order = order.to(self.device)
 
@@ -231,6 +242,7 @@ class Stage:
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                                   crop=settings.augment != "none", trivial=settings.augment == "trivial",
                                   mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
+        torch.manual_seed(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
         turns = self.teachers and settings.teaching == "turns"
         kind = step % len(self.teachers) if turns else None, plan.sizes[step]
         if self.graphs is None:
@@ -291,34 +303,39 @@ class Stage:
     def end(self, epoch: int, hurry: bool = False) -> None:
         """Write and print an epoch's log line, with the test accuracy if it is due; after the last, set `result`.
 
-        hurry: skip the evaluation.
+        hurry: skip the evaluation. After Ctrl-C the line is written without it, but not the last one: then nothing is
+        done, and a resume ends the stage.
         """
         plan, step, weights = self.plan, self.progress["step"], [layer.weight for _, layer in weight_layers(self.model)]
-        loss, correct = self.read_totals()
+        loss, correct = (total / self.summed() for total in self.read_totals())
         record = {"stage": self.name, "epoch": epoch + 1, "step": step, "lr": plan.lrs[step - 1],
                   "size": plan.sizes[step - 1],
-                  "loss": round(loss / plan.epoch_steps, 6), "accuracy": round(correct / plan.epoch_steps, 6),
+                  "loss": round(loss, 6), "accuracy": round(correct, 6),
                   "zeros": sum(int((weight == 0).sum()) for weight in weights),
                   "weights": sum(weight.numel() for weight in weights)}
-        self.totals.zero_()
         last, began = step == plan.steps, time.monotonic()
-        if last:
-            self.result = self.finish(self.model if self.average is None else self.average)
-            self.check_masks(self.result)
         due = last or self.eval_every and (epoch + 1) % self.eval_every == 0
-        if self.test is not None and due and not hurry:
-            with contextlib.suppress(KeyboardInterrupt):  # stop_noted keeps it; the line is written without accuracy
-                try:
-                    test_loss, right = evaluate(self.result or self.result_so_far(), self.test)
-                except BadInput as error:  # the average's loss is not finite, though the epoch's was
-                    raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
+        try:
+            result = self.finish(self.model if self.average is None else self.average) if last else None
+            self.check_masks(result)
+            if self.test is not None and due and not hurry:
+                test_loss, right = evaluate(result or self.result_so_far(), self.test)
                 record |= {"test_loss": test_loss, "test_accuracy": right / len(self.test)}
                 self.measured = time.monotonic() - began
+        except BadInput as error:  # the average's loss is not finite, though the epoch's was
+            raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
+        except KeyboardInterrupt:  # stop_noted keeps it
+            result = None
+        if last and self.processes.agree(result is None, self.device):
+            return
+        self.result = result
         for figures in (self.penalty, self.watch):
             record |= figures.record() if figures is not None else {}
         where = f"{self.processes.count} x {len(plan.shares)} {self.device.type}, {self.settings.precision}"
         record |= {"where": where, "seconds": round(self.seconds(), 1)}
         self.progress["log"].append(record)
+        self.progress["since"] = step
+        self.totals.zero_()
         if self.processes.first:
             save_text("".join(to_json(line) + "\n" for line in self.progress["log"]),
                       self.folder / f"{self.name}.jsonl")
@@ -351,6 +368,10 @@ class Stage:
             if self.masks is not None and model is not None:
                 self.masks.check(model)
 
+    def summed(self) -> int:
+        """Return the number of the epoch's steps over which `totals` sums up: fewer than all after --start-epoch."""
+        return self.progress["step"] - self.progress["since"]
+
     def read_totals(self) -> list[float]:
         """Return the epoch's sums of loss and accuracy over all processes. Raises BadInput if the loss is not finite.
         """
@@ -368,10 +389,9 @@ class Stage:
         """Resume the state in the folder; if there is none, begin at `start_epoch`. Raises BadInput if it does not fit.
         """
         steps, log = self.plan.epoch_steps, self.folder / f"{self.name}.jsonl"
-        self.progress = {"step": round(start_epoch * steps), "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
+        first = round(start_epoch * steps)
+        self.progress = {"step": first, "since": first, "loss": 0.0, "correct": 0.0, "seconds": 0.0, "log": []}
         self.way_on = "the same command" + " without --no-resume" * (not wanted)
-        if not wanted and self.processes.first:
-            self.state.remove()
         if found := self.state.load(self.device, steps) if wanted else None:
             self.progress, contents = found
             try:
@@ -385,10 +405,13 @@ class Stage:
             if self.progress["step"] and log.is_file():
                 self.progress["log"] = [line for line in load_lines(log) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
-        if step >= self.plan.steps:
+        self.progress.setdefault("since", step - step % steps)  # a state of an older version lacks it
+        if step > self.plan.steps or step == self.plan.steps and not self.summed():  # else the last line is missing
             raise BadInput(f"{self.name}: cannot resume at epoch {step / steps:g}: the stage has {epochs}")
+        if not wanted and self.processes.first:
+            self.state.remove()
         if step and self.processes.first:
-            print(f"{self.name}: resumes at epoch {step // steps + 1} of {epochs}", flush=True)
+            print(f"{self.name}: resumes at epoch {min(step // steps + 1, epochs)} of {epochs}", flush=True)
         # Sums of loss and accuracy over the epoch's steps stay on the device, because reading them waits for it.
         # The saved ones are sums over all processes, so each process resumes with its share.
         sums = [self.progress["loss"], self.progress["correct"]]
@@ -446,20 +469,22 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
         at_end.enter_context(stage.fast_kernels())
-        while stage.progress["step"] < plan.steps:
-            epoch, first = divmod(stage.progress["step"], plan.epoch_steps)
+        while stage.result is None:
+            # a stage that was stopped in its last evaluation has made all its steps
+            epoch, first = divmod(min(stage.progress["step"], plan.steps - 1), plan.epoch_steps)
             prepare(model, epoch)
             stage.begin(epoch)
             shown = Progress(stage, epoch, show_seconds, later)
             at_end.callback(shown.close)
             for i in range(first, plan.epoch_steps):
-                stage.step(epoch, i)
-                shown.step(i + 1)
+                if stage.progress["step"] < plan.steps:
+                    stage.step(epoch, i)
+                    shown.step(i + 1)
                 late = time.monotonic() - stage.started + stage.closing() > max_seconds
-                pause = agree(bool(asked) or late, stage.device)
                 if i + 1 == plan.epoch_steps:
                     shown.close()
                     stage.end(epoch, hurry=signal.SIGINT in asked and stage.progress["step"] < plan.steps)
+                pause = agree(bool(asked) or late, stage.device)
                 due = pause or agree(time.monotonic() - saved >= save_seconds, stage.device)
                 if due and stage.result is None:
                     stage.save()

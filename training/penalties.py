@@ -21,8 +21,8 @@ from training.masks import GROUPS, group_norms, quantile, target_masks
 class Penalty:
     """Base class of all penalties; by itself it does nothing.
 
-    A subclass defines `shrink`, `loss` or both, and may define `reweight`, `sizes` and `first_lambda`. Everything but
-    `loss` is called without gradients.
+    A subclass defines `shrink`, `loss` or both, and may define `reweight`, `sizes`, `first_lambda` and `kept`.
+    Everything but `loss` is called without gradients.
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).
     lam, target: strength of the penalty, or the wanted share of zeros in `weights`; one of them is given. With a target
@@ -80,6 +80,13 @@ class Penalty:
         plain L1, whose every step takes `strength` from a weight's magnitude.
         """
         return max(q, 1e-3) / rate
+
+    def kept(self) -> dict[Tensor, Tensor]:
+        """Return {weight: mask, 0 where it stays zero for good, else 1}, for the optimizer; changed in place later.
+
+        By default it is empty: the zeros of a soft threshold may become non-zero again.
+        """
+        return {}
 
     # -- what the loop uses
 
@@ -233,32 +240,42 @@ class GradualMagnitude(Penalty):
     under a cosine schedule the last zeros are made while the other weights can still adapt. Weights are ranked over all
     layers, as for the mask of the next stage. A zero stays zero: it is among the smallest at the next update.
     """
-    form, updates, saved = "magnitude", 100, ("all_lr", "share", "masks")
+    form, updates, saved = "magnitude", 100, ("spent", "share", "masks")
 
     def __init__(self, model: nn.Module, layers, target: float):
         super().__init__(model, layers, lam=0.0)
         self.model, self.layers, self.target = model, list(layers), target
-        self.all_lr: float | None = None  # sum of the stage's learning rates
+        self.spent = 0.0  # sum of the learning rates of the steps made
         self.share = 0.0  # wanted share of zeros
-        self.masks: dict[str, Tensor] | None = None  # {layer: 0 where its weights are pruned, else 1}
+        self.masks = {name: torch.ones_like(w) for name, w in zip(self.layers, self.weights)}  # 0 where it is pruned
+
+    def kept(self) -> dict[Tensor, Tensor]:
+        return dict(zip(self.weights, self.masks.values()))
 
     @torch.no_grad()
     def update(self, lr_to_come: float) -> None:
-        """Choose the zeros by the schedule; every step restores them."""
-        if self.all_lr is None:
-            self.all_lr = lr_to_come
-        to_go = lr_to_come / self.all_lr if self.all_lr else 0.0
-        self.share = self.target * (1 - to_go**3)
+        """Choose the zeros by the schedule; every step restores them. If the stage was made longer, the share waits."""
+        total = self.spent + lr_to_come
+        to_go = lr_to_come / total if total else 0.0
+        self.share = max(self.share, self.target * (1 - to_go**3))
         if self.share > 0:
-            masks = target_masks(self.model, self.layers, self.share)
-            self.masks = {name: masks[name].to(weight) for name, weight in zip(self.layers, self.weights)}
+            for name, mask in target_masks(self.model, self.layers, self.share).items():
+                self.masks[name].copy_(mask)
             self.after_step(0)
 
     @torch.no_grad()
     def after_step(self, lr: float) -> None:
-        """Set the chosen weights to zero; `lr` has no effect."""
-        if self.masks:
-            torch._foreach_mul_(self.weights, list(self.masks.values()))
+        """Set the chosen weights to zero."""
+        self.spent += lr
+        torch._foreach_mul_(self.weights, list(self.masks.values()))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load a state; of an older version, which has the sum of the whole stage, by inverting the schedule."""
+        for name, mask in (state["masks"] or {}).items():
+            self.masks[name].copy_(mask)
+        self.share = state["share"]
+        self.spent = state["spent"] if "spent" in state else (
+            (state["all_lr"] or 0.0) * (1 - (1 - self.share / self.target) ** (1 / 3)))
 
     def record(self) -> dict:
         return super().record() | {"zeros_path": self.share}

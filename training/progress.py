@@ -35,7 +35,7 @@ class Progress:
         if now - self.at < self.seconds and not first:  # seldom, because reading the totals waits for the device
             return
         rate = (done - self.last) / (now - self.at)
-        loss, correct = (stage.totals * stage.processes.count / done).tolist()
+        loss, correct = (stage.totals * stage.processes.count / stage.summed()).tolist()
         step, epochs, at = stage.progress["step"], stage.settings.epochs, self.epoch + done / plan.epoch_steps
         left = duration((sum(plan.pixels[step:]) + self.later) / plan.pixels[step - 1] / rate)
         if self.bar is not None:

@@ -1,10 +1,10 @@
 """Read run folders: the logs and options that stages leave (see main.py for the files of a run)."""
 import dataclasses
+import math
 from pathlib import Path
 
 from compressed.errors import BadInput
 from compressed.files import load_lines, load_record
-from training.state import MACHINE
 
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
 # {option that is no setting but decides a result: the stages whose result it decides}
@@ -40,15 +40,17 @@ class Stage:
     settings: dict
     options: dict
     machine: str
-    train_images: int
+    train_images: int | None
+    data: str | None  # digest of the train images
 
     def images(self, line: dict) -> int:
         """Return the number of images that the stage had been trained on at a line of its log, repetitions counted."""
-        return line["step"] * self.settings["batch_size"]
+        return line["step"] * min(self.settings["batch_size"], self.train_images or math.inf)
 
     def apart_from_seed(self) -> dict:
-        """Return what decides the stage's result but for its seed, as far as its folder records it."""
-        kept = {key: value for key, value in self.settings.items() if key not in (*MACHINE, "seed")}
+        """Return what decides the stage's result but for its seed and rounding, as far as its folder records it."""
+        kept = {key: value for key, value in self.settings.items() if key not in ("precision", "compile", "seed")}
+        kept["data"] = self.data
         for key, value in self.options.items():
             if key in DECISIVE:
                 kept[key] = {name: v for name, v in value.items() if name != "seed"} if key == "grids" else value
@@ -62,7 +64,7 @@ def read_stage(log: Path) -> Stage | None:
         return None
     record = options_of(options)
     return Stage(log.stem, lines, record["settings"], record["options"], record.get("machine"),
-                 record.get("train_images"))
+                 record.get("train_images"), record.get("data"))
 
 
 def read_stages(folder) -> list[Stage]:

@@ -15,7 +15,8 @@ from compressed.errors import BadInput, one_line
 from compressed.files import load_record, save_record, save_tensors
 from training.plan import constant_so_far
 
-# Settings of where and how a stage is computed. A resume may change them: the result differs by rounding only.
+# Settings of where and how a stage is computed. A resume may change them. The result then differs by rounding, and with
+# other `workers` also because each worker's share of a batch is normalised by its own statistics.
 MACHINE = ("precision", "compile", "workers")
 # Settings of a stage's length. A resume may change them as long as the learning rate is still constant.
 LENGTH = ("epochs", "cooldown", "sizes")
