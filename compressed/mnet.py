@@ -75,7 +75,7 @@ def stated_formats(model: nn.Module, claim: dict) -> Formats:
 def stored_exponent(step, name: str) -> int:
     """Return the exponent e of a step 2^e, from -128 to 127. Raises BadInput for any other step."""
     e = exponent(step)
-    if e is None or not -128 <= e <= 127:
+    if e is None:
         raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
     return e
 
