@@ -9,6 +9,7 @@ number of correct images must be the claimed one to the image. Exit status 0: ev
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
 import dataclasses
+import functools
 import math
 import sys
 
@@ -24,43 +25,68 @@ from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
 from compressed.exact_network import exact_network, probe_logits
 from compressed.files import to_json
-from compressed.formats import Formats, exponent, found_formats
+from compressed.formats import Activation, Formats, Grid, exponent, found_formats
 from compressed.graph import read as read_graph
+from compressed.integer_network import lowest_bit
 
 
 REORDERED = "not known, the images of this copy are not in the published order"
 
 
-def sums_without_layers(model, formats: Formats, steps: dict[str, float]) -> int:
-    """Return the largest possible value of a point that only adds or multiplies other points, in units of its finest
-    term: float32 computes these points too, exactly up to 2^24."""
-    worst = 0
-    for point in read_graph(model).points:
-        if {"layer", "norm", "function", "pixels", "mean"} & {branch.kind for branch in point.branches}:
-            continue
-        units = [math.prod(steps[name] for name in branch.sources if name in steps) for branch in point.branches]
-        codes = [math.prod(max(-formats.activations[name].low, formats.activations[name].high)
-                           for name in branch.sources if name in steps) for branch in point.branches]
-        worst = max(worst, int(sum(map(math.prod, zip(units, codes))) / min(units)))
-    return worst
+def largest_sum(terms: list[tuple]) -> int:
+    """Return how large a sum can become, counted in the smallest step of its terms.
 
-
-def exactness(model, formats: Formats) -> int:
-    """Return the largest magnitude that a convolution's sum of products of codes can have: exact in float32 up to 2^24.
-
-    It is sys.maxsize if a step is no power of two, because float32 then rounds even the products. The linear layer is
-    left out: it sums in float64.
+    terms: (step, largest magnitude of a code) of each, numbers or float64 [C].
     """
-    worst = 0
-    for branch in read_graph(model).layers:
-        layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        if not grid.steps or None in map(exponent, grid.steps):
-            return sys.maxsize
-        bounds = counting.reach(grid.codes(layer.weight), formats.activations[branch.source])
-        worst = max(worst, *(max(-low, high) for low, high in bounds))
-    return worst
+    steps = [torch.as_tensor(step, dtype=torch.float64) for step, _ in terms]
+    smallest = functools.reduce(torch.minimum, steps)
+    return int((sum(step * codes for step, (_, codes) in zip(steps, terms)) / smallest).max())
+
+
+def layer_terms(layer: nn.Module, grid: Grid, source: Activation, step: float, biased: bool) -> list[tuple]:
+    """Return the terms of a layer's sums as `largest_sum` takes them. step: of the codes of `source`, its input."""
+    bounds = [max(-low, high) for low, high in counting.reach(grid.codes(layer.weight), source)]
+    terms = [(step * torch.tensor(grid.steps, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64))]
+    if biased and layer.bias is not None and layer.bias.any():
+        smallest = 2.0**min(lowest_bit(value) for value in layer.bias.tolist() if value)
+        terms.append((smallest, layer.bias.detach().double().abs() / smallest))
+    return terms
+
+
+def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
+    """Return how large a sum in float32 can become, counted in the smallest step of its terms: it is exact up to 2^24.
+
+    Such sums are those of a convolution and of a mean, and the value of a point, but for terms in float64: BatchNorms,
+    convolutions with a bias, linear layers. It is sys.maxsize if the step of a weight is no power of two, because even
+    products are then rounded, or if a linear layer's sum may exceed 2^53, up to which float64 is exact.
+    """
+    sums = [0]
+    for point in read_graph(model).points:
+        value = []  # what is added up to it in float32
+        for branch in point.branches:
+            if branch.kind in ("pixels", "function", "norm"):
+                continue
+            sources = [formats.activations[name] for name in branch.sources]
+            step = math.prod(steps[name] for name in branch.sources)
+            if branch.kind != "layer":
+                count = branch.terms if branch.kind == "mean" else 1
+                codes = count * math.prod(max(-source.low, source.high) for source in sources)
+                value.append((step / count, codes))
+                continue
+            layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
+            if not grid.steps or None in map(exponent, grid.steps):
+                return sys.maxsize
+            linear = isinstance(layer, nn.Linear)
+            terms = layer_terms(layer, grid, sources[0], step, biased=linear or branch.norm)
+            if not linear:
+                sums.append(largest_sum(terms))
+            elif largest_sum(terms) > 2**53:
+                return sys.maxsize
+            if not linear and not branch.norm and layer.bias is None:
+                value += terms
+        if value:
+            sums.append(largest_sum(value))
+    return max(sums)
 
 
 def tensor_lines(rows: list[dict]) -> list[str]:
@@ -106,7 +132,7 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     claim, problems = read.claim, read.problems
     network = exact_network(read.model, claim["activations"])
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
-    bound = max(exactness(read.model, read.formats), sums_without_layers(read.model, read.formats, steps))
+    bound = exactness(read.model, read.formats, steps)
     if bound > 2**24:
         problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
     same = probe_logits(network) == claim.get("probe_logits")

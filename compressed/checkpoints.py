@@ -57,7 +57,8 @@ def _stated(claim: dict | None, claim_file: Path, network: str | None) -> tuple[
 def read(path, network: str | None = None) -> Checkpoint:
     """Read a state dict or a packed .mnet, and its claim, the .json next to it; return a Checkpoint.
 
-    network: the specification of the network, needed if the claim states none; otherwise it must be the claim's.
+    network: the specification of the network, if the claim states none (default: the submission's); needed to run a
+    network from a file, and then it must be the claim's.
     A packed file contains its formats. They are the claim if there is no .json; otherwise they must agree with it.
     Raises BadInput if a file cannot be read, or if the claim was altered since it was written.
     """

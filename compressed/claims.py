@@ -31,7 +31,8 @@ from compressed.cifar100 import MEAN, STD
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_record, save_record, sha256
-from compressed.formats import HALVES, LARGEST, WORD, Activation, Formats, Grid, found_formats, is_half, signed_bits
+from compressed.formats import (HALVES, WORD, Activation, Formats, Grid, exponent, found_formats, is_half, is_step,
+                                signed_bits)
 from compressed.graph import prepare
 from compressed.graph import read as read_graph
 
@@ -124,13 +125,12 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     if step is None:
         return replace(found, bits=bits)
     steps = tuple(step) if isinstance(step, list) else (step,)
-    positive = all(type(s) in (int, float) and 0 < s < LARGEST for s in steps)
-    if len(steps) not in (1, len(parameter)) or not positive:
-        raise BadInput(f"claimed step {step!r} is neither a positive number nor one for each channel")
+    if len(steps) not in (1, len(parameter)) or not all(map(is_step, steps)):
+        raise BadInput(f"claimed step {step!r} is neither a number from 2^-128 to 2^127 nor one for each channel")
     grid = Grid(bits, tuple(map(float, steps)), "claimed")
     codes = grid.codes(parameter)
-    on_steps = codes * grid.steps_of(parameter)
-    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * 2.0**-23  # always exact for powers of two
+    on_steps, rounding = codes * grid.steps_of(parameter), 0.0 if None not in map(exponent, grid.steps) else 2.0**-23
+    off = (parameter.detach().double() - on_steps).abs() > on_steps.abs() * rounding
     if off.any() or signed_bits(int(codes.min()), int(codes.max())) > bits:
         raise BadInput(f"the values are no {bits}-bit multiples of the claimed step")
     return grid

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressed import cifar100, kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
-from compressed.formats import Activation, code_range, codes, exponent, fake_quantize
+from compressed.formats import Activation, code_range, codes, exponent, fake_quantize, folded
 from compressed.graph import read
 
 # ---- The network on its grids --------------------------------------------------------------------
@@ -143,12 +143,6 @@ class ExactConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, None).double().add_(self.bias.double()[:, None, None])
 
 
-def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift) of a BatchNorm in eval mode, float64 [C]: gamma / sqrt(var + eps), beta - mean x scale."""
-    scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
-    return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
-
-
 def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     """Put a Quantizer in the place of the ReLU or Identity at every activation point, in place.
 
@@ -167,7 +161,8 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     for name, a in zip(named, activations):
         step, bits, point = a.get("step"), a.get("bits"), points[name]
         if exponent(step) is None or bits not in range(1, 17):
-            raise BadInput(f"activation {name}: {bits} bits with step {step}; expected 1 to 16 and a power of two")
+            raise BadInput(f"activation {name}: {bits} bits with step {step}; expected 1 to 16 and a power of two, "
+                           "2^-128 to 2^127")
         if a.get("signed") is not point.signed:
             raise BadInput(f"activation {name}: signed is {a.get('signed')}, expected {point.signed}")
         most = RELU6 if point.activation == "relu6" else math.inf

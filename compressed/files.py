@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -128,10 +129,19 @@ def to_json(value, **options) -> str:
 
 
 def from_json(text: str | bytes):
-    """Return what a JSON text holds. Raises ValueError for NaN and Infinity, which Python's reader would accept."""
+    """Return what a JSON text holds.
+
+    Raises ValueError for NaN, Infinity and duplicate keys, too, which Python's reader would accept.
+    """
     def no_number(name):
         raise ValueError(f"{name} is no number of JSON")
-    return json.loads(text, parse_constant=no_number)
+
+    def without_duplicates(pairs):
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice")
+        return record
+    return json.loads(text, parse_constant=no_number, object_pairs_hook=without_duplicates)
 
 
 def save_json(value, path) -> None:

@@ -69,12 +69,17 @@ def fake_quantize(x: Tensor, step, low: int, high: int) -> Tensor:
     return Rounded.apply(x, step, low, high)
 
 
-LARGEST = 2**1000  # bound of a step: an integer in a JSON file may be too large for a float
+SMALLEST, LARGEST = 2.0**-128, 2**127  # of all steps: a packed file holds their exponents in a byte
+
+
+def is_step(step) -> bool:
+    """Return True for a number, an int or a float, that can be a step."""
+    return type(step) in (int, float) and SMALLEST <= step <= LARGEST
 
 
 def exponent(step) -> int | None:
-    """Return e for a step 2^e; None for any other value of any type."""
-    fraction, e = math.frexp(step) if type(step) in (int, float) and abs(step) < LARGEST else (0, 0)
+    """Return e, from -128 to 127, for a step 2^e; None for any other value of any type."""
+    fraction, e = math.frexp(step) if is_step(step) else (0, 0)
     return e - 1 if fraction == 0.5 else None
 
 
@@ -205,10 +210,15 @@ class Formats:
         return self.activations.get(name, Activation(self.activation_bits, signed))
 
 
+def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift) of a BatchNorm in eval mode, float64 [C]: gamma / sqrt(var + eps), beta - mean x scale."""
+    scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
+    return scale, bn.bias.detach().double() - bn.running_mean.double() * scale
+
+
 def is_folded(norm: nn.BatchNorm2d) -> bool:
-    """Return True if the BatchNorm only scales and shifts: its mean is 0 and its variance 1, up to float32 rounding."""
-    off = (norm.running_var.double() + norm.eps - 1).abs().max().item()
-    return not norm.running_mean.any() and off <= 2.0**-23
+    """Return True if the BatchNorm's weight and bias are, in float32, the scale and shift by which it computes."""
+    return all(torch.equal(found.float(), stored) for found, stored in zip(folded(norm), (norm.weight, norm.bias)))
 
 
 def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:

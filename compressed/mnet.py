@@ -75,7 +75,7 @@ def stated_formats(model: nn.Module, claim: dict) -> Formats:
 def stored_exponent(step, name: str) -> int:
     """Return the exponent e of a step 2^e, from -128 to 127. Raises BadInput for any other step."""
     e = exponent(step)
-    if e is None or not -128 <= e <= 127:
+    if e is None:
         raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
     return e
 
@@ -131,7 +131,7 @@ def pack_tensor(values: Tensor, grid: Grid, name: str, masked: bool) -> tuple[by
 
 def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor, dict]:
     """Read a parameter's record; return its float32 values and their entry in a claim's "tensors"."""
-    n = shape.numel()
+    n, start = shape.numel(), reader.position
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
     bits = kind & BITS
     if kind == HALF | 16:
@@ -149,7 +149,12 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
         entry = {"name": name, "bits": bits, "step": 2.0**e}
     if not np.isfinite(values).all():
         raise BadInput(f"{name} holds values that are not finite")
-    return torch.from_numpy(values).view(shape), entry
+    values = torch.from_numpy(values).view(shape)
+    grid = Grid(bits, (entry["step"],)) if "step" in entry else Grid(bits, kind="float16")
+    if b"".join(pack_tensor(values, grid, name, bool(kind & MASKED))) != reader.data[start:reader.position]:
+        raise BadInput(f"{name} is not stored as it has to be: its float16 values have an exponent, bits after its "
+                       "last code are not 0, or its mask has a 1 where the code is 0")
+    return values, entry
 
 
 # --------------------------------------------------------------------------------------------------- the file and back
@@ -243,7 +248,9 @@ def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
 
 def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict]:
     """Read the header; return the network that it names, without values, and what a claim says of that network."""
-    _, version, _, classes = HEADER.unpack(reader.take(HEADER.size))
+    _, version, zero, classes = HEADER.unpack(reader.take(HEADER.size))
+    if zero:
+        raise BadInput(f"the byte after its version is {zero}, expected 0")
     if version not in VERSIONS:
         raise BadInput(f"a packed network of version {version}; this program reads versions 1 and 2")
     if not classes:

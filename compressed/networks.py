@@ -102,10 +102,10 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     """Return the network of a specification, with random weights from torch's global generator.
 
     num_classes is an argument of the network unless the specification states one. Raises BadInput for a specification
-    that names nothing, and for arguments that its constructor refuses.
+    that names nothing, and for one whose constructor fails.
     """
     constructor, arguments = find(spec)
-    with refused(f"--network {spec} refuses its arguments", errors=(TypeError, ValueError)):
+    with refused(f"--network {spec} cannot be made"):  # whatever its constructor raises
         if "num_classes" in inspect.signature(constructor).parameters:
             arguments.setdefault("num_classes", num_classes)
         network = constructor(**arguments)

@@ -27,7 +27,7 @@ BUGS = (
     ("compressed/formats.py", "max(~low, 0)", "max(-low, 0)", "test_counting.py", "the code -128 takes nine bits"),
     ("compressed/formats.py", "EVEN_TOLERANCE = 2.0**-22", "EVEN_TOLERANCE = 2.0**-12", "test_counting.py",
      "values off the grid pass for codes"),
-    ("compressed/exact_network.py", "- bn.running_mean.double() * scale", "- bn.running_mean.double()",
+    ("compressed/formats.py", "- bn.running_mean.double() * scale", "- bn.running_mean.double()",
      "test_exact_network.py", "the mean is subtracted unscaled"),
     ("compressed/dead_weight.py", "torch.stack(found).all(0)", "torch.stack(found).any(0)", "test_dead_weight.py",
      "one empty branch makes a sum empty"),

@@ -147,10 +147,10 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
 
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     formats = stated_formats(network, claim)
-    assert 2**8 < testers.sums_without_layers(network, formats, steps) < 2**24
+    assert 2**8 < testers.exactness(network, formats, steps) < 2**24
     product = next(branch for point in read(network).points for branch in point.branches if branch.kind == "product")
     steps[product.other] *= 2.0**-30  # finer than what is added to it by more than a float32 holds
-    assert testers.sums_without_layers(network, formats, steps) > 2**24
+    assert testers.exactness(network, formats, steps) > 2**24
 
 
 @pytest.mark.parametrize("spec, classes", SPECS.items(), ids=[spec.split(":")[1] for spec in SPECS])

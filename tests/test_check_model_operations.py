@@ -149,6 +149,7 @@ def test_wrong_claims(shipped):
         (changed(claim, "tensors", 2, step=2.0**-6), "layers.0.conv2.weight: the values are no 8-bit multiples"),
         (changed(claim, "tensors", 2, step=-1), "layers.0.conv2.weight: claimed step -1"),
         (changed(claim, "tensors", 2, step=10**400), "layers.0.conv2.weight: claimed step 1000"),
+        (changed(claim, "tensors", 2, step=2.0**-129), "layers.0.conv2.weight: claimed step 1.469"),
         (changed(claim, "tensors", 2, step=[0.1, 0.2]), "layers.0.conv2.weight: claimed step"),
         (changed(claim, "tensors", 58, bits=15), "bn1.weight: the values need 16 bits"),
         (changed(claim, "tensors", 58, kind="bfloat16"), "bn1.weight: the values are no 16-bit bfloat16"),
@@ -164,6 +165,17 @@ def test_wrong_claims(shipped):
         formats, problems = hold(wrong, path, model, found)
         assert len(problems) == 1 and problems[0].startswith(message), message
         assert all(formats.tensors[entry["name"]].bits >= entry["bits"] for entry in tensors)
+
+
+@torch.no_grad()
+def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
+    path, claim = shipped
+    model, stepped = load_checkpoint(path, SPEC), {entry["name"] for entry in claim["tensors"] if "step" in entry}
+    for name in stepped:
+        value = model.get_parameter(name)
+        value.copy_(torch.where(value != 0, value.nextafter(torch.tensor(9.0)), value))
+    problems = hold(claim, path, model, found_formats(model))[1]
+    assert {problem.split(":")[0] for problem in problems} == stepped
 
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):

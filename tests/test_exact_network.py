@@ -9,7 +9,7 @@ from torch import nn
 from compressed import cifar100, kernels
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
-from compressed.formats import code_range
+from compressed.formats import code_range, is_folded
 from compressed.graph import prepare, read
 from compressed.grids import SCHEMES
 from compressed.integer_network import IntegerNetwork
@@ -33,6 +33,22 @@ def test_the_exact_network_computes_what_integers_do(exact, scheme, pictures):
     assert torch.equal(logits, (integers(pictures).double() * 2.0**integers.logit_exponent).float())
     assert (logits.std(0) > 1e-3).all()
     assert not torch.equal(network(cifar100.normalise(pictures)), logits)  # in float32 it is another network
+
+
+@pytest.mark.parametrize("eps", (0.0, 1e-5, 1e-3, 0.3))
+@torch.no_grad()
+def test_a_folded_batchnorm_computes_by_its_weight_and_bias(eps):
+    """And one whose statistics are off by a unit in the last place is not folded."""
+    norm = nn.BatchNorm2d(2**15, eps=eps)
+    norm.weight.copy_(torch.arange(2**15, dtype=torch.int16).view(torch.float16).nan_to_num(0))
+    norm.bias.normal_()
+    norm.running_var.fill_(1 - eps)
+    assert is_folded(norm) and torch.equal(exact_module.ScaleShift(norm).scale.flatten(), norm.weight.double())
+    for statistics, off in ((norm.running_var, 2.0**-23), (norm.running_mean, 2.0**-20)):
+        before = statistics.clone()
+        statistics[2**14] += off
+        assert not is_folded(norm)
+        statistics.copy_(before)
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ def test_what_is_saved_comes_back(tmp_path):
     (b"", "not readable as JSON"), (b'{"a": 1', "not readable as JSON"), (b"\xff\xfe{}", "not readable as JSON"),
     (b"[1, 2]", "holds list, expected a JSON object"), (b"null", "holds NoneType"), (b'"text"', "holds str"),
     (b'{"a": NaN}', "NaN is no number of JSON"), (b'{"a": [-Infinity]}', "-Infinity is no number"),
+    (b'{"b": [{"a": 1, "c": 2, "a": 1}]}', "the key 'a' occurs twice"),
     (b"[" * 100_000, "not readable as JSON"), (b'{"step": ' + b"9" * 5000 + b"}", "not readable as JSON"),
 ])
 def test_json_that_is_no_object(tmp_path, content, message):

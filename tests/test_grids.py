@@ -388,6 +388,7 @@ def claimed_activations(**changes):
     ({"step": -0.5}, "with step -0.5"),
     ({"step": None}, "with step None"), ({"step": "0.5"}, "with step 0.5"), ({"step": math.inf}, "with step inf"),
     ({"step": math.nan}, "with step nan"), ({"step": 10**400}, "with step 1000"),
+    ({"step": 2.0**-129}, "with step 1.469"), ({"step": 2.0**128}, "2.-128 to 2.127"),
     ({"bits": 0}, "0 bits"), ({"bits": 17}, "17 bits"),
     ({"bits": None}, "None bits"),
     ({"signed": True}, "signed is True, expected False"), ({"signed": None}, "signed is None"),

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import random
@@ -185,6 +186,8 @@ def sealed(data: bytes) -> bytes:
     (lambda b: b.__setitem__(16 + 110, 31), "conv1.weight has the unknown format 0x1f"),
     (lambda b: b.__setitem__(16 + 110, 0x48), "conv1.weight has the unknown format 0x48"),
     (lambda b: b.__setitem__(slice(292, 294), b"\x00\x7c"), "bn1.weight holds values that are not finite"),
+    (lambda b: b.__setitem__(5, 1), "the byte after its version is 1, expected 0"),
+    (lambda b: b.__setitem__(291, 1), "bn1.weight is not stored as it has to be"),  # the exponent of float16
     (lambda b: b.append(0), "1 bytes are left over"),
     (lambda b: b.__delitem__(-1), "ends too early"),
 ])
@@ -192,6 +195,17 @@ def test_content_that_makes_no_sense(tiny, change, line):
     content = bytearray(tiny[2].read_bytes()[:-32])
     change(content)
     assert line in refused(sealed(bytes(content)))
+
+
+@pytest.mark.parametrize("kind, stream, good", (
+    (4, b"\x12\x30", True), (4, b"\x12\x31", False),  # three codes, four bits to fill up
+    (4 | mnet.MASKED, b"\xa0\x12", True), (4 | mnet.MASKED, b"\xb0\x12", False),  # a mask of three, five to fill up
+    (4 | mnet.MASKED, b"\xa0\x10", False), (4 | mnet.MASKED, b"\x80\x10", True),  # a code 0, marked as none
+    (4 | mnet.MASKED, b"\x80\x11", False), (1, b"\xa0", True), (1, b"\xa8", False)))
+def test_a_tensor_has_one_encoding_with_a_mask_and_one_without(kind, stream, good):
+    reader = mnet.Reader(bytes([kind, 0]) + stream)
+    with contextlib.nullcontext() if good else pytest.raises(BadInput, match="x is not stored as it has to be"):
+        mnet.unpack_tensor(reader, torch.Size([3]), "x")
 
 
 @pytest.mark.filterwarnings("error")
@@ -223,7 +237,7 @@ def test_random_content_is_read_or_refused(tiny):
     (lambda model, claim: claim["activations"].pop(), "activation features: not in the claim"),
     (lambda model, claim: claim["tensors"].pop(), "linear.bias: not in the claim"),
     (lambda model, claim: model.bn1.running_var.fill_(1), "bn1.weight: the values need 32 bits"),
-    (lambda model, claim: model.bn1.running_var.sub_(2**-24), "cannot hold bn1.running_var"),
+    (lambda model, claim: model.bn1.running_mean[0].fill_(1e-30), "cannot hold bn1.running_mean"),
 ])
 def test_what_cannot_be_packed(change, line, tmp_path):
     model, claim = tiny_network()

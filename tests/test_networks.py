@@ -51,6 +51,8 @@ def test_a_file_of_ones_own(tmp_path):
     ("mobilenet_v2:MobileNetV2?width", "'width' is no argument"),
     ("mobilenet_v2:MobileNetV2?depth=3", "unexpected keyword argument 'depth'"),
     ("mobilenet_v2:MobileNetV2?width=0", "width multiplier 0 is not between 0 and 8"),
+    ("mobilenet_v2:MobileNetV2?table=5", "cannot be made (AttributeError: "),
+    ("mobilenet_v2:MobileNetV2?num_classes=-5", "cannot be made (RuntimeError: "),
     ("missing.py:Net", "there is no file missing.py"),
     ("no_such_module:Net", "cannot be imported (ModuleNotFoundError"),
     ("mobilenet_v2:Table?stages=()&stem=1&head=None", "returns Table, expected an nn.Module")))

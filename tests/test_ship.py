@@ -64,6 +64,7 @@ class Commands:
         out.write_text("new")
         stages = [{"stage": "masked"}, *[{"stage": "quantized"}] * self.tuned]
         save_record({"checkpoint": out.name, "sha256": sha256(out), "accuracy": self.accuracy,
+                     "network": {"spec": "my_net.py:MyNet?depth=9"},
                      "made_by": {"command": f"--out {out}", "source_sha256": sha256(source), "training": stages}},
                     claims.claim_path(out))
 
@@ -109,6 +110,7 @@ def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
     after = tree(root)
     assert tuple(commands.names) == COMMANDS
     assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --table 4 --out ")
+    assert all("--network 'my_net.py:MyNet?depth=9'" in line for line in commands.lines[1:5])
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     fine_tuning = {"record/quantized.jsonl", "record/quantized.options.json"} if tuned else set()
     assert changed == {CHECKPOINT, CLAIM, CHECKPOINT.replace(".pt", ".mnet"), "README.md", "figures/board.png",
@@ -401,9 +403,10 @@ def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
 def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, status):
     left, ran = list(statuses), []
     monkeypatch.setattr(verify, "run_python", lambda *words: (ran.append(words), left.pop(0))[1])
-    assert verify.main(["--checkpoint", "x.pt", "--made-up", "9"]) == status
-    assert not left and ran[0] == (ROOT / "testers.py", "--checkpoint", Path("x.pt"), "--made-up", "9")
-    assert ran[1:] in ([], [(ROOT / "check_model_operations.py", "--checkpoint", Path("x.pt"))])
+    assert verify.main(["--checkpoint", "x.pt", "--made-up", "9", "--network", "n.py:N"]) == status
+    both = "--checkpoint", Path("x.pt"), "--network", "n.py:N"
+    assert not left and ran[0] == (ROOT / "testers.py", *both, "--made-up", "9")
+    assert ran[1:] in ([], [(ROOT / "check_model_operations.py", *both)])
     out, err = capsys.readouterr()
     assert ("x.pt is NOT verified" in err) == (status != 0) and ("verify.py: verified x.pt" in out) == (status == 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import check_model_operations
 import quantize
@@ -21,7 +22,7 @@ from compressed.evaluation import logits
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
 from compressed.formats import Activation, Formats, Grid
-from compressed.graph import weight_layers
+from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_checkpoint
 from small import NARROW, layer_neighbours
 from tools import report
@@ -347,7 +348,7 @@ def test_the_largest_sum(original):
     claim = load_json(original.with_suffix(".json"))
     grids = {e["name"]: Grid(e["bits"], (e["step"],) if "step" in e else (), "claimed") for e in claim["tensors"]}
     activations = {e["name"]: Activation(e["bits"], e["signed"]) for e in claim["activations"]}
-
+    steps = {e["name"]: e["step"] for e in claim["activations"]}
 
     def largest(formats):
         found = []
@@ -359,11 +360,43 @@ def test_the_largest_sum(original):
 
     for width in (8, 9):
         formats = Formats(grids, activations | {"relu2": Activation(width, False), "relu1": Activation(width, False)})
-        assert testers.exactness(model, formats) == largest(formats) < 2**24
+        assert testers.exactness(model, formats, steps) == largest(formats) < 2**24
     formats = Formats(grids, dict.fromkeys(activations, Activation(16, False)))
-    assert testers.exactness(model, formats) == largest(formats) > 2**24
+    assert testers.exactness(model, formats, steps) == largest(formats) > 2**24
     for grid in (Grid(8, (0.3,), "even"), Grid(16, kind="float16")):
-        assert testers.exactness(model, Formats(grids | {"conv2.weight": grid}, activations)) == sys.maxsize
+        for name in ("conv2.weight", "linear.weight"):
+            assert testers.exactness(model, Formats(grids | {name: grid}, activations), steps) == sys.maxsize
+
+
+class Sum(nn.Module):
+    """A sum of two convolutions, of which the second has a bias and a BatchNorm, if wanted."""
+
+    def __init__(self, normalised: bool = False):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=normalised)
+        self.norm, self.linear = nn.BatchNorm2d(4) if normalised else nn.Sequential(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.first(x) + self.norm(self.second(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("normalised, changes, bits, bound", (
+    (False, {}, 8, 255 * 1024), (False, {"linear.bias": 2.0**-30}, 8, 255 * 1024), (False, {}, 15, 1024 * (2**15 - 1)),
+    (False, {"first.weight": 2.0**-20, "second.weight": 1.0}, 8, 128 * 3 * (2**20 + 1)),
+    (True, {"first.weight": 2.0**-20, "second.weight": 1.0}, 8, 255 * 1024),
+    (True, {"second.bias": 2.0**-24}, 8, 128 * 3 * 2**18 + 1),
+    (False, {"linear.weight": 0.3}, 8, sys.maxsize), (False, {"linear.bias": 2.0**-60}, 8, sys.maxsize)))
+@torch.no_grad()
+def test_every_sum_is_bounded(normalised, changes, bits, bound):
+    """Where no layer is followed by a BatchNorm, and in the linear layer. All weights are one step, 2^-6 or another."""
+    model = Sum(normalised)
+    for name, parameter in model.named_parameters():
+        parameter.fill_(changes.get(name, 2.0**-6))
+    model = prepare(model)
+    activations = {name: Activation(bits, signed) for name, signed in read(model).activation_points.items()}
+    tensors = {name: Grid(2, (parameter.flatten()[0].item(),)) for name, parameter in model.named_parameters()}
+    formats = Formats(tensors, activations)
+    assert testers.exactness(model, formats, dict.fromkeys(activations, 1.0)) == bound
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

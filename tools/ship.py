@@ -67,6 +67,7 @@ def build(args, words: list[str], new: Path) -> None:
     claim = claims.read(new / shipping.CLAIM)
     if args.into.resolve() != ROOT:
         quantize += ["--out", str(args.into / CHECKPOINT)]
+    checkpoint += ("--network", claim["network"]["spec"])  # no script runs the code that a claim names without it
     claims.record(new / CHECKPOINT, "made_by",
                   claim["made_by"] | {"command": f"python quantize.py {shlex.join(quantize)}"})
     run_all(("-m", "tools.pack", *checkpoint),

@@ -15,12 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent  # not from a module that imports 
 SHIPPED = "cifar100_mobilenetv2.pt"
 
 
-def verify(checkpoint: Path, words: list[str]) -> int:
-    """Run both scripts on a checkpoint; return 0 if it was verified, else the exit status of the last that failed."""
-    status = run_python(ROOT / "testers.py", "--checkpoint", checkpoint, *words)
+def verify(checkpoint: Path, words: list[str], network: list[str]) -> int:
+    """Run both scripts on a checkpoint; return 0 if it was verified, else the exit status of the last that failed.
+
+    words: options of testers.py. network: of both scripts.
+    """
+    options = "--checkpoint", checkpoint, *network
+    status = run_python(ROOT / "testers.py", *options, *words)
     if status in (0, 2):  # with any other status it came to no verdict
         print(flush=True)
-        status = run_python(ROOT / "check_model_operations.py", "--checkpoint", checkpoint) or status
+        status = run_python(ROOT / "check_model_operations.py", *options) or status
     if status:
         print(f"verify.py: {checkpoint} is NOT verified in full, see above", file=sys.stderr)
     else:
@@ -31,9 +35,11 @@ def verify(checkpoint: Path, words: list[str]) -> int:
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("--checkpoint", type=some_path, metavar="F", help="(default: every shipped one)")
+    parser.add_argument("--network", metavar="SPEC", help="FILE.py:NAME, needed if the claim names code in a file")
     args, words = parse_own(parser, argv)
-    shipped = [ROOT / SHIPPED, *sorted(ROOT.glob(f"*/{SHIPPED}"))]
-    statuses = [verify(checkpoint, words) for checkpoint in ([args.checkpoint] if args.checkpoint else shipped)]
+    shipped = [args.checkpoint] if args.checkpoint else [ROOT / SHIPPED, *sorted(ROOT.glob(f"*/{SHIPPED}"))]
+    network = [] if args.network is None else ["--network", args.network]
+    statuses = [verify(checkpoint, words, network) for checkpoint in shipped]
     return next((status for status in statuses if status), 0)
 
 
