@@ -276,9 +276,7 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
     if walk.lacking:
         raise BadInput(f"{walk.lacking[0][0].name} gives a value that has to be rounded, and is read unrounded: "
                        "graph.prepare inserts the activation points of a network")
-    end, *others = [op for op in walk.operations if not walk.readers[op.key]]
-    if others:
-        raise BadInput(f"{end.name} is computed, but read by nothing")
+    (end,) = [op for op in walk.operations if not walk.readers[op.key]]  # what the network returns
     last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")

@@ -316,7 +316,7 @@ def _names(nodes: list[_Node]) -> list[str]:
 def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
     """Return every operation of a model for one image of `shape` (channels, height, width), in execution order.
 
-    The graph is that of the model's own `forward` in eval mode, followed on tensors without data; the model is left as
+    Every result but the one that is returned, the logits, is read by another operation. The graph is that of the model's own `forward` in eval mode, followed on tensors without data; the model is left as
     it was. Raises BadInput, naming it, for anything that has no rule here.
 
     >>> [op.kind for op in trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))]
@@ -335,6 +335,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
         if node.op == "output":
             if len(run.read(node)) != 1 or not isinstance(run.env[node], Tensor):
                 raise BadInput("the network returns more than its logits")
+            (returned,) = node.all_input_nodes
             continue
         found = _Node(node, run, model)
         if (found.kind in ("add", "product") and kinds[found.read[0]] in ("input", "normalisation")
@@ -349,4 +350,11 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
             for why in each.faults(own):
                 raise each.refused(why)
             operations.append(each.operation(name))
+    read = {key for op in operations for key in op.inputs}
+    for op in operations:
+        if op.key == returned.name and op.key in read:
+            raise BadInput(f"{op.name} is returned as the logits, but read by another operation, too: return what is "
+                           "computed last")
+        if op.key != returned.name and op.key not in read:
+            raise BadInput(f"{op.name} is computed, but read by nothing")
     return operations

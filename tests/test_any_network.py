@@ -279,7 +279,16 @@ def in_place(x):
     return nn.functional.relu(x, inplace=True) + x
 
 
-@pytest.mark.parametrize("network, said", (
+class Auxiliary(Lone):
+    """A second head reads the logits, and its result is dropped."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        self.aux(logits)
+        return logits
+
+
+REFUSED = (
     (Lone(lambda s, x: s.c(x), c=conv(padding="same")), "c: padding 'same'"),
     (Lone(lambda s, x: s.c(x), c=conv(padding=1, padding_mode="reflect")), "c: padding .* in mode 'reflect'"),
     (Lone(lambda s, x: s.c(x), c=conv()), "averages 900 values: expected a power of two"),
@@ -305,7 +314,12 @@ def in_place(x):
     (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared()), "b: its weight is shared"),
     (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
-), ids=range(23))
+    (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
+    (Lone(lambda s, x: (s.c(x), s.d(x))[0], c=conv(padding=1), d=conv()), "d is computed, but read by nothing"),
+)
+
+
+@pytest.mark.parametrize("network, said", REFUSED, ids=range(len(REFUSED)))
 def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
