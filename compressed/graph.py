@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import CLIPS, FUNCTIONS, MOVES, SPELLINGS, Operation, Window, trace, traced
+from compressed.operations import CLIPS, FUNCTIONS, MOVES, OUT_OF_PLACE, SPELLINGS, Operation, Window, trace, traced
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
@@ -276,9 +276,7 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
     if walk.lacking:
         raise BadInput(f"{walk.lacking[0][0].name} gives a value that has to be rounded, and is read unrounded: "
                        "graph.prepare inserts the activation points of a network")
-    end, *others = [op for op in walk.operations if not walk.readers[op.key]]
-    if others:
-        raise BadInput(f"{end.name} is computed, but read by nothing")
+    (end,) = [op for op in walk.operations if not walk.readers[op.key]]  # what the network returns
     last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
@@ -297,13 +295,14 @@ def prepare(model: nn.Module) -> nn.Module:
     """
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
-    if not walk.lacking and not loose:
+    graph, modules = copy.deepcopy(traced(model)), {}
+    in_place = [node for node in graph.nodes if node.op != "call_module" and node.target in OUT_OF_PLACE]
+    if not walk.lacking and not loose and not in_place:
         _keep(model, walk)
         return model
     for taken in ("points", "functions"):
         if hasattr(model, taken):
             raise BadInput(f"the network has a part called {taken}, the name of what is inserted: call it otherwise")
-    graph, modules = copy.deepcopy(traced(model)), {}
     nodes = {node.name: node for node in graph.nodes}
 
     def becomes_a_module(op: Operation, name: str) -> None:
@@ -320,6 +319,8 @@ def prepare(model: nn.Module) -> nn.Module:
         node.replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
     for op in loose:
         becomes_a_module(op, "functions." + op.name.replace(".", "_"))
+    for node in in_place:  # a rounded value, in float32, does not hold a sum
+        node.target = OUT_OF_PLACE[node.target]
     network = copy.deepcopy(model)
     for name, module in modules.items():
         holder, _, own = name.partition(".")

@@ -34,6 +34,7 @@ SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph
     "split": (torch.chunk, torch.split, "chunk", "split"),
     "nothing": (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")}
 KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
+OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
 NOT_LISTED = "size", "constant", "split"  # numbers, stored tensors, and tuples, whose parts are operations
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
@@ -80,8 +81,21 @@ def is_point(module: nn.Module) -> bool:
     return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity)) or hasattr(module, "signed")
 
 
+class _Proxy(fx.Proxy):
+    """A Proxy for which `x += y` and `x *= y` are operations of their own; torch.fx takes them for x + y and x * y."""
+
+    def __iadd__(self, other):
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other):
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
 class Tracer(fx.Tracer):
     """Follow a forward pass down to the modules of torch.nn; a module of the user's own is followed, too."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = any(base.__module__.startswith("torch.nn.") and base not in (nn.Module, *CONTAINERS)
@@ -123,6 +137,12 @@ class _Run(fx.Interpreter):
     def is_tuple(self, node: fx.Node) -> bool:
         value = self.env[node]
         return isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
+
+    def memory(self, node: fx.Node) -> set[int]:
+        """The storages of a node's tensors, by which views are known; tensors without data have them, too."""
+        value = self.env[node]
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}
 
     def read(self, node: fx.Node) -> list[fx.Node]:
         """The nodes of the tensors that a node reads; x + x reads x twice. A tuple counts as its elements."""
@@ -208,17 +228,22 @@ class _Node:
         if kind in ("add", "product"):
             shapes = sorted((tuple(each.shape) for each in self.inputs), key=lambda shape: -sum(shape))
             gate = len(shapes) == 2 and kind == "product" and shapes[1] == (*shapes[0][:2], 1, 1)
-            if "alpha" in node.kwargs or not (gate or len(shapes) == 2 and shapes[0] == shapes[1]):
+            plain = all(isinstance(each, fx.Node) for each in (*node.args, *node.kwargs.values()))  # without alpha
+            if not plain or not (gate or len(shapes) == 2 and shapes[0] == shapes[1]):
                 yield f"no counting rule for {kind} of {shapes}"
         if kind == "gelu" and self.arguments(approximate="none")["approximate"] != "none":
             yield "the tanh approximation of GELU has no rule; expected approximate='none'"
         if self.spelling in (F.dropout, F.dropout2d) and self.arguments(p=0.5, training=True)["training"]:
             yield "a dropout that is switched on in eval mode, too; pass training=self.training"
+        if node.kwargs.get("out") is not None:
+            yield "it writes its result over another tensor: leave out=... away"
         if self.in_place():
-            order, changed = list(node.graph.nodes), node.all_input_nodes[0]
-            late = [user for user in changed.users if order.index(user) > order.index(node)]
-            if late:
-                yield f"it changes {changed.name} in place, which {late[0].name} reads afterwards: change a copy"
+            order, changed = list(node.graph.nodes), self.run.memory(node.all_input_nodes[0])
+            place = order.index(node)
+            for other in order[:place]:
+                late = [user for user in order[place + 1:] if user in other.users]
+                if late and changed & self.run.memory(other):
+                    yield f"it changes {other.name} in place, which {late[0].name} reads afterwards: change a copy"
 
     def in_place(self) -> bool:
         """True if the node writes its result over the tensor that it reads first."""
@@ -317,7 +342,8 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     """Return every operation of a model for one image of `shape` (channels, height, width), in execution order.
 
     The graph is that of the model's own `forward` in eval mode, followed on tensors without data; the model is left as
-    it was. Raises BadInput, naming it, for anything that has no rule here.
+    it was. Every result is read by another operation, but for the one that is returned. Raises BadInput, naming it, for
+    anything that has no rule here.
 
     >>> [op.kind for op in trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))]
     ['input', 'conv', 'batchnorm', 'relu']
@@ -326,7 +352,8 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     graph = traced(copied)
     run = _Run(fx.GraphModule(copied, graph))
     try:
-        run.run(torch.empty(1, *shape, device="meta"))
+        with torch.no_grad():
+            run.run(torch.empty(1, *shape, device="meta"))
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
                        f"({one_line(error)})") from error
@@ -335,6 +362,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
         if node.op == "output":
             if len(run.read(node)) != 1 or not isinstance(run.env[node], Tensor):
                 raise BadInput("the network returns more than its logits")
+            (returned,) = node.all_input_nodes
             continue
         found = _Node(node, run, model)
         if (found.kind in ("add", "product") and kinds[found.read[0]] in ("input", "normalisation")
@@ -349,4 +377,11 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
             for why in each.faults(own):
                 raise each.refused(why)
             operations.append(each.operation(name))
+    read = {key for op in operations for key in op.inputs}
+    for op in operations:
+        if op.key == returned.name and op.key in read:
+            raise BadInput(f"{op.name} is returned as the logits, but read by another operation, too: return what is "
+                           "computed last")
+        if op.key != returned.name and op.key not in read:
+            raise BadInput(f"{op.name} is computed, but read by nothing")
     return operations

@@ -275,11 +275,39 @@ def shared() -> dict[str, nn.Module]:
     return layers
 
 
-def in_place(x):
-    return nn.functional.relu(x, inplace=True) + x
+def in_place(change, view=lambda s, x: x):
+    """What a change in place gives, plus a view of the changed tensor that was taken before."""
+    def run(s, x):
+        x = s.c(x)
+        before = view(s, x)
+        return change(x) + before
+    return Lone(run, c=conv(padding=1), i=nn.Identity(), d=nn.Dropout(inplace=True))
 
 
-@pytest.mark.parametrize("network, said", (
+def clipped(x):
+    return nn.functional.relu(x, inplace=True)
+
+
+def doubled(x):
+    x += x
+    return x
+
+
+def squared(x):
+    x *= x
+    return x
+
+
+class Auxiliary(Lone):
+    """A second head reads the logits, and its result is dropped."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        self.aux(logits)
+        return logits
+
+
+REFUSED = (
     (Lone(lambda s, x: s.c(x), c=conv(padding="same")), "c: padding 'same'"),
     (Lone(lambda s, x: s.c(x), c=conv(padding=1, padding_mode="reflect")), "c: padding .* in mode 'reflect'"),
     (Lone(lambda s, x: s.c(x), c=conv()), "averages 900 values: expected a power of two"),
@@ -301,15 +329,45 @@ def in_place(x):
     (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=1.0), c=conv(padding=1)), "pad .* not zero"),
     (Lone(lambda s, x: nn.functional.max_pool2d(s.c(x), 2, return_indices=True)[0], c=conv(padding=1)),
      "max_pool2d.* several tensors"),
-    (Lone(lambda s, x: in_place(s.c(x)), c=conv(padding=1)), "relu .* changes c in place, which add reads afterwards"),
+    (in_place(clipped), "relu .* changes c in place, which add reads afterwards"),
+    (in_place(doubled), "iadd .* changes c in place, which add reads afterwards"),
+    (in_place(squared), "imul .* changes c in place, which add reads afterwards"),
+    (in_place(lambda x: x.add_(x)), "add_ .* changes c in place, which add reads afterwards"),
+    (in_place(clipped, lambda s, x: s.i(x)), "changes i in place, which add reads afterwards"),
+    (in_place(doubled, lambda s, x: s.d(x)), "changes d in place, which add reads afterwards"),
+    (in_place(doubled, lambda s, x: x.flatten(1).view(x.shape)), "changes view in place, which add reads afterwards"),
+    (in_place(clipped, lambda s, x: x.chunk(1, 1)[0]), "changes getitem in place, which add reads afterwards"),
+    (Lone(lambda s, x: torch.add(s.c(x), 3, s.d(x)), c=conv(), d=conv()), "no counting rule for add"),  # 3 is alpha
+    (Lone(lambda s, x: torch.cat([x[:, :2]] * 2, 1, out=s.c(x)), c=conv(padding=1)), "cat .* leave out=... away"),
     (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared()), "b: its weight is shared"),
     (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
-), ids=range(23))
+    (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
+    (Lone(lambda s, x: (s.c(x), s.d(x))[0], c=conv(padding=1), d=conv()), "d is computed, but read by nothing"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
+@pytest.mark.parametrize("network, said", REFUSED, ids=range(len(REFUSED)))
 def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
     assert "\n" not in str(raised.value)
+
+
+def test_a_prepared_network_changes_nothing_in_place():
+    """What is added to a rounded value, in float32, may not fit into it."""
+    def run(s, x):
+        x = s.i(s.c(s.image(x)))
+        x += s.d(x)
+        return s.after(x)
+
+    network = Lone(run, c=conv(padding=1), d=nn.Conv2d(4, 4, 1), **{n: nn.Identity() for n in ("image", "i", "after")})
+    network, prepared = network.eval(), prepare(network)
+    assert list(read(prepared).activation_points) == ["image", "i", "after", "points.mean"]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(prepared(x), network(x))
+    assert not any(node.target in operations.OUT_OF_PLACE for node in operations.traced(prepared).nodes)
 
 
 @pytest.mark.parametrize("name, points", (("mobilenet_v3_small", 101), ("shufflenet_v2_x0_5", 88),
