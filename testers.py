@@ -141,10 +141,14 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest "
              f"possible sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
-    unchecked = [f"{key} ({command})" for key, command in claims.RECORDED.items() if key in claim]
-    if unchecked:
+    if unchecked := claims.unchecked(claim):
         lines.append("not checked here, but as they were written: " + ", ".join(unchecked))
     return network, lines
+
+
+def same_loss(claimed, found: float) -> bool:
+    """Return True if a claimed loss is the one found, up to the digits that are printed: its last bits may differ."""
+    return isinstance(claimed, float) and abs(claimed - found) <= 0.5e-4
 
 
 def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
@@ -168,6 +172,8 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
         problems.append(f"the accuracy was not verified: tested was {data.data_set}, claimed is {data_set}")
     elif claimed.get("correct") != correct:
         problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
+    elif not same_loss(claimed.get("loss", loss), loss):
+        problems.append(f"claimed is the loss {claimed['loss']}, found {loss:.4f}")
     elif name == "test":
         duplicates = cifar100.near_duplicates(args.data)
         part = None if duplicates is None else without_duplicates(network, data, correct, duplicates)

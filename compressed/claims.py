@@ -36,9 +36,14 @@ from compressed.formats import (HALVES, WORD, Activation, Formats, Grid, exponen
 from compressed.graph import prepare
 from compressed.graph import read as read_graph
 
-# parts that testers.py does not check, and the command that measured them
+# parts that testers.py checks, and their keys if it does not compare the whole part
+CHECKED = {**dict.fromkeys(("sha256", "data_set", "counts", "probe_logits", "digest")),
+           "network": {"spec", "classes", "mean", "std", "graph"},
+           "accuracy": {"data", "correct", "images", "loss", "without_duplicates"},
+           "tensors": {"name", "bits", "step", "kind"}, "activations": {"name", "bits", "signed", "step"}}
+# parts that it does not check, and the command that measured them
 RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py",
-            "made_by": "its word alone",
+            "checkpoint": "its word alone", "made_by": "its word alone",
             "packed": "python -m tools.pack", "integer": "python -m tools.integer",
             "onnx": "python -m tools.export_onnx --verify"}
 
@@ -51,6 +56,16 @@ def claim_path(checkpoint) -> Path:
 def read(path) -> dict:
     """Return the claim in a file. Raises BadInput if it is missing, damaged, or altered since it was written."""
     return load_record(path, "restore it, or write it again with quantize.py")
+
+
+def unchecked(claim: dict) -> list[str]:
+    """Return the keys of a claim that testers.py compares with nothing, each with the command that measured it."""
+    found = [f"{key} ({RECORDED.get(key, 'unknown')})" for key in claim if key not in CHECKED]
+    for key, known in CHECKED.items():
+        parts = claim.get(key) if isinstance(claim.get(key), list) else [claim.get(key)]
+        inside = {name for part in parts if known and isinstance(part, dict) for name in part if name not in known}
+        found += [f"{key}.{name} (unknown)" for name in sorted(inside)]
+    return found
 
 
 def recordable(checkpoint) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import check_model_operations
 import quantize
 import testers
-from compressed import cifar100, grids, networks, shipping
+from compressed import cifar100, claims, grids, networks, shipping
 from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.errors import BadInput
@@ -234,8 +234,15 @@ def test_whatever_is_altered_by_hand_is_refused(shipped, run):
 
 
 def test_what_is_not_checked_here_is_named(original, run):
-    out = run("--checkpoint", original, *MADE_UP)[1]
-    assert "not checked here, but as they were written: accuracy_by_step (python quantize.py), " in out
+    """Every key of a claim is compared with something or named, whoever wrote it."""
+    line = "not checked here, but as they were written: checkpoint (its word alone), dead_weight_removed (python quanti"
+    assert line in run("--checkpoint", original, *MADE_UP)[1]
+    claim = load_json(original.with_suffix(".json"))
+    assert all(key in claims.CHECKED or key in claims.RECORDED for key in claim)
+    assert not any("unknown" in part for part in claims.unchecked(claim))
+    claim["accuracy"]["top5"], claim["score"], claim["tensors"][3]["zeros"] = 1.0, 0.001, 9
+    assert [part for part in claims.unchecked(claim) if "unknown" in part] == [
+        "score (unknown)", "accuracy.top5 (unknown)", "tensors.zeros (unknown)"]
 
 
 def last_bit(claim):
@@ -248,6 +255,8 @@ TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.p
                      ["layers.4.conv1.weight: the values need 8 bits"]),
     "correct count": (lambda claim: claim["accuracy"].update(correct=claim["accuracy"]["correct"] + 1),
                       [r"claimed are \d+ correct images, found \d+"]),
+    "loss": (lambda claim: claim["accuracy"].update(loss=claim["accuracy"]["loss"] - 1e-4), ["claimed is the loss 4."]),
+    "no loss": (lambda claim: claim["accuracy"].update(loss=None), ["claimed is the loss None, found "]),
     "another set": (lambda claim: claim["accuracy"].update(data="test"),
                     ["the accuracy was not verified: tested were 100 made up"]),
     "accuracy is a number": (lambda claim: claim.update(accuracy=0.9), ["the accuracy was not verified"]),
