@@ -20,6 +20,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.formats import Activation, code_range, codes, exponent, fake_quantize, folded
 from compressed.graph import read
+from compressed.operations import RoundsValues
 
 # ---- The network on its grids --------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": 
 RELU6 = 6.0
 
 
-class Quantizer(nn.Module):
+class Quantizer(RoundsValues):
     """Round an activation to its grid. Without a sign the lower clip at 0 is the ReLU. Has no keys in the state dict.
 
     most: an upper clip in units of the values, such as 6 for a ReLU6.

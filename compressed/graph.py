@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import CLIPS, FUNCTIONS, MOVES, OUT_OF_PLACE, SPELLINGS, Operation, Window, trace, traced
+from compressed.operations import (CLIPS, FUNCTIONS, MOVES, OUT_OF_PLACE, SPELLINGS, Operation, RoundsValues, Window,
+                                   trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
@@ -154,7 +155,7 @@ class _Walk:
         if isinstance(value, Point):
             return value
         own = self.alone(op) and op.kind in ("point", *CLIPS)  # its module can round
-        if op.kind in CLIPS or self.stored(op, value) or own and hasattr(op.module, "signed"):  # or is a Quantizer
+        if op.kind in CLIPS or self.stored(op, value) or own and isinstance(op.module, RoundsValues):
             return self.point(op, value, own)
         return value
 
@@ -185,7 +186,7 @@ class _Walk:
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut" + op.name.split("add")[-1]])
             return sum((self.summand(shortcut + ".1" * (i > 0 and isinstance(read[0], Point)), each)
                         for i, each in enumerate(read)), ())
-        if isinstance(read[0], Point) and (op.kind in CLIPS or hasattr(op.module, "signed")):
+        if isinstance(read[0], Point) and (op.kind in CLIPS or isinstance(op.module, RoundsValues)):
             return self.summand(op.name, read[0])
         return read[0]
 
@@ -212,7 +213,7 @@ class _Walk:
         activation = op.kind if op.kind in CLIPS else "none"
         signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
         if own:
-            signed = getattr(op.module, "signed", signed)
+            signed = op.module.signed if isinstance(op.module, RoundsValues) else signed
         else:
             self.lacking.append((op, name))
         if len(op.shape) > 3:

@@ -19,6 +19,7 @@ from compressed.exact_network import folded
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
 from compressed.graph import layer_kind, read, weight_layers
+from compressed.operations import RoundsWeightsAlone
 
 # the submission's 6-bit layers, by index among its 58 layers; every other has 8 bits
 SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
@@ -113,7 +114,7 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
 
 # ---- A network that computes on its grids ---------------------------------------------------------
 
-class RoundsWeights:
+class RoundsWeights(RoundsWeightsAlone):
     """Mixin: a convolution or linear layer rounds its weights in the forward pass; the stored ones are trained.
 
     It has the attributes `bits` and `step`, a tensor that broadcasts against the weights.

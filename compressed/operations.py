@@ -4,6 +4,7 @@ The same operation may be written as a module, a function, a method or in place 
 nowhere else, it gets one name, its kind. Unknown operations are refused by name, for all users of the list.
 """
 import copy
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -76,9 +77,25 @@ class Operation:
 
 # ---- Tracing -------------------------------------------------------------------------------------
 
+class RoundsValues(nn.Module):
+    """Base of the modules that round values, in the place of a clip or an Identity. signed: whether codes have a sign.
+    """
+    signed: bool
+
+
+class RoundsWeightsAlone:
+    """Mixin of layers whose own forward pass rounds the weights, and is that of torch.nn otherwise."""
+
+
 def is_point(module: nn.Module) -> bool:
-    """Return True if values can be rounded by this module: a clip, an Identity, or the Quantizer in its place."""
-    return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity)) or hasattr(module, "signed")
+    """Return True if values can be rounded by this module."""
+    return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity, RoundsValues))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a module has forward hooks, which torch.fx sees of neither the network nor a module of torch.nn.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Proxy(fx.Proxy):
@@ -100,7 +117,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = any(base.__module__.startswith("torch.nn.") and base not in (nn.Module, *CONTAINERS)
                     for base in type(module).__mro__)
-        return hasattr(module, "signed") or known and not isinstance(module, CONTAINERS)
+        return isinstance(module, RoundsValues) or known and not isinstance(module, CONTAINERS)
 
 
 def traced(model: nn.Module) -> fx.Graph:
@@ -190,8 +207,8 @@ class _Node:
             return "size"  # x.size(0), x.shape
         if several and kind != "split":
             raise self.refused("it gives several tensors")
-        if kind is None and self.module is not None and is_point(self.module):
-            return "point"  # a Quantizer
+        if isinstance(self.module, RoundsValues):
+            return "point"
         if kind is None:
             what = "this operation" if self.module is None else type(self.module).__name__
             raise self.refused(f"no counting rule for {what}")
@@ -207,16 +224,20 @@ class _Node:
         return defaults | dict(zip(defaults, args)) | {k: v for k, v in kwargs.items() if k in defaults}
 
     def faults(self, own: set[str]) -> Iterator[str]:
-        """Yield why this differs from the operation that it looks like. own: names of all parameters."""
+        """Yield why this differs from the operation that it looks like. own: names of all parameters and statistics."""
         node, module, kind = self.node, self.module, self.kind
-        changed = module is not None and self.spelling and type(module).forward is not self.spelling.forward
-        if changed and not hasattr(module, "step"):  # ours round their weights
-            yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
+        if module is not None and not isinstance(module, (RoundsValues, RoundsWeightsAlone)):
+            steps = ("forward", "_conv_forward", "__call__")
+            if any(getattr(type(module), step, None) is not getattr(self.spelling, step, None) for step in steps):
+                yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
+        if module is not None and has_hooks(module):
+            yield "it has a forward hook, which could change what it computes: remove it"
         if kind == "batchnorm" and (module.weight is None or module.running_mean is None):
             yield "a BatchNorm without scale and shift, or without statistics, has no rule"
         if kind in ("conv", "linear", "batchnorm"):
-            if f"{node.target}.weight" not in own:
-                yield "its weight is shared with another layer, or computed; expected a parameter of its own"
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                if getattr(module, part, None) is not None and f"{node.target}.{part}" not in own:
+                    yield f"its {part} is shared with another layer, or computed; expected one of its own"
             if sum(each.op == "call_module" and each.target == node.target for each in node.graph.nodes) > 1:
                 yield "it is used several times: each layer may run once"
         if kind == "linear" and self.inputs[0].dim() != 2:
@@ -309,8 +330,9 @@ class _Node:
         if kind in MOVES:
             index, read = self.index()
             same = kind == "moved" and torch.equal(index[0].flatten(), torch.arange(1, self.inputs[0].numel() + 1))
-            if same and self.inputs[0].shape[1] == out.shape[1]:
-                kind = "nothing"  # [N, C, 1, 1] to [N, C], or back
+            (_, channels, *before), (_, left, *after) = self.inputs[0].shape, out.shape
+            if same and channels == left and (before == after or math.prod(before) == math.prod(after) == 1):
+                kind = "nothing"  # also [N, C, 1, 1] to [N, C], or back
         if kind == "product" and self.inputs[0].shape[2:].numel() < self.inputs[1].shape[2:].numel():
             read = read[::-1]
         window = self.window()
@@ -348,6 +370,9 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     >>> [op.kind for op in trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))]
     ['input', 'conv', 'batchnorm', 'relu']
     """
+    if has_hooks(model):
+        raise BadInput(f"{type(model).__name__} has a forward hook, which could change its input or its logits: remove "
+                       "it")
     copied = copy.deepcopy(model).to("meta").eval()
     graph = traced(copied)
     run = _Run(fx.GraphModule(copied, graph))
@@ -371,6 +396,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
         kinds[node] = found.kind
         nodes.append(found)
     names, own = _names(nodes), {name for name, _ in model.named_parameters()}
+    own |= {name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
     operations = []
     for each, name in zip(nodes, names):
         if each.kind not in NOT_LISTED:

@@ -259,6 +259,26 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+class Stepped(nn.Conv2d):
+    """A quantizing layer of somebody else: `step` is the usual name."""
+    step = 0.5
+
+    def forward(self, x):
+        return super().forward(x * x)
+
+
+class Signed(nn.Module):
+    signed = True
+
+    def forward(self, x):
+        return x.softmax(1)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, out: out.sigmoid() * 3)
+    return layer
+
+
 class Twice(nn.ReLU):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -314,6 +334,10 @@ REFUSED = (
     (Lone(lambda s, x: s.d(s.d(s.c(x))), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)), "d: it is used several times"),
     (Lone(lambda s, x: s.c(x), c=nn.ConvTranspose2d(3, 4, 2, 2)), "c: no counting rule for ConvTranspose2d"),
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=Stepped(3, 4, 1)), "c: Stepped has a forward pass of its own"),
+    (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Signed()), "softmax .* no counting rule"),
+    (Lone(lambda s, x: s.c(x), c=hooked(conv(padding=1))), "c: it has a forward hook"),
+    (hooked(Lone(lambda s, x: s.c(x), c=conv(padding=1))), "Lone has a forward hook"),
     (Lone(lambda s, x: torch.dropout(s.c(x), 0.5, False), c=conv(padding=1)), "dropout"),
     (Lone(lambda s, x: nn.functional.dropout(s.c(x), 0.5), c=conv(padding=1)), "switched on in eval mode"),
     (Lone(lambda s, x: nn.functional.max_pool2d(s.c(x), 3, 2, ceil_mode=True), c=conv(padding=1)), "ceil_mode"),
@@ -402,6 +426,13 @@ def test_elements_that_are_moved_several_times_are_moved_once():
     x = torch.arange(1, 4 * 32 * 32 + 1).view(1, 4, 32, 32)
     wanted = torch.cat([x[:, 2:], nn.functional.pad(x[:, :2], (1, 1)).transpose(2, 3)[:, :, 1:33]], 1)
     assert torch.equal(sum(branch.index for branch in moved), wanted[0, :, :, :32])
+
+
+def test_a_map_of_another_shape_is_moved():
+    """A 3x3 convolution reads other neighbours then."""
+    network = Lone(lambda s, x: s.d(s.c(x).view(-1, 4, 16, 64)), c=conv(padding=1), d=nn.Conv2d(4, 4, 3, padding=1))
+    kinds = {op.name: op.kind for op in read(prepare(network.eval())).operations}
+    assert kinds["moved"] == "moved"
 
 
 def test_an_identity_that_runs_twice_rounds_nothing():
