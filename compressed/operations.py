@@ -228,7 +228,8 @@ class _Node:
         node, module, kind = self.node, self.module, self.kind
         if module is not None and not isinstance(module, (RoundsValues, RoundsWeightsAlone)):
             steps = ("forward", "_conv_forward", "__call__")
-            if any(getattr(type(module), step, None) is not getattr(self.spelling, step, None) for step in steps):
+            if "forward" in vars(module) or any(getattr(type(module), step, None) is not getattr(
+                    self.spelling, step, None) for step in steps):
                 yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
         if module is not None and has_hooks(module):
             yield "it has a forward hook, which could change what it computes: remove it"

@@ -274,6 +274,11 @@ class Signed(nn.Module):
         return x.softmax(1)
 
 
+def replaced(layer):
+    layer.forward = torch.sigmoid
+    return layer
+
+
 def hooked(layer):
     layer.register_forward_hook(lambda module, inputs, out: out.sigmoid() * 3)
     return layer
@@ -288,10 +293,10 @@ def conv(**options):
     return nn.Conv2d(3, 4, 3, **options)
 
 
-def shared() -> dict[str, nn.Module]:
-    """Two layers with one weight."""
-    layers = {"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)}
-    layers["b"].weight = layers["a"].weight
+def shared(part: str, make=lambda: nn.Conv2d(4, 4, 1)) -> dict[str, nn.Module]:
+    """Two layers with one weight, or another part."""
+    layers = {"a": make(), "b": make()}
+    setattr(layers["b"], part, getattr(layers["a"], part))
     return layers
 
 
@@ -363,7 +368,12 @@ REFUSED = (
     (in_place(clipped, lambda s, x: x.chunk(1, 1)[0]), "changes getitem in place, which add reads afterwards"),
     (Lone(lambda s, x: torch.add(s.c(x), 3, s.d(x)), c=conv(), d=conv()), "no counting rule for add"),  # 3 is alpha
     (Lone(lambda s, x: torch.cat([x[:, :2]] * 2, 1, out=s.c(x)), c=conv(padding=1)), "cat .* leave out=... away"),
-    (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared()), "b: its weight is shared"),
+    (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared("weight")), "b: its weight is shared"),
+    (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared("bias", lambda: nn.BatchNorm2d(4))),
+     "b: its bias is shared"),
+    (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared("running_mean", lambda: nn.BatchNorm2d(4))),
+     "b: its running_mean is shared"),
+    (Lone(lambda s, x: s.c(x), c=replaced(conv(padding=1))), "c: Conv2d has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
     (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
