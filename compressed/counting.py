@@ -35,7 +35,7 @@ from compressed.command_line import say_broken
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
 from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read, weight_layers
-from compressed.operations import CLIPS, FUNCTIONS, is_point
+from compressed.operations import CLIPS, FUNCTIONS, NORMALISATIONS, is_point
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
@@ -109,7 +109,8 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -
 class Layout:
     """How a weight tensor is stored and used: with a mask, its non-zeros alone; without one, all of its values.
 
-    terms: of the dot product of each output channel; their sum is the number of stored values. bias: one is added.
+    terms: how many products each output channel adds up; in total, the number of stored values. bias: whether a bias is
+    added.
     """
     masked: bool
     terms: list[int]
@@ -144,10 +145,13 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
     return [math.ceil(density * weight[0].numel())] * len(weight)
 
 
-def dot_products(op: Operation, activation: Activation, formats: Formats, convention: str, stored: Layout):
+def dot_products(op: Operation, activation: Activation, formats: Formats, convention: str, stored: Layout,
+                 normed: bool = False):
     """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
     none for a channel without weights. A bias is one more addition, at 32 bits, because its step is not that of the
-    products. A bias of zeros, as after folding into the next BatchNorm, adds nothing."""
+    products. A bias of zeros, as after folding into the next BatchNorm, adds nothing. If channels have different steps
+    and no BatchNorm follows (normed), whose scales could hold them, every sum is multiplied by its channel's step: one
+    more multiplication per output, at the 32 bits of a step."""
     weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
     product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
     most = max(stored.terms)
@@ -163,20 +167,24 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     if stored.bias:
         additions[WORD] += op.outputs
         length = WORD
+    if len(set(grid.steps)) > 1 and not normed:
+        multiplications[WORD] += op.outputs
+        length = WORD
     return multiplications, additions, Activation(length)
 
 
-def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: str, stored: Layout | None = None):
+def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: str, stored: Layout | None = None,
+         normed: bool = False):
     """Return {bits: multiplications}, {bits: additions}, and the format of the result of an operation.
 
-    inputs: the formats of what it reads. stored: its weights' Layout. The result is as wide as it can become until the
-    next activation point rounds it: a product of a- and b-bit numbers has a + b bits, a sum one more than the wider of
-    its inputs, and nothing more than 32.
+    inputs: the formats of what it reads. stored: its weights' Layout. normed: a BatchNorm, and nothing else, reads it.
+    The result is as wide as it can become until the next activation point rounds it: a product of a- and b-bit numbers
+    has a + b bits, a sum one more than the wider of its inputs, and nothing more than 32.
     """
     if op.kind in ("conv", "linear"):
-        return dot_products(op, inputs[0], formats, convention, stored)
+        return dot_products(op, inputs[0], formats, convention, stored, normed)
     x = max((value.bits for value in inputs), default=WORD)
-    plus, wide = min(WORD, x + 1), min(WORD, 2 * x + 1)  # of x + 3; of its product with x
+    plus, wide = min(WORD, x + 1), min(WORD, 2 * x + 1)  # widths of x + 3, and of (x + 3) times x
     added = WORD if convention == "32-bit" else x  # the width of an addition outside an accumulator
     multiplications, additions, bits = [], [], x  # widths of those per output element; width of the result
     match op.kind:
@@ -206,7 +214,11 @@ def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: 
         case "mean":  # a multiplication by 1/n, although that may be a shift
             bits, additions = mean_additions(inputs[0], op.fan_in, convention)
             multiplications = [bits]
-        case "point" | "input" | "moved" | "concatenation" | "nothing" | "normalisation":
+        case "scale":  # of the image, by constants
+            multiplications = [x]
+        case "shift":
+            additions = [x]
+        case "point" | "input" | "moved" | "concatenation" | "nothing":
             pass  # free; so is rounding to a grid whose values float32 holds exactly
         case _:
             raise BadInput(f"no counting rule for {op.name} ({op.kind})")
@@ -229,11 +241,13 @@ def mean_additions(value: Activation, n: int, convention: str) -> tuple[int, dic
 def costs(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None) -> Iterator[tuple]:
     """Yield each operation with the Layout of its weights, or None, and {bits: count} of what it multiplies and adds.
     """
-    values = {}
+    values, reads = {}, Counter(key for op in operations for key in op.inputs)
+    normed = {op.inputs[0] for op in operations if op.kind == "batchnorm" and reads[op.inputs[0]] == 1}
     for op in operations:
         inputs = [values[key] for key in op.inputs]
         stored = layout(op, inputs[0], formats, density) if op.kind in ("conv", "linear") else None
-        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored)
+        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored,
+                                                                op.key in normed)
         yield op, stored, multiplications, additions
 
 
@@ -295,9 +309,10 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
     count.
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
-    positions), as `layout` says. A BatchNorm is a scale and shift per channel at their widths. Every step (of a
-    tensor, of a channel where channels have their own, of an activation point) counts 32 bits, although the exponent
-    of a power of two would fit in 8. density: as in `count`. operations: of `graph.read`, if already available.
+    positions), as `layout` says. A BatchNorm is a scale and shift per channel at their widths; with it counts what
+    scales or shifts the image, 32 bits per channel. Every step (of a tensor, of a channel where channels have their
+    own, of an activation point) counts 32 bits, although the exponent of a power of two would fit in 8. density: as in
+    `count`. operations: of `graph.read`, if already available.
     """
     operations = read(model).operations if operations is None else operations
     stored, used = layouts(operations, formats, density), {op.name for op in operations}
@@ -314,6 +329,7 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
         else:
             norm = isinstance(model.get_submodule(layer), nn.BatchNorm2d)
             bits["batchnorm" if norm else "biases"] += n * grid.bits
+    bits["batchnorm"] += WORD * sum(op.channels for op in operations if op.kind in NORMALISATIONS.values())
     places = [op.name for op in operations if op.module is not None and is_point(op.module)]
     bits["steps"] += WORD * sum(formats.activation(name, True).bits < WORD for name in places)
     return bits | {"total": sum(bits.values())}

@@ -8,12 +8,14 @@ A value is an activation point if it is
   the output of a ReLU or ReLU6;
   read by a convolution, a linear layer, a mean, a maximum, a product, a pointwise function, or a move of elements
     (concatenation, view, slice, padding, ...), which all read codes;
-  read by a BatchNorm that cannot be folded into a convolution or linear layer right before it;
+  read by a BatchNorm that cannot be folded, because it does not directly follow a convolution or linear layer, or is
+    not its only reader;
   the output of a pointwise function other than these two;
   or read by more than one operation.
-The image is the first point of most networks. Where a value goes through an nn.Identity, that is its point, and a
-function's output goes to an nn.Identity that alone reads it. Several moves in a row are combined into one,
-from the point before to the point after. Additions have no point of their own: what is added is not rounded.
+The image is the first point of most networks. If a value is passed through an nn.Identity, the Identity is its point.
+So is the Identity after a pointwise function, if nothing else reads the function's output. Several moves in a row are
+combined into one, from the point before to the point after. Additions have no point of their own: what is added is not
+rounded.
 """
 import copy
 import functools
@@ -26,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import (CLIPS, FUNCTIONS, MOVES, OUT_OF_PLACE, SPELLINGS, Operation, RoundsValues, Window,
-                                   trace, traced)
+from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, OUT_OF_PLACE, SPELLINGS, Operation,
+                                   RoundsValues, Window, trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
@@ -119,7 +121,7 @@ class Graph:
     @property
     def normalised(self) -> bool:
         """True if the network scales or shifts its input itself: it can be counted, but has no integer form here."""
-        return any(op.kind == "normalisation" for op in self.operations)
+        return any(op.kind in NORMALISATIONS.values() for op in self.operations)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -161,7 +163,7 @@ class _Walk:
 
     def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
         """Return the value of an operation before it is rounded; where it passes a point on, the point."""
-        if op.kind == "normalisation":
+        if op.kind in NORMALISATIONS.values():
             return (replace(read[0][0], name=op.name),)
         if op.kind == "input":
             return (Branch("pixels", "pixels", "pixels"),)

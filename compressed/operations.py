@@ -36,6 +36,7 @@ SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph
     "nothing": (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")}
 KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
+NORMALISATIONS = {"product": "scale", "add": "shift"}  # of the image, by constants
 NOT_LISTED = "size", "constant", "split"  # numbers, stored tensors, and tuples, whose parts are operations
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
@@ -54,8 +55,8 @@ class Operation:
     """An operation for one image.
 
     key: the name of its node in the traced graph. name: unique; the module's, or that of the module whose forward pass
-    it is in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "normalisation", which scales
-    or shifts the input by constants. inputs: keys of the operations that it reads.
+    it is in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "scale" or "shift" of the input
+    by constants, at most one for each channel. inputs: keys of the operations that it reads.
     fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. outputs: number
     of elements of its result. channels: of its result. module: the module that is called, or None. shape: of its
     result, without the batch. window: of a convolution or a pooling. index: of an operation in MOVES, for each input:
@@ -245,8 +246,8 @@ class _Node:
             yield f"it reads {self.inputs[0].dim() - 1} dimensions of an image, expected one: flatten it before"
         if kind == "conv" and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
             yield f"padding {module.padding!r} in mode {module.padding_mode!r}; expected numbers, and zeros"
-        if kind != "normalisation" and any(each.op == "get_attr" for each in self.read):
-            yield "it reads a constant"
+        if kind not in NORMALISATIONS.values() and any(each.op == "get_attr" for each in self.read):
+            yield "it reads a constant: only the image can, a buffer with at most one value for each channel"
         if kind in ("add", "product"):
             shapes = sorted((tuple(each.shape) for each in self.inputs), key=lambda shape: -sum(shape))
             gate = len(shapes) == 2 and kind == "product" and shapes[1] == (*shapes[0][:2], 1, 1)
@@ -266,6 +267,15 @@ class _Node:
                 late = [user for user in order[place + 1:] if user in other.users]
                 if late and changed & self.run.memory(other):
                     yield f"it changes {other.name} in place, which {late[0].name} reads afterwards: change a copy"
+
+    def normalises(self, parameters: set[str]) -> bool:
+        """True if this combines what it reads with numbers, or with buffers of at most one value for each channel."""
+        value, *constants = self.inputs
+        channels = value.shape[1]
+        return self.result.shape == value.shape and all(
+            node.op == "get_attr" and node.target not in parameters
+            and (constant.numel() == 1 or constant.numel() == channels == constant.shape[-3:].numel()
+                 and constant.shape[-2:] == (1, 1)) for node, constant in zip(self.read[1:], constants))
 
     def in_place(self) -> bool:
         """True if the node writes its result over the tensor that it reads first."""
@@ -383,7 +393,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
                        f"({one_line(error)})") from error
-    nodes, kinds = [], {}
+    nodes, kinds, parameters = [], {}, {name for name, _ in model.named_parameters()}
     for node in graph.nodes:
         if node.op == "output":
             if len(run.read(node)) != 1 or not isinstance(run.env[node], Tensor):
@@ -391,13 +401,13 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
             (returned,) = node.all_input_nodes
             continue
         found = _Node(node, run, model)
-        if (found.kind in ("add", "product") and kinds[found.read[0]] in ("input", "normalisation")
-                and all(kinds[each] == "constant" for each in found.read[1:])):
-            found.kind = "normalisation"
+        if (found.kind in NORMALISATIONS and kinds[found.read[0]] in ("input", *NORMALISATIONS.values())
+                and found.normalises(parameters)):
+            found.kind = NORMALISATIONS[found.kind]
         kinds[node] = found.kind
         nodes.append(found)
-    names, own = _names(nodes), {name for name, _ in model.named_parameters()}
-    own |= {name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+    names, own = _names(nodes), parameters | {
+        name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
     operations = []
     for each, name in zip(nodes, names):
         if each.kind not in NOT_LISTED:

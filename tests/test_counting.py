@@ -29,7 +29,7 @@ from compressed.counting import (
 )
 from compressed.errors import BadInput
 from compressed.formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
-from compressed.graph import Operation, read, trace, weight_layers
+from compressed.graph import Operation, prepare, read, trace, weight_layers
 from compressed.networks import save_state
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 
@@ -303,6 +303,47 @@ def test_the_widest_sum_of_a_tree_meets_the_batchnorm():
     rows = count(trace(model, (5, 2, 2)), Formats(grids, activation_bits=4), "tree")
     assert rows[0].additions == {8: 2 * 4, 9: 4, 10: 4} and rows[1].multiplications == {11: 8}  # 5 products: 11 bits
     assert rows[1].additions == {17: 8}
+
+
+def test_steps_of_channels_cost_a_multiplication_unless_a_batchnorm_holds_them():
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)))
+    weight = torch.full((3, 2, 1, 1), 3.0)
+    model[1].weight.data = weight
+    other = {"2.weight": Grid(6, (1.0,)), "2.bias": Grid(6, (1.0,))}
+
+    def first(network, *steps):
+        formats = Formats({"1.weight": Grid(4, steps, "per channel")} | other, activation_bits=4)
+        return count(trace(network, (2, 4, 4)), formats, "tree")[0].multiplications
+
+    alone, products = nn.Sequential(*model[:2]), {4: 6 * 16}
+    assert first(model, 1.0, 0.5, 0.25) == first(alone, 0.5) == first(alone, 0.5, 0.5, 0.5) == products
+    assert first(alone, 1.0, 0.5, 0.25) == products | {32: 3 * 16}
+
+    class Shared(nn.Sequential):  # what the BatchNorm reads has to be rounded before, for the other reader
+        def forward(self, x):
+            y = self[1](self[0](x))
+            return self[2](y) + y
+    assert first(Shared(*model), 1.0, 0.5, 0.25) == products | {32: 3 * 16}
+
+
+def test_an_input_that_the_network_scales_itself_is_counted():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3, 1, 1))
+            self.register_buffer("shift", torch.tensor(0.5))
+            self.layer = nn.Conv2d(3, 4, 32, bias=False)
+
+        def forward(self, x):
+            x = x * self.scale + self.shift
+            x *= 2
+            return self.layer(x).flatten(1)
+
+    model = prepare(Scaled().eval())
+    assert storage(model, float_formats(model))["batchnorm"] == 3 * 3 * 32
+    rows = count(read(model).operations, float_formats(model), "tree")
+    assert [(row.kind, row.multiplications, row.additions) for row in rows[:3]] == [
+        ("scale", {32: 3072}, {}), ("shift", {}, {32: 3072}), ("scale", {32: 3072}, {})]
 
 
 def test_other_rules_by_hand():

@@ -9,7 +9,9 @@ from compressed import exact_network as exact
 from compressed import graph, grids
 from compressed.errors import BadInput
 from compressed.graph import Branch, Point, prepare, read
+from compressed.kaist import Micronet
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
+from tools.layers import layer_table
 
 
 def test_the_points_of_a_block_of_each_kind():
@@ -90,6 +92,13 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return self.conv2(self.between(self, self.conv1(self.image(x))))
+
+
+def test_the_table_of_layers_shows_those_that_never_run():
+    table = layer_table(Micronet()).splitlines()
+    unused = [line.split()[1] for line in table if " unused " in line]
+    assert unused == [f"layers.{i}.fc{k}" for i in (2, 7, 12) for k in (1, 2)] and len(table) == 1 + len(
+        graph.weight_layers(Micronet()))
 
 
 def test_a_value_without_a_point_is_named():

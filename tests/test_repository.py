@@ -278,6 +278,16 @@ def test_the_tables_take_in_a_second_network(measured, spec, name):
 
 
 @shipped
+def test_the_figure_of_costs_has_every_kind():
+    """Of a network with hard swish, products and sigmoids, too."""
+    model, claim = checkpoints.load(ROOT / "kaist/cifar100_mobilenetv2.pt")
+    network = report.Shipped("kaist", model, claim)
+    totals = [counting.totals(rows)["bits"] / 32e6 for rows in network.counted.values()]
+    axes = report.made_figures(network, [])["cost"].axes[1]
+    assert [text.get_text() for text in axes.texts] == [f"{total:.2f}M" for total in totals]
+
+
+@shipped
 def test_the_smaller_network_is_below_the_board():
     claim = load_json(ROOT / "kaist/cifar100_mobilenetv2.json")
     assert claim["accuracy"]["correct"] >= 8000 and claim["accuracy"]["data"] == "test"

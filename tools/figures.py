@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BLUE, ORANGE, GREY, GREEN, RED, PURPLE = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000", "#75507b"
+COLOURS = (BLUE, GREY, GREEN, ORANGE, RED, PURPLE, *plt.colormaps["Set3"].colors)  # more than there are kinds
 LAYERS = {"conv": ("1x1 convolutions, and the stem", BLUE), "depthwise": ("depthwise convolutions", ORANGE),
           "linear": ("linear layer", GREEN)}
 STAGES = {"pretrain": BLUE, "rew": ORANGE, "masked": GREEN, "quantized": RED}
@@ -56,7 +57,7 @@ def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) 
     left.invert_yaxis()
     left.set(title=f"Storage: {sum(parts.values()):,.0f} kB", xlabel="kB", xlim=(0, 1.3 * max(parts.values())))
     base = dict.fromkeys(operations, 0.0)
-    for kind, colour in zip(operations["32-bit"], (BLUE, GREY, GREEN, ORANGE, RED, PURPLE)):
+    for kind, colour in zip(operations["32-bit"], COLOURS):
         heights = {convention: bits[kind] / 32e6 for convention, bits in operations.items()}
         right.bar(list(heights), list(heights.values()), bottom=list(base.values()), color=colour,
                   label=f"{kind}: {heights['32-bit']:.2f}M of 32 bits")

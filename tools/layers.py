@@ -19,7 +19,7 @@ def layer_table(model: nn.Module) -> str:
         kind, stride = "linear", ""
         if isinstance(module, nn.Conv2d):
             kind, stride = "x".join(map(str, module.kernel_size)) + " dw" * (module.groups > 1), module.stride[0]
-        weight, out = ("x".join(map(str, shape)) for shape in (module.weight.shape, shapes[name]))
+        weight, out = ("x".join(map(str, shape)) for shape in (module.weight.shape, shapes.get(name, ["unused"])))
         count = module.weight.numel()
         lines.append(f"{index:>2}  {name:<22} {kind:<10} {weight:<18} {stride:>6} {out:<12} {count:>9,}")
     return "\n".join(lines)

@@ -384,8 +384,8 @@ def made_figures(shipped: Shipped, logs: list[Path]) -> dict:
                                         {entry["name"]: entry["bits"] for entry in claim["tensors"]}),
         "cost": figures.cost_figure(
             {STORED[kind]: bits for kind, bits in claim["counts"]["storage"].items() if kind != "total"},
-            {c: {label: sum(row.bits for row in rows if row.kind == kind) for kind, label in KINDS.items()}
-             for c, rows in shipped.counted.items()}),
+            {c: {KINDS.get(kind, kind): sum(row.bits for row in rows if row.kind == kind)
+                 for kind in dict.fromkeys(row.kind for row in rows)} for c, rows in shipped.counted.items()}),
         "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in (shipped, *shipped.others)},
                                       entries)}
     if logs:
