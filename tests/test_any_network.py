@@ -377,7 +377,7 @@ REFUSED = (
      "b: its bias is shared"),
     (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared("running_mean", lambda: nn.BatchNorm2d(4))),
      "b: its running_mean is shared"),
-    (Lone(lambda s, x: s.c(x), c=replaced(conv(padding=1))), "c: Conv2d has a forward pass of its own"),
+    (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=replaced(nn.ReLU())), "a: ReLU has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
     (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
