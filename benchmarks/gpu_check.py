@@ -100,9 +100,9 @@ def check_steps(network: str, batch: int, device: torch.device, compiled: bool) 
     for name, (kinds, options) in ways.items():
         try:
             found[name] = step_speed(network, batch, device, kinds, *options)
+            times = (1000 * found[name][key] for key in ("seconds", "launched"))
             print("{}, {}: {images_per_second:,.0f} images/s, {:.2f} ms a step, launched in {:.2f} ms, "
-                  "loss {loss:.3f}, set-up {set_up:.1f} s".format(network, name, 1e3 * found[name]["seconds"],
-                                                 1e3 * found[name]["launched"], **found[name]), flush=True)
+                  "loss {loss:.3f}, set-up {set_up:.1f} s".format(network, name, *times, **found[name]), flush=True)
         except Exception as error:  # what fails on new hardware is what this script is to find
             found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
             print(f"{network}, {name}: {found[name]['error']}", flush=True)

@@ -246,8 +246,7 @@ def costs(operations: list[Operation], formats: Formats, convention: str, densit
     for op in operations:
         inputs = [values[key] for key in op.inputs]
         stored = layout(op, inputs[0], formats, density) if op.kind in ("conv", "linear") else None
-        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored,
-                                                                op.key in normed)
+        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored, op.key in normed)
         yield op, stored, multiplications, additions
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.exact_network import folded
 from compressed.files import load_toml
-from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
+from compressed.formats import code_range, codes, fake_quantize, folded, power_of_two_step
 from compressed.graph import layer_kind, read, weight_layers
 from compressed.operations import RoundsWeightsAlone
 

@@ -1,6 +1,7 @@
 """Steps recorded as CUDA graphs: what a CPU can show of them, and on a GPU that they compute what plain steps do."""
 import contextlib
 import dataclasses
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,31 @@ def test_each_kind_is_run_once_and_then_recorded(monkeypatch, waits):
         graphs.step(kind, (torch.tensor(value),))
     assert done == [("a", 1), ("b", 2), ("again a", 3), ("again a", 4), ("again b", 5)]
     assert len(waits) == 10  # before and after each step
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_no_older_graph_is_destroyed_during_a_recording(monkeypatch, waits, fails):
+    """Python's garbage collector, which could find one, waits; it goes on even if the recording fails."""
+    collecting = []
+
+    def learn(inputs, kind):
+        collecting.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("out of memory")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    graphs = captured.Graphs(learn, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="memory") if fails else contextlib.nullcontext():
+        graphs.record("a")
+    assert collecting == [False] and gc.isenabled()
+
+
+def test_a_stage_leaves_no_graphs(tmp_path):
+    stage, forgotten = new_stage(tmp_path, SETTINGS), []
+    stage.graphs = SimpleNamespace(forget=lambda: forgotten.append(True))
+    with stage.fast_kernels():
+        assert not forgotten
+    assert forgotten == [True]
 
 
 def freeze(stage: loop.Stage, epoch: int) -> None:

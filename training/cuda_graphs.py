@@ -3,6 +3,8 @@
 A step of this network consists of thousands of kernels of a few microseconds each. Launched one by one, they keep the
 GPU waiting for the CPU most of the time. A CUDA graph records the launches once and replays them as one.
 """
+import gc
+
 import torch
 
 
@@ -43,8 +45,14 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # graphs are replayed one at a time, and their temporary tensors are not read afterwards: they share memory
         pool = next((each.pool() for each in self.graphs.values() if each is not None), None)
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            self.learn(self.inputs, kind)
+        collected = gc.isenabled()
+        gc.disable()  # it could find an older graph, and destroying one breaks a recording
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                self.learn(self.inputs, kind)
+        finally:
+            if collected:
+                gc.enable()
         return graph
 
 

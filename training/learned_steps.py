@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compressed import grids
-from compressed.exact_network import Quantizer, folded
-from compressed.formats import code_range, codes, fake_quantize
+from compressed.exact_network import Quantizer
+from compressed.formats import code_range, codes, fake_quantize, folded
 from compressed.graph import layer_kind, read, weight_layers
 
 

@@ -3,8 +3,8 @@
 The stages (dense, reweighted, masked, quantized) differ in the arguments that they pass to `train`, not in the loop.
 All random numbers of a step follow from (seed, stage, step), and its learning rate from the step alone. So the state of
 a run is its tensors and the number of steps made: a run that is killed at any moment resumes from its last saved state,
-and on a CPU the result is the same to the last bit. The exception are networks that draw random numbers, as dropout
-does, trained by several workers: these share torch's generator, in any order.
+and on a CPU the result is the same to the last bit. Networks that draw random numbers themselves,
+as dropout does, are an exception if several workers train them: these share torch's generator, in any order.
 """
 import collections
 import contextlib
@@ -187,6 +187,8 @@ class Stage:
             masks=None if self.masks is None else fingerprint(self.masks.factors),
             teacher=fingerprint(v for each in self.teachers for v in each.state_dict().values())
             if self.teachers else None)
+        if settings.compile:  # by default the ninth version of a network, over all sizes and stages, is not compiled
+            torch._dynamo.config.recompile_limit = 64
         # dynamic=False: a stage has few image sizes, and kernels compiled for one size are faster
         self.stepped = [torch.compile(model, dynamic=False) if settings.compile else model, *self.replicas.models[1:]]
         # a CUDA graph can only record work on the device: no other process, and the learning rate in a tensor
@@ -206,6 +208,8 @@ class Stage:
     def fast_kernels(self):
         """Use the project's own kernels for this device within the block, see cpu_kernels and gpu_kernels."""
         with contextlib.ExitStack() as at_end:
+            if self.graphs is not None:
+                at_end.callback(self.graphs.forget)  # their memory, before another stage records its own
             if self.device.type == "cpu":
                 for replica in self.replicas.models:
                     at_end.enter_context(fast_on_a_cpu(replica))
