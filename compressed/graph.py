@@ -348,11 +348,24 @@ def sole_readers(model: nn.Module) -> dict[str, str]:
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
 
 
-def normalised_convolutions(model: nn.Module) -> dict[str, str]:
-    """Return {convolution: the BatchNorm that alone reads its output} of any network.
+def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[str, str]:
+    """Return {convolution: the normalisation that alone reads its output} of any network.
 
     Raises BadInput if the forward pass cannot be followed.
     """
     return {name: reader for name, reader in sole_readers(model).items()
             if isinstance(model.get_submodule(name), nn.Conv2d)
-            and isinstance(model.get_submodule(reader), nn.BatchNorm2d)}
+            and isinstance(model.get_submodule(reader), norms)}
+
+
+def scale_free_weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights whose scale does not change the output of any network in training.
+
+    They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
+    pass cannot be followed.
+    """
+    try:
+        names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
+    except BadInput:
+        names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
+    return [model.get_submodule(name).weight for name in names]

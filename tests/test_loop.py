@@ -569,6 +569,16 @@ def test_ctrl_c_in_the_last_evaluation_repeats_no_step_and_the_last_line_has_an_
     assert log(tmp_path) == expected[2]
 
 
+def test_kernels_are_chosen_for_the_modes_in_which_a_stage_trains(tmp_path, monkeypatch):
+    frozen, chosen = [], loop.fast_on_a_cpu
+
+    def freeze(model, epoch):
+        model.bn1.eval()
+    monkeypatch.setattr(loop, "fast_on_a_cpu", lambda model: frozen.append(not model.bn1.training) or chosen(model))
+    stage(tmp_path, prepare=freeze, max_seconds=0)
+    assert frozen and all(frozen)
+
+
 def test_the_mean_loss_is_over_the_steps_that_were_made(tmp_path, monkeypatch, capsys):
     """Of an epoch that begins in its middle, too, and after a resume; the progress shows the same."""
     found, gradients = [], loop.Stage.gradients

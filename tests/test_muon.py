@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from compressed.graph import weight_layers
+from compressed import grids
+from compressed.exact_network import quantize_activations
+from compressed.graph import read, weight_layers
 from mobilenet_v2 import MobileNetV2
+from training.learned_steps import learn_steps
 from training.masks import Masks, target_masks
-from training.muon import ITERATIONS, MOMENTUM, A, B, C, Muon, mixes_channels, orthogonal
+from training.muon import ITERATIONS, MOMENTUM, A, B, C, Muon, orthogonal, turned_weights
 
 
 def network() -> nn.Sequential:
@@ -42,12 +45,12 @@ def test_singular_values_come_near_one(shape, dtype, scale):
 
 def test_a_step_has_its_length_and_keeps_the_norm():
     model = with_gradients(network())
-    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if mixes_channels(p)]
-    optimizer = Muon(list(model.parameters()), lr=0.2, turn=0.05, weight_decay=0.1, kept={})
+    before = [(p.detach().clone(), p.grad.clone()) for p in turned_weights(model)]
+    optimizer = Muon(list(model.parameters()), turned_weights(model), lr=0.2, turn=0.05, weight_decay=0.1, kept={})
     for group in optimizer.param_groups:
         group["lr"] = 0.1  # half the peak
     optimizer.step()
-    after = [p.detach() for p in model.parameters() if mixes_channels(p)]
+    after = [p.detach() for p in turned_weights(model)]
     assert len(after) == 2
     for (old, gradient), new in zip(before, after):
         assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
@@ -82,7 +85,7 @@ def test_weights_of_one_shape_are_turned_as_if_alone():
     kept = {weight: (torch.rand_like(weight) < 0.5).float() for weight in weights[1:5]}
     for weight, mask in kept.items():
         weight.data *= mask
-    optimizer = Muon(weights, 0.1, 0.03, 0.0, kept)
+    optimizer = Muon(weights, weights, 0.1, 0.03, 0.0, kept)
     assert sorted(map(len, optimizer.groups)) == [1, 1, 2, 2, 2]
     known = [(weight.detach().double(), torch.zeros(weight.shape, dtype=torch.float64)) for weight in weights]
     for step in range(3):
@@ -100,8 +103,8 @@ def test_weights_of_one_shape_are_turned_as_if_alone():
 def test_the_rest_is_nesterov_sgd():
     model = network()
     other = copy.deepcopy(model)
-    ours = Muon(list(model.parameters()), lr=0.1, turn=0.05, weight_decay=0.01, kept={})
-    rest = [p for p in other.parameters() if not mixes_channels(p)]
+    ours = Muon(list(model.parameters()), turned_weights(model), lr=0.1, turn=0.05, weight_decay=0.01, kept={})
+    rest = [p for name, p in other.named_parameters() if name not in ("0.weight", "4.weight")]
     theirs = torch.optim.SGD([{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.01},
                               {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}],
                              lr=0.1, momentum=0.9, nesterov=True)
@@ -121,7 +124,8 @@ def test_pruned_weights_stay_and_do_not_matter():
     for disturbance in (0, 100):
         model = network()
         masks = Masks(model, target_masks(model, [name for name, _ in weight_layers(model)], 0.6))
-        optimizer = Muon(list(model.parameters()), 0.1, 0.03, 0, dict(zip(masks.weights, masks.factors)))
+        kept = dict(zip(masks.weights, masks.factors))
+        optimizer = Muon(list(model.parameters()), turned_weights(model), 0.1, 0.03, 0, kept)
         for seed in range(3):
             before = copy.deepcopy(model)
             with_gradients(model, seed)
@@ -139,7 +143,7 @@ def test_pruned_weights_stay_and_do_not_matter():
 def test_a_gradient_of_zeros_and_none_at_all():
     model = network()
     before = copy.deepcopy(model)
-    optimizer = Muon(list(model.parameters()), 0.1, 0.03, 0, {})
+    optimizer = Muon(list(model.parameters()), turned_weights(model), 0.1, 0.03, 0, {})
     model[0].weight.grad = torch.zeros_like(model[0].weight)
     optimizer.step()
     assert all(torch.allclose(p, q, rtol=1e-6) and p.isfinite().all()
@@ -147,7 +151,40 @@ def test_a_gradient_of_zeros_and_none_at_all():
 
 
 def test_what_it_turns_in_the_network():
-    """Every convolution but the 17 depthwise ones; the linear layer has no BatchNorm behind it."""
-    weights = [module.weight for _, module in weight_layers(MobileNetV2())]
-    assert len(weights) == 58 and sum(map(mixes_channels, weights)) == 40
-    assert not mixes_channels(weights[-1])
+    """Every convolution but the 17 depthwise ones, also on its grids; the linear layer has no BatchNorm behind it."""
+    model = MobileNetV2()
+    layers = [layer for _, layer in weight_layers(model)]
+    wanted = [id(layer.weight) for layer in layers[:-1] if layer.groups == 1]
+    assert len(wanted) == 40 and list(map(id, turned_weights(model))) == wanted
+    points = read(model).activation_points
+    grids.quantize_weights(model, grids.bit_table("4", model), "channel")
+    quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.125}
+                                 for name, signed in points.items()])
+    learn_steps(model, "channel")
+    assert list(map(id, turned_weights(model))) == wanted
+
+
+class Norms(nn.Module):
+    """Convolutions followed by a BatchNorm, a GroupNorm, nothing, and by a BatchNorm and a second reader."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+        self.batch, self.group, self.last = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.convs[2](self.group(self.convs[1](self.batch(self.convs[0](x))))).relu()
+        x = self.convs[3](x)
+        return self.last(x) + x
+
+
+def test_the_scale_of_a_weight_matters_unless_a_normalisation_alone_follows():
+    model = Norms()
+    assert [weight is conv.weight for weight, conv in zip(turned_weights(model), model.convs)] == [True, True]
+
+
+def test_a_network_that_cannot_be_followed():
+    class Odd(Norms):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+    assert len(turned_weights(Odd())) == 4

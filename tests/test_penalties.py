@@ -141,6 +141,23 @@ def test_shrink_by_hand():
     assert weight.flatten().tolist() == pytest.approx([0, -0.8, 0, 0, -0.8, 0, 0, -12 + 16 / 13], rel=1e-12)
 
 
+def test_shrink_takes_a_tensor_and_hides_no_nan():
+    """With a target the strength is a float64 tensor; a weight that is not a number must stop the training."""
+    number, tensor = Net(), Net()
+    for model, strength in ((number, 0.3), (tensor, torch.tensor(0.3, dtype=torch.float64))):
+        model.conv.weight.data[0, 0, 0, 0] = torch.nan
+        penalty = ReweightedL1(model, LAYERS, lam=1.0)
+        penalty.update(1.0)
+        penalty.weights[0].requires_grad_(False)[0, 1, 0, 0] = torch.nan
+        with torch.no_grad():
+            penalty.shrink(strength)
+    for name in LAYERS:  # the biases are random
+        ours, theirs = (model.get_submodule(name).weight.nan_to_num(7) for model in (number, tensor))
+        assert torch.equal(ours, theirs)
+    assert number.conv.weight[0, :2, 0, 0].isnan().all() and number.conv.weight.isnan().sum() == 2
+    assert (number.linear.weight == 0).any()
+
+
 @pytest.mark.parametrize("kind", ("column", "kernel", "filter"))
 def test_group_shrink_by_hand(kind):
     for strength in (6, 31, 200):  # a group of norm 5 and alpha 1/6 shrinks to 0.8 of itself, or goes
@@ -243,6 +260,13 @@ def test_with_a_target_the_convolutions_keep_their_norms():
     assert penalty.feedback.spent == pytest.approx(1) and penalty.zeros_share() > 0.3
     assert layers["conv"].weight.norm().item() == pytest.approx(before["conv"], rel=1e-3)
     assert layers["linear"].weight.norm() < 0.99 * before["linear"] and not layers["depthwise"].weight.any()
+
+
+def test_a_convolution_without_a_normalisation_keeps_no_norm():
+    """Its norm matters, so the loss holds it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    penalty = ReweightedL1(randomised(model, 0), ["0", "3"], target=0.5)
+    assert [weight is model[0].weight for weight in penalty.convolutions] == [True]
 
 
 @pytest.mark.parametrize("wrong", ({}, dict(lam=1.0, target=0.5)))

@@ -183,6 +183,16 @@ def test_the_faster_of_both_is_used(monkeypatch, capsys):
     assert "Triton: 1 of 1 depthwise layers, 1 of 3 BatchNorm layers" in capsys.readouterr().out
 
 
+def test_frozen_statistics_need_no_timing(monkeypatch):
+    """A BatchNorm whose statistics are frozen, as in fine-tuning, never uses the kernels."""
+    timed(monkeypatch, 5.0, 4.0)  # of the depthwise convolution alone
+    model = network()
+    for module in model:
+        module.train(not isinstance(module, nn.BatchNorm2d))
+    with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
+        assert isinstance(model[3], Depthwise) and not any(isinstance(module, BatchNorm) for module in model)
+
+
 @pytest.mark.parametrize("fault", ("raises", "is wrong"))
 def test_a_kernel_that_fails_is_not_used(fault, monkeypatch, capsys):
     timed(monkeypatch, 2.0, 1.0)

@@ -199,7 +199,8 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
                   if type(conv) is nn.Conv2d and Depthwise.fits(conv)}
     if "BatchNorm" in KINDS:
         kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation, [norm, *behind])
-                  for norm, (activation, behind) in chains(model, ACTIVATIONS).items() if BatchNorm.fits(norm)}
+                  for norm, (activation, behind) in chains(model, ACTIVATIONS).items()
+                  if BatchNorm.fits(norm) and norm.training}
     inputs = input_sizes(model, kinds, sizes, options["device"])
     return {module: [Layer(kind, channels, *size, stride, activation, example=example, **options)
                      for size in sorted(inputs[module])]

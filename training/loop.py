@@ -32,7 +32,7 @@ from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
 from training.gpu_kernels import fast_on_a_gpu
-from training.muon import Muon
+from training.muon import Muon, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas
@@ -81,7 +81,8 @@ def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = Non
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
     if settings.optimizer == "muon":
         dtype = getattr(torch, settings.precision)
-        optimizer = Muon(weights, settings.lr, settings.turn, settings.weight_decay, kept or {}, dtype)
+        optimizer = Muon(weights, turned_weights(model), settings.lr, settings.turn, settings.weight_decay, kept or {},
+                         dtype)
     elif settings.optimizer == "adam":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     else:
@@ -431,10 +432,12 @@ class Stage:
         """Return about how many seconds it takes to re-estimate BatchNorm statistics and to evaluate.
 
         As long as it took the last time; before that, an image is taken to need half of its time in the fastest
-        training step so far, which has a backward pass, too.
+        training step so far, which has a backward pass, too. On a GPU that step is timed until it is launched, and the
+        first evaluation chooses its kernels: some seconds are allowed for both.
         """
         images = self.settings.refresh + (0 if self.test is None else len(self.test))
-        return self.measured or images * IMAGE_SIZE**2 * self.pace / 2
+        allowance = 10 if self.device.type == "cuda" else 0
+        return self.measured or images * IMAGE_SIZE**2 * self.pace / 2 + allowance
 
     def save(self) -> None:
         """Write the state, after a check of the masks."""
@@ -472,6 +475,7 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     plan, agree, saved = stage.plan, stage.processes.agree, time.monotonic()
     with contextlib.ExitStack() as at_end:
         asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
+        prepare(model, stage.progress["step"] // plan.epoch_steps)  # kernels depend on the modes of the modules
         at_end.enter_context(stage.fast_kernels())
         while stage.result is None:
             # a stage that was stopped in its last evaluation has made all its steps

@@ -2,8 +2,8 @@
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks": a weight matrix is updated along the
 semi-orthogonal matrix nearest to its momentum, so that directions with small gradients move as far as those with large
-ones. A BatchNorm follows every convolution here, so only the direction of a convolution's weights matters. A step
-therefore rotates them by a given angle (`turn` at the peak learning rate) and keeps their norm, without weight decay.
+ones. Where a BatchNorm follows a convolution, only the direction of its weights matters. A step therefore rotates them
+by a given angle (`turn` at the peak learning rate) and keeps their norm, without weight decay.
 """
 from collections import defaultdict
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import threads
+from compressed.graph import scale_free_weights
 from training.cuda_graphs import Streams
 
 MOMENTUM = 0.95
@@ -37,26 +38,27 @@ def norms(matrices: Tensor) -> Tensor:
     return matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
 
 
-def mixes_channels(weight: Tensor) -> bool:
-    """Return True for the weight [out, in, height, width] of a convolution that is not depthwise.
+def turned_weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights that Muon updates: [out, in, height, width], of convolutions that mix channels.
 
-    The linear layer has no BatchNorm after it, so its norm matters, and it is left to SGD.
+    Where no normalisation follows, the norm of the weights matters, and they are left to SGD: those of linear layers.
     """
-    return weight.dim() == 4 and weight.shape[1] > 1
+    return [weight for weight in scale_free_weights(model) if weight.shape[1] > 1]
 
 
 class Muon(torch.optim.SGD):
-    """Update weights that mix channels with Muon, and all other parameters with SGD.
+    """Update the weights `turned` (see turned_weights) with Muon, and all others with SGD.
 
     turn:  angle in radians by which a step rotates a weight at the learning rate `lr`; proportional at other rates.
     kept:  {weight: mask tensor, 1 where trained and 0 where pruned}; a step changes no pruned value.
     dtype: of the Newton-Schulz iterations; bfloat16 is exact enough.
     """
 
-    def __init__(self, weights: list[nn.Parameter], lr: float, turn: float, weight_decay: float,
-                 kept: dict[Tensor, Tensor], dtype=torch.float32):
-        self.turned = [p for p in weights if mixes_channels(p)]
-        others = [p for p in weights if not mixes_channels(p)]
+    def __init__(self, weights: list[nn.Parameter], turned: list[nn.Parameter], lr: float, turn: float,
+                 weight_decay: float, kept: dict[Tensor, Tensor], dtype=torch.float32):
+        chosen = set(turned)
+        self.turned = [p for p in weights if p in chosen]
+        others = [p for p in weights if p not in chosen]
         super().__init__([{"params": self.turned, "weight_decay": 0.0},
                           {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],

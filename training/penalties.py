@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressed import counting, networks
 from compressed.errors import BadInput
-from compressed.graph import weight_layers
+from compressed.graph import scale_free_weights, weight_layers
 from training.feedback import FIRST, Feedback
 from training.masks import GROUPS, group_norms, quantile, target_masks
 
@@ -26,9 +26,8 @@ class Penalty:
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).
     lam, target: strength of the penalty, or the wanted share of zeros in `weights`; one of them is given. With a target
-    lambda is adjusted by feedback (feedback.py), which needs `shrink`, and the convolutions keep their norms: a
-    BatchNorm follows each of them, so the loss does not depend on the norm and would not stop the penalty from making
-    it ever smaller.
+    lambda is adjusted by feedback (feedback.py), which needs `shrink`, and convolutions that a normalisation follows
+    keep their norms: the loss does not depend on those and would not stop the penalty from making them ever smaller.
     """
     form = "none"  # name in logs and states
     updates: int | None = None  # default of --updates; None: 5 with a lambda, 20 with a target
@@ -44,10 +43,11 @@ class Penalty:
                            "it a --lambda, or take --penalty proximal")
         modules = dict(weight_layers(model))
         self.weights = [modules[name].weight for name in layers]
-        self.convolutions = [weight for weight in self.weights if weight.dim() == 4]
+        scale_free = set(scale_free_weights(model))
+        self.convolutions = [weight for weight in self.weights if weight in scale_free]
         self.kind, self.given, self.target = kind, lam, target
         self.feedback = None if target is None else Feedback(target, kind == "irregular")
-        self.norms: Tensor | None = None  # norms of the convolutions' weights when the feedback began
+        self.norms: Tensor | None = None  # of `convolutions` when the feedback began
 
     # -- what a subclass defines
 
@@ -207,13 +207,20 @@ class ReweightedL1(Reweighted):
 
     def shrink(self, strength: float | Tensor) -> None:
         """Make the proximal step in place: w_g <- w_g max(1 - strength alpha_g / |w_g|, 0)."""
-        for alpha, weight in zip(self.alphas, self.weights):
-            if self.kind == "irregular":
-                threshold = alpha * strength
-                weight.sub_(weight.clamp(-threshold, threshold))  # the same in half the time
-            else:
+        if self.kind != "irregular":
+            for alpha, weight in zip(self.alphas, self.weights):
                 norm = group_norms(weight, self.kind)
                 weight.mul_((1 - strength * alpha / norm.clamp_min(1e-30)).clamp_min_(0))
+            return
+        if isinstance(strength, Tensor):
+            strength = strength.to(self.weights[0].dtype)
+        # all layers at once are few launches on a GPU; one after the other they stay in a CPU's cache
+        count = len(self.weights) if self.weights[0].is_cuda else 1
+        for k in range(0, len(self.weights), count):
+            weights, thresholds = self.weights[k:k + count], torch._foreach_mul(self.alphas[k:k + count], strength)
+            clamped = torch._foreach_maximum(weights, torch._foreach_neg(thresholds))
+            torch._foreach_minimum_(clamped, thresholds)
+            torch._foreach_sub_(weights, clamped)  # the same in half the time
 
     def first_lambda(self, q: float, rate: float) -> float:
         q = max(q, self.eps)
