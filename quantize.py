@@ -42,6 +42,7 @@ from training.runs import training_record
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
+OF_TUNING = {*TUNING, "teacher", "frozen", "precision"} - {"seed"}  # of no effect without one
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,6 +104,8 @@ def parse(argv=None) -> argparse.Namespace:
         args.network = trained[-1]["options"].get("network") or args.network
     args.network = args.network or networks.DEFAULT
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
+    if not args.epochs and (idle := given.keys() & OF_TUNING):
+        parser.error(f"--{min(idle).replace('_', '-')} belongs to the fine-tuning: give --epochs, too")
     return args
 
 

@@ -180,7 +180,7 @@ def test_bad_input(small_checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, said", [
     (["--out", "same.pt"], "same.pt would be written over same.pt, which is read"),
-    (["--out", "new.pt", "--teacher", "new.pt"], "new.pt would be written over new.pt, which is read"),
+    (["--out", "new.pt", "--epochs", "1", "--teacher", "new.pt"], "new.pt would be written over new.pt, which is read"),
     (["--out", "t.pt", "--table", "t.json"], "t.json would be written over t.json, which is read"),
     (["--out", "b.json"], "b.json: expected a name that ends in .pt"),
     (["--out", "folder.pt"], "folder.pt: cannot be written .it is a folder"),
@@ -198,6 +198,18 @@ def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words,
     for name in ("same.pt", "t.json", "quantized.pt"):
         assert Path(name).read_text() == name
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_options_of_a_fine_tuning_need_one(tmp_path, capsys):
+    """Whoever gives them without --epochs would take the network for a fine-tuned one."""
+    for words in (["--lr", "0.1"], ["--teacher", "t.pt"], ["--epochs", "0", "--frozen", "0.5"]):
+        with pytest.raises(SystemExit) as end:
+            quantize.parse(words)
+        assert end.value.code == 2 and f"{words[-2]} belongs to the fine-tuning" in capsys.readouterr().err
+    (tmp_path / "recipe.toml").write_text("[quantized]\nepochs = 6\nlr = 0.1\n")
+    recipe = ["--recipe", str(tmp_path / "recipe.toml")]
+    assert quantize.parse([*recipe, "--lr", "0.2"]).lr == 0.2
+    assert quantize.parse([*recipe, "--epochs", "0", "--seed", "1"]).epochs == 0
 
 
 def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):

@@ -239,6 +239,20 @@ def test_no_resume_starts_a_stage_again(small, capsys):
     assert_same(Path("again.pt"), Path("first.pt"))
 
 
+def test_a_state_is_never_resumed_from_other_weights(small):
+    """Whether the stage before was lost, or all stages are trained again and that is interrupted."""
+    assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew --max-minutes 0") == 0
+    trained = Path("run/pretrain.pt").rename("kept.pt")
+    before = {path: path.read_bytes() for path in Path("run").glob("*/*")}
+    with pytest.raises(BadInput, match="rew.state was trained from pretrain.pt, which is missing: bring it back, or "):
+        run(QUICK)
+    assert before == {path: path.read_bytes() for path in Path("run").glob("*/*")}
+    assert run(QUICK + " --no-resume --max-minutes 0") == 0
+    assert Path("run/pretrain.state").is_dir() and not Path("run/rew.state").exists()
+    trained.rename("run/pretrain.pt")
+    assert run(QUICK) == 0
+
+
 @pytest.mark.parametrize("options, said", (
     ("--rew --start typo.pt", "typo.pt: no such checkpoint"), ("--start typo.pt", "typo.pt: no such checkpoint"),
     ("--rew --start start.pt --start-epoch 9", "epoch 9: the stage has 1"), ("--start run/rew.pt", "which is read"),

@@ -327,6 +327,8 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
                     save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
                 for each in stages:
                     job.file(f"{each}.pt").unlink(missing_ok=True)
+                    if not args.resume and each != stage:
+                        loop.State(job.file(f"{each}.state"), None).remove()
 
     with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
@@ -359,6 +361,10 @@ def run_stages(job: Job) -> None:
         start = [args.start] if args.start and stage == stages[0] else []
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       [*by_stage[stage].teacher, *start])
+    for stage in missing[1:] if args.resume else ():
+        if job.file(f"{stage}.state").is_dir():
+            raise BadInput(f"{job.file(f'{stage}.state')} was trained from {missing[0]}.pt, which is missing: bring it "
+                           f"back, or give --no-resume to train {' and '.join(missing)} again")
     others = {}  # {finished stage: what differs now}
     for stage in there:
         if changed := changed_options(stage, job):

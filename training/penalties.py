@@ -220,7 +220,7 @@ class ReweightedL1(Reweighted):
             weights, thresholds = self.weights[k:k + count], torch._foreach_mul(self.alphas[k:k + count], strength)
             clamped = torch._foreach_maximum(weights, torch._foreach_neg(thresholds))
             torch._foreach_minimum_(clamped, thresholds)
-            torch._foreach_sub_(weights, clamped)  # the same in half the time
+            torch._foreach_sub_(weights, clamped)  # w - clamp(w, -t, t)
 
     def first_lambda(self, q: float, rate: float) -> float:
         q = max(q, self.eps)
