@@ -20,6 +20,7 @@ the graph of that time, and why the variant was rejected:
   int8 activations                                               0.16 to 0.23   most layers are not fused: float kernels
 """
 import copy
+import functools
 import io
 import json
 import re
@@ -62,8 +63,7 @@ def engines(model: nn.Module, claim: dict, threads: int) -> tuple[dict, dict[str
     models = {"onnx float": file.getvalue(),
               "onnx 8-bit": export_onnx.Exporter(model, claim).finished({}).SerializeToString()}
     for name, content in models.items():
-        session = export_onnx.session(content, threads)
-        found[name] = lambda images, session=session: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+        found[name] = functools.partial(export_onnx.run, export_onnx.session(content, threads))
     return found, models
 
 
@@ -98,7 +98,7 @@ def profile(content: bytes, images: torch.Tensor, threads: int, calls: int) -> t
         session = export_onnx.session(content, threads, enable_profiling=True,
                                       profile_file_prefix=str(Path(folder, "profile")))
         for _ in range(calls):
-            session.run(None, {"image": images.numpy()})
+            export_onnx.run(session, images)
         events = json.loads(Path(session.end_profiling()).read_text())
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -161,7 +161,7 @@ def main(argv=None) -> int:
     figures, profiles, parts = {}, {}, {}
     for batch in args.batches:
         figures |= measure(runs, batch, args.rounds, args.seconds)
-    for batch in (min(args.batches), max(args.batches)):
+    for batch in sorted({min(args.batches), max(args.batches)}):
         images = cifar100.made_up(batch, seed=0).images
         for name, content in models.items():
             key = f"{name}, {batch}"

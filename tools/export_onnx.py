@@ -78,8 +78,7 @@ class Exporter:
         return name
 
     def constant(self, name: str, value, dtype) -> str:
-        array = np.ascontiguousarray(value, dtype)
-        self.constants[name] = self.onnx.numpy_helper.from_array(array.reshape(np.shape(value)), name)
+        self.constants[name] = self.onnx.numpy_helper.from_array(np.asarray(value, dtype), name)
         return name
 
     # -- codes and real numbers
@@ -289,6 +288,11 @@ def session(model: bytes, threads: int | None = None, **settings):
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def run(engine, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits of uint8 images from an onnxruntime session."""
+    return torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
+
+
 def kernels(model: bytes) -> dict[str, int]:
     """Return {operator: how many} of the graph as onnxruntime optimizes it, the most frequent first."""
     with tempfile.TemporaryDirectory() as folder:
@@ -304,7 +308,7 @@ def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
     Returns what tools.agreement counts, and {"differing": [{"image", "label", "engine", "exact", "margin"}]} for
     predictions that differ. margin: the exact logit of the exact prediction minus that of the engine's prediction.
     """
-    theirs = answers(lambda batch: torch.from_numpy(engine.run(None, {"image": batch.numpy()})[0]), data.images, BATCH)
+    theirs = answers(functools.partial(run, engine), data.images, BATCH)
     ours = logits(exact, data.images)
     found, wanted = theirs.argmax(1), ours.argmax(1)
     differing = [{"image": i, "label": int(data.labels[i]), "engine": int(found[i]), "exact": int(wanted[i]),

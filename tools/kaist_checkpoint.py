@@ -6,12 +6,9 @@
 What comes out is *KAIST AI's network, compressed further*: table, masks and most of the training are theirs (MIT
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
 """
-import torch
-
-from compressed import kaist, networks
+from compressed import counting, kaist, networks
 from compressed.command_line import command_line, run_script, some_path
 from compressed.files import check_outputs
-from compressed.graph import weight_layers
 from training import teachers
 
 NETWORK = "mobilenet_v2:KaistMobileNetV2"
@@ -27,9 +24,9 @@ def main(argv=None) -> int:
     state = kaist.folded(kaist.load_micronet(path))
     network = networks.fill(networks.make(NETWORK), state, f"{path} does not fit {NETWORK}")
     networks.save_state(network.state_dict(), args.out)
-    weights = torch.cat([layer.weight.flatten() for _, layer in weight_layers(network)])
-    zeros = float((weights == 0).double().mean())
-    print(f"wrote {args.out}: {len(weights):,} weights, {zeros:.1%} of them zero; read it with --network {NETWORK}")
+    weights = counting.weight_summary(network)["all"]
+    print(f"wrote {args.out}: {weights['total']:,} weights, {weights['sparsity']:.1%} of them zero; read it with "
+          f"--network {NETWORK}")
     return 0
 
 
