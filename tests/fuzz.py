@@ -41,6 +41,7 @@ from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_record, save_tensors, sha256
 from compressed.networks import load_checkpoint
 from small import CLASSES, WIDTH, tiny_network
+from tiny import Tiny
 from training import loop, main as training, recipes, teachers
 from training.state import State
 
@@ -144,21 +145,11 @@ def networks(folder: Path) -> dict:
             "bit table": (folder / "table.toml", lambda path: grids.bit_table(str(path), model))}
 
 
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 4, 3, stride=4)
-        self.linear = torch.nn.Linear(4, 100)
-
-    def forward(self, x):
-        return self.linear(self.conv(x).relu().mean((2, 3)))
-
-
 def run(folder: Path) -> dict:
     """Return the kinds of files of a run folder, of a stage that was stopped in its second epoch."""
     with contextlib.redirect_stdout(None):
         for _ in range(3):  # a step each
-            loop.train("fuzz", Tiny(), cifar100.made_up(40, 0), None,
+            loop.train("fuzz", Tiny(100), cifar100.made_up(40, 0), None,
                        loop.Settings(epochs=3, batch_size=20, refresh=0), folder, max_seconds=0)
     state, options = folder / "fuzz.state", folder / "masked.options.json"
     record, saved = load_json(state / "state.json"), State(state, None)

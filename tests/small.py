@@ -7,6 +7,7 @@ from torch import nn
 from compressed import cifar100, claims, grids
 from compressed.formats import code_range
 from compressed.graph import read, weight_layers
+from compressed.integer_network import IntegerNetwork
 from mobilenet_v2 import MobileNetV2, Table
 
 CLASSES, WIDTH = 7, 0.25
@@ -71,6 +72,12 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
 def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
     """{convolution: (its BatchNorm, the activation point that it reads)}."""
     return {branch.name: (branch.norm, branch.source) for branch in read(model).layers if branch.norm}
+
+
+def integer_logits(network: nn.Module, claim: dict, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits, float32, of a network in integer arithmetic. claim: "tensors" and "activations"."""
+    integers = IntegerNetwork(network, claim)
+    return (integers(images).double() * 2.0**integers.logit_exponent).float()
 
 
 def random_network(seed=0, **options):

@@ -2,6 +2,7 @@
 import copy
 import functools
 import hashlib
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -25,8 +26,8 @@ from compressed.formats import Activation
 from compressed.graph import UNSIGNED, prepare, read, weight_layers
 from compressed.mnet import stated_formats
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
+from small import integer_logits
 from tools import integer, pack
-from tools.integer import IntegerNetwork
 from training import teachers
 
 FILE = Path(user_networks.__file__)
@@ -91,10 +92,7 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
 
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.std() > 0.01 and len(wanted.unique()) > 20
-    ours = IntegerNetwork(network, claim)
-    found = ours(images)
-    assert not found.is_floating_point()
-    assert torch.equal((found.double() * 2.0**ours.logit_exponent).float(), wanted)
+    assert torch.equal(integer_logits(network, claim, images), wanted)
 
     costs = counting.summary(network, stated_formats(network, claim))["operations"]
     assert costs["tree"]["bits"] < costs["32-bit"]["bits"] and costs["fixed"]["bits"] < costs["32-bit"]["bits"]
@@ -162,8 +160,8 @@ def test_onnxruntime_computes_the_same(spec, classes):
     images = cifar100.made_up(16, 3).images
     graph = export_onnx.Exporter(network, claim)
     engine = export_onnx.session(graph.finished({}).SerializeToString(), threads=1)
-    found = torch.from_numpy(engine.run(None, {"image": images.numpy()})[0])
-    assert torch.equal(found, logits(exact_network(network, claim["activations"]), images)) and graph.rounded == 0
+    wanted = logits(exact_network(network, claim["activations"]), images)
+    assert torch.equal(export_onnx.run(engine, images), wanted) and graph.rounded == 0
 
 
 def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(tmp_path, monkeypatch, capsys):
@@ -202,10 +200,8 @@ def test_the_family_of_the_small_network(monkeypatch):
         self, num_classes, width, few))
     _, network, claim = shipped("mobilenet_v2:SmallMobileNetV2?width=0.5", 10)
     images = cifar100.made_up(16, 3).images
-    ours = IntegerNetwork(network, claim)
     wanted = logits(exact_network(network, claim["activations"]), images)
-    assert wanted.shape == (16, 10)
-    assert torch.equal((ours(images).double() * 2.0**ours.logit_exponent).float(), wanted)
+    assert wanted.shape == (16, 10) and torch.equal(integer_logits(network, claim, images), wanted)
     points = read(network).activation_points
     assert all(f"points.layers_0_{name}" in points for name in ("bn1", "relu1", "bn2", "relu2"))
 
@@ -421,8 +417,7 @@ def test_torchvisions_networks_are_counted_and_quantized(name, points):
     assert counting.summary(network, stated_formats(network, claim))["weights"]["all"]["zeros"] > 0  # if none is linear
     images = cifar100.made_up(2, 3).images
     wanted = logits(exact_network(network, claim["activations"]), images)
-    ours = IntegerNetwork(network, claim)
-    assert torch.equal((ours(images).double() * 2.0**ours.logit_exponent).float(), wanted) and len(wanted.unique()) > 9
+    assert torch.equal(integer_logits(network, claim, images), wanted) and len(wanted.unique()) > 9
 
 
 def test_elements_that_are_moved_several_times_are_moved_once():
@@ -503,14 +498,10 @@ def test_the_examples_in_docstrings(module):
 
 # ---- A board entry that somebody else counted ----------------------------------------------------
 
+@pytest.mark.skipif(not os.environ.get("TEACHERS_DIR"), reason="TEACHERS_DIR does not name KAIST AI's files")
 def test_kaists_published_score(capsys, monkeypatch):
-    try:
-        file = teachers.find() / "micronet_v2_pr_60.t7" if teachers.os.environ.get("TEACHERS_DIR") else None
-    except BadInput:
-        file = None
-    if file is None:
-        pytest.skip("TEACHERS_DIR does not name KAIST AI's files")
     monkeypatch.setattr(check_model_operations, "thop_counts", lambda model: None)
+    file = teachers.find() / "micronet_v2_pr_60.t7"
     assert check_model_operations.main(["--summary", "--checkpoint", str(file)]) == 0
     out = capsys.readouterr().out
     assert "score 0.00562; they publish 0.00562" in out and "twice as many, as it should be" in out

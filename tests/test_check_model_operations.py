@@ -229,14 +229,6 @@ def test_malformed_claims(shipped, claimed, key, value):
         main(["--checkpoint", str(path)])
 
 
-def test_unusable_checkpoints(tmp_path):
-    with pytest.raises(BadInput, match="no such checkpoint"):
-        main(["--checkpoint", str(tmp_path / "none.pt")])
-    (tmp_path / "broken.pt").write_bytes(b"nothing")
-    with pytest.raises(BadInput, match="broken.pt"):
-        main(["--checkpoint", str(tmp_path / "broken.pt")])
-
-
 def test_what_if_without_a_checkpoint(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "nowhere.pt")
     dense = report(capsys, "--dense")

@@ -10,17 +10,18 @@ import check_model_operations
 import fuzz
 import quantize
 import testers
-from benchmarks import depthwise_shapes, gpu_check, inference_speed, profile_step, training_speed
+from benchmarks import depthwise_shapes, gpu_check, inference_speed, profile_step, sparsity_methods, training_speed
 from compressed import cifar100
 from compressed.command_line import number, run_script
-from tools import baseline, compare, export_onnx, integer, quick, report, ship, train, verify
+from tools import (baseline, compare, divergence, export_onnx, integer, kaist_checkpoint, layers, quick, report, ship,
+                   train, verify)
 from tools import pack as packed
 from training import main as training
 from training import teachers
 
-SCRIPTS = (check_model_operations, quantize, testers, baseline, cifar100, compare, depthwise_shapes, export_onnx,
-           gpu_check, inference_speed, integer, packed, profile_step, quick, report, ship, teachers, train, training,
-           training_speed, verify)
+SCRIPTS = (check_model_operations, quantize, testers, baseline, cifar100, compare, depthwise_shapes, divergence,
+           export_onnx, gpu_check, inference_speed, integer, kaist_checkpoint, layers, packed, profile_step, quick,
+           report, ship, sparsity_methods, teachers, train, training, training_speed, verify)
 OTHERS = [(training, "--sizes", "24"), (training, "--sizes", "20:0.5,32"), (training, "--teaching", "all"),
           (training, "--recipe", "nowhere"), (export_onnx, "--out", "x.pt"), (packed, "--out", "/dev/null/x.mnet"),
           (check_model_operations, "--sparsity", "1/0"), (ship, "--checkpoint", "x"), (train, "--run-f", "x"),
@@ -67,6 +68,13 @@ def test_impossible_command_lines(script, option, value, tmp_path, monkeypatch, 
     assert stopped.value.code == 2 and out == "" and not list(tmp_path.iterdir())
     *usage, last = err.splitlines()
     assert re.match(r"\S+: ", last) and all(re.match(r"usage: | {2,}", line) for line in usage)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
 def test_the_fuzzer_finds_nothing(capsys):

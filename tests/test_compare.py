@@ -9,6 +9,7 @@ import torch
 from compressed import networks
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors
+from tiny import SPEC
 from tools import compare
 from training import main as training
 from training.runs import read_stages
@@ -112,7 +113,7 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
 
 def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks, "DEFAULT", f"{Path(__file__).with_name('tiny.py')}:Tiny")
+    monkeypatch.setattr(networks, "DEFAULT", SPEC)
     quick = "--pretrain --made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --refresh 0".split()
     for seed in "01":
         assert training.main([*quick, "--seed", seed, "--run", f"runs/{seed}"]) == 0

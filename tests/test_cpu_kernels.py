@@ -154,18 +154,10 @@ def test_in_eval_mode_it_is_pytorchs(activation):
     assert torch.allclose(ours.eval()(x).double(), PYTORCHS[activation](norm.eval()(x.double())), atol=1e-5)
 
 
-def test_without_a_compiler_there_is_no_library(monkeypatch):
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert kernels.library.__wrapped__(torch.float32) is None
-    assert kernels.library.__wrapped__(torch.float16) is None
-
-
 @compiled
 def test_the_compiler_may_have_options(monkeypatch):
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -O1 -DUNUSED='a b'")
     assert kernels.library.__wrapped__(torch.float32) is not None
-    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -include no-such-file")
-    assert kernels.library.__wrapped__(torch.float32) is None
 
 
 @compiled

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from compressed import cifar100
-from compressed.errors import BadInput
 from mobilenet_v2 import MobileNetV2
 from tools import divergence
 from training.batchnorm import renew_statistics
@@ -42,8 +41,3 @@ def test_other_draws_give_other_images():
     data = cifar100.made_up(40, 0)
     one, two, other = (divergence.mixed_images(data, 10, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, two) and not torch.equal(one, other)
-
-
-def test_bad_input(files):
-    with pytest.raises(BadInput, match="no such checkpoint"):
-        divergence.main(["--made-up", "40", "nowhere.pt"])

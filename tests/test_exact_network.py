@@ -12,7 +12,7 @@ from compressed.errors import BadInput
 from compressed.formats import code_range, is_folded
 from compressed.graph import prepare, read
 from compressed.grids import SCHEMES
-from compressed.integer_network import IntegerNetwork
+from small import integer_logits
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def pictures():
 def test_the_exact_network_computes_what_integers_do(exact, scheme, pictures):
     """And test_integer.py holds those against fractions."""
     network, tensors, activations, floats = exact[scheme]
-    integers = IntegerNetwork(network, {"tensors": tensors, "activations": activations})
+    claim = {"tensors": tensors, "activations": activations}
     logits = floats(cifar100.normalise(pictures).contiguous(memory_format=torch.channels_last))
-    assert torch.equal(logits, (integers(pictures).double() * 2.0**integers.logit_exponent).float())
+    assert torch.equal(logits, integer_logits(network, claim, pictures))
     assert (logits.std(0) > 1e-3).all()
     assert not torch.equal(network(cifar100.normalise(pictures)), logits)  # in float32 it is another network
 

@@ -132,14 +132,6 @@ def test_each_layer_from_our_codes(shipped, long_scales, scheme):
     assert largest == (scheme == "layer")
 
 
-def test_identical_to_the_last_bit(shipped):
-    model, claim = shipped
-    engine = session(Exporter(model, claim).finished({}).SerializeToString())
-    found = export_onnx.compare(engine, exact_network(model, claim["activations"]), cifar100.made_up(40, 5))
-    assert found["identical"] == 40 and found["differing"] == []
-    assert len({each.argmax() for each in engine.run(None, {"image": cifar100.made_up(40, 5).images.numpy()})[0]}) > 5
-
-
 def test_the_engine_runs_8_bit_kernels(exported):
     found = export_onnx.kernels(exported[1].SerializeToString())
     assert found["QLinearConv"] == 39 and found["QLinearGlobalAveragePool"] == 1 and found["MatMulIntegerToFloat"] == 19

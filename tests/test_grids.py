@@ -18,9 +18,8 @@ from compressed.graph import prepare, read, weight_layers
 from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
-from small import FEW_BITS, SPEC, few, layer_neighbours
+from small import FEW_BITS, SPEC, few, integer_logits, layer_neighbours
 from test_any_network import FILE, shipped
-from tools.integer import IntegerNetwork
 
 
 def random(*shape, seed=0):
@@ -174,10 +173,9 @@ def test_activations_of_different_widths_are_the_same_in_all_executions(tmp_path
     _, network, claim = shipped(f"{FILE}:Excited", 10, str(table))
     assert {entry["bits"] for entry in claim["activations"]} == {4, 5, 6, 7, 8}
     wanted = logits(exact_module.exact_network(network, claim["activations"]), images)
-    integer = IntegerNetwork(network, claim)
-    assert torch.equal((integer(images).double() * 2.0**integer.logit_exponent).float(), wanted)
+    assert torch.equal(integer_logits(network, claim, images), wanted)
     engine = export_onnx.session(export_onnx.Exporter(network, claim).finished({}).SerializeToString(), threads=1)
-    assert torch.equal(torch.from_numpy(engine.run(None, {"image": images.numpy()})[0]), wanted)
+    assert torch.equal(export_onnx.run(engine, images), wanted)
     mnet.pack(network, claim, tmp_path / "packed.mnet")
     assert mnet.unpack(tmp_path / "packed.mnet", f"{FILE}:Excited")[1]["activations"] == claim["activations"]
     wide = [entry | {"bits": 8} for entry in claim["activations"]]

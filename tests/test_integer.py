@@ -292,11 +292,8 @@ def test_overflow_is_refused(tiny):
 @pytest.mark.parametrize("change, line", [
     (lambda model, claim: claim["activations"][4].update(bits=12), "activation layers.0.out has 12 bits"),
     (lambda model, claim: claim["activations"][4].update(step=0.3), "has the step 0.3, expected a power of two"),
-    (lambda model, claim: claim["activations"].pop(), "activation features: not in the claim"),
     (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values need 6 bits"),
     (lambda model, claim: claim["tensors"][0].update(step=[2.0**-5] * 8), "conv1.weight has 6 bits and 8 steps"),
-    (lambda model, claim: model.bn1.running_mean.add_(1), "bn1.weight: the values need 32 bits"),
-    (lambda model, claim: model.conv1.weight.data.add_(2**-9), "conv1.weight"),
 ])
 def test_what_it_does_not_take(change, line):
     model, claim = tiny_network()

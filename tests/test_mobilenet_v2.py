@@ -12,8 +12,6 @@ from small import random_network as network
 from tools import layers
 
 
-
-
 # ----------------------------------------------------------------------------------------------- as in shared/FACTS.md
 
 def test_counts_of_facts():

@@ -23,8 +23,7 @@ from compressed.files import load_json, save_record, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES
 from compressed.networks import load_checkpoint
-from small import SPEC, layer_neighbours
-from tools.integer import IntegerNetwork
+from small import SPEC, integer_logits, layer_neighbours
 from training.runs import training_record
 
 
@@ -142,9 +141,8 @@ def test_narrow_scales_and_shifts(small_checkpoint, runs, tmp_path):
     assert stored[0]["batchnorm"] * 32 == stored[1]["batchnorm"] * 18
     assert operations[0]["fixed"]["bits"] < operations[1]["fixed"]["bits"]
     assert correct[0] >= correct[1] - 10 and correct[0] > 10
-    integer = IntegerNetwork(model, claim)
-    found = (integer(images).double() * 2.0**integer.logit_exponent).float()
-    assert torch.equal(found, logits(exact_module.exact_network(model, claim["activations"]), images))
+    wanted = logits(exact_module.exact_network(model, claim["activations"]), images)
+    assert torch.equal(integer_logits(model, claim, images), wanted)
 
 
 def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs, tmp_path, monkeypatch, capsys):

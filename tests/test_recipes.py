@@ -1,6 +1,5 @@
 """Recipes: TOML files with the options of all stages."""
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +9,10 @@ from compressed import networks
 from compressed.cifar100 import CIFAR100
 from compressed.errors import BadInput
 from compressed.graph import prepare, weight_layers
+from tiny import SPEC as TINY
 from training import main as training
 from training import recipes
 from training.runs import training_record
-
-TINY = f"{Path(__file__).with_name('tiny.py')}:Tiny"
 
 
 @pytest.fixture

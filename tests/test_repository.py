@@ -181,18 +181,6 @@ def test_git_gives_shell_scripts_no_crlf(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_the_submissions_commands_stand_in_training_run_sh():
-    text = (ROOT / "training" / "run.sh").read_text()
-    for command in (
-            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --rew --sparsity-type irregular --epoch "
-            "300 --optmzr adam --lr 0.001 --lr-scheduler cosine --warmup --warmup-epochs 5 --mixup --alpha 0.3 "
-            "--smooth --smooth-eps 0.1",
-            "main.py --arch mobilenetv2 --depth 17 --batch-size 64 --no-tricks --masked-retrain --sparsity-type "
-            "threshold --config-file config_mobile_v2_0.7 --epoch 300 --optmzr adam --lr 0.001 --lr-scheduler cosine "
-            "--warmup --warmup-epochs 5 --mixup --alpha 0.3 --smooth --smooth-eps 0.1"):
-        assert command in text
-
-
 def test_every_file_that_the_readme_names_exists():
     for name, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -9,7 +9,7 @@ from torch import nn
 
 from compressed import cifar100, kaist
 from compressed.errors import BadInput
-from compressed.files import save_tensors
+from compressed.files import save_tensors, sha256
 from compressed.graph import prepare, read
 from compressed.networks import fill, load_checkpoint
 from mobilenet_v2 import KaistMobileNetV2
@@ -163,7 +163,6 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
     with pytest.raises(BadInput, match="cannot download.*TEACHERS_DIR"):
         teachers.find()
     assert not list(Path().rglob("*.t7*"))
-    from compressed.files import sha256
     for name in NAMES:
         (served / name).write_bytes(name.encode())
     monkeypatch.setattr(teachers, "KAIST", {name: (sha256(served / name), 0) for name in NAMES})
