@@ -130,8 +130,8 @@ def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
     (lambda: write_stage(Path("a"), "rew"), "a --csv a", "cannot be written .it is a folder"),
     (lambda: (write_stage(Path("a"), "rew"), Path("a/rew.jsonl").write_text("{}\n")), "a", "no line of a log"),
     (lambda: (write_stage(Path("a"), "rew"), save_record({}, "a/rew.options.json")), "a", "not what a stage writes"),
-    (lambda: (write_stage(Path("a"), "rew"), Path("a/x.pt").touch(), save_record({}, "a/x.json")), "a",
-     "not a claim with accuracy")))
+    (lambda: (write_stage(Path("a"), "rew"), Path("a/x.pt").touch(), save_record({"tensors": [8]}, "a/x.json")),
+     "a", "not a claim with accuracy")))
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, prepare, options, said):
     monkeypatch.chdir(tmp_path)
     prepare()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.command_line import command_line, run_script, some_path
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
 from training.runs import Stage, read_stages
@@ -64,16 +64,15 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
         if not path.is_file() or not file.is_file():
             continue
         claim = claims.read(file)
-        bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
-        scheme = [step["step"] for step in claim.get("accuracy_by_step", []) if step["step"].startswith("weights at")]
-        try:
+        with refused(f"{file}: not a claim with accuracy and counts", "; write it again with quantize.py"):
+            bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
+            steps = [step["step"] for step in claim.get("accuracy_by_step", [])]
+            scheme = [step for step in steps if step.startswith("weights at")]
             accuracy, counts = claim["accuracy"], claim["counts"]
             rows.append({"run": run, "stage": claim["checkpoint"], "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
                          "key": json.dumps([key, file.name, bits, scheme], sort_keys=True)})
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{file}: not a claim with accuracy and counts; write it again with quantize.py") from error
     return rows
 
 
