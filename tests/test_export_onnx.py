@@ -208,19 +208,15 @@ def test_comparison_counts():
 
 
 def test_bad_input(checkpoint, narrow_checkpoint, tmp_path, capsys, monkeypatch):
-    assert "no such checkpoint" in refused(["--checkpoint", str(tmp_path / "none.pt")], capsys)
     out = str(tmp_path / "x.onnx")
     alone = ["--checkpoint", str(narrow_checkpoint), "--network", NARROW, "--out", out]
     assert "no claim next to it" in refused(alone, capsys)
-    assert "ends in .onnx" in refused(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "x.pt")], capsys)
     for module in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, module, None)
             line = refused(["--checkpoint", str(checkpoint), "--out", out, "--verify"], capsys)
             assert f"{module} is not installed: pip install -r requirements.txt" in line
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(SystemExit):
-        main(["--images", "0"])
 
 
 def test_formats_that_8_bit_kernels_do_not_have(shipped):

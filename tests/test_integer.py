@@ -14,7 +14,7 @@ from compressed.formats import code_range, signed_bits
 from compressed.graph import weight_layers
 from compressed.integer_network import IntegerNetwork, Term, Value, products
 from mobilenet_v2 import MobileNetV2
-from small import CLASSES, NARROW, tiny_network
+from small import CLASSES, tiny_network
 from tools import integer
 from tools import pack as packed
 from tools.integer import compare, main
@@ -118,20 +118,6 @@ def test_32_bits_are_enough_for_short_scales_and_others_get_64(narrow):
     assert list(wide) == ["layers.1.out"] and 32 < wide["layers.1.out"] <= 64
     assert compare(network, exact.exact_network(model, claim["activations"]),
                    cifar100.made_up(50, 5, CLASSES))["identical"] == 50
-
-
-@pytest.mark.parametrize("wrong", ["half", "addend", "multiplier"])
-def test_wrong_arithmetic_shows(wrong):
-    model, claim = tiny_network()
-    network, floats = IntegerNetwork(model, claim), exact.exact_network(model, claim["activations"])
-    value = network.values[4]
-    if wrong == "half":
-        value.half = torch.zeros_like(value.half)  # rounds down
-    elif wrong == "addend":
-        value.terms[0].addend += value.half // 8
-    else:
-        value.terms[0].multiplier += value.terms[0].multiplier // 1024
-    assert compare(network, floats, cifar100.made_up(20, 5, CLASSES))["identical"] < 20
 
 
 def test_record(narrow, tmp_path, capsys):
@@ -316,11 +302,8 @@ def test_script(narrow, capsys):
     assert len(report["accumulators"]) == 59 and report["images"] == 2 and report["identical"] == 2
 
 
-def test_script_says_what_is_wrong(narrow, tmp_path, capsys, monkeypatch):
+def test_script_says_what_is_wrong(narrow, capsys, monkeypatch):
     path, _, _ = narrow
-    (tmp_path / "alone.pt").write_bytes(path.read_bytes())
-    with pytest.raises(BadInput, match="no claim next to it"):
-        main(["--checkpoint", str(tmp_path / "alone.pt"), "--network", NARROW, "--made-up", "500"])
     monkeypatch.setattr(integer, "compare", lambda *args: {
         "images": 100, "correct": 1, "float_correct": 1, "agree": 99, "identical": 98, "accumulators": []})
     assert main(["--checkpoint", str(path), "--made-up", "500"]) == 2

@@ -234,9 +234,6 @@ def test_random_content_is_read_or_refused(tiny):
     (lambda model, claim: claim["activations"][3].update(step=None), "has the step None"),
     (lambda model, claim: claim["activations"][3].update(step=2.0**-200), "expected a power of two from 2"),
     (lambda model, claim: claim["activations"][3].update(bits=20), "has 20 bits"),
-    (lambda model, claim: claim["activations"].pop(), "activation features: not in the claim"),
-    (lambda model, claim: claim["tensors"].pop(), "linear.bias: not in the claim"),
-    (lambda model, claim: model.bn1.running_var.fill_(1), "bn1.weight: the values need 32 bits"),
     (lambda model, claim: model.bn1.running_mean[0].fill_(1e-30), "cannot hold bn1.running_mean"),
 ])
 def test_what_cannot_be_packed(change, line, tmp_path):
@@ -298,8 +295,6 @@ def test_script(small, tmp_path, monkeypatch, capsys):
     source, model, claim = small
     path = tmp_path / "network.pt"
     path.write_bytes(source.read_bytes())
-    with pytest.raises(BadInput, match="no claim next to it"):
-        main(["--checkpoint", str(path), "--network", SPEC])
     save_record(claim, claim_path(path))
     with pytest.raises(BadInput, match="ends in .mnet"):
         main(["--checkpoint", str(path), "--out", str(path)])

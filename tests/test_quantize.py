@@ -165,17 +165,6 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs
     assert "is about another file" in capsys.readouterr().err
 
 
-def test_bad_input(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match="runs/default/masked.pt: no such checkpoint"):
-        quantize.main([])
-    with pytest.raises(BadInput, match="no bit table 'nowhere'"):
-        quantize.main(["--table", "nowhere", "--checkpoint", str(small_checkpoint), "--network", SPEC])
-    with pytest.raises(BadInput, match="nowhere .*holds no CIFAR-100"):
-        quantize.main(["--data", "nowhere", "--checkpoint", str(small_checkpoint), "--network", SPEC])
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("words, said", [
     (["--out", "same.pt"], "same.pt would be written over same.pt, which is read"),
     (["--out", "new.pt", "--epochs", "1", "--teacher", "new.pt"], "new.pt would be written over new.pt, which is read"),

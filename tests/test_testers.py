@@ -212,11 +212,6 @@ def test_without_data_everything_else_is_checked(original, run, tmp_path, monkey
     assert status == 2 and "correct" not in report and len(report["problems"]) == 1 and "NOT" not in out
 
 
-def test_without_data_a_float_network_is_not_verified_either(narrow_checkpoint, run, tmp_path):
-    status, out, err = run("--checkpoint", narrow_checkpoint, "--network", NARROW, "--data", tmp_path)
-    assert status == 2 and "Accuracy: NOT VERIFIED" in out and "not verified" in err
-
-
 def test_other_data_than_the_claims_do_not_verify_it(original, run):
     status, out, err = run("--checkpoint", original, "--made-up", "600")
     assert status == 2 and "the accuracy was not verified: tested were 120 made up images, claimed is {'data'" in err
