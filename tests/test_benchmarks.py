@@ -26,9 +26,8 @@ def one_round(monkeypatch):
         monkeypatch.setattr(kernels, "library", library)  # some loops take it away, in a process of their own
         return training_speed.on_made_up_images(*args)
     monkeypatch.setattr(training_speed, "in_a_process", here)
-    yield lambda *options: training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", *SMALL,
-                                                *options])
-    kernels.library = library
+    return lambda *options: training_speed.main(["--images", "8", "--batch-size", "4", "--rounds", "1", *SMALL,
+                                                 *options])
 
 
 def test_training_speed(one_round, tmp_path, capsys):

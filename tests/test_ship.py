@@ -135,7 +135,7 @@ def test_a_command_that_fails_replaces_nothing(commands, root, name):
 
 
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), KeyboardInterrupt()))
-@pytest.mark.parametrize("call", range(11))
+@pytest.mark.parametrize("call", (0, 5, 10))
 def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     before, real, calls = tree(root), os.replace, []
 
