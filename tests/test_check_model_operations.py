@@ -14,7 +14,7 @@ from compressed.formats import found_formats
 from compressed.graph import read, weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
-from small import NARROW
+from small import NARROW as SPEC
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def shipped(tmp_path_factory):
     activations = [{"name": name, "bits": 8, "signed": signed, "step": 0.0625}
                    for name, signed in read(model).activation_points.items()]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations,
-             "network": claims.network(NARROW, model)}
+             "network": claims.network(SPEC, model)}
     save_record(claim, path.with_suffix(".json"))
     return path, claim
 
@@ -80,7 +80,7 @@ def test_true_claim(shipped, capsys):
     stored = sum(row["nonzeros"] * bits[row["name"]] for row in found["weights"]["tensors"])
     positions = sum(row["total"] for row in found["weights"]["tensors"])
     assert storage["weights"] == stored and storage["masks"] == positions
-    scales = [p.numel() for name, p in load_checkpoint(path, NARROW).named_parameters() if "linear" not in name
+    scales = [p.numel() for name, p in load_checkpoint(path, SPEC).named_parameters() if "linear" not in name
               and p.dim() == 1]
     assert storage["batchnorm"] == 16 * sum(scales) and storage["biases"] == 1600
     assert storage["steps"] == 32 * (58 + 57 + 1 + 55)  # weights, shifts, the bias, activations; float16 has none
@@ -119,11 +119,11 @@ def test_without_a_claim(shipped, tmp_path, capsys):
     path, claim = shipped
     alone = tmp_path / "alone.pt"
     alone.write_bytes(path.read_bytes())
-    found = report(capsys, "--checkpoint", alone, "--network", NARROW)
+    found = report(capsys, "--checkpoint", alone, "--network", SPEC)
     assert {name: f["bits"] for name, f in found["formats"].items()} == {e["name"]: e["bits"] for e in claim["tensors"]}
     assert found["storage"]["steps"] == 32 * (58 + 57 + 1) and found["formats"]["bn1.weight"]["grid"] == "float16"
     assert list(found["rows"][0]["conventions"]["fixed"]["additions"]) == ["32"]  # float32 activations
-    narrow = report(capsys, "--checkpoint", alone, "--network", NARROW, "--activation-bits", "8")
+    narrow = report(capsys, "--checkpoint", alone, "--network", SPEC, "--activation-bits", "8")
     both = report(capsys, "--checkpoint", path)
     assert narrow["score"]["tree"] == both["score"]["tree"] and narrow["storage"] == both["storage"]
     assert narrow["source"]["what if"] == "--activation-bits 8"
@@ -137,7 +137,7 @@ def changed(claim, key, index, **values):
 
 def test_wrong_claims(shipped):
     path, claim = shipped
-    tensors, model = claim["tensors"], load_checkpoint(path, NARROW)
+    tensors, model = claim["tensors"], load_checkpoint(path, SPEC)
     found = found_formats(model)
     assert hold(claim, path, model, found)[1] == []
     cases = [
@@ -167,7 +167,7 @@ def test_wrong_claims(shipped):
 @torch.no_grad()
 def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
     path, claim = shipped
-    model, stepped = load_checkpoint(path, NARROW), {entry["name"] for entry in claim["tensors"] if "step" in entry}
+    model, stepped = load_checkpoint(path, SPEC), {entry["name"] for entry in claim["tensors"] if "step" in entry}
     for name in stepped:
         value = model.get_parameter(name)
         value.copy_(torch.where(value != 0, value.nextafter(torch.tensor(9.0)), value))
@@ -177,7 +177,7 @@ def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
     path, claim = shipped
-    model = load_checkpoint(path, NARROW)
+    model = load_checkpoint(path, SPEC)
     formats, _ = hold(claim, path, model, found_formats(model))
     counts = counting.summary(model, formats)
     claimed(claim | {"counts": counts})
