@@ -104,12 +104,15 @@ def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: i
     return (time.perf_counter() - started) / (steps - 1) * steps
 
 
-def last_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Settings, begun=lambda model: None,
-               **options) -> float:
+def last_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Settings, compiled: bool,
+               begun=lambda model: None, **options) -> float:
     """Return the seconds of the last epoch of training/loop.py, logging and weight average included.
 
-    The epochs before it warm up. begun: function that is called before each.
+    The epochs before it warm up. compiled: use the functions of kernels.c on a CPU. begun: function that is called
+    before each epoch.
     """
+    if not compiled:
+        kernels.library = lambda dtype: None
     marks = []
 
     def mark(network, epoch):
@@ -125,29 +128,22 @@ def last_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Settings,
 
 def our_epoch(data: cifar100.Images, network: str, settings: loop.Settings, taught: bool = False,
               compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
-    """Return the seconds of an epoch of training/loop.py.
-
-    compiled: use the functions of kernels.c on a CPU. kinds: of layers that may use Triton kernels on a GPU.
-    """
+    """Return the seconds of an epoch of training/loop.py. kinds: of layers that may use Triton kernels on a GPU."""
     threads.prepare()
     gpu_kernels.KINDS = kinds
-    if not compiled:
-        kernels.library = lambda dtype: None
     torch.manual_seed(0)
     model, teacher = (each.to(data.labels.device, memory_format=torch.channels_last) for each in (
         networks.make(network), teachers.fold_batchnorm(kaist.Micronet().eval())))
-    return last_epoch(model, data, settings, teachers=[teacher] * taught)
+    return last_epoch(model, data, settings, compiled, teachers=[teacher] * taught)
 
 
 def fine_tuning_epoch(data: cifar100.Images, network: str, settings: loop.Settings, on_grids: bool = False,
                       frozen: bool = False, compiled: bool = True) -> float:
     """Return the seconds of an epoch of masked training; `on_grids`, with 4-bit weights and 8-bit activations.
 
-    A third of the weights are left. frozen: with frozen BatchNorm statistics. compiled: see our_epoch.
+    A third of the weights are left. frozen: with frozen BatchNorm statistics.
     """
     threads.prepare()
-    if not compiled:
-        kernels.library = lambda dtype: None
     torch.manual_seed(0)
     model = prepare(networks.make(network))
     for _, layer in weight_layers(model):
@@ -163,7 +159,7 @@ def fine_tuning_epoch(data: cifar100.Images, network: str, settings: loop.Settin
         for module in network.modules():
             if frozen and isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    return last_epoch(model, data, settings, begun, masks=zeros)
+    return last_epoch(model, data, settings, compiled, begun, masks=zeros)
 
 
 # ---- Their comparison ----------------------------------------------------------------------------
