@@ -161,7 +161,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
 
 def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
     """Raise BadInput, before the long work, for settings and teachers with which the fine-tuning cannot begin."""
-    plan.Plan(tuning.settings, len(train_data), loop.Processes(), 1)
+    plan.Plan(tuning.settings, len(train_data), loop.Processes())
     for path in tuning.teachers:
         teachers.load(path, tuning.network, train_data.data_set)
 

@@ -435,7 +435,7 @@ def test_one_value_a_channel_has_no_variance(batch, workers, sizes, good):
     """With a compiler or without: a step of BatchNorm over one value is refused before the first."""
     settings = plan.Settings(epochs=2, batch_size=batch, sizes=sizes, workers=workers)
     with contextlib.nullcontext() if good else pytest.raises(BadInput, match="one image at 8x8"):
-        plan.Plan(settings, 10, replicas.Processes(), 1)
+        plan.Plan(settings, 10, replicas.Processes())
 
 
 @pytest.mark.parametrize("option", ("--start", "--teacher"))

@@ -60,7 +60,7 @@ def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words,
     _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), *words.split()])
     assert {name: getattr(by_stage[stage], name) for name in expected} == expected
     steps = training.plan.Plan(training.settings_for(stage, by_stage[stage], training.torch.device("cpu")), 256,
-                               training.loop.Processes(), 1)
+                               training.loop.Processes())
     assert steps.settings.cooldown == (0 if "no-tricks" in words else by_stage[stage].cooldown or 0)
 
 

@@ -173,7 +173,8 @@ class Stage:
         model, settings, penalty = self.model, self.settings, self.penalty
         self.penalty_in_loss = penalty is not None and penalty.in_loss
         self.device = self.data.labels.device
-        self.plan = Plan(settings, len(self.data), self.processes, self.penalty_updates)
+        self.plan = Plan(settings, len(self.data), self.processes)
+        self.updates = {round(i * self.plan.steps / self.penalty_updates) for i in range(self.penalty_updates)}
         self.average = copy.deepcopy(model) if settings.average != 0 else None
         self.averaged = averaged(self.average or model), averaged(model)
         self.replicas = Replicas(model, len(self.plan.shares))
@@ -241,7 +242,7 @@ class Stage:
         for group in self.optimizer.param_groups:
             factor = group.get("factor", 1.0)
             group["lr"] = lr * factor if self.graphs is None else self.rates[factor].fill_(lr * factor)
-        if self.penalty is not None and step in plan.updates:
+        if self.penalty is not None and step in self.updates:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
@@ -406,7 +407,7 @@ class Stage:
                 raise BadInput(f"{self.state.folder} holds the state of another network ({one_line(error)}); "
                                "--no-resume starts the stage again") from error
         else:
-            self.plan.updates.add(self.progress["step"])  # in a stage's middle, too, the penalty needs its weights
+            self.updates.add(self.progress["step"])  # in a stage's middle, too, the penalty needs its weights
             if self.progress["step"] and log.is_file():
                 self.progress["log"] = [line for line in load_lines(log) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs

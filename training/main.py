@@ -214,7 +214,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         args = job.by_stage[stage]
         model = networks.make(args.network, data_set.classes)
         networks.check_outputs(model, args.network, data_set.classes)
-        plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes, 1)
+        plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":

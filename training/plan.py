@@ -165,12 +165,11 @@ class Plan:
     steps:       steps of the stage
     lrs, sizes:  learning rate and image size of every step
     pixels:      number of pixels of every step, to which the time that it takes is proportional
-    updates:     steps at which the penalty is updated
 
     Raises BadInput for batches that cannot be divided or trained on, and for a cooldown that the stage cannot have.
     """
 
-    def __init__(self, settings: Settings, images: int, processes: Processes, updates: int):
+    def __init__(self, settings: Settings, images: int, processes: Processes):
         self.settings, by_share = settings, image_sizes(settings.sizes)
         self.batch_size = min(settings.batch_size, images)
         if self.batch_size % processes.count or settings.epochs < 1 or self.batch_size < 1:
@@ -193,7 +192,6 @@ class Plan:
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]
         self.sizes = [next(size for size, end in by_share if step < end * self.steps) for step in range(self.steps)]
         self.pixels = [self.batch_size * size**2 for size in self.sizes]
-        self.updates = {round(i * self.steps / updates) for i in range(updates)}
 
     def mixing(self, epoch: int) -> str:
         """Return how images are mixed in an epoch: as the settings say, or "none" in the last ones (see `clean`)."""
