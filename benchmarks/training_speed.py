@@ -153,7 +153,7 @@ def fine_tuning_epoch(data: cifar100.Images, network: str, settings: loop.Settin
         quantize_activations(model, grids.calibrate(model, data.images[:50].cpu(), 8, "max"))
         learned_steps.learn_steps(model, "channel")
     model = model.to(data.labels.device, memory_format=torch.channels_last)
-    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    zeros = masks.Masks(model, masks.zero_masks(model))
 
     def begun(network):
         for module in network.modules():

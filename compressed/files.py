@@ -163,6 +163,18 @@ def load_toml(path) -> dict:
     return parsed(path, "TOML", tomllib.loads)
 
 
+def find_toml(name, folder: Path, what: str) -> Path:
+    """Return the path of a TOML file: `name`, or that of this name in `folder`, with or without the suffix.
+
+    Raises BadInput if there is none, in which it is called `what`.
+    """
+    for path in (Path(name), folder / f"{name}.toml", folder / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+    raise BadInput(f"there is no {what} {name}; give a TOML file, or one of those in {folder}: {known}")
+
+
 def load_json(path) -> dict:
     """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
     return parsed(path, "JSON", from_json)

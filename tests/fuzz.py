@@ -161,7 +161,7 @@ def run(folder: Path) -> dict:
     save_record({"machine": "CPU", "train_images": 40, "options": {}, "settings": {"augment": "plain", "lr": 0.1}},
                 options)
     shutil.copy(folder / "fuzz.jsonl", folder / "masked.jsonl")
-    shutil.copy(recipes.find("default"), folder / "recipe.toml")
+    shutil.copy(recipes.FOLDER / "default.toml", folder / "recipe.toml")
     return {**{f"state part {part}": (state / name, load_state) for part, name in record["files"].items()},
             "state.json": (state / "state.json", load_state),
             "log": (folder / "fuzz.jsonl", lambda path: [line["step"] for line in load_lines(path)]),

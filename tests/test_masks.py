@@ -100,7 +100,7 @@ def test_ties_and_zeros_do_not_fall_short_of_the_target():
 def test_zero_masks_keep_what_is_there():
     model = Net()
     model.conv.weight.data[0, 1:3] = 0
-    mask = zero_masks(model, ["conv"])["conv"]
+    mask = zero_masks(model)["conv"]
     assert not mask[0, 1:3].any() and mask.sum() == mask.numel() - 18
 
 

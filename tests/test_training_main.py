@@ -142,7 +142,7 @@ def test_defaults_of_the_stages():
     args = training.parse([])
     for stage in training.STAGES:
         settings = training.settings_for(stage, args, CPU)
-        assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR["sgd"][stage]
+        assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR[stage]
         assert settings.mixing == "both" and settings.average is None and not settings.compile
         muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01

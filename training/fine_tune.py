@@ -19,6 +19,7 @@ from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
+from training.state import MACHINE, State, fingerprint
 
 
 # ---- The stage -----------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ class Tuning:
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
-        machine = dict.fromkeys(("precision", "compile", "workers"))
+        machine = dict.fromkeys(MACHINE)
         return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen,
                                       "settings": dataclasses.asdict(self.settings) | machine,
                                       "teachers": [Path(path).name for path in self.teachers]} | self.others))
@@ -81,7 +82,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         file.unlink(missing_ok=True)  # of other options
         save_record({"stage": "quantized", "machine": threads.describe_machine(device),
                      "train_images": len(train_data), "commit": git_commit(),
-                     "data": loop.fingerprint([train_data.images, train_data.labels]),
+                     "data": fingerprint([train_data.images, train_data.labels]),
                      "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
                      "source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
                      "accuracy_by_step": list(steps_before)},
@@ -89,7 +90,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         save_tensors(start, tuning.start)
 
     start = {name: value.clone() for name, value in with_steps(model).items()}
-    zeros = masks.Masks(model, masks.zero_masks(model, [name for name, _ in weight_layers(model)]))
+    zeros = masks.Masks(model, masks.zero_masks(model))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
     layout = {"device": device, "memory_format": torch.channels_last}
     model.to(**layout)  # the steps of activations are new
@@ -102,7 +103,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     fix_steps(finished, chosen.scheme, chosen.scale_bits)
     save_tensors(with_steps(finished), file)
     tuning.start.unlink(missing_ok=True)
-    loop.State(file.with_suffix(".state"), settings).remove()
+    State(file.with_suffix(".state")).remove()
     return finished
 
 

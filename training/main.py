@@ -28,20 +28,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from compressed import datasets, environment, networks, threads  # noqa: E402
-from compressed.cifar100 import DataSet, Images  # noqa: E402
-from compressed.command_line import command_line, number, run_script, some_path  # noqa: E402
-from compressed.errors import BadInput, refused  # noqa: E402
-from compressed.files import check_outputs, git_commit, held, save_record, save_text, try_to_write  # noqa: E402
-from compressed.networks import half_state, load_checkpoint, save_state  # noqa: E402
-from training import loop, plan, recipes, sparsity, teachers  # noqa: E402
-from training.runs import DECISIVE, STAGES, options_of  # noqa: E402
-from training.state import MACHINE, fingerprint  # noqa: E402
+from compressed import datasets, environment, networks, threads
+from compressed.cifar100 import DataSet, Images
+from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput, refused
+from compressed.files import check_outputs, git_commit, held, save_record, save_text, try_to_write
+from compressed.networks import half_state, load_checkpoint, save_state
+from training import loop, plan, recipes, sparsity, teachers
+from training.runs import DECISIVE, STAGES, options_of
+from training.state import MACHINE, State, fingerprint, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
-PEAK_LR = {"sgd": {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}, "adam": dict.fromkeys(STAGES, 1e-3)}
-PEAK_LR["muon"] = PEAK_LR["sgd"]  # for the parameters that Muon leaves to SGD
+PEAK_LR = {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}  # of SGD, also for what Muon leaves to it
+ADAM_LR = 1e-3
 # {option of the submission: the same setting here}
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
                             + next(iter(teachers.KAIST)))
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
-        f"{stage} {EPOCHS[stage]}, {PEAK_LR['sgd'][stage]}" for stage in STAGES) + "; lr of adam 0.001")
+        f"{stage} {EPOCHS[stage]}, {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {ADAM_LR}")
     names = [field.name for field in dataclasses.fields(loop.Settings)
              if field.metadata and field.name not in (*TEACHING, "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
@@ -162,7 +162,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
     cuda = device.type == "cuda"
-    chosen = {"epochs": EPOCHS[stage], "lr": PEAK_LR[args.optimizer or "sgd"][stage],
+    chosen = {"epochs": EPOCHS[stage], "lr": ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
               "warmup_epochs": loop.Settings.warmup_epochs,
               "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
     chosen["warmup_epochs"] = min(chosen["warmup_epochs"], chosen["epochs"] / 4) if args.warmup else 0
@@ -282,7 +282,7 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     if args.start and args.start.is_dir():
-        weights = loop.State(args.start, None).read("weights")
+        weights = State(args.start).read("weights")
         return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
     if path := args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage):
         if args.start or path.is_file():
@@ -328,9 +328,9 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
                 for each in stages:
                     job.file(f"{each}.pt").unlink(missing_ok=True)
                     if not args.resume and each != stage:
-                        loop.State(job.file(f"{each}.state"), None).remove()
+                        State(job.file(f"{each}.state")).remove()
 
-    with loop.stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
+    with stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
             stage, model, job.data, job.test, settings, args.run, penalty=penalty, penalty_updates=args.updates,
             masks=masks, teachers=taught_by, context={"network": args.network}, resume=args.resume,
@@ -342,7 +342,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     if job.processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
         save_state(weights, job.file(f"{stage}.pt"))
-        loop.State(state, settings).remove()
+        State(state).remove()
         save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
         job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
     if job.processes.count > 1:
@@ -354,13 +354,14 @@ def run_stages(job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
     args, by_stage, chosen = job.args, job.by_stage, chosen_stages(job.args)
     stages = chosen or list(STAGES)
+    for stage in stages[1:]:  # --start is for the first stage only
+        by_stage[stage].start, by_stage[stage].start_epoch = None, 0
     again = [] if args.resume else stages
     there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in stages if stage not in there]
     for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
-        start = [args.start] if args.start and stage == stages[0] else []
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
-                      [*by_stage[stage].teacher, *start])
+                      filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
     for stage in missing[1:] if args.resume else ():
         if job.file(f"{stage}.state").is_dir():
             raise BadInput(f"{job.file(f'{stage}.state')} was trained from {missing[0]}.pt, which is missing: bring it "
@@ -375,19 +376,18 @@ def run_stages(job: Job) -> None:
     plans = make_plans(missing, job)
     if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
-    start, start_epoch = args.start, args.start_epoch
     for stage in stages:
         options, begins = by_stage[stage], missing[:1] == [stage]
         late = job.processes.agree(time.monotonic() >= job.deadline, job.device)
         if stage in there:
             job.say(f"{stage}: {job.file(f'{stage}.pt')} exists"
                     + (f", trained with other options ({others[stage]})" if stage in others else "")
-                    + "; --start has no effect on it" * bool(start) + "; --no-resume trains it again" * bool(chosen))
+                    + "; --start has no effect on it" * bool(options.start)
+                    + "; --no-resume trains it again" * bool(chosen))
         elif late and not begins:
             job.say(f"{stage}: not begun, the time is up; the same command goes on with it")
             break
         else:
-            options.start, options.start_epoch = start, start_epoch
             model = starting_point(stage, options, job.data.data_set.classes)
             if begins:
                 say_what_is_trained(plans, job)
@@ -395,7 +395,6 @@ def run_stages(job: Job) -> None:
                 job.say(f"{stage}: {line} has no effect")
             if not run_stage(stage, options, model, job, plans):
                 break
-        start, start_epoch = None, 0  # --start is for the first stage only
 
 
 def join_processes(args) -> tuple[loop.Processes, torch.device]:

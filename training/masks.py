@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed.errors import BadInput
-from compressed.files import load_toml
+from compressed.files import find_toml, load_toml
 from compressed.graph import weight_layers
 
 # the dimensions of a [out, in, kh, kw] weight that one group spans
@@ -44,14 +44,10 @@ def weights_of(model: nn.Module, layers) -> dict[str, Tensor]:
 def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
     """Return {layer name: share of its weights to prune} from a TOML file, without the layers whose ratio is 0.
 
-    config_file: a path, or the name of a file in training/profile/, with or without its suffix. Raises BadInput for a
+    config_file: a path, or the name of a file in training/profile/ (see files.find_toml). Raises BadInput for a
     missing or damaged file, a layer that the model lacks, a ratio outside [0, 1), and if no ratio is above 0.
     """
-    candidates = [Path(config_file), PROFILES / config_file, PROFILES / f"{config_file}.toml"]
-    path = next(filter(Path.is_file, candidates), None)
-    if path is None:
-        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
-        raise BadInput(f"no prune-ratio file {config_file}; in {PROFILES} there are: {known}")
+    path = find_toml(config_file, PROFILES, "prune-ratio file")
     ratios, layers = load_toml(path).get("prune_ratios"), dict(weight_layers(model))
     if not isinstance(ratios, dict):
         raise BadInput(f"{path}: has no table [prune_ratios]")
@@ -67,9 +63,9 @@ def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
 
-def zero_masks(model: nn.Module, layers) -> dict[str, Tensor]:
-    """Return masks that prune the weights of these layers that are zero now."""
-    return {name: weight != 0 for name, weight in weights_of(model, layers).items()}
+def zero_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Return masks of all layers that prune the weights that are zero now."""
+    return {name: layer.weight.detach() != 0 for name, layer in weight_layers(model)}
 
 
 def threshold_masks(model: nn.Module, layers, threshold: float) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 
 from compressed.errors import BadInput
-from compressed.files import load_toml
-from training import sparsity
+from compressed.files import find_toml, load_toml
+from training import runs, sparsity
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
-STAGES = ("pretrain", "rew", "masked", "quantized")
+STAGES = (*runs.STAGES, "quantized")
 OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume", "max_minutes")
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
@@ -29,27 +29,20 @@ EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda 
             "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken}
 
 
-def find(name) -> Path:
-    """Return the path of a recipe: a file, or a name in training/recipes. Raises BadInput if there is none."""
-    for path in (Path(name), FOLDER / f"{name}.toml", FOLDER / name):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
-    raise BadInput(f"there is no recipe {name}; give a TOML file, or one of those in training/recipes: {known}")
-
-
 def of_run(name: str | None, folder: Path) -> Path | None:
-    """Return the path of the recipe `name` (see `find`); without a name, of the one in a run folder, or None."""
+    """Return the path of a recipe: a file, or a name in training/recipes; without a name, a run folder's, or None.
+
+    Raises BadInput if there is none of this name.
+    """
     kept = folder / "recipe.toml"
-    return find(name) if name else kept if kept.is_file() else None
+    return find_toml(name, FOLDER, "recipe") if name else kept if kept.is_file() else None
 
 
-def read(name) -> dict[str, dict]:
-    """Return {stage: {option: value}} of a recipe (see `find`), and under "common" the options of all stages.
+def read(path: Path) -> dict[str, dict]:
+    """Return {stage: {option: value}} of a recipe, and under "common" the options of all stages.
 
     Raises BadInput for a file that is not TOML, and for tables that are not stages.
     """
-    path = find(name)
     content = load_toml(path)
     tables = {key: content.pop(key) for key, value in list(content.items()) if isinstance(value, dict)}
     if unknown := sorted(tables.keys() - set(STAGES)):
@@ -72,7 +65,7 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
         option = parser._option_string_actions[f"--{name}"].dest
         if option in OF_A_COMMAND:
             raise BadInput(f"the recipe has the option {name!r}, which belongs to one command: give it there instead")
-        if option in OF_ALL_STAGES and stage in STAGES[:3] and name in recipe[stage]:
+        if option in OF_ALL_STAGES and stage in runs.STAGES and name in recipe[stage]:
             raise BadInput(f"the recipe's table [{stage}] has the option {name!r}, which is for all stages: move it to "
                            "the top")
         if isinstance(value, bool):

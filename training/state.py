@@ -31,10 +31,10 @@ class State:
     removes it.
 
     settings (a dataclass) and others: all that decides the result. A state is resumed only if they are equal; those in
-    MACHINE are exempt.
+    MACHINE are exempt. To read or remove a state needs none.
     """
 
-    def __init__(self, folder: Path, settings, **others):
+    def __init__(self, folder: Path, settings=None, **others):
         everything = (dataclasses.asdict(settings) if settings else {}) | others
         self.folder, self.file = folder, folder / "state.json"
         self.settings = json.loads(json.dumps({key: value for key, value in everything.items() if key not in MACHINE}))

@@ -62,12 +62,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.Module:
     """Return the teacher in a checkpoint file, in eval mode, with its BatchNorms folded.
 
-    A file with a name from KAIST or the suffix .t7 is one of KAIST's networks; if it is not there, `find` looks for it.
+    A file with the suffix .t7 is one of KAIST's networks; a name in KAIST that is not there is looked for by `find`.
     Any other is read as the network of this specification and, if it does not fit, as the default network. Raises
     BadInput if the teacher was not trained for the classes of the data set.
     """
     path = Path(path)
-    theirs = path.name in KAIST or path.suffix == ".t7"
+    theirs = path.suffix == ".t7"
     if theirs and data_set != CIFAR100 and data_set.digest:  # made-up images are labelled by chance anyway
         raise BadInput(f"--teacher {path}: KAIST's networks know the classes of CIFAR-100, not those of {data_set}; "
                        "give a checkpoint that was trained on the same data, or no teacher")
