@@ -221,9 +221,8 @@ def step_parts(network: str, data: cifar100.Images, settings: loop.Settings, ste
 
     def augment():
         made["step"] = made.get("step", 0) + 1
-        draws = augmentation.draw(size, loop.generator_for(0, made["step"]), trivial=True, mixing="both")
-        x, *made["labels"] = augmentation.augment(data.images[:size], data.labels[:size], draws)
-        made["x"] = x.contiguous(memory_format=torch.channels_last)
+        draws = augmentation.draw(size, loop.generator_for(0, made["step"]), "trivial", mixing="both")
+        made["x"], *made["labels"] = augmentation.augment(data.images[:size], data.labels[:size], draws)
 
     def forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):

@@ -13,11 +13,11 @@ def generator(seed=0):
 
 # ------------------------------------------------------------------------------------------------------------ draws
 
-EVERYTHING = dict(trivial=True, mixing="both")
+EVERYTHING = dict(augment="trivial", mixing="both")
 TENSORS = ("top", "left", "flip", "op", "magnitude", "lam", "weight", "box")
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, dict(crop=False, mixing="mixup"), dict(mixing="cutmix")])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, dict(augment="none", mixing="mixup"), dict(mixing="cutmix")])
 def test_draws_are_reproducible_and_a_slice_does_what_the_whole_does(options):
     batch = cifar100.made_up(37, 0)
     draws, again = (draw(37, generator(5), **options) for _ in range(2))
@@ -57,12 +57,6 @@ def test_a_slice_that_parts_a_pair_is_refused():
     assert len(draw(8, generator())[1:4]) == 3  # without mixing there are no pairs
     with pytest.raises(ValueError, match="8 draws for 3 images"):
         augmentation.augment(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3).long(), draws)
-
-
-def test_epoch_order_is_a_permutation():
-    order = augmentation.epoch_order(1000, generator())
-    assert torch.equal(order.sort().values, torch.arange(1000)) and not torch.equal(order, torch.arange(1000))
-    assert torch.equal(order, augmentation.epoch_order(1000, generator()))
 
 
 # ---------------------------------------------------------------------------------------------------- crop and flip
@@ -142,7 +136,7 @@ def test_each_operation_at_each_magnitude_is_torchvisions(name, pictures):
 
 def test_a_batch_of_all_operations_is_each_image_on_its_own(pictures):
     images = pictures.repeat(20, 1, 1, 1)
-    draws = draw(len(images), generator(3), crop=False, trivial=True)
+    draws = draw(len(images), generator(3), "trivial")
     together = augmentation.trivial_augment(images, draws)
     alone = torch.cat([augmentation.trivial_augment(images[n:n + 1], draws[n:n + 1]) for n in range(len(images))])
     assert torch.equal(together, alone)
@@ -172,7 +166,7 @@ def test_mixing_by_hand():
 
 def test_without_mixing_the_batch_is_only_normalised():
     batch = cifar100.made_up(6, 0)
-    x, labels, others, lam = augmentation.augment(batch.images, batch.labels, draw(6, generator(), crop=False))
+    x, labels, others, lam = augmentation.augment(batch.images, batch.labels, draw(6, generator(), "none"))
     assert torch.equal(x, cifar100.normalise(batch.images)) and (lam == 1).all()
     assert torch.equal(labels, batch.labels) and torch.equal(others, batch.labels)
 

@@ -182,7 +182,7 @@ def test_one_step_is_what_the_formulas_say(tmp_path, distill, form):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     lam = 0.05
     penalty = form and make(form, model, ["conv1", "linear"], lam=lam, eps=0.1)
-    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    order = torch.randperm(52, generator=loop.generator_for(0, "stage", "order", 0))
 
     reference = tiny().train()
     log_p = F.log_softmax(reference(cifar100.normalise(TRAIN.images[order])), 1)
@@ -216,8 +216,8 @@ def test_a_mixed_image_is_right_if_its_greater_part_is(tmp_path):
     """The logged accuracy of one step on mixed images, without a learning rate."""
     settings = Settings(epochs=1, batch_size=52, lr=1e-9, schedule="constant", warmup_epochs=0, augment="none",
                         mixing="mixup", alpha=1.0, clean=0, average=0, refresh=0)
-    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
-    draws = augmentation.draw(52, loop.generator_for(0, "stage", "step", 0), crop=False, mixing="mixup",
+    order = torch.randperm(52, generator=loop.generator_for(0, "stage", "order", 0))
+    draws = augmentation.draw(52, loop.generator_for(0, "stage", "step", 0), "none", mixing="mixup",
                               mixup_alpha=1.0)
     x, labels, others, lam = augmentation.augment(TRAIN.images[order], TRAIN.labels[order], draws)
     found = tiny().train()(x).argmax(1)
@@ -887,7 +887,7 @@ def test_two_workers_by_hand(tmp_path):
     settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0,
                         smoothing=0.0,
                         augment="none", mixing="none", average=0, refresh=0, workers=2)
-    order = augmentation.epoch_order(52, loop.generator_for(0, "stage", "order", 0))
+    order = torch.randperm(52, generator=loop.generator_for(0, "stage", "order", 0))
     reference = tiny().train()
     halves = [copy.deepcopy(reference) for _ in range(2)]
     for half, index in zip(halves, order.split(26)):

@@ -22,7 +22,7 @@ from training import augmentation, teachers
 
 def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) -> torch.Tensor:
     """Return `count` normalised images, float32 [count, 3, 32, 32], each cropped, flipped and mixed with another."""
-    index = augmentation.epoch_order(len(data), generator)[:count]
+    index = torch.randperm(len(data), generator=generator)[:count]
     draws = augmentation.draw(len(index), generator, mixing="both")
     return augmentation.augment(data.images[index], data.labels[index], draws)[0]
 
@@ -50,7 +50,6 @@ def main(argv=None) -> int:
     data = datasets.chosen(args, "train")[0]
     taught_by = [teachers.load(path, data_set=data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
-    mixed = mixed.contiguous(memory_format=torch.channels_last)
     expected = sum(answers(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, network in networks.items():

@@ -58,12 +58,13 @@ class Draws:
         return Draws(max(0, stop - start), *(None if tensor is None else tensor[start:stop] for tensor in tensors))
 
 
-def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = False, mixing: str = "none",
+def draw(n: int, generator: torch.Generator, augment: str = "plain", mixing: str = "none",
          mixup_alpha: float = 0.3) -> Draws:
     """Draw independent augmentation parameters for each of n images, on the generator's device.
 
-    crop: random crop and flip. trivial: TrivialAugment. mixing: none, mixup, cutmix, or both (either with probability
-    1/2 for each image); the share is drawn from Beta(mixup_alpha, mixup_alpha), that of CutMix from Beta(1, 1).
+    augment: none; plain: random crop and flip; or trivial: TrivialAugment, too. mixing: none, mixup, cutmix, or both
+    (either with probability 1/2 for each image); the share is drawn from Beta(mixup_alpha, mixup_alpha), that of CutMix
+    from Beta(1, 1).
 
     Prefer a generator on the CPU, even for CUDA training: the draws are then the same on both, and `trivial_augment`
     can assign images to operations without waiting for the GPU.
@@ -78,9 +79,9 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
         shape = torch.full((n, 2), alpha, dtype=torch.float64, device=device)
         return torch._sample_dirichlet(shape, generator)[:, 0]
 
-    if crop:
+    if augment != "none":
         drawn |= {"top": integers(2 * PAD + 1), "left": integers(2 * PAD + 1), "flip": integers(2).bool()}
-    if trivial:
+    if augment == "trivial":
         op = integers(len(OPS))
         sign = torch.where(op < POSTERIZE, 1 - 2 * integers(2), 1)  # operations from Posterize on have no direction
         drawn |= {"op": op, "magnitude": MAGNITUDES.to(device)[op, integers(BINS)] * sign}
@@ -99,24 +100,20 @@ def draw(n: int, generator: torch.Generator, crop: bool = True, trivial: bool = 
     return Draws(n, **drawn)
 
 
-def epoch_order(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return a random permutation of n images, int64 [n], on the generator's device."""
-    return torch.randperm(n, generator=generator, device=generator.device)
-
-
 # --------------------------------------------------------------------------------------------------------- augment
 
 def augment(images: torch.Tensor, labels: torch.Tensor, draws: Draws):
     """Return a training batch: images cropped, flipped, TrivialAugmented, normalised and mixed by the given draws.
 
     images uint8 [N, 3, 32, 32], labels int64 [N] -> (x float32 [N, 3, 32, 32], labels [N], labels of the mixing
-    partners [N], lam float32 [N]), all on the images' device. The loss of an image is
+    partners [N], lam float32 [N]), all on the images' device; x is channels-last. The loss of an image is
     lam * loss(label) + (1 - lam) * loss(partner's label).
     """
     if len(draws) != len(images):
         raise ValueError(f"{len(draws)} draws for {len(images)} images")
     images = trivial_augment(crop_flip(images, draws), draws)
-    return mix(normalise(images), labels, draws)
+    x, *others = mix(normalise(images), labels, draws)
+    return x.contiguous(memory_format=torch.channels_last), *others
 
 
 def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:

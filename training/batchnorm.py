@@ -18,9 +18,8 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
     network trained on crops with black borders had 56% of the train images correct with statistics of clean images, and
     62% with those of crops. Images are not mixed.
     """
-    chosen = augmentation.epoch_order(len(data), generator)[:count].to(data.labels.device)
-    batches = [(index, augmentation.draw(len(index), generator, crop=augment != "none", trivial=augment == "trivial"))
-               for index in chosen.split(250)]
+    chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)
+    batches = [(index, augmentation.draw(len(index), generator, augment)) for index in chosen.split(250)]
     parts = divided(batches, data.labels.device.type == "cpu")
     models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
 
@@ -28,8 +27,7 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
         def images():
             for index, draws in parts[k]:
                 threads.go_on()
-                x, *_ = augmentation.augment(data.images[index], data.labels[index], draws)
-                yield x.contiguous(memory_format=torch.channels_last)
+                yield augmentation.augment(data.images[index], data.labels[index], draws)[0]
         update_bn(images(), models[k])
 
     threads.in_threads(update, range(len(parts)))

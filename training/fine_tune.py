@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressed import grids, threads
 from compressed.cifar100 import Images
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
 from compressed.files import git_commit, load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
@@ -133,11 +133,9 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
                        "fine-tunes again")
     model = prepare(model)
     content, points = load_state(file), read(model).activation_points
-    try:
+    with refused(f"{file}: not what a fine-tuning writes", "; --no-resume starts it again"):
         steps = {name: content.pop(f"{name}.step") for name in (*dict(weight_layers(model)), *points)}
         model.load_state_dict(content)
-    except (KeyError, RuntimeError) as error:
-        raise BadInput(f"{file}: not what a fine-tuning writes; --no-resume starts it again") from error
     grids.quantize_weights(model, chosen.table, chosen.scheme)
     for name, module in weight_layers(model):
         module.step = steps[name]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from compressed.command_line import say_once
+from compressed.errors import one_line
 from training import cpu_kernels
 from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
 from training.cuda_graphs import Graphs
@@ -153,7 +154,7 @@ def measured(layer: Layer) -> dict:
             raise ArithmeticError(f"its results are {found['distance']:.2g} from PyTorch's")
         found["ours"] = seconds(ours, layer.captured, layer.device)
     except Exception as error:  # the compiler, the driver or the device can fail in any way
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        found["error"] = one_line(error)
         say_once(f"without Triton's {layer.kind} kernels of {layer.channels} x {layer.height} x {layer.width}: "
                  f"{found['error']}")
     return found
@@ -239,13 +240,12 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     model is run with torch.compile, which fuses a BatchNorm's functions itself. Weights and state-dict keys stay the
     same, and results differ by rounding only.
     """
+    classes = {}
     try:
-        classes = faster(model, sizes, **options)
-    except ImportError:  # there is no Triton on this system
-        classes = {}
+        with contextlib.suppress(ImportError):  # there is no Triton on this system
+            classes = faster(model, sizes, **options)
     except Exception as error:
-        say_once(f"without Triton's kernels: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
-        classes = {}
+        say_once(f"without Triton's kernels: {one_line(error)}")
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     with exchanged(classes):
         yield

@@ -22,7 +22,7 @@ from torch import nn
 
 from compressed import threads
 from compressed.cifar100 import IMAGE_SIZE, Images
-from compressed.errors import BadInput, one_line
+from compressed.errors import BadInput, refused
 from compressed.evaluation import evaluate
 from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
@@ -36,7 +36,7 @@ from training.muon import Muon, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas
-from training.state import State, fingerprint, stop_noted
+from training.state import AGAIN, State, fingerprint, stop_noted
 
 
 # ---- A step: random numbers, loss, optimizer, weight average -----------------------------------------------------
@@ -232,8 +232,8 @@ class Stage:
         if self.graphs is not None and modes != self.modes:
             self.graphs.forget()
         self.modes = modes
-        order = augmentation.epoch_order(len(self.data), generator_for(self.settings.seed, self.name, "order", epoch))
-        self.order = order.to(self.device)
+        generator = generator_for(self.settings.seed, self.name, "order", epoch)
+        self.order = torch.randperm(len(self.data), generator=generator).to(self.device)
 
     def step(self, epoch: int, i: int) -> None:
         """Make step i of an epoch: gradients of all shares, optimizer, penalty, masks, weight average."""
@@ -246,8 +246,7 @@ class Stage:
             self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
-                                  crop=settings.augment != "none", trivial=settings.augment == "trivial",
-                                  mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
+                                  settings.augment, mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
         torch.manual_seed(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
         turns = self.teachers and settings.teaching == "turns"
         kind = step % len(self.teachers) if turns else None, plan.sizes[step]
@@ -269,8 +268,7 @@ class Stage:
 
     def batch(self, index, draws) -> tuple:
         """Return (mixed images, labels, labels of the mixing partners, lam); see augmentation.augment."""
-        x, *others = augmentation.augment(self.data.images[index], self.data.labels[index], draws)
-        return x.contiguous(memory_format=torch.channels_last), *others
+        return augmentation.augment(self.data.images[index], self.data.labels[index], draws)
 
     def learn(self, batch, kind) -> None:
         """Compute the gradients of every share k from batch(k), then make the optimizer's step.
@@ -400,12 +398,10 @@ class Stage:
         self.way_on = "the same command" + " without --no-resume" * (not wanted)
         if found := self.state.load(self.device, steps) if wanted else None:
             self.progress, contents = found
-            try:
+            with refused(f"{self.state.folder} holds the state of another network", f"; {AGAIN}",
+                         (KeyError, RuntimeError, ValueError)):
                 for key, part in self.parts.items():
                     part.load_state_dict(contents[key])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise BadInput(f"{self.state.folder} holds the state of another network ({one_line(error)}); "
-                               "--no-resume starts the stage again") from error
         else:
             self.updates.add(self.progress["step"])  # in a stage's middle, too, the penalty needs its weights
             if self.progress["step"] and log.is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from compressed import threads
-from compressed.errors import BadInput, one_line
+from compressed.errors import BadInput, refused
 from compressed.files import load_record, save_record, save_tensors
 from training.plan import constant_so_far
 
@@ -64,29 +64,24 @@ class State:
         if part not in record["files"]:
             raise BadInput(f"{self.folder}: the state has no {part}")
         path = self.folder / record["files"][part]
-        try:
+        with refused(f"{path}: not part of a stage's state", f"; {AGAIN}"):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != record["sums"][part]:
-                raise BadInput("its SHA-256 is not the one in state.json")
+                raise ValueError("its SHA-256 is not the one in state.json")
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except Exception as error:
-            raise BadInput(f"{path}: not part of a stage's state ({one_line(error)}); {AGAIN}") from error
 
     def record(self) -> dict:
         """Return the checked state.json: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
         record = load_record(self.file, AGAIN)
-        try:
+        with refused(f"{self.file}: not the state.json of a stage", f"; {AGAIN}"):
             progress, files = record["progress"], record["files"]
             numbers = [progress[key] for key in ("step", "loss", "correct", "seconds")]
-            good = (type(progress["step"]) is int and isinstance(record["settings"], dict)
+            if not (type(progress["step"]) is int and isinstance(record["settings"], dict)
                     and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
                     and isinstance(progress["log"], list) and all(isinstance(line, dict) for line in progress["log"])
                     and files.keys() == record["sums"].keys()
-                    and all(name == Path(name).name for name in files.values()))
-        except (AttributeError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise BadInput(f"{self.file}: not the state.json of a stage; {AGAIN}")
+                    and all(name == Path(name).name for name in files.values())):
+                raise ValueError("some value cannot be")
         return record
 
     def save(self, progress: dict, parts: dict) -> None:

@@ -11,7 +11,6 @@ given, they are downloaded to the last.
 A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
 """
 import contextlib
-import http.client
 import os
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from compressed import cifar100, environment, networks, threads
 from compressed.cifar100 import CIFAR100, DataSet
 from compressed.command_line import command_line, run_script, some_path
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.evaluation import logits
 from compressed.files import sha256
 from compressed.graph import normalised_convolutions
@@ -119,11 +118,8 @@ def find(folder=None) -> Path:
                 raise BadInput(f"{start} ({'--folder' if folder else 'TEACHERS_DIR'}) holds no {name}")
             start.mkdir(exist_ok=True)
             part = start / f"{name}.part"
-            try:
+            with refused(f"cannot download {URL + name}", "; point at a local folder with TEACHERS_DIR"):
                 cifar100.fetch(URL + name, part, name)
-            except (OSError, http.client.HTTPException) as error:
-                raise BadInput(f"cannot download {URL + name} ({error}); point at a local folder with "
-                               "TEACHERS_DIR") from error
             os.replace(part, start / name)
         checked(start / name)
     return start
