@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressed import grids, threads
+from compressed import grids
 from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
-from compressed.files import git_commit, load_record, save_record, save_tensors, sha256
+from compressed.files import load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
-from training.state import MACHINE, State, fingerprint
+from training.runs import new_record
+from training.state import MACHINE, State
 
 
 # ---- The stage -----------------------------------------------------------------------------------
@@ -57,9 +58,8 @@ class Tuning:
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
-        machine = dict.fromkeys(MACHINE)
         return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen,
-                                      "settings": dataclasses.asdict(self.settings) | machine,
+                                      "settings": dataclasses.asdict(self.settings) | dict.fromkeys(MACHINE),
                                       "teachers": [Path(path).name for path in self.teachers]} | self.others))
 
 
@@ -80,13 +80,9 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
 
     def began():
         file.unlink(missing_ok=True)  # of other options
-        save_record({"stage": "quantized", "machine": threads.describe_machine(device),
-                     "train_images": len(train_data), "commit": git_commit(),
-                     "data": fingerprint([train_data.images, train_data.labels]),
-                     "settings": dataclasses.asdict(settings), "options": tuning.options(chosen),
-                     "source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
-                     "accuracy_by_step": list(steps_before)},
-                    file.with_suffix(".options.json"))
+        record = new_record("quantized", train_data, settings, tuning.options(chosen))
+        save_record(record | {"source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
+                              "accuracy_by_step": list(steps_before)}, file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
 
     start = {name: value.clone() for name, value in with_steps(model).items()}

@@ -13,7 +13,6 @@ If a run was stopped, the same command resumes it.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import sys
@@ -32,10 +31,10 @@ from compressed import datasets, environment, networks, threads
 from compressed.cifar100 import DataSet, Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput, refused
-from compressed.files import check_outputs, git_commit, held, save_record, save_text, try_to_write
+from compressed.files import check_outputs, held, save_record, save_text, try_to_write
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
-from training.runs import DECISIVE, STAGES, options_of
+from training.runs import DECISIVE, STAGES, new_record, options_of
 from training.state import MACHINE, State, fingerprint, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -188,11 +187,6 @@ class Job:
     processes: loop.Processes
     deadline: float  # in time.monotonic()
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """Return the digest by which a run recognises its train images."""
-        return fingerprint([self.data.images, self.data.labels])
-
     def file(self, name: str) -> Path:
         return self.args.run / name
 
@@ -234,7 +228,7 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
     options = json.loads(json.dumps(vars(sparsity.of_run(args) if stage == "masked" else args), default=str))
     pairs = ((record["settings"], {key: value for key, value in settings.items() if key not in MACHINE}),
              (record["options"], {key: options[key] for key, stages in DECISIVE.items() if stage in stages}),
-             (record, {"data": job.digest}))
+             (record, {"data": fingerprint([job.data.images, job.data.labels])}))
     changed = {key: (before[key], value) for before, now in pairs for key, value in now.items()
                if before.get(key, value) != value}
     ours = job.data.data_set
@@ -317,10 +311,8 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     def began():
         if job.processes.first:
             options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            save_record({"stage": stage, "machine": threads.describe_machine(job.device, job.processes.count),
-                         "train_images": len(job.data), "data": job.digest, "commit": git_commit(),
-                         "data_set": dataclasses.asdict(job.data.data_set),
-                         "settings": dataclasses.asdict(settings), "options": options},
+            record = new_record(stage, job.data, settings, options, job.processes.count)
+            save_record(record | {"data_set": dataclasses.asdict(job.data.data_set)},
                         job.file(f"{stage}.options.json"))
             if stage == stages[0]:
                 if args.recipe:

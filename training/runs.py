@@ -1,10 +1,13 @@
-"""Read run folders: the logs and options that stages leave (see main.py for the files of a run)."""
+"""Describe the stages of a run, and read the logs and options that they leave (see main.py for the files of a run)."""
 import dataclasses
 import math
 from pathlib import Path
 
+from compressed import threads
+from compressed.cifar100 import Images
 from compressed.errors import BadInput
-from compressed.files import load_lines, load_record
+from compressed.files import git_commit, load_lines, load_record
+from training.state import fingerprint
 
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
 # {option that is no setting but decides a result: the stages whose result it decides}
@@ -22,6 +25,13 @@ def stage_logs(folder) -> list[Path]:
     numbers = sorted(int(path.stem[7:]) for path in Path(folder).glob("masked-*.jsonl") if path.stem[7:].isdecimal())
     stages = ("pretrain", "rew", *(f"masked-{number}" for number in numbers), "masked", "quantized")
     return [path for path in (Path(folder, f"{stage}.jsonl") for stage in stages) if path.is_file()]
+
+
+def new_record(stage: str, data: Images, settings, options: dict, processes: int = 1) -> dict:
+    """Return what the STAGE.options.json of a stage that begins says of it, for `options_of`."""
+    return {"stage": stage, "machine": threads.describe_machine(data.labels.device, processes),
+            "train_images": len(data), "data": fingerprint([data.images, data.labels]), "commit": git_commit(),
+            "settings": dataclasses.asdict(settings), "options": options}
 
 
 def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
