@@ -13,7 +13,6 @@ If a run was stopped, the same command resumes it.
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from compressed.files import check_outputs, held, save_record, save_text, try_to
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
 from training.runs import DECISIVE, STAGES, new_record, options_of
-from training.state import MACHINE, State, fingerprint, stop_noted
+from training.state import MACHINE, State, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
@@ -223,16 +222,16 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
     args, path = job.by_stage[stage], job.file(f"{stage}.options.json")
     if not path.is_file():
         return {}
-    record = options_of(path, "remove it, or give --no-resume")
-    settings = dataclasses.asdict(job.settings(stage))
-    options = json.loads(json.dumps(vars(sparsity.of_run(args) if stage == "masked" else args), default=str))
-    pairs = ((record["settings"], {key: value for key, value in settings.items() if key not in MACHINE}),
-             (record["options"], {key: options[key] for key, stages in DECISIVE.items() if stage in stages}),
-             (record, {"data": fingerprint([job.data.images, job.data.labels])}))
-    changed = {key: (before[key], value) for before, now in pairs for key, value in now.items()
-               if before.get(key, value) != value}
+    before = options_of(path, "remove it, or give --no-resume")
+    options = vars(sparsity.of_run(args) if stage == "masked" else args)
+    now = new_record(stage, job.data, job.settings(stage), options)
+    pairs = ((before["settings"], {key: value for key, value in now["settings"].items() if key not in MACHINE}),
+             (before["options"], {key: now["options"][key] for key, stages in DECISIVE.items() if stage in stages}),
+             (before, {"data": now["data"]}))
+    changed = {key: (old[key], value) for old, new in pairs for key, value in new.items()
+               if old.get(key, value) != value}
     ours = job.data.data_set
-    theirs = DataSet(**record.get("data_set", dataclasses.asdict(ours)))
+    theirs = DataSet(**before.get("data_set", now["data_set"]))
     return changed | ({"data_set": (theirs, ours)} if theirs != dataclasses.replace(ours, name=theirs.name) else {})
 
 
@@ -310,9 +309,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 
     def began():
         if job.processes.first:
-            options = json.loads(json.dumps(vars(args), default=str))  # paths as text
-            record = new_record(stage, job.data, settings, options, job.processes.count)
-            save_record(record | {"data_set": dataclasses.asdict(job.data.data_set)},
+            save_record(new_record(stage, job.data, settings, vars(args), job.processes.count),
                         job.file(f"{stage}.options.json"))
             if stage == stages[0]:
                 if args.recipe:

@@ -1,5 +1,6 @@
 """Describe the stages of a run, and read the logs and options that they leave (see main.py for the files of a run)."""
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def stage_logs(folder) -> list[Path]:
 
 
 def new_record(stage: str, data: Images, settings, options: dict, processes: int = 1) -> dict:
-    """Return what the STAGE.options.json of a stage that begins says of it, for `options_of`."""
-    return {"stage": stage, "machine": threads.describe_machine(data.labels.device, processes),
-            "train_images": len(data), "data": fingerprint([data.images, data.labels]), "commit": git_commit(),
-            "settings": dataclasses.asdict(settings), "options": options}
+    """Return what the STAGE.options.json of a stage that begins says of it, in plain values."""
+    record = {"stage": stage, "machine": threads.describe_machine(data.labels.device, processes),
+              "train_images": len(data), "data": fingerprint([data.images, data.labels]),
+              "data_set": dataclasses.asdict(data.data_set), "commit": git_commit(),
+              "settings": dataclasses.asdict(settings), "options": options}
+    return json.loads(json.dumps(record, default=str))  # paths as text
 
 
 def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
