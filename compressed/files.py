@@ -166,7 +166,7 @@ def load_toml(path) -> dict:
 def find_toml(name, folder: Path, what: str) -> Path:
     """Return the path of a TOML file: `name`, or that of this name in `folder`, with or without the suffix.
 
-    Raises BadInput if there is none, in which it is called `what`.
+    Raises BadInput, which calls it a `what`, if there is none.
     """
     for path in (Path(name), folder / f"{name}.toml", folder / name):
         if path.is_file():
