@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from compressed import files, networks
+from compressed import cifar100, files, networks
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
@@ -618,6 +619,14 @@ def torchrun(options, folder):
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_one_process_of_several_warns(small, capsys):
+    args = training.parse(["--rew"])
+    for rank in (0, 1):
+        job = SimpleNamespace(processes=training.loop.Processes(rank, 2), data=cifar100.made_up(2, 0))
+        training.starting_point("rew", args, job)
+        assert capsys.readouterr().err.count("warning: ") == 1 - rank
 
 
 def test_torchrun_trains_what_one_process_of_two_workers_trains(small):

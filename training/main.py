@@ -269,11 +269,12 @@ def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
 
 # ---- The stages -----------------------------------------------------------------------------------------------------
 
-def starting_point(stage: str, args, classes: int) -> nn.Module:
+def starting_point(stage: str, args, job: Job) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
+    classes = job.data.data_set.classes
     if args.start and args.start.is_dir():
         weights = State(args.start).read("weights")
         return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
@@ -282,8 +283,9 @@ def starting_point(stage: str, args, classes: int) -> nn.Module:
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
-        print(f"warning: {path} is missing, the reweighted stage starts from random weights "
-              "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
+        if job.processes.first:
+            print(f"warning: {path} is missing, the reweighted stage starts from random weights "
+                  "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
     return networks.make(args.network, classes)
 
@@ -377,7 +379,7 @@ def run_stages(job: Job) -> None:
             job.say(f"{stage}: not begun, the time is up; the same command goes on with it")
             break
         else:
-            model = starting_point(stage, options, job.data.data_set.classes)
+            model = starting_point(stage, options, job)
             if begins:
                 say_what_is_trained(plans, job)
             for line in idle_options(stage, job, alone=bool(chosen)):
