@@ -179,6 +179,26 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
         teachers.find()
 
 
+def test_two_processes_may_download_at_once(tmp_path, monkeypatch):
+    """As under torchrun: the second one gets all files while the first one has received one and not named it yet."""
+    fetch, folders = cifar100.fetch, []
+
+    def fetched(*args):
+        fetch(*args)
+        if not folders:
+            folders.append("the first")
+            folders.append(teachers.find())
+
+    for name in NAMES:
+        (tmp_path / name).write_bytes(name.encode())
+    monkeypatch.setattr(teachers, "URL", f"file://{tmp_path}/")
+    monkeypatch.setattr(teachers, "KAIST", {name: (sha256(tmp_path / name), 0) for name in NAMES})
+    monkeypatch.setattr(cifar100, "fetch", fetched)
+    monkeypatch.setattr(teachers, "FOLDER", Path("downloads"))
+    assert teachers.find() == folders[1] == teachers.FOLDER
+    assert sorted(path.name for path in teachers.FOLDER.iterdir()) == sorted(NAMES)
+
+
 # ---- KAIST's network as a checkpoint --------------------------------------------------------------
 
 @torch.no_grad()

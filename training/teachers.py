@@ -12,6 +12,7 @@ A teacher takes the same images as the student, normalised by cifar100.normalise
 """
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -117,10 +118,10 @@ def find(folder=None) -> Path:
             if given:
                 raise BadInput(f"{start} ({'--folder' if folder else 'TEACHERS_DIR'}) holds no {name}")
             start.mkdir(exist_ok=True)
-            part = start / f"{name}.part"
-            with refused(f"cannot download {URL + name}", "; point at a local folder with TEACHERS_DIR"):
-                cifar100.fetch(URL + name, part, name)
-            os.replace(part, start / name)
+            with refused(f"cannot download {URL + name}", "; point at a local folder with TEACHERS_DIR"), \
+                    tempfile.TemporaryDirectory(dir=start) as scratch:  # another process may download, too
+                cifar100.fetch(URL + name, Path(scratch, name), name)
+                os.replace(Path(scratch, name), start / name)
         checked(start / name)
     return start
 
