@@ -418,7 +418,7 @@ def test_pointwise_functions_products_and_maxima_by_hand():
     assert list(costs("fixed")) == ["hardswish", "hardsigmoid", "mean", "sigmoid", "product", "max", "relu6"]
 
     def one(kind, *bits, fan_in=0):
-        op = Operation("key", "name", kind, ("a",) * len(bits), fan_in, 10, 2)
+        op = Operation("key", "name", kind, ("a",) * len(bits), fan_in, (2, 5))
         inputs = [Activation(each) for each in bits]
         multiplications, additions, out = counting.rule(op, inputs, Formats({}, activation_bits=8), "tree")
         return multiplications, additions, out.bits
