@@ -18,8 +18,6 @@ from compressed import environment
 from compressed.command_line import say_once
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FUNCTIONS = ("batchnorm", "batchnorm_gradients", "depthwise", "depthwise_gradients", "quantize", "look_up",
-             "rescale")
 FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 
 
@@ -50,8 +48,7 @@ def compiled(file: Path, flags: list[str]) -> ctypes.CDLL:
     subprocess.run([*compiler, "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", *narrow, *flags,
                     "-shared", "-fPIC", str(SOURCE), "-o", str(file)], check=True, capture_output=True, timeout=120)
     functions = ctypes.CDLL(str(file))  # ctypes releases Python's lock during calls
-    for name in FUNCTIONS:
-        getattr(functions, name)
+    getattr(functions, "batchnorm")  # what stands in for a compiler may leave all functions out
     return functions
 
 

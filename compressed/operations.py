@@ -6,8 +6,7 @@ nowhere else, it gets one name, its kind. Unknown operations are refused by name
 import copy
 import math
 import operator
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -91,11 +90,6 @@ class RoundsValues(nn.Module):
 
 class RoundsWeightsAlone:
     """Mixin of layers whose own forward pass rounds the weights, and is that of torch.nn otherwise."""
-
-
-def is_point(module: nn.Module) -> bool:
-    """Return True if values can be rounded by this module."""
-    return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity, RoundsValues))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -361,17 +355,25 @@ class _Node:
 
 # ---- The list ------------------------------------------------------------------------------------
 
-def _named(nodes: Iterable[_Node]) -> Iterator[tuple[_Node, str]]:
+def _named(nodes: Collection[_Node]) -> Iterator[tuple[_Node, str]]:
     """Yield the nodes with unique names: the module's, or that of the module whose forward pass it is in, and the kind.
+
+    If several would have the same name, all but the first are numbered. No other node gets a module's name.
     """
-    used = Counter()
+    owners = {}
     for each in nodes:
-        name = {"call_module": each.node.target, "placeholder": each.node.name}.get(each.node.op)
-        if name is None:
+        if each.module is not None:
+            owners.setdefault(each.node.target, each)
+    for each in nodes:
+        base = {"call_module": each.node.target, "placeholder": each.node.name}.get(each.node.op)
+        if base is None:
             stack = list(each.node.meta.get("nn_module_stack", {}).values())
-            name = ".".join(filter(None, (stack[-1][0] if stack else "", each.kind)))
-        yield each, f"{name}_{used[name]}" if used[name] else name
-        used[name] += 1
+            base = ".".join(filter(None, (stack[-1][0] if stack else "", each.kind)))
+        name, number = base, 0
+        while owners.setdefault(name, each) is not each:
+            number += 1
+            name = f"{base}_{number}"
+        yield each, name
 
 
 def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
