@@ -47,7 +47,7 @@ class Quantizer(RoundsValues):
     def range(self) -> tuple[int, int]:
         """Return the smallest and the largest code."""
         low, high = code_range(self.bits, self.signed)
-        return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
+        return low, round(min(high, self.most / self.step))
 
     def forward(self, x):
         low, high = self.range()
