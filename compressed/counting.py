@@ -35,7 +35,7 @@ from compressed.command_line import say_broken
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
 from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read, weight_layers
-from compressed.operations import CLIPS, FUNCTIONS, NORMALISATIONS, is_point
+from compressed.operations import CLIPS, FUNCTIONS, NORMALISATIONS
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
 SUBMISSION_HEAD = 1280  # inputs of the linear layer in the submission's total of weights: those of width 1.0
@@ -238,31 +238,18 @@ def mean_additions(value: Activation, n: int, convention: str) -> tuple[int, dic
     return length, {length: n - 1}
 
 
-def costs(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None) -> Iterator[tuple]:
-    """Yield each operation with the Layout of its weights, or None, and {bits: count} of what it multiplies and adds.
-    """
-    values, reads = {}, Counter(key for op in operations for key in op.inputs)
-    normed = {op.inputs[0] for op in operations if op.kind == "batchnorm" and reads[op.inputs[0]] == 1}
-    for op in operations:
-        inputs = [values[key] for key in op.inputs]
-        stored = layout(op, inputs[0], formats, density) if op.kind in ("conv", "linear") else None
-        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored, op.key in normed)
-        yield op, stored, multiplications, additions
-
-
-def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
-    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
-    return {op.name: stored for op, stored, *_ in costs(operations, formats, "32-bit", density) if stored}
-
-
 # ---- Totals --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Row:
-    """What one operation costs: {bits: count} of its multiplications and its additions, for one image."""
+    """What one operation costs: {bits: count} of its multiplications and its additions, for one image.
+
+    stored: the Layout of its weights, if it has any.
+    """
     name: str
     kind: str
     outputs: int
+    stored: Layout | None
     multiplications: Counter
     additions: Counter
 
@@ -274,6 +261,22 @@ class Row:
 
 def total_bits(counts: dict[int, int]) -> int:
     return sum(bits * count for bits, count in counts.items())
+
+
+def costs(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None) -> Iterator[Row]:
+    """Yield a row for every operation. The parameters are those of `count`."""
+    values, reads = {}, Counter(key for op in operations for key in op.inputs)
+    normed = {op.inputs[0] for op in operations if op.kind == "batchnorm" and reads[op.inputs[0]] == 1}
+    for op in operations:
+        inputs = [values[key] for key in op.inputs]
+        stored = layout(op, inputs[0], formats, density) if op.kind in ("conv", "linear") else None
+        multiplications, additions, values[op.key] = rule(op, inputs, formats, convention, stored, op.key in normed)
+        yield Row(op.name, op.kind, op.outputs, stored, multiplications, additions)
+
+
+def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
+    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
+    return {row.name: row.stored for row in costs(operations, formats, "32-bit", density) if row.stored}
 
 
 def count(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None = None) -> list[Row]:
@@ -288,9 +291,7 @@ def count(operations: list[Operation], formats: Formats, convention: str, densit
         raise BadInput(f"accumulator convention {convention!r} is none of {', '.join(CONVENTIONS)}")
     if density is not None and not 0 <= density <= 1:
         raise BadInput(f"density {density} is not between 0 and 1")
-    return [Row(op.name, op.kind, op.outputs, multiplications, additions)
-            for op, _, multiplications, additions in costs(operations, formats, convention, density)
-            if multiplications or additions]
+    return [row for row in costs(operations, formats, convention, density) if row.multiplications or row.additions]
 
 
 def totals(rows: list[Row]) -> dict[str, int]:
@@ -302,18 +303,17 @@ def totals(rows: list[Row]) -> dict[str, int]:
             "bits": sum(found.values())}
 
 
-def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
-            operations: list[Operation] | None = None) -> dict[str, int]:
+def storage(model: nn.Module, operations: list[Operation], formats: Formats,
+            density: Fraction | None = None) -> dict[str, int]:
     """Return the bits of every value that inference needs, by kind, and their "total". Layers that never run do not
     count.
 
     A weight tensor is stored dense (n b) or sparse (its non-zeros at b bits and one mask bit for each of its n
     positions), as `layout` says. A BatchNorm is a scale and shift per channel at their widths; with it counts what
     scales or shifts the image, 32 bits per channel. Every step (of a tensor, of a channel where channels have their
-    own, of an activation point) counts 32 bits, although the exponent of a power of two would fit in 8. density: as in
-    `count`. operations: of `graph.read`, if already available.
+    own, of an activation point) counts 32 bits, although the exponent of a power of two would fit in 8. operations: of
+    `graph.read`. density: as in `count`.
     """
-    operations = read(model).operations if operations is None else operations
     stored, used = layouts(operations, formats, density), {op.name for op in operations}
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
     for name, parameter in model.named_parameters():
@@ -329,7 +329,7 @@ def storage(model: nn.Module, formats: Formats, density: Fraction | None = None,
             norm = isinstance(model.get_submodule(layer), nn.BatchNorm2d)
             bits["batchnorm" if norm else "biases"] += n * grid.bits
     bits["batchnorm"] += WORD * sum(op.channels for op in operations if op.kind in NORMALISATIONS.values())
-    places = [op.name for op in operations if op.module is not None and is_point(op.module)]
+    places = [op.name for op in operations if op.module is not None and op.kind in (*CLIPS, "point")]
     bits["steps"] += WORD * sum(formats.activation(name, True).bits < WORD for name in places)
     return bits | {"total": sum(bits.values())}
 
@@ -355,24 +355,25 @@ def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
     return terms | {"score": sum(terms.values())}
 
 
-def prices(model: nn.Module, bits: int = 8) -> dict[str, float]:
+def prices(model: nn.Module) -> dict[str, float]:
     """Return {layer: score that one non-zero weight of it costs}, of a dense network with 32-bit accumulators.
 
-    A weight costs its storage, and a multiplication and an addition for every position of the layer's output. bits: of
-    weights and activations.
+    A weight costs its storage, and a multiplication and an addition for every position of the layer's output. Weights
+    and activations have 8 bits.
     """
     model = prepare(copy.deepcopy(model))
     layers = dict(weight_layers(model))
-    formats = what_if(float_formats(model), model, bits, bits)
+    formats = what_if(float_formats(model), model, 8, 8)
     rows = count(read(model).operations, formats, "32-bit", Fraction(1))
-    return {row.name: score(bits, row.bits / layers[row.name].weight.numel())["score"]
+    return {row.name: score(8, row.bits / layers[row.name].weight.numel())["score"]
             for row in rows if row.name in layers}
 
 
 def summary(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Return the counts in a claim: {"weights": `weight_summary` without its tensors, "storage": bits by kind,
     "operations": {convention: `totals`}, "score": {convention: `score`}}. density: as in `count`."""
-    stored, operations = storage(model, formats, density), read(model).operations
+    operations = read(model).operations
+    stored = storage(model, operations, formats, density)
     by = {convention: totals(count(operations, formats, convention, density)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}
     return {"weights": weights, "storage": stored, "operations": by,

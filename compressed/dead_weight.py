@@ -24,12 +24,9 @@ def drop_outputs(model: nn.Module, branch: Branch, dead: Tensor) -> None:
             values[dead] = 0
 
 
-def moved_from(branch: Branch, used: Tensor, channels: int) -> Tensor:
-    """Return the source's channels, bool [channels], that occur in the channels `used` of a "moved" branch."""
-    numbers, size = branch.index[used], branch.elements // channels
-    found = torch.zeros(channels, dtype=torch.bool)
-    found[((numbers[numbers > 0] - 1) // size).unique()] = True
-    return found
+def origins(branch: Branch, channels: int) -> Tensor:
+    """Return the channel, of those of the source, that each element of a "moved" branch comes from; -1 for a zero."""
+    return (branch.index - 1) // (branch.elements // channels)
 
 
 def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
@@ -48,7 +45,9 @@ def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
             elif branch.kind == "norm":
                 used = used & (model.get_submodule(branch.norm).weight != 0)
             elif branch.kind == "moved":
-                used = moved_from(branch, used, len(needed[branch.source]))
+                found = origins(branch, len(needed[branch.source]))[used]
+                used = torch.zeros_like(needed[branch.source])
+                used[found[found >= 0]] = True
             for source in branch.sources:
                 needed[source] = needed[source] | used
 
@@ -75,10 +74,8 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
     if branch.kind == "function":
         return zero[branch.source], float(FUNCTIONS[branch.function](torch.zeros(1)))
     if branch.kind == "moved":
-        alive = ~zero[branch.source]
-        size = branch.elements // len(alive)
-        reached = torch.cat((torch.zeros(1, dtype=torch.bool), alive.repeat_interleave(size)))
-        return ~reached[branch.index].view(len(branch.index), -1).any(1), 0.0
+        empty = torch.cat((zero[branch.source], torch.ones(1, dtype=torch.bool)))  # the last: no channel
+        return empty[origins(branch, len(empty) - 1)].view(len(branch.index), -1).all(1), 0.0
     return zero[branch.source], 0.0
 
 

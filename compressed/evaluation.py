@@ -18,7 +18,7 @@ def answers(engine, images: Tensor, size: int) -> Tensor:
                 threads.go_on()
                 found.append(engine(batch))
         return torch.cat(found)
-    return torch.cat(threads.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
+    return torch.cat(threads.in_threads(some, divided(images.split(size), images.is_cpu)))
 
 
 def batch_size(images: Tensor) -> int:
@@ -26,7 +26,7 @@ def batch_size(images: Tensor) -> int:
 
     The feature maps of 16 images fit into a CPU's cache, and torch uses oneDNN for 1x1 convolutions only from 16 on.
     """
-    return 16 if images.device.type == "cpu" else 1000
+    return 16 if images.is_cpu else 1000
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:

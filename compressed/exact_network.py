@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100, kernels
+from compressed import kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
+from compressed.evaluation import logits
 from compressed.formats import Activation, code_range, codes, exponent, fake_quantize, folded
 from compressed.graph import read
 from compressed.operations import RoundsValues
@@ -46,7 +47,7 @@ class Quantizer(RoundsValues):
     def range(self) -> tuple[int, int]:
         """Return the smallest and the largest code."""
         low, high = code_range(self.bits, self.signed)
-        return low, int(min(high, round(self.most / self.step))) if self.most < math.inf else high
+        return low, round(min(high, self.most / self.step))
 
     def forward(self, x):
         low, high = self.range()
@@ -127,7 +128,7 @@ class Rescale(Quantizer):
 def compiled(x: Tensor) -> bool:
     """Return True if kernels.c can compute with this tensor: float32 on a CPU, dense, and there is a compiler."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return x.device.type == "cpu" and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
+    return x.is_cpu and x.dtype == torch.float32 and dense and kernels.library(x.dtype) is not None
 
 
 class ExactLinear(nn.Linear):
@@ -201,13 +202,12 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def probe_images(count: int = 4) -> Tensor:
-    """Return a fixed batch of made-up images, uint8 [count, 3, 32, 32], the same on every machine."""
-    position = torch.arange(count * 3 * IMAGE_SIZE * IMAGE_SIZE)
-    return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
+def probe_images() -> Tensor:
+    """Return a fixed batch of made-up images, uint8 [4, 3, 32, 32], the same on every machine."""
+    position = torch.arange(4 * 3 * IMAGE_SIZE * IMAGE_SIZE)
+    return (position * 2654435761 >> 13).remainder(256).to(torch.uint8).view(4, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
-@torch.inference_mode()
 def probe_logits(network: nn.Module) -> list[list[float]]:
     """Return the logits of the `probe_images`, by which a claim can be checked without data."""
-    return network(cifar100.normalise(probe_images()).contiguous(memory_format=torch.channels_last)).tolist()
+    return logits(network, probe_images()).tolist()

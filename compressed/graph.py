@@ -214,10 +214,10 @@ class _Walk:
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         activation = op.kind if op.kind in CLIPS else "none"
         signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
-        if own:
-            signed = op.module.signed if isinstance(op.module, RoundsValues) else signed
-        else:
+        if not own:
             self.lacking.append((op, name))
+        elif isinstance(op.module, RoundsValues):
+            signed = op.module.signed
         if len(op.shape) > 3:
             raise BadInput(f"{op.name} gives a value of {len(op.shape)} dimensions that has to be stored: expected at "
                            "most channels, height and width")

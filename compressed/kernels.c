@@ -276,11 +276,8 @@ void depthwise_gradients(const number *restrict x, long images, long height, lon
  *
  * y = code * step, where code is x / step, rounded (halves to even) and clipped. step: a power of two. */
 void quantize(const float *restrict x, long count, float step, float low, float high, float *restrict y) {
-    float inverse = 1 / step;
-    for (long i = 0; i < count; i++) {
-        float code = rintf(x[i] * inverse);
-        y[i] = (code < low ? low : code > high ? high : code) * step;
-    }
+    grid g = {step, low, high};
+    for (long i = 0; i < count; i++) y[i] = rounded(x[i], g);
 }
 
 /* y = values[code - lowest], where code is x / step: of `count` values x on this grid, which the `entries` values cover.

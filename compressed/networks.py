@@ -178,19 +178,13 @@ def load_state(path) -> dict[str, torch.Tensor]:
             # not torch's message: it advises weights_only=False, which executes code in the file
             raise BadInput(f"{path}: not a checkpoint that torch can read as plain tensors: it is damaged, or holds "
                            f"something else, such as a whole model ({type(error).__name__})") from error
-    return plain_state(state, path)
-
-
-def plain_state(content, path) -> dict[str, torch.Tensor]:
-    """Return the state dict in what a checkpoint file holds (see `load_state`). `path`: for messages."""
-    if isinstance(content, dict):
-        inside = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
-        content = content[inside[0]] if inside else content
-    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
-                                                for k, v in content.items()):
+    if isinstance(state, dict):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                              for key, value in state.items()):
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
     plain = {}
-    for key, value in content.items():
+    for key, value in state.items():
         name = re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
         if name.rpartition(".")[2] in COUNTERS:
             continue

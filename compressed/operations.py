@@ -6,8 +6,7 @@ nowhere else, it gets one name, its kind. Unknown operations are refused by name
 import copy
 import math
 import operator
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -57,23 +56,28 @@ class Operation:
     key: the name of its node in the traced graph. name: unique; the module's, or that of the module whose forward pass
     it is in and the kind, as in "layers.0.add". kind: a key of SPELLINGS, "input", or "scale" or "shift" of the input
     by constants, at most one for each channel. inputs: keys of the operations that it reads.
-    fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. outputs: number
-    of elements of its result. channels: of its result. module: the module that is called, or None. shape: of its
-    result, without the batch. window: of a convolution or a pooling. index: of an operation in MOVES, for each input:
-    at every place of the result the number of the input's element there, counted from 1 in row-major order; 0 where
-    there is a zero or an element of another input.
+    fan_in: terms of a dense dot product, or the number of values that a mean or a maximum is taken of. shape: of its
+    result, without the batch. module: the module that is called, or None. window: of a convolution or a pooling. index:
+    of an operation in MOVES, for each input: at every place of the result the number of the input's element there,
+    counted from 1 in row-major order; 0 where there is a zero or an element of another input.
     """
     key: str
     name: str
     kind: str
     inputs: tuple[str, ...]
     fan_in: int
-    outputs: int
-    channels: int
+    shape: tuple[int, ...]
     module: nn.Module | None = field(default=None, repr=False)
-    shape: tuple[int, ...] = ()
     window: Window | None = None
     index: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def outputs(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
 
 
 # ---- Tracing -------------------------------------------------------------------------------------
@@ -86,11 +90,6 @@ class RoundsValues(nn.Module):
 
 class RoundsWeightsAlone:
     """Mixin of layers whose own forward pass rounds the weights, and is that of torch.nn otherwise."""
-
-
-def is_point(module: nn.Module) -> bool:
-    """Return True if values can be rounded by this module."""
-    return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Identity, RoundsValues))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -350,25 +349,31 @@ class _Node:
         fan_in = window.kernel[0] * window.kernel[1] if window else 0
         if kind in ("conv", "linear"):
             fan_in = self.module.weight[0].numel()
-        channels = out.shape[-1] if kind == "linear" else out.shape[1]
         return Operation(self.node.name, name, kind, tuple(each.name for each in read if each.op != "get_attr"),
-                         fan_in, out.numel(), channels, self.module, tuple(out.shape[1:]), window, index)
+                         fan_in, tuple(out.shape[1:]), self.module, window, index)
 
 
 # ---- The list ------------------------------------------------------------------------------------
 
-def _names(nodes: list[_Node]) -> list[str]:
-    """A unique name for every node: the module's, or that of the module whose forward pass it is in, and the kind.
+def _named(nodes: Collection[_Node]) -> Iterator[tuple[_Node, str]]:
+    """Yield the nodes with unique names: the module's, or that of the module whose forward pass it is in, and the kind.
+
+    If several would have the same name, all but the first are numbered. No other node gets a module's name.
     """
-    names, used = [], Counter()
+    owners = {}
     for each in nodes:
-        stack = list(each.node.meta.get("nn_module_stack", {}).values())
-        holder = f"{stack[-1][0]}." if stack and stack[-1][0] else ""
-        name = {"call_module": each.node.target, "placeholder": each.node.name}.get(each.node.op,
-                                                                                    f"{holder}{each.kind}")
-        names.append(f"{name}_{used[name]}" if used[name] else name)
-        used[name] += 1
-    return names
+        if each.module is not None:
+            owners.setdefault(each.node.target, each)
+    for each in nodes:
+        base = {"call_module": each.node.target, "placeholder": each.node.name}.get(each.node.op)
+        if base is None:
+            stack = list(each.node.meta.get("nn_module_stack", {}).values())
+            base = ".".join(filter(None, (stack[-1][0] if stack else "", each.kind)))
+        name, number = base, 0
+        while owners.setdefault(name, each) is not each:
+            number += 1
+            name = f"{base}_{number}"
+        yield each, name
 
 
 def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_SIZE)) -> list[Operation]:
@@ -393,28 +398,22 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
                        f"({one_line(error)})") from error
-    nodes, kinds, parameters = [], {}, {name for name, _ in model.named_parameters()}
-    for node in graph.nodes:
-        if node.op == "output":
-            if len(run.read(node)) != 1 or not isinstance(run.env[node], Tensor):
-                raise BadInput("the network returns more than its logits")
-            (returned,) = node.all_input_nodes
-            continue
-        found = _Node(node, run, model)
-        if (found.kind in NORMALISATIONS and kinds[found.read[0]] in ("input", *NORMALISATIONS.values())
+    nodes, operations, parameters = {}, [], {name for name, _ in model.named_parameters()}
+    *computed, output = graph.nodes
+    for node in computed:
+        nodes[node] = found = _Node(node, run, model)
+        if (found.kind in NORMALISATIONS and nodes[found.read[0]].kind in ("input", *NORMALISATIONS.values())
                 and found.normalises(parameters)):
             found.kind = NORMALISATIONS[found.kind]
-        kinds[node] = found.kind
-        nodes.append(found)
-    names, own = _names(nodes), parameters | {
-        name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
-    operations = []
-    for each, name in zip(nodes, names):
+    if len(run.read(output)) != 1 or not isinstance(run.env[output], Tensor):
+        raise BadInput("the network returns more than its logits")
+    own = parameters | {name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+    for each, name in _named(nodes.values()):
         if each.kind not in NOT_LISTED:
             for why in each.faults(own):
                 raise each.refused(why)
             operations.append(each.operation(name))
-    read = {key for op in operations for key in op.inputs}
+    (returned,), read = output.all_input_nodes, {key for op in operations for key in op.inputs}
     for op in operations:
         if op.key == returned.name and op.key in read:
             raise BadInput(f"{op.name} is returned as the logits, but read by another operation, too: return what is "

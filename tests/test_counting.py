@@ -99,8 +99,8 @@ def test_weight_summary(network):
     assert rows[0] == {"index": 0, "name": "conv1.weight", "shape": [40, 3, 3, 3], "total": 1080, "zeros": 81,
                        "nonzeros": 999, "bits": 32, "kind": "float32"}
     assert rows[1]["name"] == "bn1.weight" and rows[1]["index"] is None
-    whole = counting.summary(model, formats)
-    assert json.loads(json.dumps(whole)) == whole and whole["storage"] == storage(model, formats)
+    whole, operations = counting.summary(model, formats), read(model).operations
+    assert json.loads(json.dumps(whole)) == whole and whole["storage"] == storage(model, operations, formats)
     assert whole["weights"]["all"] == summary["all"] and "tensors" not in whole["weights"]
     for c in CONVENTIONS:
         assert whole["score"][c]["score"] == sum(whole["score"][c][term] for term in ("storage", "operations"))
@@ -340,7 +340,7 @@ def test_an_input_that_the_network_scales_itself_is_counted():
             return self.layer(x).flatten(1)
 
     model = prepare(Scaled().eval())
-    assert storage(model, float_formats(model))["batchnorm"] == 3 * 3 * 32
+    assert storage(model, read(model).operations, float_formats(model))["batchnorm"] == 3 * 3 * 32
     rows = count(read(model).operations, float_formats(model), "tree")
     assert [(row.kind, row.multiplications, row.additions) for row in rows[:3]] == [
         ("scale", {32: 3072}, {}), ("shift", {}, {32: 3072}), ("scale", {32: 3072}, {})]
@@ -418,7 +418,7 @@ def test_pointwise_functions_products_and_maxima_by_hand():
     assert list(costs("fixed")) == ["hardswish", "hardsigmoid", "mean", "sigmoid", "product", "max", "relu6"]
 
     def one(kind, *bits, fan_in=0):
-        op = Operation("key", "name", kind, ("a",) * len(bits), fan_in, 10, 2)
+        op = Operation("key", "name", kind, ("a",) * len(bits), fan_in, (2, 5))
         inputs = [Activation(each) for each in bits]
         multiplications, additions, out = counting.rule(op, inputs, Formats({}, activation_bits=8), "tree")
         return multiplications, additions, out.bits
@@ -585,7 +585,7 @@ def test_storage_by_hand():
     operations = trace(model, (3, 8, 8))
 
     def stored(formats, density=None):
-        return storage(model, formats, density, operations)
+        return storage(model, operations, formats, density)
     assert stored(Formats(grids, activation_bits=8)) == {
         "weights": 5 * 4 + 8 * 6,  # the second convolution has no zeros: dense, without a mask
         "masks": 108, "batchnorm": 2 * 4 * 16, "biases": 2 * 16,
@@ -606,7 +606,7 @@ def test_zeros_are_stored_with_a_mask_or_counted_as_values(side, positions):
         model[1].weight.data.zero_()
         model[1].weight.data.view(-1)[:nonzeros] = 1
         operations = trace(model, (1, side, side))
-        (row,), bits = count(operations, formats, "32-bit"), storage(model, formats, operations=operations)
+        (row,), bits = count(operations, formats, "32-bit"), storage(model, operations, formats)
         bits["total"] -= bits["steps"]
         masked = nonzeros * 4 + 64, positions * (nonzeros * 8 + (nonzeros - 1) * 32)
         dense = 64 * 4, positions * (64 * 8 + 63 * 32)
@@ -620,13 +620,14 @@ def test_zeros_are_stored_with_a_mask_or_counted_as_values(side, positions):
         assert sum(row.multiplications.values()) == 64 * positions
 
 
-def test_storage_of_the_network(network):
+def test_storage_of_the_network(network, operations):
     floats = float_formats(network)
-    assert storage(network, floats, Fraction(1))["total"] == 32 * 3_989_668
+    assert storage(network, operations, floats, Fraction(1))["total"] == 32 * 3_989_668
     spare = copy.deepcopy(network)
     spare.spare = nn.Linear(3, 3)  # never runs
-    assert storage(spare, float_formats(spare), Fraction(1)) == storage(network, floats, Fraction(1))
-    half = storage(network, floats, Fraction(1, 2))
+    assert storage(spare, operations, float_formats(spare), Fraction(1)) == storage(
+        network, operations, floats, Fraction(1))
+    half = storage(network, operations, floats, Fraction(1, 2))
     assert half["masks"] == 3_944_032 and half["batchnorm"] == 32 * 45_536 and half["biases"] == 32 * 100
 
 

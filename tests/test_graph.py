@@ -81,6 +81,22 @@ def test_a_value_that_two_read_has_no_sole_reader():
     assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))
 
 
+def test_a_module_alone_has_its_name():
+    """Whatever operation before it would be called the same."""
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.add, self.mean_1 = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            x = self.add(self.conv1(x) + self.conv2(x)).mean((2, 3), keepdim=True)
+            return (self.mean_1(x.mean((2, 3), keepdim=True)) + x).mean((2, 3))
+
+    found = {op.name: op.kind for op in graph.trace(Sum())}
+    assert list(found) == ["x", "conv1", "conv2", "add_1", "add", "mean", "mean_2", "mean_1", "add_2", "mean_3"]
+    assert found["add"] == found["mean_1"] == "relu"
+
+
 class Odd(nn.Module):
     """Two convolutions and what may go wrong between them."""
 

@@ -110,7 +110,7 @@ def test_layout(tiny):
 def test_sections_are_what_is_counted(tiny):
     """Byte for byte: but for filled-up bytes, steps (2 bytes for a format instead of 4), header and checksum."""
     model, claim, path, sections = tiny
-    counted = counting.storage(model, mnet.stated_formats(model, claim))
+    counted = counting.storage(model, trace(model), mnet.stated_formats(model, claim))
     assert sections["total"] == path.stat().st_size == sum(size for kind, size in sections.items() if kind != "total")
     bits, parts = {entry["name"]: entry["bits"] for entry in claim["tensors"]}, []
     layouts = counting.layouts(trace(model), mnet.stated_formats(model, claim))
