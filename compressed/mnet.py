@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from compressed import cifar100, claims, counting, networks
 from compressed.errors import BadInput
 from compressed.files import replacing
-from compressed.formats import Formats, Grid, exponent, found_formats
+from compressed.formats import Grid, exponent
 from compressed.graph import prepare, read
 
 MAGIC, VERSIONS = b"MNET", (1, 2)
@@ -61,15 +61,6 @@ HEADER, WIDTH, LENGTH, INPUT = (struct.Struct(form) for form in ("<4sBBH", "<d",
 FORMAT = struct.Struct("<Bb")
 BITS, SIGNED, HALF, MASKED = 0x1F, 0x20, 0x40, 0x80
 CHECKSUM = 32
-
-
-def stated_formats(model: nn.Module, claim: dict) -> Formats:
-    """Return the claim's formats. Raises BadInput if one is missing, or if the values do not fit it."""
-    formats, problems = claims.hold(claim, "the claim", model, found_formats(model))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise BadInput(f"the claim does not fit the network: {problems[0]}{more}")
-    return formats
 
 
 def stored_exponent(step, name: str) -> int:
@@ -177,7 +168,7 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
     model, or if anything would not be read back unchanged.
     """
     spec = claim.get("network", {}).get("spec", networks.DEFAULT)
-    formats = stated_formats(model, claim)
+    formats = claims.stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
     parts = [("header", header(model, spec))]

@@ -171,14 +171,14 @@ def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
     for name in stepped:
         value = model.get_parameter(name)
         value.copy_(torch.where(value != 0, value.nextafter(torch.tensor(9.0)), value))
-    problems = hold(claim, path, model, found_formats(model))[1]
+    problems = hold(claim, path, model)[1]
     assert {problem.split(":")[0] for problem in problems} == stepped
 
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
     path, claim = shipped
     model = load_checkpoint(path, SPEC)
-    formats, _ = hold(claim, path, model, found_formats(model))
+    formats, _ = hold(claim, path, model)
     counts = counting.summary(model, formats)
     claimed(claim | {"counts": counts})
     assert main(["--checkpoint", str(path), "--summary"]) == 0 and not capsys.readouterr().err

@@ -11,7 +11,7 @@ from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_path
 from compressed.files import check_outputs, sha256
 from compressed.formats import WORD
-from compressed.mnet import differences, pack, stated_formats, unpack
+from compressed.mnet import differences, pack, unpack
 
 
 def main(argv=None) -> int:
@@ -29,7 +29,7 @@ def main(argv=None) -> int:
     found = differences(model, claim, *unpack(out, claim.get("network", {}).get("spec")))
     if found:
         raise AssertionError(f"{out} does not hold what was packed: {found}")
-    summary = counting.summary(model, stated_formats(model, claim))
+    summary = counting.summary(model, claims.stated_formats(model, claim))
     if claims.claim_path(out).resolve() == claims.claim_path(checkpoint).resolve() and checkpoint.suffix != ".mnet":
         claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
         if claim.get("counts", summary) != summary:
