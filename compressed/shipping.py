@@ -12,8 +12,9 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
+from compressed.command_line import run_python
 from compressed.errors import BadInput
-from compressed.files import held, sha256
+from compressed.files import held
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
@@ -29,23 +30,6 @@ def in_folders(root: Path) -> list[Path]:
 def of_a_run(record: Path) -> list[Path]:
     """Return the files of a record/ folder that belong to the shipped network's run; none if there is no folder."""
     return sorted(path for path in record.glob("*") if path.is_file() and OF_A_RUN.fullmatch(path.name))
-
-
-def copy_record(run: Path, logs: list[Path], claim: dict, record: Path) -> None:
-    """Copy logs, options, recipe and masked weights of a run into a new folder `record`. logs: those of its stages.
-
-    The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
-    Raises BadInput if the weights are no longer those that were quantized.
-    """
-    record.mkdir()
-    stages = {stage["stage"] for stage in claim["made_by"]["training"]}
-    logs = [log for log in logs if log.stem != "quantized" or "quantized" in stages]
-    for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
-        if path.is_file():
-            shutil.copyfile(path, record / path.name)
-    shutil.copyfile(run / "masked.average.pt", record / "masked.pt")  # what further training starts from
-    if sha256(record / "masked.pt") != claim["made_by"]["source_sha256"]:
-        raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
 
 
 def shipped_accuracy(folder: Path) -> dict | None:
@@ -65,6 +49,13 @@ def objection(accuracy: dict, shipped: dict | None) -> str | None:
         return (f"{accuracy['correct']} of {accuracy['images']} test images are classified correctly, by the shipped "
                 f"network {shipped['correct']}")
     return None
+
+
+def run(*words, stdout=None) -> None:
+    """Run a script or a module, as `run_python` does. Raises BadInput if it fails."""
+    if status := run_python(*words, stdout=stdout):
+        name = Path(words[words[0] == "-m"]).name
+        raise BadInput(f"{name} ended with status {status}, see above; nothing was replaced")
 
 
 @contextlib.contextmanager
