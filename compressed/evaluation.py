@@ -9,16 +9,21 @@ from compressed import cifar100, threads
 from compressed.errors import BadInput
 
 
-def answers(engine, images: Tensor, size: int) -> Tensor:
-    """Return the concatenated engine(batch) of `images` in batches of `size`, computed on every core of a CPU."""
-    def some(batches):
+def on_every_core(function, batches, cpu: bool) -> list:
+    """Return [function(batch) for batch in batches], in inference mode, computed on every core if it is on a CPU."""
+    def some(part):
         found = []
         with torch.inference_mode():
-            for batch in batches:
+            for batch in part:
                 threads.go_on()
-                found.append(engine(batch))
-        return torch.cat(found)
-    return torch.cat(threads.in_threads(some, divided(images.split(size), images.device.type == "cpu")))
+                found.append(function(batch))
+        return found
+    return sum(threads.in_threads(some, divided(batches, cpu)), [])
+
+
+def answers(engine, images: Tensor, size: int) -> Tensor:
+    """Return the concatenated engine(batch) of `images` in batches of `size`."""
+    return torch.cat(on_every_core(engine, images.split(size), images.device.type == "cpu"))
 
 
 def batch_size(images: Tensor) -> int:
