@@ -18,6 +18,7 @@ Powers of two make the evaluation exact: see compressed/exact_network.py, the ne
 """
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -93,16 +94,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Return the options of a command line, else of a recipe. --network: else that of the checkpoint's last stage."""
+    """Return the options of a command line, else of a recipe. --network, --augment: else those of the last stage."""
     parser = make_parser()
     given = recipes.given(parser, argv)
     checkpoint = given.get("checkpoint", parser.get_default("checkpoint"))
     path = recipes.of_run(given.get("recipe"), checkpoint.parent)
     args = recipes.merged(parser, given, path and recipes.read(path), "quantized")
     args.recipe, trained = path, training_record(args.checkpoint)
-    if "network" not in given and trained:
-        args.network = trained[-1]["options"].get("network") or args.network
-    args.network = args.network or networks.DEFAULT
+    last = trained[-1] if trained else {"options": {}, "settings": {}}
+    if "network" not in given:
+        args.network = last["options"].get("network") or args.network or networks.DEFAULT
+    args.augment = args.augment or last["settings"].get("augment", "plain")
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
         parser.error(f"--{min(idle).replace('_', '-')} belongs to the fine-tuning: give --epochs, too")
@@ -208,21 +210,19 @@ def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies
 
 
 def grid_options(args, model: nn.Module) -> grids.Options:
-    """Return the options of the grids. The images are augmented as they were in the last stage of the training."""
-    trained = training_record(args.checkpoint)
-    augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
+    """Return the options of the grids."""
     activation_bits = tuple(grids.activation_table(args.activation_bits, model).values())
     return grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, activation_bits,
-                         args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
+                         args.calibration, args.renew, args.augment, args.seed, args.scale_bits, args.shift_bits)
 
 
-def tuning_options(args, augment: str, data_set: cifar100.DataSet) -> fine_tune.Tuning | None:
+def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fine_tune.Tuning | None:
     """Return the options of the fine-tuning; None without one."""
     if not args.epochs:
         return None
-    cuda = torch.cuda.is_available() and not args.no_cuda
+    cuda = device.type == "cuda"
     settings = loop.Settings(**plan.given(args) | {
-        "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
+        "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
         "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
     # what decides the result besides settings and grids, in plain values, if not the default
@@ -258,7 +258,7 @@ def main(argv=None) -> int:
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
-    tuning = tuning_options(args, chosen.augment, train_data.data_set)
+    tuning = tuning_options(args, train_data.data_set, device)
     accuracies = Accuracies(test_data)
     model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
@@ -270,7 +270,7 @@ def main(argv=None) -> int:
         "data_set": dataclasses.asdict(test_data.data_set),
         "accuracy": accuracy_of(exact_network(network, formats["activations"]), accuracies, data_name, args.data),
         "accuracy_by_step": accuracies.steps,
-        "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "made_by": {"command": shlex.join(["python", "quantize.py", *(sys.argv[1:] if argv is None else argv)]),
                     "commit": commit,
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,

@@ -221,7 +221,7 @@ def is_folded(norm: nn.BatchNorm2d) -> bool:
     return all(torch.equal(found.float(), stored) for found, stored in zip(folded(norm), (norm.weight, norm.bias)))
 
 
-def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
+def found_formats(model: nn.Module) -> Formats:
     """Return the formats found from the values of every parameter.
 
     A BatchNorm whose statistics are not folded in yet counts as float32, because folding turns its
@@ -235,7 +235,7 @@ def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
             tensors[name] = Grid(WORD) if loose else found_grid(parameter)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-    return Formats(tensors, activation_bits=activation_bits)
+    return Formats(tensors)
 
 
 def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:

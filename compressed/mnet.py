@@ -124,28 +124,27 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
     """Read a parameter's record; return its float32 values and their entry in a claim's "tensors"."""
     n, start = shape.numel(), reader.position
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
-    bits = kind & BITS
     if kind == HALF | 16:
         values = np.frombuffer(reader.take(2 * n), "<f2").astype(np.float32)
-        entry = {"name": name, "bits": 16, "kind": "float16"}
+        grid = Grid(16, kind="float16")
     else:
-        if not 1 <= bits <= 16 or kind & (HALF | SIGNED):
+        grid = Grid(kind & BITS, (2.0**e,))
+        if not 1 <= grid.bits <= 16 or kind & (HALF | SIGNED):
             raise BadInput(f"{name} has the unknown format {kind:#04x}")
-        codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
         if kind & MASKED:
-            mask = reader.bits(n, 1) != 0
-            codes[mask] = reader.bits(int(mask.sum()), bits)
+            mask, codes = reader.bits(n, 1) != 0, np.zeros(n, np.int32)
+            codes[mask] = reader.bits(int(mask.sum()), grid.bits)
+        else:
+            codes = reader.bits(n, grid.bits)
         with np.errstate(over="ignore"):  # it is checked below
             values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
-        entry = {"name": name, "bits": bits, "step": 2.0**e}
     if not np.isfinite(values).all():
         raise BadInput(f"{name} holds values that are not finite")
     values = torch.from_numpy(values).view(shape)
-    grid = Grid(bits, (entry["step"],)) if "step" in entry else Grid(bits, kind="float16")
     if b"".join(pack_tensor(values, grid, name, bool(kind & MASKED))) != reader.data[start:reader.position]:
         raise BadInput(f"{name} is not stored as it has to be: its float16 values have an exponent, bits after its "
                        "last code are not 0, or its mask has a 1 where the code is 0")
-    return values, entry
+    return values, {"name": name, "bits": grid.bits} | ({"step": grid.steps[0]} if grid.steps else {"kind": grid.kind})
 
 
 # --------------------------------------------------------------------------------------------------- the file and back

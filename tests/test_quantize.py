@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(small_checkpoint, runs, schem
     conv = [module.weight for _, module in weight_layers(model)][:-1]
     zeros = sum(int((weight == 0).sum()) for weight in conv)
     assert claim["counts"]["weights"]["conv"]["zeros"] == zeros >= 0.74 * sum(weight.numel() for weight in conv)
-    assert claim["made_by"]["command"] == "python quantize.py " + " ".join(argv)
+    assert claim["made_by"]["command"] == shlex.join(["python", "quantize.py", *argv])
     assert claim["made_by"]["source_sha256"] == sha256(small_checkpoint) and claim["made_by"]["training"] == []
 
 
