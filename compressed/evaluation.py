@@ -41,8 +41,8 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
     return answers(engine, images, batch_size(images))
 
 
-def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
-    """Return (mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
+def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, Tensor]:
+    """Return (mean cross-entropy, which images are classified correctly, bool [N]) of a network in eval mode.
 
     Raises BadInput if the loss is not finite: some values of the network are too large or not numbers.
     """
@@ -52,19 +52,19 @@ def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
                for some, labels in zip(found.split(size), data.labels.split(size)))
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: the network's values cannot be those of a trained one")
-    return loss / len(data), int((found.argmax(1) == data.labels).sum())
+    return loss / len(data), found.argmax(1) == data.labels
 
 
-def without_duplicates(network: nn.Module, data: cifar100.Images, correct: int, duplicates: Tensor) -> dict[str, int]:
-    """Return {"correct", "images"} of the images that are no near-duplicates.
+def without_duplicates(correct: Tensor, folder=None) -> dict[str, int] | None:
+    """Return {"correct", "images"} of the test images that are no near-duplicates; None if these are not known.
 
-    correct: the number among all images. duplicates: bool [N or more], of cifar100.near_duplicates; only these images
-    are evaluated.
+    correct: bool [N], of the first N test images of CIFAR-100 in a folder (see cifar100.near_duplicates).
     """
-    marked = duplicates[:len(data)].to(data.labels.device)
-    if marked.any():
-        correct -= evaluate(network, cifar100.Images(data.images[marked], data.labels[marked], data.data_set))[1]
-    return {"correct": correct, "images": len(data) - int(marked.sum())}
+    duplicates = cifar100.near_duplicates(folder)
+    if duplicates is None:
+        return None
+    kept = correct.cpu()[~duplicates[:len(correct)]]
+    return {"correct": int(kept.sum()), "images": len(kept)}
 
 
 def divided(batches, cpu: bool) -> list:
