@@ -174,18 +174,16 @@ def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
-    found, finished = None, False
-    if tuning:
-        found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
-    if found:
-        model, accuracies.steps, finished = found
-        model.to(train_data.labels.device, memory_format=torch.channels_last)
-    else:
-        if tuning:
-            check_tuning(tuning, train_data)
-        on_grids(model, train_data, chosen, accuracies)
     if tuning is None:
+        on_grids(model, train_data, chosen, accuracies)
         return model
+    found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
+    if found is None:
+        check_tuning(tuning, train_data)
+        on_grids(model, train_data, chosen, accuracies)
+        found = model, accuracies.steps, False
+    model, accuracies.steps, finished = found
+    model.to(train_data.labels.device, memory_format=torch.channels_last)
     if not finished:
         model = fine_tune.fine_tune(model, train_data, accuracies.data, tuning, chosen, accuracies.steps)
     accuracies.after(f"fine-tuned for {tuning.settings.epochs} epochs", model)

@@ -170,7 +170,7 @@ def found_grid(tensor: Tensor) -> Grid:
     stored, so `storage` counts it. Raises BadInput if a value is not finite.
     """
     values = tensor.detach()
-    if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
+    if not values.isfinite().all():
         raise BadInput("a tensor holds values that are not finite")
     grid = _one_step(values.flatten()) or (_per_channel(values.flatten(1)) if tensor.dim() > 1 else None)
     return grid or next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))

@@ -51,7 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import cifar100, claims, counting, networks
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import replacing
 from compressed.formats import Grid, exponent
 from compressed.graph import prepare, read
@@ -228,10 +228,10 @@ def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
+    with refused(f"{path}: not readable", errors=OSError):
+        data = Path(path).read_bytes()
     try:
-        return unpack_bytes(Path(path).read_bytes(), network)
-    except OSError as error:
-        raise BadInput(f"{path}: not readable ({error.strerror})") from error
+        return unpack_bytes(data, network)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
@@ -251,10 +251,8 @@ def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict
             raise BadInput(f"a network with the width multiplier {width}")
         spec = f"{networks.DEFAULT}?width={width!r}"
     else:
-        try:
+        with refused("the name of its network is no text"):
             spec = reader.take(*LENGTH.unpack(reader.take(LENGTH.size))).decode()
-        except UnicodeDecodeError as error:
-            raise BadInput("the name of its network is no text") from error
     spec = networks.followed(spec, network)
     with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
         model = networks.make(spec, classes)

@@ -13,7 +13,7 @@ from pathlib import Path
 from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import held
 
 ROOT = SHIPPED.parent
@@ -64,11 +64,9 @@ def staging(target: Path):
 
     The folder is locked: another process cannot ship into it meanwhile. Raises BadInput if it cannot be written.
     """
-    try:
+    with refused(f"{target}: cannot be written", "; give another folder", OSError):
         target.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target, prefix="new.", suffix=".tmp")
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be written ({error.strerror}); give another folder") from error
     with temporary as folder, held(target):
         new = Path(folder, "new")
         new.mkdir()
