@@ -18,6 +18,7 @@ Powers of two make the evaluation exact: see compressed/exact_network.py, the ne
 """
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -93,16 +94,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Return the options of a command line, else of a recipe. --network: else that of the checkpoint's last stage."""
+    """Return the options of a command line, else of a recipe. --network, --augment: else those of the last stage."""
     parser = make_parser()
     given = recipes.given(parser, argv)
     checkpoint = given.get("checkpoint", parser.get_default("checkpoint"))
     path = recipes.of_run(given.get("recipe"), checkpoint.parent)
     args = recipes.merged(parser, given, path and recipes.read(path), "quantized")
     args.recipe, trained = path, training_record(args.checkpoint)
-    if "network" not in given and trained:
-        args.network = trained[-1]["options"].get("network") or args.network
-    args.network = args.network or networks.DEFAULT
+    last = trained[-1] if trained else {"options": {}, "settings": {}}
+    if "network" not in given:
+        args.network = last["options"].get("network") or args.network or networks.DEFAULT
+    args.augment = args.augment or last["settings"].get("augment", "plain")
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
         parser.error(f"--{min(idle).replace('_', '-')} belongs to the fine-tuning: give --epochs, too")
@@ -110,15 +112,18 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 class Accuracies:
-    """Evaluate a network on `data` after each step of its quantization: print the accuracy, and keep it in `steps`."""
+    """Evaluate a network on `data` after each step of its quantization: print the accuracy, and keep it in `steps`.
+
+    right: which images were classified correctly at last, bool [N].
+    """
 
     def __init__(self, data: cifar100.Images):
-        self.data, self.steps = data, []
+        self.data, self.steps, self.right = data, [], None
 
     def after(self, step: str, network: nn.Module) -> None:
         with grids.weights_rounded_once(network):
-            loss, correct = evaluate(network.eval(), self.data)
-        images = len(self.data)
+            loss, self.right = evaluate(network.eval(), self.data)
+        correct, images = int(self.right.sum()), len(self.data)
         lost = f", {(correct - self.steps[-1]['correct']) / images:+.2%}" if self.steps else ""
         print(f"{step:<52} {correct}/{images} ({correct / images:.2%}{lost}), loss {loss:.4f}", flush=True)
         self.steps.append({"step": step, "correct": correct, "loss": loss})
@@ -169,18 +174,16 @@ def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
-    found, finished = None, False
-    if tuning:
-        found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
-    if found:
-        model, accuracies.steps, finished = found
-        model.to(train_data.labels.device, memory_format=torch.channels_last)
-    else:
-        if tuning:
-            check_tuning(tuning, train_data)
-        on_grids(model, train_data, chosen, accuracies)
     if tuning is None:
+        on_grids(model, train_data, chosen, accuracies)
         return model
+    found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
+    if found is None:
+        check_tuning(tuning, train_data)
+        on_grids(model, train_data, chosen, accuracies)
+        found = model, accuracies.steps, False
+    model, accuracies.steps, finished = found
+    model.to(train_data.labels.device, memory_format=torch.channels_last)
     if not finished:
         model = fine_tune.fine_tune(model, train_data, accuracies.data, tuning, chosen, accuracies.steps)
     accuracies.after(f"fine-tuned for {tuning.settings.epochs} epochs", model)
@@ -208,21 +211,19 @@ def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies
 
 
 def grid_options(args, model: nn.Module) -> grids.Options:
-    """Return the options of the grids. The images are augmented as they were in the last stage of the training."""
-    trained = training_record(args.checkpoint)
-    augment = args.augment or (trained[-1]["settings"].get("augment", "plain") if trained else "plain")
+    """Return the options of the grids."""
     activation_bits = tuple(grids.activation_table(args.activation_bits, model).values())
     return grids.Options(args.scheme, tuple(grids.bit_table(args.table, model)), args.ranges, activation_bits,
-                         args.calibration, args.renew, augment, args.seed, args.scale_bits, args.shift_bits)
+                         args.calibration, args.renew, args.augment, args.seed, args.scale_bits, args.shift_bits)
 
 
-def tuning_options(args, augment: str, data_set: cifar100.DataSet) -> fine_tune.Tuning | None:
+def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fine_tune.Tuning | None:
     """Return the options of the fine-tuning; None without one."""
     if not args.epochs:
         return None
-    cuda = torch.cuda.is_available() and not args.no_cuda
+    cuda = device.type == "cuda"
     settings = loop.Settings(**plan.given(args) | {
-        "augment": augment, "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
+        "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
         "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
     # what decides the result besides settings and grids, in plain values, if not the default
@@ -233,14 +234,12 @@ def tuning_options(args, augment: str, data_set: cifar100.DataSet) -> fine_tune.
                             args.resume, args.network, others)
 
 
-def accuracy_of(network: nn.Module, accuracies: Accuracies, data_name: str, data_folder) -> dict:
+def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:
     """Return a claim's entry "accuracy" of the network that was evaluated last."""
     last = accuracies.steps[-1]
     found = {"data": data_name, "correct": last["correct"], "images": len(accuracies.data), "loss": last["loss"]}
-    duplicates = cifar100.near_duplicates(data_folder) if data_name == "test" else None
-    if duplicates is None:
-        return found
-    return found | {"without_duplicates": without_duplicates(network, accuracies.data, last["correct"], duplicates)}
+    part = without_duplicates(accuracies.right, data_folder) if data_name == "test" else None
+    return found | ({"without_duplicates": part} if part else {})
 
 
 def main(argv=None) -> int:
@@ -258,7 +257,7 @@ def main(argv=None) -> int:
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
-    tuning = tuning_options(args, chosen.augment, train_data.data_set)
+    tuning = tuning_options(args, train_data.data_set, device)
     accuracies = Accuracies(test_data)
     model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
@@ -268,9 +267,9 @@ def main(argv=None) -> int:
     networks.save_state(network.state_dict(), args.out)
     claims.write(formats | {
         "data_set": dataclasses.asdict(test_data.data_set),
-        "accuracy": accuracy_of(exact_network(network, formats["activations"]), accuracies, data_name, args.data),
+        "accuracy": accuracy_of(accuracies, data_name, args.data),
         "accuracy_by_step": accuracies.steps,
-        "made_by": {"command": "python quantize.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "made_by": {"command": shlex.join(["python", "quantize.py", *(sys.argv[1:] if argv is None else argv)]),
                     "commit": commit,
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,

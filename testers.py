@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, counting, datasets, networks, normalisation, threads
+from compressed import checkpoints, claims, counting, datasets, networks, normalisation, threads
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
@@ -160,10 +160,11 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     claim, problems = read.claim, read.problems
     try:
         data, name = datasets.chosen(args, "test", network=read.model)
-        loss, correct = evaluate(network, data)
+        loss, right = evaluate(network, data)
     except (BadInput, OSError) as error:
         problems.append(f"the accuracy was not verified: {error}")
         return {}
+    correct = int(right.sum())
     found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
     claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
     if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
@@ -175,8 +176,7 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     elif not same_loss(claimed.get("loss", loss), loss):
         problems.append(f"claimed is the loss {claimed['loss']}, found {loss:.4f}")
     elif name == "test":
-        duplicates = cifar100.near_duplicates(args.data)
-        part = None if duplicates is None else without_duplicates(network, data, correct, duplicates)
+        part = without_duplicates(right, args.data)
         if (stated := claimed.get("without_duplicates", part)) != part:
             problems.append(f"without near-duplicates in the train set, claimed is {stated}, found {part or REORDERED}")
         found["without_duplicates"] = part

@@ -10,7 +10,7 @@ from compressed.errors import BadInput
 from compressed.files import sha256
 from compressed.formats import Formats, found_formats
 from compressed.graph import prepare
-from compressed.networks import DEFAULT, followed, load_checkpoint
+from compressed.networks import DEFAULT, brief, followed, load_checkpoint
 
 CHECKPOINT = "cifar100_mobilenetv2.pt"
 SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
@@ -69,9 +69,9 @@ def read(path, network: str | None = None) -> Checkpoint:
         model, own = mnet.unpack(path, network)
     else:
         model = prepare(load_checkpoint(path, spec, classes))
-    digest, formats = sha256(path), found_formats(model)
+    digest = sha256(path)
     if claim is None and own is None:
-        return Checkpoint(path, digest, model, None, formats, [])
+        return Checkpoint(path, digest, model, None, found_formats(model), [])
     if claim is None:
         claim = own
     else:
@@ -83,11 +83,9 @@ def read(path, network: str | None = None) -> Checkpoint:
         claimed = record.get("sha256") if isinstance(record, dict) else None
         if claimed != digest:
             problems.append(f"{claim_file} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
-        differing = mnet.format_differences(claim, own) if own else []
-        if differing:
-            problems.append(f"{claim_file} and {path} do not agree on {', '.join(differing[:3])}"
-                            + f" (and {len(differing) - 3} more)" * (len(differing) > 3))
-    formats, contradictions = claims.hold(claim, claim_file, model, formats)
+        if differing := mnet.format_differences(claim, own) if own else []:
+            problems.append(f"{claim_file} and {path} do not agree on {brief(differing)}")
+    formats, contradictions = claims.hold(claim, claim_file, model)
     return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
 
 

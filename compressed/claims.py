@@ -82,9 +82,7 @@ def write(claim: dict, checkpoint: Path, spec: str = networks.DEFAULT) -> None:
     claim: "tensors", "activations", and whatever else is known. spec: of the network.
     """
     model = prepare(networks.load_checkpoint(checkpoint, spec))
-    formats, problems = hold(claim, checkpoint, model, found_formats(model))
-    if problems:
-        raise AssertionError(f"{checkpoint} contradicts its own claim: {problems}")
+    formats = stated_formats(model, claim)
     first = {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "network": network(spec, model)}
     last = {"counts": counting.summary(model, formats),
             "probe_logits": probe_logits(exact_network(model, claim["activations"]))}
@@ -151,20 +149,19 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     return grid
 
 
-def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, list[str]]:
+def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
     """Return the claimed formats, and one line for each contradiction between the claim and the network's values.
 
     Tensors that the claim lacks or describes wrongly keep the format that was found in their values; activation points
     that it lacks have 32 bits. Raises BadInput if the claim's lists cannot be read.
     """
-    problems, tensors, activations = [], {}, {}
+    problems, tensors, activations = [], found_formats(model).tensors, {}
     listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)
     for name, parameter in model.named_parameters():
-        tensors[name] = found.tensors[name]
         try:
             if name not in listed:
                 raise BadInput("not in the claim")
-            tensors[name] = claimed_grid(listed[name], parameter, found.tensors[name])
+            tensors[name] = claimed_grid(listed[name], parameter, tensors[name])
         except BadInput as error:
             problems.append(f"{name}: {error}")
     wanted = read_graph(model).activation_points
@@ -176,3 +173,11 @@ def hold(claim: dict, path, model: nn.Module, found: Formats) -> tuple[Formats, 
             raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
         activations[name] = Activation(entry["bits"], entry["signed"])
     return Formats(tensors, activations), problems
+
+
+def stated_formats(model: nn.Module, claim: dict) -> Formats:
+    """Return the claimed formats. Raises BadInput if one is missing, or if the network's values do not fit it."""
+    formats, problems = hold(claim, "the claim", model)
+    if problems:
+        raise BadInput(f"the claim does not fit the network: {networks.brief(problems)}")
+    return formats

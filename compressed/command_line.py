@@ -89,12 +89,12 @@ def progress_bar(**options):
         return None
 
 
-def with_progress(items: list, what: str, seconds: float = 10):
-    """Yield the items of long work, and print every few seconds how many of them are done, and the time left."""
+def with_progress(items: list, what: str):
+    """Yield the items of long work, and print every ten seconds how many of them are done, and the time left."""
     began = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= seconds:
+        if now - last >= 10:
             last, left = now, (now - began) / done * (len(items) - done)
             print(f"{what}: {done} of {len(items)}, {left:.0f} s left", flush=True)
         yield item

@@ -9,16 +9,21 @@ from compressed import cifar100, threads
 from compressed.errors import BadInput
 
 
-def answers(engine, images: Tensor, size: int) -> Tensor:
-    """Return the concatenated engine(batch) of `images` in batches of `size`, computed on every core of a CPU."""
-    def some(batches):
+def on_every_core(function, batches, cpu: bool) -> list:
+    """Return [function(batch) for batch in batches], in inference mode, computed on every core if it is on a CPU."""
+    def some(part):
         found = []
         with torch.inference_mode():
-            for batch in batches:
+            for batch in part:
                 threads.go_on()
-                found.append(engine(batch))
-        return torch.cat(found)
-    return torch.cat(threads.in_threads(some, divided(images.split(size), images.is_cpu)))
+                found.append(function(batch))
+        return found
+    return sum(threads.in_threads(some, divided(batches, cpu)), [])
+
+
+def answers(engine, images: Tensor, size: int) -> Tensor:
+    """Return the concatenated engine(batch) of `images` in batches of `size`."""
+    return torch.cat(on_every_core(engine, images.split(size), images.is_cpu))
 
 
 def batch_size(images: Tensor) -> int:
@@ -36,8 +41,8 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
     return answers(engine, images, batch_size(images))
 
 
-def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
-    """Return (mean cross-entropy, number of correct predictions) of a network in eval mode, in float32.
+def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, Tensor]:
+    """Return (mean cross-entropy, which images are classified correctly, bool [N]) of a network in eval mode.
 
     Raises BadInput if the loss is not finite: some values of the network are too large or not numbers.
     """
@@ -47,19 +52,19 @@ def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, int]:
                for some, labels in zip(found.split(size), data.labels.split(size)))
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: the network's values cannot be those of a trained one")
-    return loss / len(data), int((found.argmax(1) == data.labels).sum())
+    return loss / len(data), found.argmax(1) == data.labels
 
 
-def without_duplicates(network: nn.Module, data: cifar100.Images, correct: int, duplicates: Tensor) -> dict[str, int]:
-    """Return {"correct", "images"} of the images that are no near-duplicates.
+def without_duplicates(correct: Tensor, folder=None) -> dict[str, int] | None:
+    """Return {"correct", "images"} of the test images that are no near-duplicates; None if these are not known.
 
-    correct: the number among all images. duplicates: bool [N or more], of cifar100.near_duplicates; only these images
-    are evaluated.
+    correct: bool [N], of the first N test images of CIFAR-100 in a folder (see cifar100.near_duplicates).
     """
-    marked = duplicates[:len(data)].to(data.labels.device)
-    if marked.any():
-        correct -= evaluate(network, cifar100.Images(data.images[marked], data.labels[marked], data.data_set))[1]
-    return {"correct": correct, "images": len(data) - int(marked.sum())}
+    duplicates = cifar100.near_duplicates(folder)
+    if duplicates is None:
+        return None
+    kept = correct.cpu()[~duplicates[:len(correct)]]
+    return {"correct": int(kept.sum()), "images": len(kept)}
 
 
 def divided(batches, cpu: bool) -> list:

@@ -170,7 +170,7 @@ def found_grid(tensor: Tensor) -> Grid:
     stored, so `storage` counts it. Raises BadInput if a value is not finite.
     """
     values = tensor.detach()
-    if not all(math.isfinite(value) for value in (values.min(), values.max())):  # both are nan if any value is
+    if not values.isfinite().all():
         raise BadInput("a tensor holds values that are not finite")
     grid = _one_step(values.flatten()) or (_per_channel(values.flatten(1)) if tensor.dim() > 1 else None)
     return grid or next((Grid(16, kind=kind) for kind in HALVES if is_half(values, kind)), Grid(WORD))
@@ -221,7 +221,7 @@ def is_folded(norm: nn.BatchNorm2d) -> bool:
     return all(torch.equal(found.float(), stored) for found, stored in zip(folded(norm), (norm.weight, norm.bias)))
 
 
-def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
+def found_formats(model: nn.Module) -> Formats:
     """Return the formats found from the values of every parameter.
 
     A BatchNorm whose statistics are not folded in yet counts as float32, because folding turns its
@@ -235,7 +235,7 @@ def found_formats(model: nn.Module, activation_bits: int = WORD) -> Formats:
             tensors[name] = Grid(WORD) if loose else found_grid(parameter)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-    return Formats(tensors, activation_bits=activation_bits)
+    return Formats(tensors)
 
 
 def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:

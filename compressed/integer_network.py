@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressed import cifar100, graph
+from compressed.claims import stated_formats
 from compressed.counting import reach
 from compressed.errors import BadInput
 from compressed.exact_network import RELU6, table
 from compressed.formats import Activation, is_folded
 from compressed.graph import Window
-from compressed.mnet import stated_formats, stored_exponent
+from compressed.mnet import stored_exponent
 
 # ---- Sums of products of codes -------------------------------------------------------------------
 # Codes are uint8 (unsigned) or int8 (signed), [N, H, W, channels] or [N, channels]; sums are int32.

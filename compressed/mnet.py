@@ -51,9 +51,9 @@ import torch
 from torch import Tensor, nn
 
 from compressed import cifar100, claims, counting, networks
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import replacing
-from compressed.formats import Formats, Grid, exponent, found_formats
+from compressed.formats import Grid, exponent
 from compressed.graph import prepare, read
 
 MAGIC, VERSIONS = b"MNET", (1, 2)
@@ -61,15 +61,6 @@ HEADER, WIDTH, LENGTH, INPUT = (struct.Struct(form) for form in ("<4sBBH", "<d",
 FORMAT = struct.Struct("<Bb")
 BITS, SIGNED, HALF, MASKED = 0x1F, 0x20, 0x40, 0x80
 CHECKSUM = 32
-
-
-def stated_formats(model: nn.Module, claim: dict) -> Formats:
-    """Return the claim's formats. Raises BadInput if one is missing, or if the values do not fit it."""
-    formats, problems = claims.hold(claim, "the claim", model, found_formats(model))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise BadInput(f"the claim does not fit the network: {problems[0]}{more}")
-    return formats
 
 
 def stored_exponent(step, name: str) -> int:
@@ -133,28 +124,27 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
     """Read a parameter's record; return its float32 values and their entry in a claim's "tensors"."""
     n, start = shape.numel(), reader.position
     kind, e = FORMAT.unpack(reader.take(FORMAT.size))
-    bits = kind & BITS
     if kind == HALF | 16:
         values = np.frombuffer(reader.take(2 * n), "<f2").astype(np.float32)
-        entry = {"name": name, "bits": 16, "kind": "float16"}
+        grid = Grid(16, kind="float16")
     else:
-        if not 1 <= bits <= 16 or kind & (HALF | SIGNED):
+        grid = Grid(kind & BITS, (2.0**e,))
+        if not 1 <= grid.bits <= 16 or kind & (HALF | SIGNED):
             raise BadInput(f"{name} has the unknown format {kind:#04x}")
-        codes = np.zeros(n, np.int32) if kind & MASKED else reader.bits(n, bits)
         if kind & MASKED:
-            mask = reader.bits(n, 1) != 0
-            codes[mask] = reader.bits(int(mask.sum()), bits)
+            mask, codes = reader.bits(n, 1) != 0, np.zeros(n, np.int32)
+            codes[mask] = reader.bits(int(mask.sum()), grid.bits)
+        else:
+            codes = reader.bits(n, grid.bits)
         with np.errstate(over="ignore"):  # it is checked below
             values = np.ldexp(codes, e).astype(np.float32)  # exact: 16 bits
-        entry = {"name": name, "bits": bits, "step": 2.0**e}
     if not np.isfinite(values).all():
         raise BadInput(f"{name} holds values that are not finite")
     values = torch.from_numpy(values).view(shape)
-    grid = Grid(bits, (entry["step"],)) if "step" in entry else Grid(bits, kind="float16")
     if b"".join(pack_tensor(values, grid, name, bool(kind & MASKED))) != reader.data[start:reader.position]:
         raise BadInput(f"{name} is not stored as it has to be: its float16 values have an exponent, bits after its "
                        "last code are not 0, or its mask has a 1 where the code is 0")
-    return values, entry
+    return values, {"name": name, "bits": grid.bits} | ({"step": grid.steps[0]} if grid.steps else {"kind": grid.kind})
 
 
 # --------------------------------------------------------------------------------------------------- the file and back
@@ -177,7 +167,7 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
     model, or if anything would not be read back unchanged.
     """
     spec = claim.get("network", {}).get("spec", networks.DEFAULT)
-    formats = stated_formats(model, claim)
+    formats = claims.stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
     layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
     parts = [("header", header(model, spec))]
@@ -238,10 +228,10 @@ def unpack(path, network: str | None = None) -> tuple[nn.Module, dict]:
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
+    with refused(f"{path}: not readable", errors=OSError):
+        data = Path(path).read_bytes()
     try:
-        return unpack_bytes(Path(path).read_bytes(), network)
-    except OSError as error:
-        raise BadInput(f"{path}: not readable ({error.strerror})") from error
+        return unpack_bytes(data, network)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
@@ -261,10 +251,8 @@ def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict
             raise BadInput(f"a network with the width multiplier {width}")
         spec = f"{networks.DEFAULT}?width={width!r}"
     else:
-        try:
+        with refused("the name of its network is no text"):
             spec = reader.take(*LENGTH.unpack(reader.take(LENGTH.size))).decode()
-        except UnicodeDecodeError as error:
-            raise BadInput("the name of its network is no text") from error
     spec = networks.followed(spec, network)
     with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
         model = networks.make(spec, classes)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
-from compressed.errors import BadInput
-from compressed.files import held, sha256
+from compressed.command_line import run_python
+from compressed.errors import BadInput, refused
+from compressed.files import held
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
@@ -29,23 +30,6 @@ def in_folders(root: Path) -> list[Path]:
 def of_a_run(record: Path) -> list[Path]:
     """Return the files of a record/ folder that belong to the shipped network's run; none if there is no folder."""
     return sorted(path for path in record.glob("*") if path.is_file() and OF_A_RUN.fullmatch(path.name))
-
-
-def copy_record(run: Path, logs: list[Path], claim: dict, record: Path) -> None:
-    """Copy logs, options, recipe and masked weights of a run into a new folder `record`. logs: those of its stages.
-
-    The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
-    Raises BadInput if the weights are no longer those that were quantized.
-    """
-    record.mkdir()
-    stages = {stage["stage"] for stage in claim["made_by"]["training"]}
-    logs = [log for log in logs if log.stem != "quantized" or "quantized" in stages]
-    for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
-        if path.is_file():
-            shutil.copyfile(path, record / path.name)
-    shutil.copyfile(run / "masked.average.pt", record / "masked.pt")  # what further training starts from
-    if sha256(record / "masked.pt") != claim["made_by"]["source_sha256"]:
-        raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
 
 
 def shipped_accuracy(folder: Path) -> dict | None:
@@ -67,17 +51,22 @@ def objection(accuracy: dict, shipped: dict | None) -> str | None:
     return None
 
 
+def run(*words, stdout=None) -> None:
+    """Run a script or a module, as `run_python` does. Raises BadInput if it fails."""
+    if status := run_python(*words, stdout=stdout):
+        name = Path(words[words[0] == "-m"]).name
+        raise BadInput(f"{name} ended with status {status}, see above; nothing was replaced")
+
+
 @contextlib.contextmanager
 def staging(target: Path):
     """Yield a new empty folder inside `target`, on its file system; it is removed at the end of the block.
 
     The folder is locked: another process cannot ship into it meanwhile. Raises BadInput if it cannot be written.
     """
-    try:
+    with refused(f"{target}: cannot be written", "; give another folder", OSError):
         target.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target, prefix="new.", suffix=".tmp")
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be written ({error.strerror}); give another folder") from error
     with temporary as folder, held(target):
         new = Path(folder, "new")
         new.mkdir()

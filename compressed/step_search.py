@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressed import cifar100, grids, threads
+from compressed import cifar100, grids
 from compressed.command_line import with_progress
-from compressed.evaluation import divided
+from compressed.evaluation import on_every_core
 from compressed.graph import read
 from compressed.operations import traced
 
 FIRST = 50  # minimum number of images of a first trial
+BATCH = 50  # images
 
 
 class Paused:
@@ -21,27 +22,23 @@ class Paused:
     images: uint8 [N, 3, 32, 32]. The modules from that one onwards may be changed.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor, size: int = 50):
+    def __init__(self, network: nn.Module, images: Tensor):
         self.graph = torch.fx.GraphModule(network, traced(network))
         start, *self.nodes = self.graph.graph.nodes
         self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}
-                       for batch in images.split(size)]  # of each batch, by node: those that are still read
+                       for batch in images.split(BATCH)]  # of each batch, by node: those that are still read
         self.cpu = images.device.type == "cpu"
 
     def _run(self, nodes) -> list[dict]:
-        def some(part):
-            interpreter, found = torch.fx.Interpreter(self.graph), []
-            for values in part:
-                threads.go_on()
-                interpreter.env = dict(values)
-                for node in nodes:
-                    with torch.inference_mode():
-                        interpreter.env[node] = interpreter.run_node(node)
-                    for last in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[last]
-                found.append(interpreter.env)
-            return found
-        return sum(threads.in_threads(some, divided(self.values, self.cpu)), [])
+        def resumed(values):
+            interpreter = torch.fx.Interpreter(self.graph)
+            interpreter.env = dict(values)
+            for node in nodes:
+                interpreter.env[node] = interpreter.run_node(node)
+                for last in interpreter.user_to_last_uses.get(node, ()):
+                    del interpreter.env[last]
+            return interpreter.env
+        return on_every_core(resumed, self.values, self.cpu)
 
     def reach(self, name: str) -> None:
         """Continue to just before the module of this name, still ahead."""

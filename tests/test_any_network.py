@@ -18,13 +18,13 @@ import testers
 import user_networks
 from compressed import cifar100, checkpoints, claims, counting, dead_weight, formats, graph, grids, mnet, networks
 from compressed import operations
+from compressed.claims import stated_formats
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import FUNCTIONS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
 from compressed.graph import UNSIGNED, prepare, read, weight_layers
-from compressed.mnet import stated_formats
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
 from tools import integer, pack

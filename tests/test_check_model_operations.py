@@ -10,7 +10,6 @@ from compressed import checkpoints, claims, counting
 from compressed.claims import hold
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
-from compressed.formats import found_formats
 from compressed.graph import read, weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
@@ -138,8 +137,7 @@ def changed(claim, key, index, **values):
 def test_wrong_claims(shipped):
     path, claim = shipped
     tensors, model = claim["tensors"], load_checkpoint(path, SPEC)
-    found = found_formats(model)
-    assert hold(claim, path, model, found)[1] == []
+    assert hold(claim, path, model)[1] == []
     cases = [
         (changed(claim, "tensors", 2, bits=7), "layers.0.conv2.weight: the values need 8 bits"),
         (changed(claim, "tensors", 2, step=2.0**-4), "layers.0.conv2.weight: the values are no 8-bit multiples"),
@@ -159,7 +157,7 @@ def test_wrong_claims(shipped):
         (claim | {"activations": claim["activations"][1:]}, "activation image: not in the claim"),
     ]
     for wrong, message in cases:
-        formats, problems = hold(wrong, path, model, found)
+        formats, problems = hold(wrong, path, model)
         assert len(problems) == 1 and problems[0].startswith(message), message
         assert all(formats.tensors[entry["name"]].bits >= entry["bits"] for entry in tensors)
 
@@ -171,14 +169,14 @@ def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
     for name in stepped:
         value = model.get_parameter(name)
         value.copy_(torch.where(value != 0, value.nextafter(torch.tensor(9.0)), value))
-    problems = hold(claim, path, model, found_formats(model))[1]
+    problems = hold(claim, path, model)[1]
     assert {problem.split(":")[0] for problem in problems} == stepped
 
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
     path, claim = shipped
     model = load_checkpoint(path, SPEC)
-    formats, _ = hold(claim, path, model, found_formats(model))
+    formats, _ = hold(claim, path, model)
     counts = counting.summary(model, formats)
     claimed(claim | {"counts": counts})
     assert main(["--checkpoint", str(path), "--summary"]) == 0 and not capsys.readouterr().err

@@ -555,7 +555,7 @@ def test_order_of_conventions_and_sparsity():
         for _, layer in weight_layers(model):
             codes = torch.randint(-32, 32, layer.weight.shape, generator=generator)
             layer.weight.copy_(codes * (torch.rand(layer.weight.shape, generator=generator) < 0.2) / 64)
-    formats, ops = found_formats(model, 8), trace(model)
+    formats, ops = Formats(found_formats(model).tensors, activation_bits=8), trace(model)
     by = {convention: count(ops, formats, convention) for convention in CONVENTIONS}
     for convention in CONVENTIONS:
         for row, whole, wide in zip(by[convention], count(ops, formats, convention, Fraction(1)), by["32-bit"]):

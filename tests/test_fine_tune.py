@@ -117,7 +117,7 @@ def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint
                            "--scheme", "layer", "--step-rate", "0.01", "--network", SPEC, "--tuning-folder",
                            str(tmp_path), *TUNE])
     chosen = quantize.grid_options(args, model)
-    tuning = quantize.tuning_options(args, chosen.augment, cifar100.CIFAR100)
+    tuning = quantize.tuning_options(args, cifar100.CIFAR100, torch.device("cpu"))
     grids.quantize_weights(model, chosen.table, "layer")
     exact_module.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
     before, steps = copy.deepcopy(model.state_dict()), fine_tune.with_steps(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import cifar100, counting, grids, mnet, step_search
+from compressed import cifar100, claims, counting, grids, mnet, step_search
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -179,7 +179,7 @@ def test_activations_of_different_widths_are_the_same_in_all_executions(tmp_path
     mnet.pack(network, claim, tmp_path / "packed.mnet")
     assert mnet.unpack(tmp_path / "packed.mnet", f"{FILE}:Excited")[1]["activations"] == claim["activations"]
     wide = [entry | {"bits": 8} for entry in claim["activations"]]
-    narrow, wide = (counting.summary(network, mnet.stated_formats(network, claim | {"activations": entries}))
+    narrow, wide = (counting.summary(network, claims.stated_formats(network, claim | {"activations": entries}))
                     for entries in (claim["activations"], wide))
     assert all(narrow["operations"][rule]["bits"] < wide["operations"][rule]["bits"] for rule in narrow["operations"])
 

@@ -398,8 +398,8 @@ def test_sizes_by_share_of_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "resized", lambda x, size: seen.append(resized(x, size)) or seen[-1])
     teacher = tiny(1).eval()
     teacher.register_forward_pre_hook(lambda module, inputs: taught.append(inputs[0].shape[-1]))
-    evaluated = []
-    monkeypatch.setattr(loop, "evaluate", lambda network, data: evaluated.append(network.training) or (1.0, 3))
+    evaluated, right = [], torch.ones(3)
+    monkeypatch.setattr(loop, "evaluate", lambda network, data: evaluated.append(network.training) or (1.0, right))
     stage(tmp_path, settings=dataclasses.replace(SETTINGS, sizes="16:0.34,24:0.33,32"), teachers=[teacher])
     assert [x.shape[-1] for x in seen] == [16] * 4 + [24] * 3 + [32] * 2 and taught == [32] * 9
     assert [line["size"] for line in log(tmp_path)] == [16, 24, 32] and evaluated == [False] * 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from compressed import counting, mnet
 from compressed.checkpoints import load, read
-from compressed.claims import claim_path
+from compressed.claims import claim_path, stated_formats
 from compressed.errors import BadInput
 from compressed.files import digest, save_record, save_tensors, sha256
 from compressed.graph import trace, weight_layers
@@ -110,10 +110,10 @@ def test_layout(tiny):
 def test_sections_are_what_is_counted(tiny):
     """Byte for byte: but for filled-up bytes, steps (2 bytes for a format instead of 4), header and checksum."""
     model, claim, path, sections = tiny
-    counted = counting.storage(model, trace(model), mnet.stated_formats(model, claim))
+    counted = counting.storage(model, trace(model), stated_formats(model, claim))
     assert sections["total"] == path.stat().st_size == sum(size for kind, size in sections.items() if kind != "total")
     bits, parts = {entry["name"]: entry["bits"] for entry in claim["tensors"]}, []
-    layouts = counting.layouts(trace(model), mnet.stated_formats(model, claim))
+    layouts = counting.layouts(trace(model), stated_formats(model, claim))
     for name, layer in weight_layers(model):
         n, stored, width = layer.weight.numel(), int(layer.weight.count_nonzero()), bits[f"{name}.weight"]
         masked = layouts[name].masked
@@ -275,7 +275,7 @@ def test_load(small, tmp_path):
     for entry in other["activations"][:4]:
         entry["step"] *= 2
     save_record(other, claim_path(file))
-    with pytest.raises(BadInput, match=r"do not agree on the format of image, .* \(and 1 more\)"):
+    with pytest.raises(BadInput, match=r"do not agree on the format of image; .* \(and 1 more\)"):
         load(file)
 
     save_record(said | {"network": claim["network"] | {"graph": "0" * 64}}, claim_path(file))
@@ -302,7 +302,7 @@ def test_script(small, tmp_path, monkeypatch, capsys):
     save_record(claim | {"counts": {"of": "other rules"}}, claim_path(path))
     assert main(["--checkpoint", str(path), "--out", "network.mnet"]) == 0
     out, file = capsys.readouterr().out, tmp_path / "network.mnet"
-    counts = counting.summary(model, mnet.stated_formats(model, claim))
+    counts = counting.summary(model, stated_formats(model, claim))
     assert "the counts in it were outdated, and were replaced" in out
     assert f"{file.name}: {file.stat().st_size:,} bytes" in out and "32-bit parameters in the file" in out
     recorded = json.loads(claim_path(path).read_text())

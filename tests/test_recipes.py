@@ -125,6 +125,6 @@ def test_the_recipes_here_are_taken(name, tmp_path):
     args = quantize.parse(["--recipe", name, "--lr", "0.5", "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
-    assert quantize.tuning_options(args, chosen.augment, CIFAR100).settings.lr == 0.5
+    assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu")).settings.lr == 0.5
     assert len(chosen.table) == len(weight_layers(model))
     assert args.network == training.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network

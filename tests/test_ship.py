@@ -76,7 +76,7 @@ class Commands:
 @pytest.fixture
 def commands(monkeypatch):
     found = Commands()
-    for module in (ship, train, baseline, quick, verify):
+    for module in (shipping, train, quick, verify):
         monkeypatch.setattr(module, "run_python", found)
     return found
 

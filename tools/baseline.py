@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from compressed import shipping
-from compressed.command_line import command_line, run_python, run_script, some_path
+from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, save_json
 
@@ -24,9 +24,7 @@ def make_record(run: Path, record: Path) -> None:
     for name, source in FILES.items():
         shutil.copyfile(run / source, record / name)
     with open(record / "dense.tested.json", "wb") as file:
-        status = run_python(ROOT / "testers.py", "--checkpoint", record / "dense.pt", "--json", stdout=file)
-    if status:
-        raise BadInput(f"testers.py ended with status {status}, see above; nothing was replaced")
+        shipping.run(ROOT / "testers.py", "--checkpoint", record / "dense.pt", "--json", stdout=file)
     tested = load_json(record / "dense.tested.json") | {"checkpoint": "record/dense.pt"}  # its final place
     save_json(tested, record / "dense.tested.json")
 
@@ -41,8 +39,7 @@ def main(argv=None) -> int:
             raise BadInput(f"{run / name} is not there: this run has no dense network yet")
     with shipping.staging(ROOT) as new:
         make_record(run, new / "record")
-        if status := run_python("-m", "tools.report", "--logs", new / "record", "--to", new):
-            raise BadInput(f"tools.report ended with status {status}, see above; nothing was replaced")
+        shipping.run("-m", "tools.report", "--logs", new / "record", "--to", new)
         shipping.install(new, ROOT)
     print("baseline.py: record/dense.pt is now the dense network of " + str(run))
     return 0

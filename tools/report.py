@@ -19,7 +19,6 @@ from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
 from compressed.graph import trace, weight_layers
-from compressed.mnet import stated_formats
 from training.runs import stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
@@ -84,7 +83,7 @@ class Shipped:
     @functools.cached_property
     def counted(self) -> dict[str, list[counting.Row]]:
         """The rows of all operations, by accumulator convention."""
-        formats, operations = stated_formats(self.model, self.claim), trace(self.model)
+        formats, operations = claims.stated_formats(self.model, self.claim), trace(self.model)
         return {c: counting.count(operations, formats, c) for c in CONVENTIONS}
 
     def result(self) -> str:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from compressed import claims, datasets, shipping
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
+from compressed.command_line import command_line, parse_own, run_script, some_path
 from compressed.errors import BadInput
+from compressed.files import sha256
 from training.runs import stage_logs
 
 ROOT = shipping.ROOT
@@ -48,12 +49,21 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     return args, words
 
 
-def run_all(*commands) -> None:
-    """Run commands one after the other. Raises BadInput after the first that fails."""
-    for command in commands:
-        if status := run_python(*command):
-            raise BadInput(f"{Path(command[command[0] == '-m']).name} ended with status {status}, see above; "
-                           "nothing was replaced")
+def copy_record(run: Path, claim: dict, record: Path) -> None:
+    """Copy logs, options, recipe and masked weights of a run into a new folder `record`.
+
+    The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
+    Raises BadInput if the weights are no longer those that were quantized.
+    """
+    record.mkdir()
+    stages = {stage["stage"] for stage in claim["made_by"]["training"]}
+    logs = [log for log in stage_logs(run) if log.stem != "quantized" or "quantized" in stages]
+    for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
+        if path.is_file():
+            shutil.copyfile(path, record / path.name)
+    shutil.copyfile(run / "masked.average.pt", record / "masked.pt")  # what further training starts from
+    if sha256(record / "masked.pt") != claim["made_by"]["source_sha256"]:
+        raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
 
 
 def build(args, words: list[str], new: Path) -> None:
@@ -63,18 +73,18 @@ def build(args, words: list[str], new: Path) -> None:
     """
     checkpoint, data = ("--checkpoint", new / CHECKPOINT), datasets.option_words(args)
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
-    run_all((ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run))
+    shipping.run(ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run)
     claim = claims.read(new / shipping.CLAIM)
     if args.into.resolve() != ROOT:
         quantize += ["--out", str(args.into / CHECKPOINT)]
     checkpoint += ("--network", claim["network"]["spec"])  # no script runs the code that a claim names without it
     claims.record(new / CHECKPOINT, "made_by",
                   claim["made_by"] | {"command": f"python quantize.py {shlex.join(quantize)}"})
-    run_all(("-m", "tools.pack", *checkpoint),
-            ("-m", "tools.integer", "--record", *checkpoint, *data),
-            ("-m", "tools.export_onnx", "--record", *checkpoint, *data))
-    shipping.copy_record(args.run, stage_logs(args.run), claim, new / "record")
-    run_all(("-m", "tools.verify", *checkpoint, *data))
+    shipping.run("-m", "tools.pack", *checkpoint)
+    shipping.run("-m", "tools.integer", "--record", *checkpoint, *data)
+    shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)
+    copy_record(args.run, claim, new / "record")
+    shipping.run("-m", "tools.verify", *checkpoint, *data)
 
 
 def keep(new: Path, candidate: Path) -> Path:
@@ -96,7 +106,8 @@ def main(argv=None) -> int:
                 return 0
             if args.into.resolve() == ROOT:
                 shutil.copy2(ROOT / "record" / "dense.tested.json", new / "record")  # of the tables, too
-                run_all(("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record", "--to", new))
+                shipping.run("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record",
+                             "--to", new)
             shipping.install(new, args.into)
         except (BadInput, OSError) as error:
             if not (new / CHECKPOINT).is_file():

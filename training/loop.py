@@ -324,7 +324,7 @@ class Stage:
             self.check_masks(result)
             if self.test is not None and due and not hurry:
                 test_loss, right = evaluate(result or self.result_so_far(), self.test)
-                record |= {"test_loss": test_loss, "test_accuracy": right / len(self.test)}
+                record |= {"test_loss": test_loss, "test_accuracy": int(right.sum()) / len(self.test)}
                 self.measured = time.monotonic() - began
         except BadInput as error:  # the average's loss is not finite, though the epoch's was
             raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
