@@ -28,6 +28,7 @@ from compressed import checkpoints, claims, counting, kaist, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, NO_THOP, thop_counts
+from compressed.errors import BadInput
 from compressed.files import sha256, to_json
 from compressed.formats import WORD, Formats, float_formats, found_formats, what_if
 from compressed.graph import prepare, read, weight_layers
@@ -198,6 +199,8 @@ def main(argv=None) -> int:
         source["counted"] = f"what if: the network alone, {float(density):.4g} of every layer's weights non-zero"
     else:
         path = args.checkpoint
+        if path.suffix == ".t7" and args.network:
+            raise BadInput(f"--network {args.network}: {path} is read as a network of KAIST AI's; leave the option out")
         found = published(path) if path.suffix == ".t7" else checkpoints.read(path, args.network)
         model, claim, formats, problems = found.model, found.claim, found.formats, found.problems
         source |= {"counted": f"{path}, its own non-zeros", "sha256": found.sha256}

@@ -224,6 +224,11 @@ def test_malformed_claims(shipped, claimed, key, value):
         main(["--checkpoint", str(path)])
 
 
+def test_a_network_of_kaists_is_no_other():
+    with pytest.raises(BadInput, match="some.t7 is read as a network of KAIST AI's; leave the option out"):
+        main(["--checkpoint", "some.t7", "--network", SPEC])
+
+
 def test_what_if_without_a_checkpoint(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "nowhere.pt")
     dense = report(capsys, "--dense")
