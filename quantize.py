@@ -31,6 +31,7 @@ from torch import nn
 from compressed import cifar100, claims, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
 from compressed.files import check_outputs, git_commit, sha256
@@ -105,6 +106,7 @@ def parse(argv=None) -> argparse.Namespace:
     if "network" not in given:
         args.network = last["options"].get("network") or args.network or networks.DEFAULT
     args.augment = args.augment or last["settings"].get("augment", "plain")
+    args.replace = "out" in given
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
         parser.error(f"--{min(idle).replace('_', '-')} belongs to the fine-tuning: give --epochs, too")
@@ -245,6 +247,8 @@ def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
+    if args.out.exists() and not args.replace:  # the default is the name of the shipped network
+        raise BadInput(f"{args.out} exists: give --out {args.out} to replace it, or another name")
     tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
     check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")

@@ -58,6 +58,8 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
     only that many images: the first in canonical order.
     """
     classes = None if network is None else read(network).points[-1].shape[0]
+    if args.made_up and args.data:
+        raise BadInput("--made-up and --data exclude each other: give one of them")
     if args.made_up:
         count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
         data, name = cifar100.made_up(count, seed, classes or cifar100.CLASSES, device), "made up"

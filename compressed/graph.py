@@ -358,6 +358,19 @@ def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[s
             and isinstance(model.get_submodule(reader), norms)}
 
 
+def first_layer(model: nn.Module) -> str:
+    """Return the name of the convolution or linear layer that runs first.
+
+    If the forward pass cannot be followed, it is the one that is registered first.
+    """
+    names = [name for name, _ in weight_layers(model)]
+    try:
+        nodes = traced(model).nodes
+    except BadInput:
+        return names[0]
+    return next((node.target for node in nodes if node.op == "call_module" and node.target in names), names[0])
+
+
 def scale_free_weights(model: nn.Module) -> list[Tensor]:
     """Return the weights whose scale does not change the output of any network in training.
 

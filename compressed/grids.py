@@ -173,7 +173,7 @@ def free_step(weight: Tensor, bits: int, channel: bool) -> Tensor:
     low, high = code_range(bits)
     largest = weight.abs().amax(dims, keepdim=True).clamp_min(1e-12)
     best, least = largest, torch.full_like(largest, torch.inf)
-    for share in torch.linspace(0.4, 1.0, 40).tolist():
+    for share in torch.linspace(0.4 if bits > 2 else 0.1, 1.0, 40).tolist():
         step = largest * share / high
         error = (codes(weight, step, low, high) * step - weight).square().sum(dims, keepdim=True)
         best = torch.where(error < least, step, best)

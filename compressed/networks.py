@@ -115,14 +115,19 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, spec: str, classes: int) -> None:
-    """Raise BadInput if a network in training mode does not have one output for each of the data's classes."""
-    wanted = [1, 3, IMAGE_SIZE, IMAGE_SIZE]
-    with refused(f"--network {spec}: its forward pass fails for images {wanted}"):
-        shape = list(model.eval()(torch.zeros(wanted)).shape)
-    if shape != [1, classes]:
-        raise BadInput(f"--network {spec}: its outputs for an image are {shape}, and the data have {classes} classes: "
-                       "let the network take an argument num_classes, or give other --data")
+def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,)) -> None:
+    """Raise BadInput if a network in training mode does not have one output for each of the data's classes.
+
+    sizes: of the square images.
+    """
+    for size in sorted(sizes, reverse=True):
+        wanted = [1, 3, size, size]
+        with refused(f"--network {spec}: its forward pass fails for images {wanted}",
+                     "" if size == IMAGE_SIZE else f"; give --sizes {IMAGE_SIZE}"):
+            shape = list(model.eval()(torch.zeros(wanted)).shape)
+        if shape != [1, classes]:
+            raise BadInput(f"--network {spec}: its outputs for an image are {shape}, and the data have {classes} "
+                           "classes: let the network take an argument num_classes, or give other --data")
     model.train()
 
 

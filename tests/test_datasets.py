@@ -142,6 +142,8 @@ def test_made_up_images_have_the_classes_of_the_network():
     network = prepare(networks.make(TINY, 7))
     assert datasets.chosen(options(made_up=20), "test", network=network)[0].data_set.classes == 7
     assert datasets.chosen(options(made_up=20), "test")[0].data_set.classes == 100
+    with pytest.raises(BadInput, match="--made-up and --data exclude each other"):
+        datasets.chosen(options(made_up=20, data="own.npz"), "train")
     with pytest.raises(BadInput, match="the network has 7 outputs, and the data 5 classes: give the --data that"):
         datasets.chosen(options(data=npz()), "test", network=network)
 

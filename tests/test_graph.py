@@ -97,6 +97,26 @@ def test_a_module_alone_has_its_name():
     assert found["add"] == found["mean_1"] == "relu"
 
 
+class Late(nn.Module):
+    """Its layers are registered in another order than they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.stem = nn.Linear(4, 5), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.fc(self.stem(x).mean((2, 3)))
+
+
+def test_the_first_layer_is_that_which_runs_first():
+    assert graph.first_layer(Late()) == "stem" and graph.first_layer(MobileNetV2(width=0.5)) == "conv1"
+
+    class Odd(Late):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+    assert graph.first_layer(Odd()) == "fc"  # it cannot be followed
+
+
 class Odd(nn.Module):
     """Two convolutions and what may go wrong between them."""
 

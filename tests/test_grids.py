@@ -86,6 +86,17 @@ def test_the_gradients_by_hand():
     assert x.grad.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_free_step_is_near_the_best_of_all_for_normally_distributed_weights(bits):
+    weight, (low, high) = random(100_000)[:, None], code_range(bits)
+
+    def error(step):
+        return float(((weight / step).round().clamp(low, high) * step - weight).square().mean())
+
+    best = min(error(step) for step in torch.linspace(0.05, 2, 200).tolist())
+    assert error(free_step(weight, bits, channel=False)) < 1.01 * best
+
+
 @pytest.mark.parametrize("bits", [2, 6, 8])
 @pytest.mark.parametrize("channel", [False, True])
 def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
@@ -100,7 +111,8 @@ def test_free_step_has_the_least_squared_error_of_its_candidates(bits, channel):
         def error(step):
             return float(((rows.double() / step).round().clamp(low, high) * step - rows.double()).square().sum())
 
-        candidates = [float(top * share / high) for share in torch.linspace(0.4, 1.0, 40).tolist()]
+        shares = torch.linspace(0.4 if bits > 2 else 0.1, 1.0, 40)
+        candidates = [float(top * share / high) for share in shares.tolist()]
         errors = [error(candidate) for candidate in candidates]
         assert any(math.isclose(float(step), candidate, rel_tol=1e-6) for candidate in candidates)
         assert error(float(step)) <= min(errors) * (1 + 1e-4)

@@ -189,6 +189,18 @@ def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words,
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_what_exists_is_replaced_only_if_it_is_named(tmp_path, monkeypatch):
+    """The default is the name of the shipped network."""
+    monkeypatch.chdir(tmp_path)
+    for words, said in (([], "masked.pt: no such"), (["--out", "cifar100_mobilenetv2.pt"], "masked.pt: no such")):
+        with pytest.raises(BadInput, match=said):
+            quantize.main(words)
+    Path("cifar100_mobilenetv2.pt").write_text("shipped")
+    for words, said in (([], "2.pt exists: give --out"), (["--out", "cifar100_mobilenetv2.pt"], "masked.pt: no such")):
+        with pytest.raises(BadInput, match=said):
+            quantize.main(words)
+
+
 def test_options_of_a_fine_tuning_need_one(tmp_path, capsys):
     """Whoever gives them without --epochs would take the network for a fine-tuned one."""
     for words in (["--lr", "0.1"], ["--teacher", "t.pt"], ["--epochs", "0", "--frozen", "0.5"]):
@@ -220,13 +232,14 @@ def test_the_training_record(tmp_path):
     save_record(said | {"more": 0}, tmp_path / "rew.options.json")
     assert training_record(tmp_path / "masked.pt") == []
     (tmp_path / "rew.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
-    assert training_record(tmp_path / "masked.pt") == [
+    assert training_record(tmp_path / "pretrain.pt") == training_record(tmp_path / "masked.pt") == [
         {"stage": "rew"} | said | {"last_epoch": {"step": 2, "loss": 0.5}}]
     for stage in ("masked", "masked-10", "masked-9", "masked-x", "quantized"):
         for kind in ("options.json", "jsonl"):
             shutil.copy(tmp_path / f"rew.{kind}", tmp_path / f"{stage}.{kind}")
-    assert [stage["stage"] for stage in training_record(tmp_path / "masked.pt")] == [
-        "rew", "masked-9", "masked-10", "masked"]
+    for name, stages in (("masked", 4), ("masked-10", 3), ("rew.average", 1), ("other", 4)):  # what came before it
+        assert [stage["stage"] for stage in training_record(tmp_path / f"{name}.pt")] == [
+            "rew", "masked-9", "masked-10", "masked"][:stages]
     assert training_record(tmp_path / "masked.pt", tmp_path)[-1]["stage"] == "quantized"
     for wrong in ("{}\n", "garbage\n"):
         (tmp_path / "rew.jsonl").write_text(wrong)

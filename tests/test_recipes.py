@@ -35,6 +35,16 @@ def test_the_command_line_stands_above_the_recipe(recipe, tmp_path):
     assert list(map(str, by_stage["rew"].teacher)) == ["c.pt"]
 
 
+@pytest.mark.parametrize("line, said", (
+    ("epochs = [2, 3]", "the recipe's options of pretrain: .*unrecognized arguments: 3"),
+    ('lr = "much"', "the recipe's options of pretrain: argument --lr: ")))
+def test_a_value_of_a_wrong_type_is_refused_with_its_place(tmp_path, line, said):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"no-cuda = false\nholdout = false\n[pretrain]\n{line}\n")
+    with pytest.raises(BadInput, match=said):
+        training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run")])
+
+
 def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

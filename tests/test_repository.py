@@ -45,7 +45,7 @@ SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
 
 @pytest.fixture(scope="module")
 def measured():
-    return report.measure(ROOT / CHECKPOINT, ROOT / "record")
+    return report.measure(ROOT / CHECKPOINT, None, ROOT / "record")
 
 
 def imported(module: str) -> set[str]:

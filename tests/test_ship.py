@@ -308,8 +308,8 @@ def test_training_ships_what_is_better(commands, root, capsys):
 
 def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
     commands.does["main.py"] = lambda: save_text("", root / "runs/default/masked.pt")
-    assert train.main(["--ship", "--made-up", "100", "--data", "d"]) == 0
-    assert commands.lines[1] == "tools.ship runs/default --data d --made-up 100"
+    assert train.main(["--ship", "--holdout", "--data", "d"]) == 0
+    assert commands.lines[1] == "tools.ship runs/default --data d --holdout"
     assert "whatever its accuracy" in capsys.readouterr().out
     for data in (["--made-up", "100"], ["--data", "five.npz"]):
         assert train.main(data) == 0

@@ -24,6 +24,7 @@ from training import augmentation
 from training import main as training
 from training import sparsity
 from training.masks import group_norms, prune_ratios
+from training.runs import training_record
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "main.py"
@@ -244,13 +245,71 @@ def test_a_state_is_never_resumed_from_other_weights(small):
     assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew --max-minutes 0") == 0
     trained = Path("run/pretrain.pt").rename("kept.pt")
     before = {path: path.read_bytes() for path in Path("run").glob("*/*")}
-    with pytest.raises(BadInput, match="rew.state was trained from pretrain.pt, which is missing: bring it back, or "):
+    with pytest.raises(BadInput, match="rew.state was trained from other weights than those of the stage before"):
         run(QUICK)
     assert before == {path: path.read_bytes() for path in Path("run").glob("*/*")}
     assert run(QUICK + " --no-resume --max-minutes 0") == 0
     assert Path("run/pretrain.state").is_dir() and not Path("run/rew.state").exists()
     trained.rename("run/pretrain.pt")
     assert run(QUICK) == 0
+    assert run(QUICK + " --rew --no-resume --seed 3") == 0 and Path("run/masked.pt").is_file()  # with other zeros now
+    with pytest.raises(BadInput, match="masked.pt was trained with other options .start_sha256 .* -> "):
+        run(QUICK)
+    with pytest.raises(BadInput, match="the stage masked was trained from other weights than those that are there now"):
+        training_record("run/masked.average.pt")
+    assert len(training_record("run/rew.average.pt")) == 2
+    assert run(QUICK + " --masked-retrain --no-resume --max-minutes 0") == 0
+    assert run(QUICK + " --rew --no-resume --seed 4") == 0
+    with pytest.raises(BadInput, match="masked.state was trained from other weights than those of the stage before"):
+        run(QUICK + " --masked-retrain")
+    assert run(QUICK + " --masked-retrain --no-resume") == 0 and len(training_record("run/masked.pt")) == 3
+
+
+def test_what_fails_later_is_said_before_anything_is_trained(capsys):
+    """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
+    Path("mine.py").write_text("""
+import torch
+from torch import nn
+from training.penalties import Penalty
+
+class Flat(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))
+
+class Group(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(256, num_classes))
+
+class Half(Penalty):
+    def __init__(self, *args, p=0.5, **options):
+        super().__init__(*args, **options)
+        self.p = p
+    def shrink(self, strength):
+        self.weights[0].mul_(self.p ** 2)
+""")
+    quick = QUICK.replace("--workers 1", "--workers 2")
+    with pytest.raises(BadInput, match=r"fails for images .1, 3, 24, 24. .*; give --sizes 32"):
+        run(quick + " --network mine.py:Flat --sizes 24:0.5,32")
+    with pytest.raises(BadInput, match="--penalty mine.py:Half.p=half: a first step with it fails .TypeError"):
+        run(quick + " --network mine.py:Flat --rew --penalty mine.py:Half?p=half --lambda 1")
+    assert not Path("run/pretrain.options.json").exists() and not Path("run/rew.options.json").exists()
+    capsys.readouterr()
+    assert run(quick + " --network mine.py:Group --pretrain --refresh 0") == 0  # also on two workers, without BatchNorm
+    assert "warning: only training takes this network, no other script: 1: no counting rule for GroupNorm" in \
+        capsys.readouterr().err
+
+
+def test_what_is_said_of_sparsity_that_is_not_as_asked_for(capsys):
+    """Ratios that have no effect, and a stage too short for its target."""
+    Path("ratios.toml").write_text("[prune_ratios]\nconv2 = 0.2\nlinear = 0.3\n")
+    quick = QUICK.replace("--lr 0.01", "--lr 5 --schedule constant --no-warmup") + f" --network {TINY} --average 0"
+    assert run(quick + " --rew --sparsity-type filter --target-sparsity 0.1 --config-file ratios.toml") == 0
+    out = capsys.readouterr().out
+    assert "rew: ratios.toml selects the layers; its ratios have no effect" in out
+    share = json.loads(Path("run/rew.jsonl").read_text().splitlines()[-1])["zeros_share"]
+    assert ("zeros instead of 10.0%" in out) == (share > 0.15)
+    assert run(quick + " --masked-retrain") == 0
+    assert "masked: ratios.toml selects the layers; its ratios have no effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, said", (

@@ -69,7 +69,7 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
             steps = [step["step"] for step in claim.get("accuracy_by_step", [])]
             scheme = [step for step in steps if step.startswith("weights at")]
             accuracy, counts = claim["accuracy"], claim["counts"]
-            rows.append({"run": run, "stage": claim["checkpoint"], "network": claim.get("network", {}).get("spec"),
+            rows.append({"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
                          "key": json.dumps([key, file.name, bits, scheme], sort_keys=True)})

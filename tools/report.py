@@ -392,9 +392,9 @@ def made_figures(shipped: Shipped, logs: list[Path]) -> dict:
     return made
 
 
-def measure(checkpoint: Path, logs: Path) -> Shipped:
+def measure(checkpoint: Path, network: str | None, logs: Path) -> Shipped:
     """Return the network of a checkpoint as that at the root, with all that the tables are made from."""
-    model, claim = checkpoints.load(checkpoint)
+    model, claim = checkpoints.load(checkpoint, network)
     if missing := LATER - claim.keys():
         raise BadInput(f"{claims.claim_path(checkpoint)} holds no {', '.join(sorted(missing))}: tools.ship records it")
     others = tuple(Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT))
@@ -404,6 +404,7 @@ def measure(checkpoint: Path, logs: Path) -> Shipped:
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
+    networks.add_option(parser, networks.CLAIM)
     parser.add_argument("--logs", type=some_path, default=ROOT / "record", metavar="DIR",
                         help="folder with the stages' logs and dense.tested.json (record)")
     parser.add_argument("--to", type=some_path, default=ROOT, metavar="DIR",
@@ -412,7 +413,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.check:
         needed("tools.figures")  # before any work: matplotlib may be missing
-    shipped = measure(args.checkpoint, args.logs)
+    shipped = measure(args.checkpoint, args.network, args.logs)
     contents, before = tables(shipped), {page: (ROOT / page).read_text() for page in PAGES}
     pages = {page: fill(text, contents) for page, text in before.items()}
     if args.check:

@@ -30,10 +30,11 @@ from compressed import datasets, environment, networks, threads
 from compressed.cifar100 import DataSet, Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput, refused
-from compressed.files import check_outputs, held, save_record, save_text, try_to_write
+from compressed.files import check_outputs, held, save_record, save_text, sha256, try_to_write
+from compressed.graph import prepare, read
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
-from training.runs import DECISIVE, STAGES, new_record, options_of
+from training.runs import DECISIVE, STAGES, new_record, options_of, other_start
 from training.state import MACHINE, State, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -206,12 +207,17 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
     for stage in stages:
         args = job.by_stage[stage]
         model = networks.make(args.network, data_set.classes)
-        networks.check_outputs(model, args.network, data_set.classes)
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
+        networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes))
+        if stage == stages[0] and job.processes.first:
+            try:
+                read(prepare(model))
+            except BadInput as error:
+                print(f"warning: only training takes this network, no other script: {error}", file=sys.stderr)
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":
-            sparsity.make_penalty(args, model)
+            sparsity.try_penalty(sparsity.make_penalty(args, model))
         elif stage == "masked":
             sparsity.make_masks(args if "rew" in stages else sparsity.of_run(args), model)
     return plans
@@ -232,7 +238,11 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
                if old.get(key, value) != value}
     ours = job.data.data_set
     theirs = DataSet(**before.get("data_set", now["data_set"]))
-    return changed | ({"data_set": (theirs, ours)} if theirs != dataclasses.replace(ours, name=theirs.name) else {})
+    if theirs != dataclasses.replace(ours, name=theirs.name):
+        changed["data_set"] = theirs, ours
+    if weights := other_start(job.args.run, stage):
+        changed["start_sha256"] = weights
+    return changed
 
 
 def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
@@ -269,6 +279,11 @@ def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
 
 # ---- The stages -----------------------------------------------------------------------------------------------------
 
+def starting_file(stage: str, args) -> Path | None:
+    """Return the path of the weights that a stage starts from, --start or those of the stage before; None: random."""
+    return args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage)
+
+
 def starting_point(stage: str, args, job: Job) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
@@ -278,7 +293,7 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
     if args.start and args.start.is_dir():
         weights = State(args.start).read("weights")
         return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
-    if path := args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage):
+    if path := starting_file(stage, args):
         if args.start or path.is_file():
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
@@ -301,7 +316,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     model = model.to(job.device, memory_format=torch.channels_last)
     if args.start and args.resume and state.is_dir():
         job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
-    penalty = sparsity.make_penalty(args, model) if stage == "rew" else None
+    penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
     masks = None
     if stage == "masked":
         args = sparsity.of_run(args, job.say)
@@ -309,9 +324,12 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
 
+    before = starting_file(stage, args)
+    start = {"start_sha256": sha256(before)} if before and before.is_file() else {}
+
     def began():
         if job.processes.first:
-            save_record(new_record(stage, job.data, settings, vars(args), job.processes.count),
+            save_record(new_record(stage, job.data, settings, vars(args), job.processes.count) | start,
                         job.file(f"{stage}.options.json"))
             if stage == stages[0]:
                 if args.recipe:
@@ -336,6 +354,9 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
         State(state).remove()
         save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
         job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
+        if penalty is not None and penalty.feedback and (zeros := float(penalty.zeros_share())) > penalty.target + 0.05:
+            job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}: lambda could not be adjusted in so "
+                    "few steps; give the stage more --epochs")
     if job.processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
     return not job.processes.agree(bool(asked), job.device)
@@ -353,15 +374,16 @@ def run_stages(job: Job) -> None:
     for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
-    for stage in missing[1:] if args.resume else ():
-        if job.file(f"{stage}.state").is_dir():
-            raise BadInput(f"{job.file(f'{stage}.state')} was trained from {missing[0]}.pt, which is missing: bring it "
-                           f"back, or give --no-resume to train {' and '.join(missing)} again")
+    for stage in missing if args.resume else ():
+        if job.file(f"{stage}.state").is_dir() and (stage != missing[0] or other_start(args.run, stage)):
+            raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
+                           "before it: bring those back, or give --no-resume")
     others = {}  # {finished stage: what differs now}
     for stage in there:
         if changed := changed_options(stage, job):
             others[stage] = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-            if stage in chosen or "data_set" in changed or not missing and args.given & changed.keys():
+            asked = stage in chosen or not missing and args.given & changed.keys()
+            if asked or changed.keys() & {"data_set", "start_sha256"}:
                 raise BadInput(f"{job.file(f'{stage}.pt')} was trained with other options ({others[stage]}): give the "
                                "same, or --no-resume to train it again, or another --run folder")
     plans = make_plans(missing, job)

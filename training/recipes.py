@@ -24,7 +24,8 @@ OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
             "mixup": lambda value: ["mixing"], "mixing": lambda value: ["mixup"],
-            "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout"],
+            "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout", "data"],
+            "data": lambda value: ["made_up"],
             "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
             "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken}
 
@@ -68,8 +69,8 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
         if option in OF_ALL_STAGES and stage in runs.STAGES and name in recipe[stage]:
             raise BadInput(f"the recipe's table [{stage}] has the option {name!r}, which is for all stages: move it to "
                            "the top")
-        if isinstance(value, bool):
-            line.append(f"--{name}" if value else f"--no-{name}")
+        if isinstance(value, bool):  # false: --no-OPTION, or the option is left out
+            line += [f"--{name}"] if value else [f"--no-{name}"] * (f"--no-{name}" in parser._option_string_actions)
         else:
             line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
@@ -88,6 +89,10 @@ def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] 
     An option of ours removes those of the recipe that it excludes.
     """
     excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
+    def refuse(message):
+        raise BadInput(f"the recipe's options of {stage}: {message}")
+    command_lines, parser.error = parser.error, refuse
     theirs = given(parser, words(recipe, stage, parser)) if recipe else {}
+    parser.error = command_lines
     theirs = {name: value for name, value in theirs.items() if name not in excluded}
     return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)

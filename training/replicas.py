@@ -66,7 +66,8 @@ class Replicas:
     def follow(self) -> None:
         """Copy the model's BatchNorm statistics and train or eval modes to the replicas."""
         for replica, statistics in zip(self.models[1:], self.statistics[1:]):
-            torch._foreach_copy_(statistics, self.statistics[0])
+            for theirs, ours in zip(statistics, self.statistics[0]):
+                theirs.copy_(ours)
             for theirs, ours in zip(replica.modules(), self.models[0].modules()):
                 theirs.training = ours.training
 
@@ -77,9 +78,10 @@ class Replicas:
         statistics = self.statistics[0]
         for grads, theirs in zip(others, self.statistics[1:]):
             threads.for_each(torch._foreach_add_, gradients, grads)
-            torch._foreach_add_(statistics, theirs)
+            threads.for_each(torch._foreach_add_, statistics, theirs)
         processes.add(gradients + statistics)
         count = len(self.models) * processes.count
         if count > 1:
-            torch._foreach_mul_(statistics, 1 / count)
+            for each in statistics:
+                each.mul_(1 / count)
             self.follow()

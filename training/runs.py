@@ -7,7 +7,7 @@ from pathlib import Path
 from compressed import threads
 from compressed.cifar100 import Images
 from compressed.errors import BadInput
-from compressed.files import git_commit, load_lines, load_record
+from compressed.files import git_commit, load_lines, load_record, sha256
 from training.state import fingerprint
 
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
@@ -43,6 +43,20 @@ def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
     if not isinstance(record.get("settings"), dict) or not isinstance(record.get("options"), dict):
         raise BadInput(f"{path}: not what a stage writes; {remedy}")
     return record
+
+
+def other_start(folder: Path, stage: str) -> tuple[str, str] | None:
+    """Return the SHA-256 of the weights that a stage started from and of those there now, if they differ; else None.
+
+    They are those of the stage before. If the stage had a --start, or these weights are gone, nothing is compared.
+    """
+    record, before = Path(folder, f"{stage}.options.json"), {"rew": "pretrain", "masked": "rew"}.get(stage)
+    weights = Path(folder, f"{before}.pt")
+    if not before or not record.is_file() or not weights.is_file():
+        return None
+    said = options_of(record)
+    started, now = said.get("start_sha256"), sha256(weights)
+    return None if said["options"].get("start") or started in (None, now) else (started, now)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +102,17 @@ def read_stages(folder) -> list[Stage]:
 def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
     """Return options, settings, hardware and last log line of every stage recorded in a checkpoint's folder.
 
-    tuned: the folder of a fine-tuning, whose stage is added.
+    If the checkpoint has the name of a stage, as in rew.average.pt, they end with that stage. tuned: the folder of a
+    fine-tuning, whose stage is added.
     """
-    logs = [log for log in stage_logs(Path(checkpoint).parent) if log.stem != "quantized"]
+    folder, name = Path(checkpoint).parent, Path(checkpoint).name.split(".")[0]
+    logs = [log for log in stage_logs(folder) if log.stem != "quantized"]
+    names = [log.stem for log in logs]
+    logs = logs[:names.index(name) + 1] if name in names else logs
+    for log in logs:
+        if other_start(folder, log.stem):
+            raise BadInput(f"{folder}: the stage {log.stem} was trained from other weights than those that are there "
+                           "now; train it again")
     stages = map(read_stage, logs + ([tuned / "quantized.jsonl"] if tuned else []))
     return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}

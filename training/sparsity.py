@@ -2,9 +2,9 @@
 import argparse
 
 from compressed.command_line import number
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.files import load_record
-from compressed.graph import weight_layers
+from compressed.graph import first_layer, weight_layers
 from training import masks, penalties
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
@@ -80,17 +80,34 @@ def pruned_layers(args, model) -> list[str]:
     """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
     if args.config_file:
         return list(masks.prune_ratios(args.config_file, model))
-    return [name for name, _ in weight_layers(model)][1:]  # the stem's 1,080 weights read the image, and cost little
+    stem = first_layer(model)  # its few weights read the image, and cost little
+    return [name for name, _ in weight_layers(model) if name != stem]
 
 
-def make_penalty(args, model) -> penalties.Penalty:
-    """Return the penalty that the options select, on the model."""
+def say_ratios_are_idle(args, stage: str, say) -> None:
+    if args.config_file:
+        say(f"{stage}: {args.config_file} selects the layers; its ratios have no effect, as without a target they have "
+            "with --masked-retrain --sparsity-type and a group")
+
+
+def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
+    """Return the penalty that the options select, on the model. say(line) gets what has no effect."""
     spec, lam, target = strength(args)
+    say_ratios_are_idle(args, "rew", say)
     options = {"kind": args.sparsity_type, "lam": lam, "target": target,
                "eps": None if args.eps == DEFAULT_EPS else args.eps, "cost_power": args.cost_power or None}
     return penalties.make(spec, model, pruned_layers(args, model),
                           **{name: value for name, value in options.items()
                              if value is not None and penalties.takes(spec, name)})
+
+
+def try_penalty(penalty: penalties.Penalty) -> None:
+    """Make a step with a penalty on a model that is not needed. Raises BadInput if it fails."""
+    with refused(f"--penalty {penalty.form}: a first step with it fails"):
+        penalty.update(1.0)
+        if penalty.in_loss:
+            penalty.loss().backward()
+        penalty.after_step(1e-6)
 
 
 def of_run(args, say=lambda line: None) -> argparse.Namespace:
@@ -130,6 +147,7 @@ def make_masks(args, model, say=lambda line: None) -> masks.Masks:
     if args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
         kept = masks.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
+        say_ratios_are_idle(args, "masked", say)
     elif args.sparsity_type == "threshold":
         kept = masks.threshold_masks(model, layers, args.threshold)
     elif args.config_file:
