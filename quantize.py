@@ -166,6 +166,14 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         accuracies.after("BatchNorm means renewed, variances kept", model)
 
 
+def warn_of_seen_images(args) -> None:
+    """Print a warning if the hold-out is one on which some stage of the network was trained."""
+    stages = [stage["stage"] for stage in training_record(args.checkpoint) if not stage["options"].get("holdout")]
+    if args.holdout and stages:
+        print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
+              file=sys.stderr)
+
+
 def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
     """Raise BadInput, before the long work, for settings and teachers with which the fine-tuning cannot begin."""
     plan.Plan(tuning.settings, len(train_data), loop.Processes())
@@ -258,6 +266,7 @@ def main(argv=None) -> int:
         model = normalisation.fold(model, *args.normalise)
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
+    warn_of_seen_images(args)
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))

@@ -226,6 +226,16 @@ def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
     assert quantize.parse([*command, "--network", "my:Net"]).network == "my:Net"
 
 
+@pytest.mark.parametrize("trained", (False, True))
+def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained):
+    save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")
+    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    for words in ([], ["--holdout"]):
+        quantize.warn_of_seen_images(quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), *words]))
+        warned = "the network has seen these images" in capsys.readouterr().err
+        assert warned == (bool(words) and not trained)
+
+
 def test_the_training_record(tmp_path):
     assert training_record(tmp_path / "masked.pt") == []
     said = {"machine": "m", "train_images": 9, "settings": {"batch_size": 1}, "options": {"lam": 2}}
