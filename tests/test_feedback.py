@@ -89,7 +89,8 @@ def test_groups_go_whole_and_as_many(tmp_path, kind, optimizer, schedule):
                   for name, layer in weight_layers(model) if name in LAYERS)
     total, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.6, kind))
     assert pruned - already <= max(0.02 * pruned, largest)
-    assert penalty.zeros_share() <= 0.62 + largest / total
+    assert penalty.zeros_share() <= 0.63 + largest / total
+    assert max(line["zeros_share"] - line["zeros_path"] for line in lines) < 0.15
     gone = sum(int((group_norms(weight, kind) == 0).sum()) for weight in penalty.weights)
     assert (lines[-1]["zero_groups"], lines[-1]["kind"]) == (gone, kind)
     assert f"{gone:,} of {lines[-1]['groups']:,} {kind}s" in zeros(lines[-1])
@@ -153,11 +154,11 @@ def test_lambda_moves_against_the_error_and_within_bounds():
         moved(0.4)
     assert led.lam.item() == pytest.approx(feedback.RANGE)  # no wind-up beyond
     for _ in range(30):
-        held = moved(0.5 + feedback.BAND / 2)
+        held = moved(0.5 + feedback.BAND[True] / 2)
     assert held == 0  # a small surplus is let be
     for _ in range(30):
         fallen = moved(0.55)
-    assert fallen == pytest.approx(-feedback.FALL)
+    assert fallen == pytest.approx(-feedback.FALL[True][0])
     assert moved(0.49) > 0 and moved(0.55) == pytest.approx(-0.0, abs=0.1)
     for _ in range(100):
         slow = moved(0.499)

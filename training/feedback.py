@@ -6,9 +6,11 @@ from torch import Tensor
 ENDS = 0.75  # the path reaches the target when this share is spent, and stays there
 STEPS, PART = 8, 1 / 200  # a control step follows this many training steps, or when this share is spent
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; prediction horizon in control steps; of the speed's EMA
-RISE, FALL = 0.3, 0.2  # largest rise and fall of log lambda in a control step
-HELD = 0.05  # largest fall once the path is at the target, for single weights (see Feedback)
-BAND, FADE = 0.002, 0.2  # surplus of zeros that is tolerated; rate per control step at which a low is forgotten
+RISE = 0.3  # largest rise of log lambda in a control step
+# {single weights or groups: largest fall of log lambda in a control step, on the path's way and at its end}
+FALL = {True: (0.2, 0.05), False: (1.0, 0.2)}
+BAND = {True: 0.002, False: 0.01}  # surplus of zeros that is tolerated
+FADE = 0.2  # rate per control step at which a low is forgotten
 RANGE = 1e6  # lambda stays within this factor of its first value
 FIRST = 0.05  # the first lambda is chosen for the share of zeros that the path wants when this share is spent
 
@@ -70,8 +72,8 @@ class Feedback:
         self.low = torch.minimum(off, torch.lerp(self.low, off, FADE))
         self.off = off
         ahead = off + AHEAD * self.speed
-        surplus = torch.minimum(ahead, self.low - BAND).clamp(min=0)
+        surplus = torch.minimum(ahead, self.low - BAND[self.single]).clamp(min=0)
         move = GAIN * ((-ahead).clamp(min=0) - surplus)
-        fall = HELD if self.single and self.path >= self.target else FALL
+        fall = FALL[self.single][self.path >= self.target]
         lam = self.lam * move.clamp(-fall, RISE).exp()
         self.lam = lam.clamp(self.first / RANGE, self.first * RANGE)
