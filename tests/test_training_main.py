@@ -265,6 +265,17 @@ def test_a_state_is_never_resumed_from_other_weights(small):
     assert run(QUICK + " --masked-retrain --no-resume") == 0 and len(training_record("run/masked.pt")) == 3
 
 
+def test_a_stage_that_is_resumed_keeps_its_start(small):
+    """The command that goes on need not name it."""
+    assert run(QUICK + " --pretrain") == 0
+    save(networks.make(TINY), Path("mine.pt"))
+    assert run(QUICK + " --rew --start mine.pt --max-minutes 0") == 0
+    assert run(QUICK + " --rew") == 0
+    record = json.loads(Path("run/rew.options.json").read_text())
+    assert record["options"]["start"] == "mine.pt" and record["start_sha256"] == files.sha256(Path("mine.pt"))
+    assert run(QUICK) == 0 and len(training_record("run/masked.pt")) == 3
+
+
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
     """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
     Path("mine.py").write_text("""

@@ -324,13 +324,17 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
 
-    before = starting_file(stage, args)
+    before, file = starting_file(stage, args), job.file(f"{stage}.options.json")
     start = {"start_sha256": sha256(before)} if before and before.is_file() else {}
+    options = vars(args)
+    if args.resume and state.is_dir() and file.is_file():  # it started from what was given then
+        earlier = options_of(file, "give --no-resume")
+        start = {key: earlier[key] for key in ("start_sha256",) if key in earlier}
+        options = options | {"start": earlier["options"].get("start")}
 
     def began():
         if job.processes.first:
-            save_record(new_record(stage, job.data, settings, vars(args), job.processes.count) | start,
-                        job.file(f"{stage}.options.json"))
+            save_record(new_record(stage, job.data, settings, options, job.processes.count) | start, file)
             if stage == stages[0]:
                 if args.recipe:
                     save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
