@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
         help="sparse float checkpoint (%(default)s)")
     add("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
-        help="what is written, a .pt, with its claim F.json next to it (%(default)s)")
+        help="what is written, a .pt, with its claim F.json next to it (%(default)s; if that exists, --out is needed)")
     add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
         f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step of the weights: the submission's power of two "

@@ -372,7 +372,7 @@ def first_layer(model: nn.Module) -> str:
 
 
 def scale_free_weights(model: nn.Module) -> list[Tensor]:
-    """Return the weights whose scale does not change the output of any network in training.
+    """Return the weights of any network that can be scaled without a change of its output in training.
 
     They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
     pass cannot be followed.

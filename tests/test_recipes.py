@@ -37,6 +37,7 @@ def test_the_command_line_stands_above_the_recipe(recipe, tmp_path):
 
 @pytest.mark.parametrize("line, said", (
     ("epochs = [2, 3]", "the recipe's options of pretrain: .*unrecognized arguments: 3"),
+    ("lr = false", "the recipe's options of pretrain: .*unrecognized arguments: --no-lr"),
     ('lr = "much"', "the recipe's options of pretrain: argument --lr: ")))
 def test_a_value_of_a_wrong_type_is_refused_with_its_place(tmp_path, line, said):
     path = tmp_path / "mine.toml"

@@ -7,7 +7,8 @@ ENDS = 0.75  # the path reaches the target when this share is spent, and stays t
 STEPS, PART = 8, 1 / 200  # a control step follows this many training steps, or when this share is spent
 GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; prediction horizon in control steps; of the speed's EMA
 RISE = 0.3  # largest rise of log lambda in a control step
-# {single weights or groups: largest fall of log lambda in a control step, on the path's way and at its end}
+# {True for single weights, False for groups: largest fall of log lambda in a control step, (before, after) the path is
+# at the target}
 FALL = {True: (0.2, 0.05), False: (1.0, 0.2)}
 BAND = {True: 0.002, False: 0.01}  # surplus of zeros that is tolerated
 FADE = 0.2  # rate per control step at which a low is forgotten

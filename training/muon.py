@@ -41,7 +41,7 @@ def norms(matrices: Tensor) -> Tensor:
 def turned_weights(model: nn.Module) -> list[Tensor]:
     """Return the weights that Muon updates: [out, in, height, width], of convolutions that mix channels.
 
-    Where no normalisation follows, the norm of the weights matters, and they are left to SGD: those of linear layers.
+    Where no normalisation follows, as after the linear layer, the norm of the weights matters: SGD updates them.
     """
     return [weight for weight in scale_free_weights(model) if weight.shape[1] > 1]
 

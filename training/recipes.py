@@ -63,14 +63,17 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
             if stage == "quantized" and name not in recipe[stage]:
                 continue
             raise BadInput(f"the recipe has an unknown option {name!r} ({stage})")
-        option = parser._option_string_actions[f"--{name}"].dest
+        action = parser._option_string_actions[f"--{name}"]
+        option = action.dest
         if option in OF_A_COMMAND:
             raise BadInput(f"the recipe has the option {name!r}, which belongs to one command: give it there instead")
         if option in OF_ALL_STAGES and stage in runs.STAGES and name in recipe[stage]:
             raise BadInput(f"the recipe's table [{stage}] has the option {name!r}, which is for all stages: move it to "
                            "the top")
-        if isinstance(value, bool):  # false: --no-OPTION, or the option is left out
-            line += [f"--{name}"] if value else [f"--no-{name}"] * (f"--no-{name}" in parser._option_string_actions)
+        if isinstance(value, bool):
+            plain_flag = action.nargs == 0 and f"--no-{name}" not in parser._option_string_actions
+            if value or not plain_flag:  # `false` leaves out a flag that has no opposite
+                line.append(f"--{name}" if value else f"--no-{name}")
         else:
             line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line

@@ -85,9 +85,10 @@ def pruned_layers(args, model) -> list[str]:
 
 
 def say_ratios_are_idle(args, stage: str, say) -> None:
+    """Tell say(line), if a --config-file is given, that a stage takes only the layers from it."""
     if args.config_file:
-        say(f"{stage}: {args.config_file} selects the layers; its ratios have no effect, as without a target they have "
-            "with --masked-retrain --sparsity-type and a group")
+        say(f"{stage}: {args.config_file} selects the layers; its ratios have no effect: only --masked-retrain with "
+            "--sparsity-type and without a target uses them")
 
 
 def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
