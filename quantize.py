@@ -1,6 +1,6 @@
 """Quantize a masked checkpoint: every value that inference needs gets a grid and a stated bit width.
 
-    python quantize.py --checkpoint runs/default/masked.pt      writes cifar100_mobilenetv2.pt and its .json
+    python quantize.py --checkpoint runs/default/masked.pt --out runs/default/net.pt       writes net.pt and net.json
 
 What is stored                                               width
   weights                 code * step, step a power of two   6 or 8 bits per layer (by default the submission's)
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
                                      "quantized.pt, and quantized.start.pt and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
     plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
-    tune.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
+    tune.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
                       help="checkpoints to distil from, as in training/main.py")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
@@ -95,16 +95,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Return the options of a command line, else of a recipe. --network, --augment: else those of the last stage."""
+    """Return the options of a command line, else of a recipe; --network and --augment else those of the last stage.
+
+    Where a recipe has the same teachers for all stages, those are taken with which the last stage was really trained.
+    """
     parser = make_parser()
     given = recipes.given(parser, argv)
     checkpoint = given.get("checkpoint", parser.get_default("checkpoint"))
     path = recipes.of_run(given.get("recipe"), checkpoint.parent)
-    args = recipes.merged(parser, given, path and recipes.read(path), "quantized")
+    recipe = path and recipes.read(path)
+    args = recipes.merged(parser, given, recipe, "quantized")
     args.recipe, trained = path, training_record(args.checkpoint)
     last = trained[-1] if trained else {"options": {}, "settings": {}}
     if "network" not in given:
         args.network = last["options"].get("network") or args.network or networks.DEFAULT
+    if "teacher" not in given and trained and recipe and "teacher" not in recipe["quantized"]:
+        args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
     args.replace = "out" in given
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")

@@ -4,8 +4,9 @@ import re
 import pytest
 import torch
 
-from compressed import cifar100
+from compressed import cifar100, networks
 from mobilenet_v2 import MobileNetV2
+from small import NARROW
 from tools import divergence
 from training.batchnorm import renew_statistics
 
@@ -32,9 +33,16 @@ def test_it_is_zero_from_oneself_and_that_of_a_plain_computation_from_another(fi
     images = divergence.mixed_images(cifar100.made_up(40, 0), 10, torch.Generator().manual_seed(12345))
     assert images.shape == (10, 3, 32, 32)
     with torch.no_grad():
-        ours, theirs = (divergence.load_checkpoint(path)(images).double().softmax(1) for path in files)
+        ours, theirs = (networks.load_checkpoint(path)(images).double().softmax(1) for path in files)
     expected = float((ours * (ours / theirs).log()).sum(1).mean())
     assert expected > 0.01 and found[str(files[1])][0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_checkpoints_of_another_network(tmp_path, capsys):
+    path = tmp_path / "narrow.pt"
+    torch.save(networks.make(NARROW).state_dict(), path)
+    words = ["--made-up", "40", "--images", "4", "--teacher", str(path), "--network", NARROW, "--", str(path)]
+    assert divergence.main(words) == 0 and "0.0000 +- 0.0000" in capsys.readouterr().out
 
 
 def test_other_draws_give_other_images():

@@ -226,6 +226,19 @@ def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
     assert quantize.parse([*command, "--network", "my:Net"]).network == "my:Net"
 
 
+@pytest.mark.parametrize("trained_with", ([], ["mine.pt"]))
+def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
+    """A recipe's teachers of all stages may have been replaced on the command line; those of [quantized] were not."""
+    command = ["--checkpoint", str(tmp_path / "masked.pt")]
+    save_record({"settings": {}, "options": {"teacher": trained_with}}, tmp_path / "masked.options.json")
+    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    recipe = 'teacher = ["recipe.pt"]\n[quantized]\nepochs = 1\n'
+    for text, words, expected in ((recipe, [], trained_with), (recipe, ["--teacher", "other.pt"], ["other.pt"]),
+                                  (recipe, ["--teacher"], []), (recipe + 'teacher = "own.pt"', [], ["own.pt"])):
+        (tmp_path / "recipe.toml").write_text(text)
+        assert list(map(str, quantize.parse([*command, *words]).teacher)) == expected
+
+
 @pytest.mark.parametrize("trained", (False, True))
 def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained):
     save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")

@@ -33,6 +33,7 @@ def test_the_command_line_stands_above_the_recipe(recipe, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", str(recipe), "--lr", "0.1", "--teacher", "c.pt", "--run", run])
     assert {options.lr for options in by_stage.values()} == {0.1}
     assert list(map(str, by_stage["rew"].teacher)) == ["c.pt"]
+    assert training.parse_stages(["--recipe", str(recipe), "--run", run, "--teacher"])[1]["masked"].teacher == []
 
 
 @pytest.mark.parametrize("line, said", (

@@ -93,9 +93,10 @@ def root(tmp_path, monkeypatch):
     write(tmp_path, README_md="old", record__masked_pt="old", record__masked_jsonl="old", record__dense_pt="dense",
           record__dense_tested_json="{}",
           record__README_md="page",
-          run__masked_average_pt="weights", run__masked_jsonl="log", run__masked_options_json="{}",
+          run__masked_average_pt="weights", run__masked_jsonl="log",
           run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
           run__pretrain_average_pt="dense", run__pretrain_jsonl="log", run__pretrain_options_json="{}")
+    save_record({"options": {}}, tmp_path / "run/masked.options.json")
     (tmp_path / "record/masked-1.jsonl").write_text("of the network before")
     return tmp_path
 
@@ -257,6 +258,14 @@ def test_nothing_to_ship(commands, root):
     with pytest.raises(BadInput, match="runs/default/masked.average.pt is not there"):
         ship.main([])
     assert not commands.lines
+
+
+def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
+    save_record({"options": {"network": "my.py:Net"}}, root / "run/masked.options.json")
+    with pytest.raises(BadInput, match="run trained my.py:Net, .*give --into FOLDER"):
+        ship.main(["run"])
+    assert not commands.lines
+    assert ship.parse(["run", "--into", "mine"])[0].into == Path("mine")
 
 
 def test_two_at_once_are_refused(commands, root):

@@ -433,6 +433,16 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
     assert ("as given, though run/rew.options.json has" in out) == (masked not in ("", "--target-sparsity 0.3"))
 
 
+def test_a_mask_from_the_weights_of_another_run_takes_its_target(small, capsys):
+    for folder, target in (("theirs", 0.6), ("run", 0.7)):
+        Path(folder).mkdir()
+        files.save_record({"options": {"target_sparsity": target}}, Path(folder, "rew.options.json"))
+    for run, start, target in (("new", "theirs/masked.average.pt", 0.6), ("new", "theirs/masked.state", 0.6),
+                               ("run", "theirs/masked.pt", 0.7), ("new", "nowhere/masked.pt", 0.8)):
+        args = training.parse(["--masked-retrain", "--run", run, "--start", start])
+        assert sparsity.of_run(args, print).target_sparsity == target
+
+
 @pytest.mark.parametrize("kind", ("irregular", "column", "kernel", "filter"))
 def test_every_sparsity_type_makes_real_zeros(small, kind):
     """The submission's way: penalty in the loss, then the ratios of a file; and by a target."""

@@ -6,17 +6,17 @@ Use it to choose between networks that were trained on all train images: there i
 must not be used to choose. The train images are cropped, flipped and mixed (mixup or CutMix) with new random
 parameters, so no network was trained on exactly these inputs. Distillation minimizes this divergence; it does not
 measure the accuracy on new photographs. A checkpoint with a claim is evaluated as quantized, any other in float32.
+--network is that of the checkpoints; teachers are read as it, too, or else as the default network.
 """
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from compressed import checkpoints, cifar100, claims, datasets, threads
+from compressed import checkpoints, cifar100, claims, datasets, networks, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.evaluation import answers
 from compressed.exact_network import exact_network
-from compressed.networks import load_checkpoint
 from training import augmentation, teachers
 
 
@@ -27,11 +27,11 @@ def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) 
     return augmentation.augment(data.images[index], data.labels[index], draws)[0]
 
 
-def read(path):
-    """Return the network of a checkpoint: quantized if there is a claim, else in float32."""
+def read(path, network: str | None):
+    """Return the network of a checkpoint: quantized if there is a claim, else in float32. network: specification."""
     if not claims.claim_path(path).exists():
-        return load_checkpoint(path)
-    model, claim = checkpoints.load(path)
+        return networks.load_checkpoint(path, network or networks.DEFAULT)
+    model, claim = checkpoints.load(path, network=network)
     return exact_network(model, claim["activations"])
 
 
@@ -43,17 +43,18 @@ def main(argv=None) -> int:
     parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
                         help="number of images (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="random seed (%(default)s)")
+    networks.add_option(parser, "the claim")
     datasets.add_options(parser)
     args = parser.parse_args(argv)
     threads.prepare()
-    networks = {path: read(path) for path in args.checkpoints}
+    models = {path: read(path, args.network) for path in args.checkpoints}
     data = datasets.chosen(args, "train")[0]
-    taught_by = [teachers.load(path, data_set=data.data_set) for path in args.teacher]
+    taught_by = [teachers.load(path, args.network, data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
     expected = sum(answers(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
-    for path, network in networks.items():
-        found = answers(network, mixed, 16).double().log_softmax(1)
+    for path, model in models.items():
+        found = answers(model, mixed, 16).double().log_softmax(1)
         apart = F.kl_div(found, expected, reduction="none").sum(1)
         print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, same prediction for "
               f"{(found.argmax(1) == expected.argmax(1)).double().mean():.2%}: {path}", flush=True)

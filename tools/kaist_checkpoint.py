@@ -3,7 +3,7 @@
     python -m tools.kaist_checkpoint micronet_v2_pr_60.t7 --out runs/kaist/masked.average.pt
     python quantize.py --recipe kaist --checkpoint runs/kaist/masked.average.pt --out runs/kaist/quantized.pt
 
-What comes out is *KAIST AI's network, compressed further*: table, masks and most of the training are theirs (MIT
+What comes out is *KAIST AI's network, compressed further*: layers, masks and most of the training are theirs (MIT
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
 """
 from compressed import counting, kaist, networks

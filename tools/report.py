@@ -42,7 +42,7 @@ BOARD = (
 # shipped networks that are not ours, by their specification: (their name everywhere, what the pages say of them)
 OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
     "KAIST AI's network, compressed further",
-    "table, masks and most of the training are KAIST AI's ([MIT licence](LICENSE), Copyright (c) 2019 Kthyeon), whose "
+    "layers, masks and most of the training are KAIST AI's ([MIT licence](LICENSE), Copyright (c) 2019 Kthyeon), whose "
     "authors chose the epoch by test accuracy.")}
 
 
@@ -158,6 +158,7 @@ def device(machine: dict) -> str:
 LOG = "[record](record/README.md)"
 TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
 DENSE = "`python testers.py --checkpoint record/dense.pt`"
+DENSE_LABEL = "dense; ours: the masked network, trained further without mask"
 HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
 
 
@@ -166,7 +167,7 @@ def summary(m: Shipped) -> str:
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
-        ("dense: trained on without its mask; theirs: trained dense", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        (DENSE_LABEL, m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
@@ -186,11 +187,11 @@ def results(m: Shipped) -> str:
     operations = counting.submission_operations(trace(m.model))
     by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else 0
     return table(HEAD, [
-        ("dense: trained on without its mask; theirs: trained dense", m.percent(m.dense["correct"]), "81.92%", DENSE),
+        (DENSE_LABEL, m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
-        ("the shipped network's distance from it",
+        ("accuracy that the shipped network loses",
          f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),

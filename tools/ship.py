@@ -18,11 +18,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from compressed import claims, datasets, shipping
+from compressed import claims, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_script, some_path
 from compressed.errors import BadInput
-from compressed.files import sha256
+from compressed.files import load_record, sha256
 from training.runs import stage_logs
 
 ROOT = shipping.ROOT
@@ -46,7 +46,18 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     if not (args.run / "masked.average.pt").is_file():
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
+    if args.into.resolve() == ROOT:
+        check_network(args.run)
     return args, words
+
+
+def check_network(run: Path) -> None:
+    """Raise BadInput if a run's network is another one than the repository's pages, at its root, are about."""
+    options = run / "masked.options.json"
+    found = load_record(options, "give another run")["options"].get("network") if options.is_file() else None
+    if found not in (None, networks.DEFAULT):
+        raise BadInput(f"{run} trained {found}, and the tables at the repository's root are about {networks.DEFAULT}: "
+                       "give --into FOLDER")
 
 
 def copy_record(run: Path, claim: dict, record: Path) -> None:

@@ -103,9 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     datasets.add_options(parser.add_argument_group("data"))
     sparsity.add_options(parser.add_argument_group("sparsity"))
     group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher", nargs="+", type=some_path, default=[], metavar="F",
+    group.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
                        help="checkpoints to distil from: ours, or KAIST AI's (see teachers.py), such as "
-                            + next(iter(teachers.KAIST)))
+                            + next(iter(teachers.KAIST)) + "; without a value none, whatever the recipe has")
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
         f"{stage} {EPOCHS[stage]}, {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {ADAM_LR}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The submission's training: dense, reweighted L1, masked retraining, 300 epochs each, with its options.
-# The two long commands are the submission's, word for word. --no-tricks turns mixup, smoothing, warm-up and the
-# cosine schedule off, in any position (as it did there). Our own recipe is `python training/main.py`, without options.
+# The last two commands are the submission's, word for word. --no-tricks turns mixup, smoothing, warm-up and the
+# cosine schedule off, in any position (as it did there). Our own recipe: `python training/main.py --recipe default`.
 # Options given here go to every stage: bash training/run.sh --run runs/submission --data FOLDER
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

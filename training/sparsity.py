@@ -1,5 +1,6 @@
 """Make the penalty of the reweighted stage and the masks of the masked one from the options of training/main.py."""
 import argparse
+from pathlib import Path
 
 from compressed.command_line import number
 from compressed.errors import BadInput, refused
@@ -114,10 +115,13 @@ def try_penalty(penalty: penalties.Penalty) -> None:
 def of_run(args, say=lambda line: None) -> argparse.Namespace:
     """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
 
-    say(line) is called for what was taken, and for every given option that differs. Nothing is taken if the options
-    select the submission's rule: without a target, --sparsity-type threshold, or any type with --config-file.
+    That is the run's, or else the one in the folder of --start. say(line) is called for what was taken, and for every
+    given option that differs. Nothing is taken if the options select the submission's rule: without a target,
+    --sparsity-type threshold, or any type with --config-file.
     """
     path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
+    if args.start and not path.is_file() and (beside := Path(args.start).parent / path.name).is_file():
+        path = beside
     if path.is_file():
         options = argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
                                      | load_record(path, "give another --run folder")["options"])

@@ -70,7 +70,7 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.M
     theirs = path.suffix == ".t7"
     if theirs and data_set != CIFAR100 and data_set.digest:  # made-up images are labelled by chance anyway
         raise BadInput(f"--teacher {path}: KAIST's networks know the classes of CIFAR-100, not those of {data_set}; "
-                       "give a checkpoint that was trained on the same data, or no teacher")
+                       "give a checkpoint that was trained on the same data, or --teacher without a value for none")
     path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     return fold_batchnorm(teacher).requires_grad_(False)
