@@ -33,14 +33,14 @@ from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
-from compressed.exact_network import Quantizer, exact_network, quantize_activations
+from compressed.exact_network import Quantizer, check_input, exact_network, quantize_activations
 from compressed.files import check_outputs, git_commit, sha256
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import training_record
+from training.runs import stage_record, training_record
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -105,11 +105,11 @@ def parse(argv=None) -> argparse.Namespace:
     path = recipes.of_run(given.get("recipe"), checkpoint.parent)
     recipe = path and recipes.read(path)
     args = recipes.merged(parser, given, recipe, "quantized")
-    args.recipe, trained = path, training_record(args.checkpoint)
-    last = trained[-1] if trained else {"options": {}, "settings": {}}
+    args.recipe, args.trained = path, training_record(args.checkpoint)  # now: its training may go on
+    last = args.trained[-1] if args.trained else {"options": {}, "settings": {}}
     if "network" not in given:
         args.network = last["options"].get("network") or args.network or networks.DEFAULT
-    if "teacher" not in given and trained and recipe and "teacher" not in recipe["quantized"]:
+    if recipe and args.trained and "teacher" in recipe["common"].keys() - recipe["quantized"].keys() - given.keys():
         args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
     args.replace = "out" in given
@@ -174,7 +174,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
 
 def warn_of_seen_images(args) -> None:
     """Print a warning if the hold-out is one on which some stage of the network was trained."""
-    stages = [stage["stage"] for stage in training_record(args.checkpoint) if not stage["options"].get("holdout")]
+    stages = [stage["stage"] for stage in args.trained if not stage["options"].get("holdout")]
     if args.holdout and stages:
         print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
               file=sys.stderr)
@@ -270,6 +270,7 @@ def main(argv=None) -> int:
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
     if args.normalise:
         model = normalisation.fold(model, *args.normalise)
+    check_input(read(model))
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
     warn_of_seen_images(args)
@@ -283,6 +284,7 @@ def main(argv=None) -> int:
     accuracies.data = dataclasses.replace(test_data, images=test_data.images.cpu(), labels=test_data.labels.cpu())
     plain = prepare(networks.make(args.network, train_data.data_set.classes))
     network, formats = ship(model, plain, chosen, accuracies)
+    tuned = stage_record(tuning.folder / "quantized.jsonl") if tuning else []
     networks.save_state(network.state_dict(), args.out)
     claims.write(formats | {
         "data_set": dataclasses.asdict(test_data.data_set),
@@ -292,7 +294,7 @@ def main(argv=None) -> int:
                     "commit": commit,
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
-                    "training": training_record(args.checkpoint, tuning and tuning.folder)}}, args.out, args.network)
+                    "training": args.trained + tuned}}, args.out, args.network)
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

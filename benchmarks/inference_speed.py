@@ -145,7 +145,7 @@ def main(argv=None) -> int:
                         help="batch sizes (1 32 128)")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=2, help="of every engine (%(default)s)")
     parser.add_argument("--rounds", type=number(int, 1, 10**6), default=7, help="(%(default)s)")
-    parser.add_argument("--seconds", type=number(float, 0, 3600), default=1.0,
+    parser.add_argument("--seconds", type=number(float, 0.001, 3600), default=1.0,
                         help="of each engine in a round (%(default)s)")
     parser.add_argument("--json", type=some_path, metavar="F", help="write the figures to F as well")
     args = parser.parse_args(argv)

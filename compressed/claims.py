@@ -171,6 +171,9 @@ def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
     for name, entry in points.items():
         if type(entry.get("signed")) is not bool:
             raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
+        if entry["signed"] != wanted.get(name, entry["signed"]):
+            problems.append(f"activation {name}: claimed with{'out' * wanted[name]} a sign; the network's has the "
+                            "opposite")
         activations[name] = Activation(entry["bits"], entry["signed"])
     return Formats(tensors, activations), problems
 

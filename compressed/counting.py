@@ -87,15 +87,14 @@ def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
     return [(p * low + n * high, p * high + n * low) for p, n in zip(positive, negative)]
 
 
-def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int) -> int:
+def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int | None = None) -> int:
     """Return the length of a layer's accumulator under "fixed": of its worst channel; 32 at most, and for any float.
 
-    Without steps (a what-if) the codes are unknown: `terms` weights per channel, all of the most negative code, are
-    assumed.
+    terms: of a what-if, whose codes are unknown: that many weights per channel, all of the most negative code.
     """
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD
-    if grid.steps:
+    if terms is None:
         bounds = reach(grid.codes(weight), activation)
     else:
         bound = terms * 2 ** (grid.bits - 1) * max(activation.high, -activation.low)
@@ -110,11 +109,12 @@ class Layout:
     """How a weight tensor is stored and used: with a mask, its non-zeros alone; without one, all of its values.
 
     terms: how many products each output channel adds up; in total, the number of stored values. bias: whether a bias is
-    added.
+    added. what_if: whether the terms are not those of the weights.
     """
     masked: bool
     terms: list[int]
     bias: bool = False
+    what_if: bool = False
 
 
 def layout(op: Operation, activation: Activation, formats: Formats, density: Fraction | None) -> Layout:
@@ -124,7 +124,8 @@ def layout(op: Operation, activation: Activation, formats: Formats, density: Fra
     """
     weight, bits, positions = op.module.weight, formats.tensors[f"{op.name}.weight"].bits, op.outputs // op.channels
     bias = op.module.bias is not None and (density is not None or bool(op.module.bias.any()))
-    layouts = [Layout(masked, terms_per_channel(weight, density if masked else Fraction(1)), bias)
+    layouts = [Layout(masked, terms_per_channel(weight, density if masked else Fraction(1)), bias,
+                      density is not None)
                for masked in (False, True)]
 
     def cost(each: Layout) -> int:  # the score in units of 1 / (32 x STORAGE_BASE x OPERATIONS_BASE)
@@ -157,7 +158,7 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     most = max(stored.terms)
     length = {"32-bit": WORD, "tree": sum_bits(most, product_bits)}.get(convention)
     if convention == "fixed":
-        length = fixed_bits(weight, grid, activation, most)
+        length = fixed_bits(weight, grid, activation, most if stored.what_if or not grid.steps else None)
     multiplications = Counter({max(grid.bits, activation.bits): sum(stored.terms) * positions})
     additions = Counter()
     for n, channels in Counter(stored.terms).items():

@@ -20,7 +20,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.formats import Activation, code_range, codes, exponent, fake_quantize, folded
-from compressed.graph import read
+from compressed.graph import Graph, read
 from compressed.operations import RoundsValues
 
 # ---- The network on its grids --------------------------------------------------------------------
@@ -145,6 +145,13 @@ class ExactConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, None).double().add_(self.bias.double()[:, None, None])
 
 
+def check_input(graph: Graph) -> None:
+    """Raise BadInput for a network that scales or shifts its input itself."""
+    if graph.normalised:
+        raise BadInput("the network scales or shifts its input itself, which has no integer form here: take that out "
+                       "of the forward pass, and train with (pixel - 128) / 64")
+
+
 def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     """Put a Quantizer in the place of the ReLU or Identity at every activation point, in place.
 
@@ -152,9 +159,7 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     exactly the network's points, or a format is bad.
     """
     graph = read(model)
-    if graph.normalised:
-        raise BadInput("the network scales or shifts its input itself, which has no integer form here: take that out "
-                       "of the forward pass, and train with (pixel - 128) / 64")
+    check_input(graph)
     points = {point.name: point for point in graph.points[:-1]}
     named = [str(a.get("name")) for a in activations]
     if sorted(named) != sorted(points):

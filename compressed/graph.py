@@ -283,7 +283,9 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
     last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
-    graph = Graph(tuple(walk.operations), (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
+    operations = tuple(replace(op, kind="nothing") if op.kind == "point" and op.name not in walk.found else op
+                       for op in walk.operations)  # an Identity that passes on what is rounded already, or never is
+    graph = Graph(operations, (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
     vars(model)[KEPT] = _structure(model), graph
     return graph
 

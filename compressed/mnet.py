@@ -204,8 +204,9 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
 def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: dict) -> list[str]:
     """Return the names of what differs in two networks: values that inference reads, and formats."""
     ours, theirs = model.state_dict(), other.state_dict()
-    found = [key for key in sorted(ours.keys() | theirs.keys()) if not key.endswith("num_batches_tracked")
-             and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
+    inference_reads = {name for network in (model, other) for name, _ in network.named_parameters()}
+    found = [key for key in sorted(ours.keys() | theirs.keys())
+             if (key in inference_reads or key.endswith((".running_mean", ".running_var"))) and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
     return found + format_differences(claim, other_claim)
 
 
@@ -290,5 +291,7 @@ def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, di
             state[f"{name}.running_mean"] = torch.zeros(norm.num_features)
             state[f"{name}.running_var"] = torch.full((norm.num_features,), 1 - norm.eps)
             state[f"{name}.num_batches_tracked"] = torch.tensor(0)
+    for name, value in model.state_dict().items():  # further buffers: no operation reads them, so they were not packed
+        state.setdefault(name, torch.zeros_like(value, device="cpu"))
     model.load_state_dict(state, assign=True)
     return model.eval(), {"network": stated, "tensors": tensors, "activations": activations}

@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -164,12 +165,13 @@ WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # {"net": the sta
 COUNTERS = ("total_ops", "total_params", "n_averaged")  # what thop and AveragedModel leave; no part of a network
 
 
-def load_state(path) -> dict[str, torch.Tensor]:
+def load_state(path, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Return the state dict in a checkpoint file, on the CPU.
 
     It leaves out wrappers such as {"net": ..., "epoch": ...}, the prefixes of DataParallel, AveragedModel and
-    torch.compile (`module.`, `_orig_mod.`), and the counters of thop and AveragedModel. It executes nothing in the file
-    (`weights_only=True`). Raises BadInput if the file is missing or damaged, or holds no plain state dict.
+    torch.compile (`module.`, `_orig_mod.`), and the counters of thop and AveragedModel, but keeps the keys in `own`, of
+    a network that has such names itself. It executes nothing in the file (`weights_only=True`). Raises BadInput if the
+    file is missing or damaged, or holds no plain state dict.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such checkpoint file; give another one or train one with `python training/main.py`")
@@ -190,8 +192,8 @@ def load_state(path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
     plain = {}
     for key, value in state.items():
-        name = re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
-        if name.rpartition(".")[2] in COUNTERS:
+        name = key if key in own else re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
+        if name not in own and name.rpartition(".")[2] in COUNTERS:
             continue
         if name in plain:
             raise BadInput(f"{path}: holds the same key with and without the prefix 'module.' ({name})")
@@ -276,8 +278,9 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
     num_classes: the number of classes that it must have; None: as many as the values are for. Raises BadInput for a
     file whose keys or shapes do not fit, and for invalid values (see `fill`).
     """
-    state, classes = load_state(path), num_classes or CLASSES
+    classes = num_classes or CLASSES
     model = make(network, classes)
+    state = load_state(path, model.state_dict().keys())
     pairs = {sizes for key, value in model.state_dict().items() if key in state and is_plain(state[key])
              for sizes in zip(state[key].shape, value.shape) if sizes[0] != sizes[1]}
     found, wanted = pairs.pop() if len(pairs) == 1 else (0, 0)

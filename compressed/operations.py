@@ -4,6 +4,7 @@ The same operation may be written as a module, a function, a method or in place 
 nowhere else, it gets one name, its kind. Unknown operations are refused by name, for all users of the list.
 """
 import copy
+import inspect
 import math
 import operator
 from collections.abc import Collection, Iterator
@@ -113,6 +114,15 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """Only the image is followed: what else forward() takes has its default, on which a branch may depend."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, parameter in enumerate(inspect.signature(root_fn).parameters.values()):
+            if parameter.default is not inspect.Parameter.empty and isinstance(args[i], fx.Proxy):
+                self.graph.erase_node(args[i].node)
+                args[i] = parameter.default
+        return function, args
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = any(base.__module__.startswith("torch.nn.") and base not in (nn.Module, *CONTAINERS)

@@ -171,13 +171,16 @@ def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(tmp_path, monkeypa
     from tools import export_onnx
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
-    spec = f"{FILE}:Shuffled"
+    spec = f"{FILE}:Wrapped"
     plain, *_ = shipped(spec, cifar100.CLASSES)
     networks.save_state(plain.state_dict(), "masked.pt")
     network, data = ["--network", spec], ["--made-up", "40"]
-    assert quantize.main(["--checkpoint", "masked.pt", "--out", "q.pt", "--table", "4", "--calibration", "20",
-                          "--renew", "20", "--ranges", "mse", "--epochs", "1", "--batch-size", "10", "--lr", "0.05",
-                          "--augment", "none", "--mixing", "none", "--no-cuda", *network, *data]) == 0
+    command = ["--checkpoint", "masked.pt", "--out", "q.pt", "--table", "4", "--calibration", "20", "--renew", "20",
+               "--ranges", "mse", "--epochs", "1", "--batch-size", "10", "--lr", "0.05", "--augment", "none",
+               "--mixing", "none", "--no-cuda", *network, *data]
+    assert quantize.main(command) == 0
+    made = sha256("q.pt")
+    assert quantize.main(command) == 0 and sha256("q.pt") == made  # from the network that was fine-tuned
     before, after = plain.state_dict(), networks.load_checkpoint("q.pt", spec)
     claim = claims.read("q.json")
     assert "fine-tuned for 1 epochs" in [step["step"] for step in claim["accuracy_by_step"]]
@@ -452,6 +455,18 @@ def test_an_identity_that_runs_twice_rounds_nothing():
                                                                   "points.mean"]
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(prepare(network)(x), network(x))
+
+
+def test_an_identity_costs_nothing():
+    """Neither where it passes on what is rounded already, nor between a BatchNorm and its ReLU."""
+    def made(run):
+        torch.manual_seed(0)
+        parts = {"c": conv(padding=1), "n": nn.BatchNorm2d(4), "d": nn.Conv2d(4, 4, 1)}
+        model = prepare(Lone(run, i=nn.Identity(), j=nn.Identity(), **parts).eval())
+        return counting.summary(model, formats.what_if(formats.found_formats(model), model, 8, 8))
+    plain = made(lambda s, x: s.d(torch.relu(s.n(s.c(x)))))
+    assert made(lambda s, x: s.d(s.j(torch.relu(s.i(s.n(s.c(x))))))) == plain
+    assert plain["operations"]["fixed"]["bits"] < plain["operations"]["32-bit"]["bits"]
 
 
 def test_a_channel_that_nothing_reads_is_dead_wherever_it_was_moved():

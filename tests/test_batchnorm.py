@@ -21,6 +21,13 @@ def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
 
 
+def test_no_batch_has_a_single_image():
+    """Of one image with maps of 1x1 there is no variance."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    batchnorm.renew_statistics(model, cifar100.made_up(251, 0), 251, "none", torch.Generator().manual_seed(0))
+    assert model[1].running_mean.isfinite().all()
+
+
 def test_renewed_means_leave_the_variances():
     data, found = cifar100.made_up(500, 0), []
     for renew in (batchnorm.renew_statistics, batchnorm.renew_means):

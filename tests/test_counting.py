@@ -180,9 +180,19 @@ def test_fixed_accumulator_by_brute_force(codes, signed):
     assert len(bounds) == len(codes)
     # reached, never left
     assert (min(low for low, _ in bounds), max(high for _, high in bounds)) == (min(seen), max(seen))
-    bits = fixed_bits(weight, grid, activation, 3)
+    bits = fixed_bits(weight, grid, activation)
     assert all(-2 ** (bits - 1) <= value < 2 ** (bits - 1) for value in seen)
     assert bits == 1 or not all(-2 ** (bits - 2) <= value < 2 ** (bits - 2) for value in seen)  # a bit less overflows
+
+
+def test_a_what_if_does_not_know_the_codes():
+    """As if no weight were zero, the accumulators are as long as they may have to be then."""
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3, bias=False))
+    model[1].weight.data.zero_().view(-1)[:4] = torch.tensor([1.0, -8, 3, 2])
+    formats = Formats({"1.weight": Grid(4, (1.0,), "even")}, activation_bits=8)
+    own, dense = (count(trace(model, (3, 8, 8)), formats, "fixed", density)[0] for density in (None, Fraction(1)))
+    assert set(own.additions) == {signed_bits(-14 * 128, 14 * 128)}
+    assert set(dense.additions) == {signed_bits(-27 * 8 * 128, 27 * 8 * 128)}
 
 
 def test_fixed_without_codes():

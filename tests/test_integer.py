@@ -231,8 +231,7 @@ def test_bounds_are_reached(tiny):
         module, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
         weight = grid.codes(module.weight)
         bound = min(low for low, _ in term.reach), max(high for _, high in term.reach)
-        terms = max(counting.terms_per_channel(module.weight, None))
-        bits = counting.fixed_bits(module.weight, grid, activation, terms)
+        bits = counting.fixed_bits(module.weight, grid, activation)
         assert bits == signed_bits(*bound) and not -2 ** (bits - 2) <= bound[0] <= bound[1] < 2 ** (bits - 2)
         for side in (0, 1):
             channel = [reach[side] for reach in term.reach].index(bound[side])

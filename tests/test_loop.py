@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -390,6 +391,12 @@ def test_image_sizes():
                  "24:0.5,16:0.5,32", "32:0.5:1,32", "24:nan,32"):
         with pytest.raises(BadInput, match="sizes"):
             plan.image_sizes(text)
+
+
+def test_a_stage_ends_with_the_last_size():
+    """However few steps it has: its BatchNorm statistics and weights are for that size."""
+    settings = dataclasses.replace(SETTINGS, sizes="24:0.98,32", epochs=1, batch_size=10)
+    assert plan.Plan(settings, 50, Processes()).sizes == [24] * 4 + [32]
 
 
 def test_sizes_by_share_of_the_steps(tmp_path, monkeypatch):
@@ -862,6 +869,26 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole):
                 stage(tmp_path)
         assert not list(tmp_path.rglob("*.tmp")) and state_of(tmp_path)["progress"]["step"] == 1
     assert_same(stage(tmp_path)[0], whole("sgd")[0])
+
+
+def test_a_second_save_at_the_same_step_leaves_the_first_whole(tmp_path):
+    """As when the time of an evaluation at the end runs out again, with statistics that it had changed."""
+    state, progress = loop.State(tmp_path, SETTINGS), {"step": 7, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []}
+    state.save(progress, {"weights": {"w": torch.zeros(1)}, "average": {"w": torch.zeros(1)}})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        state.save(progress, {"weights": {"w": torch.ones(1)}, "average": {"w": lambda: 0}})
+    for value in (0, 2, 3):
+        if value:
+            state.save(progress, {"weights": {"w": torch.full((1,), float(value))}})
+        assert float(state.read("weights")["w"]) == value
+        assert len(list(tmp_path.glob("weights-*"))) == (1 if value else 2)
+
+
+def test_a_constant_of_infinities_is_not_averaged():
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    assert [id(tensor) for tensor in loop.averaged(model)] == [
+        id(tensor) for tensor in (model.weight, model.bias, model.running_mean, model.running_var)]
 
 
 def run_on_little_space(folder):

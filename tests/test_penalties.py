@@ -324,6 +324,31 @@ def test_the_schedule_of_magnitudes_by_hand():
     assert model.linear.weight.flatten()[60:].tolist() == [-i + 7.0 for i in range(161, 201)]
 
 
+def test_the_schedule_of_magnitudes_starts_from_the_zeros_that_are_there():
+    model = Counted()
+    model.conv.weight.data.view(-1)[:80] = 0
+    pruning = GradualMagnitude(model, ["conv", "linear"], 0.8)
+    for lr_to_come, zeros in ((8.0, [80, 0]), (4.0, [100, 50]), (0.0, [100, 60])):  # 160 - 80 (1 - t)^3
+        pruning.update(lr_to_come)
+        pruning.after_step(4.0)
+        assert model.zeros() == zeros
+    other = GradualMagnitude(Counted(), ["conv", "linear"], 0.8)
+    other.load_state_dict(pruning.state_dict())
+    assert other.start == pruning.start == 0.4
+
+
+def test_weights_that_cannot_be_pruned():
+    for change, said in (
+            (lambda net: nn.utils.parametrizations.weight_norm(net.conv), "the weight of conv is computed"),
+            (lambda net: setattr(net.depthwise, "weight", net.conv.weight), "conv and depthwise share their weight"),
+            (lambda net: net.linear.weight.requires_grad_(False), "linear is not trained")):
+        net = Net()
+        change(net)
+        with pytest.raises(BadInput, match=said):
+            ReweightedL1(net, LAYERS, lam=1e-3)
+        ReweightedL1(net, LAYERS[:1] if "linear" in said else LAYERS[2:], lam=1e-3)  # others can
+
+
 def test_in_a_stage_made_longer_the_magnitudes_wait():
     model = Counted()
     pruning = GradualMagnitude(model, ["conv", "linear"], 0.8)

@@ -75,6 +75,20 @@ def test_replicas_share_weights_and_nothing_else():
     assert all((each[1].running_mean == 3).all() for each in replicas.models)
 
 
+def test_a_block_that_a_share_leaves_out():
+    """Stochastic depth: gradients are summed by parameter, and other buffers follow, such as numbers of batches."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2, momentum=None))
+    replicas = Replicas(model, 2)
+    model[3].num_batches_tracked.fill_(5)
+    for each, left_out in zip(replicas.models, (0, 1)):
+        for k, layer in enumerate(each[:2]):
+            for parameter in layer.parameters():
+                parameter.grad = None if k == left_out else torch.full_like(parameter, k + 1.0)
+    replicas.gather(Processes())
+    assert [float(layer.weight.grad.unique()) for layer in model[:2]] == [1, 2] and model[2].weight.grad is None
+    assert replicas.models[1][3].num_batches_tracked == 5
+
+
 def test_what_is_avoided_on_a_cpu():
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=6),
                           nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.ReLU())

@@ -37,6 +37,7 @@ class Commands:
 
     def __init__(self):
         self.lines, self.fails, self.tuned = [], None, False
+        self.network = networks.DEFAULT
         self.accuracy = {"data": "test", "correct": 9, "images": 10}
         self.does = {}  # {name: what else happens}
 
@@ -64,7 +65,7 @@ class Commands:
         out.write_text("new")
         stages = [{"stage": "masked"}, *[{"stage": "quantized"}] * self.tuned]
         save_record({"checkpoint": out.name, "sha256": sha256(out), "accuracy": self.accuracy,
-                     "network": {"spec": "my_net.py:MyNet?depth=9"},
+                     "network": {"spec": self.network},
                      "made_by": {"command": f"--out {out}", "source_sha256": sha256(source), "training": stages}},
                     claims.claim_path(out))
 
@@ -111,7 +112,7 @@ def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
     after = tree(root)
     assert tuple(commands.names) == COMMANDS
     assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --table 4 --out ")
-    assert all("--network 'my_net.py:MyNet?depth=9'" in line for line in commands.lines[1:5])
+    assert all(f"--network {networks.DEFAULT}" in line for line in commands.lines[1:5])
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     fine_tuning = {"record/quantized.jsonl", "record/quantized.options.json"} if tuned else set()
     assert changed == {CHECKPOINT, CLAIM, CHECKPOINT.replace(".pt", ".mnet"), "README.md", "figures/board.png",
@@ -261,11 +262,16 @@ def test_nothing_to_ship(commands, root):
 
 
 def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
-    save_record({"options": {"network": "my.py:Net"}}, root / "run/masked.options.json")
-    with pytest.raises(BadInput, match="run trained my.py:Net, .*give --into FOLDER"):
+    commands.network = "my.py:Net?depth=9"
+    with pytest.raises(BadInput, match=r"are about .*: give --into FOLDER for my.py:Net\?depth=9; what was made is in"):
         ship.main(["run"])
-    assert not commands.lines
-    assert ship.parse(["run", "--into", "mine"])[0].into == Path("mine")
+    assert commands.names == ["quantize.py"] and (root / CHECKPOINT).read_text() == "old"
+    assert ship.main(["run", "--into", "mine"]) == 0
+    assert all("--network 'my.py:Net?depth=9'" in line for line in commands.lines[2:6])
+    save_record({"options": {"network": commands.network}}, root / "run/masked.options.json")
+    with pytest.raises(BadInput, match="give --into FOLDER for my.py:Net"):  # before anything is made
+        ship.main(["run"])
+    assert len(commands.lines) == 6
 
 
 def test_two_at_once_are_refused(commands, root):
@@ -327,6 +333,19 @@ def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
     assert train.main([]) == 0 and "as there is none yet" in capsys.readouterr().out
 
 
+def test_training_another_network_ships_nothing(commands, root, capsys):
+    commands.does["main.py"] = lambda: save_text("", root / "runs/x y/masked.pt")
+    save_text('network = "my.py:Net"\n', root / "mine.toml")
+    for words in (["--network", "my.py:Net"], ["--recipe", "mine.toml"]):
+        assert train.main(["--run", "runs/x y", *words]) == 0 and commands.names[-1] == "main.py"
+        said = capsys.readouterr().out
+        assert "nothing shipped is going to be replaced" in said and "finished" not in said
+        assert said.endswith("trained; to ship it: bash run.sh ship 'runs/x y' --into FOLDER\n")
+        with pytest.raises(SystemExit):
+            train.main(["--ship", *words])
+    assert "--network my.py:Net" in commands.lines[0] and len(commands.lines) == 2
+
+
 def test_training_that_was_stopped_says_how_to_go_on(commands, root, capsys):
     words = ["--run=runs/a b", "--max-minutes", "1", "--ship", "--no-resume", "--holdout"]
     assert train.main(words) == 0 and commands.names == ["main.py"]
@@ -351,6 +370,7 @@ def test_a_new_run_has_the_default_recipe(commands, root, monkeypatch):
     assert train.parse([])[0].recipe is None  # there is none
     save_text("", root / "default.toml")
     assert train.parse([])[0].recipe == "default"
+    save_text("", root / "small.toml")
     assert train.parse(["--recipe", "small"])[0].recipe == "small"
     save_text("{}", root / "runs/default/pretrain.options.json")
     assert train.parse([])[0].recipe is None  # training/main.py goes on with what the run was begun with
@@ -409,7 +429,9 @@ def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
 # -------------------------------------------------------------------------------------------------- verify, run_python
 
 @pytest.mark.parametrize("statuses, status", (((0, 0), 0), ((2, 0), 2), ((0, 2), 2), ((2, 2), 2), ((137,), 137)))
-def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, status):
+def test_verification_ends_as_its_checks_do(tmp_path, monkeypatch, capsys, statuses, status):
+    monkeypatch.chdir(tmp_path)
+    Path("x.json").write_text("a claim")
     left, ran = list(statuses), []
     monkeypatch.setattr(verify, "run_python", lambda *words: (ran.append(words), left.pop(0))[1])
     assert verify.main(["--checkpoint", "x.pt", "--made-up", "9", "--network", "n.py:N"]) == status
@@ -425,7 +447,8 @@ def test_every_shipped_network_is_verified(commands, root, monkeypatch, capsys):
     assert verify.SHIPPED == CHECKPOINT
     monkeypatch.setattr(verify, "ROOT", root)
     write(root / "small", README_md="")
-    (root / "small" / CHECKPOINT).write_text("another")
+    for name in (CHECKPOINT, CLAIM):
+        (root / "small" / name).write_text("another")
     found = [root / CHECKPOINT, *shipping.in_folders(root)]
     assert found[1:] == [root / "small" / CHECKPOINT]
     assert verify.main(["--made-up", "9"]) == 0
@@ -436,6 +459,9 @@ def test_every_shipped_network_is_verified(commands, root, monkeypatch, capsys):
     assert verify.main([]) == 2
     out, err = capsys.readouterr()
     assert err == f"verify.py: {found[0]} is NOT verified in full, see above\n" and f"verified {found[1]}" in out
+    (root / "small" / CLAIM).unlink()  # nothing contradicts a claim that is not there
+    monkeypatch.setattr(verify, "run_python", lambda *words: 0)
+    assert verify.main([]) == 2 and f"{found[1]} has no claim" in capsys.readouterr().err
 
 
 def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):

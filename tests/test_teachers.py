@@ -130,6 +130,18 @@ def test_a_batchnorm_is_folded_where_it_alone_reads_a_convolution():
     assert type(folded.bn2) is nn.Identity and type(folded.bn1) is type(folded.bn3) is nn.BatchNorm2d
 
 
+def test_a_convolution_with_a_forward_pass_of_its_own_is_not_folded():
+    """Its normalised weight would lose the folded scale."""
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight / self.weight.norm(), None)
+    model = nn.Sequential(Standardised(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+    model[1].weight.data.fill_(2)
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model(x)
+    assert torch.equal(teachers.fold_batchnorm(model)(x), wanted) and type(model[1]) is nn.BatchNorm2d
+
+
 def test_ours_is_a_teacher_too(narrow_checkpoint):
     x = cifar100.normalise(cifar100.made_up(2, 0).images)
     with torch.no_grad():

@@ -276,6 +276,56 @@ def test_a_stage_that_is_resumed_keeps_its_start(small):
     assert run(QUICK) == 0 and len(training_record("run/masked.pt")) == 3
 
 
+def test_a_start_epoch_stays_in_the_record(small):
+    save(networks.make(TINY), Path("mine.pt"))
+    command = QUICK.replace("--epochs 1", "--epochs 4") + " --pretrain"
+    assert run(command + " --start mine.pt --start-epoch 2 --max-minutes 0") == 0
+    assert run(command) == 0
+    options = json.loads(Path("run/pretrain.options.json").read_text())["options"]
+    assert (options["start"], options["start_epoch"]) == ("mine.pt", 2) and len(lines("run/pretrain.jsonl")) == 2
+
+
+def test_a_folder_without_a_state_is_none(small, capsys):
+    """A kill during the first save leaves one: the weights are those of --start, and the record says so."""
+    save(networks.make(TINY), Path("mine.pt"))
+    Path("run/pretrain.state").mkdir(parents=True)
+    Path("run/pretrain.state/weights-1.pt").write_bytes(b"half")
+    assert run(QUICK + " --pretrain --start mine.pt") == 0
+    assert "--start has no effect" not in capsys.readouterr().out
+    record = json.loads(Path("run/pretrain.options.json").read_text())
+    assert record["options"]["start"] == "mine.pt" and record["start_sha256"] == files.sha256(Path("mine.pt"))
+
+
+def test_a_short_stage_is_made_longer(small):
+    """Its warm-up, a quarter of the epochs at most, becomes longer with it."""
+    command = QUICK + " --pretrain --schedule constant"
+    assert run(command.replace("--epochs 1", "--epochs 8") + " --max-minutes 0") == 0
+    assert run(command.replace("--epochs 1", "--epochs 16")) == 0 and len(lines("run/pretrain.jsonl")) == 16
+
+
+def test_networks_without_layers_to_prune(capsys):
+    Path("mine.py").write_text("""
+from torch import nn
+
+class Flat(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.AvgPool2d(16), nn.Flatten(1, 2), nn.Conv1d(6, num_classes, 2), nn.Flatten())
+
+class Idle(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.c, self.d, self.auxiliary = nn.Conv2d(3, 4, 8, 8), nn.Conv2d(4, num_classes, 4), nn.Conv2d(4, 4, 1)
+    def forward(self, x):
+        return self.d(self.c(x)).flatten(1)
+""")
+    assert run(QUICK + " --pretrain --network mine.py:Flat") == 0
+    assert "zeros 0.00%" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="no nn.Conv2d or nn.Linear besides the first one"):
+        run(QUICK + " --rew --network mine.py:Flat")
+    with pytest.raises(BadInput, match="auxiliary never runs, so it has no price"):
+        run(QUICK + " --rew --network mine.py:Idle --cost-power 0.5", "other")
+
+
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
     """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
     Path("mine.py").write_text("""
@@ -328,16 +378,18 @@ def test_what_is_said_of_sparsity_that_is_not_as_asked_for(capsys):
     ("--rew --start start.pt --start-epoch 9", "epoch 9: the stage has 1"), ("--start run/rew.pt", "which is read"),
     ("--masked-retrain --start run/pretrain.pt --teacher run/masked.pt", "which is read"),
     ("--teacher run/masked.pt", "which is read"), ("--rew --penalty loss --target-sparsity 0.5", "target sparsity"),
+    ("--rew --penalty magnitude --updates 1", "--updates 2"),
     ("--cooldown 1", "belongs to --schedule constant"), ("--schedule constant --cooldown 2", "the stage has 1")))
-def test_finished_stages_survive_what_is_refused(small, options, said):
+def test_finished_stages_survive_what_is_refused(small, options, said, capsys):
     """Before the first stage to be trained begins, everything has been checked."""
     save(networks.make(TINY), Path("start.pt"))
     for stage in training.STAGES:
         save(networks.make(TINY), Path(f"run/{stage}.pt"))
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     Path("mine.toml").write_text("epochs = 1\n")
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises((BadInput, SystemExit)) as error:
         run(f"{QUICK} --no-resume --recipe mine.toml {options}")
+    assert said in f"{error.value}{capsys.readouterr().err}"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 

@@ -168,3 +168,17 @@ class Shuffled(nn.Module):
         first, _, last = torch.split(x, [4, 4, 4], 1)
         x = self.bn2(self.conv2(torch.cat([first, first, last, F.gelu(last)], 1)))
         return self.linear(F.silu(x).mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    """A network called `module`, as DataParallel would call it; a buffer that nothing reads; an argument with a default."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.module = Shuffled(num_classes)
+        self.register_buffer("history", torch.ones(3))
+
+    def forward(self, x, scale=None):
+        if scale is not None:
+            x = x * scale
+        return self.module(x)

@@ -46,18 +46,17 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     if not (args.run / "masked.average.pt").is_file():
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
-    if args.into.resolve() == ROOT:
-        check_network(args.run)
+    options = args.run / "masked.options.json"
+    if options.is_file():
+        check_network(load_record(options, "give another run")["options"].get("network", networks.DEFAULT), args.into)
     return args, words
 
 
-def check_network(run: Path) -> None:
-    """Raise BadInput if a run's network is another one than the repository's pages, at its root, are about."""
-    options = run / "masked.options.json"
-    found = load_record(options, "give another run")["options"].get("network") if options.is_file() else None
-    if found not in (None, networks.DEFAULT):
-        raise BadInput(f"{run} trained {found}, and the tables at the repository's root are about {networks.DEFAULT}: "
-                       "give --into FOLDER")
+def check_network(network: str, into: Path) -> None:
+    """Raise BadInput for another network than the one that the repository's pages, at its root, are about."""
+    if network != networks.DEFAULT and into.resolve() == ROOT:
+        raise BadInput(f"the pages at the repository's root are about {networks.DEFAULT}: give --into FOLDER for "
+                       f"{network}")
 
 
 def copy_record(run: Path, claim: dict, record: Path) -> None:
@@ -86,6 +85,7 @@ def build(args, words: list[str], new: Path) -> None:
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
     shipping.run(ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run)
     claim = claims.read(new / shipping.CLAIM)
+    check_network(claim["network"]["spec"], args.into)
     if args.into.resolve() != ROOT:
         quantize += ["--out", str(args.into / CHECKPOINT)]
     checkpoint += ("--network", claim["network"]["spec"])  # no script runs the code that a claim names without it

@@ -4,13 +4,14 @@
     python -m tools.train --run DIR ...        another run; further options go to training/main.py (see its --help)
     python -m tools.train --ship               ship the network whatever its accuracy
 
-A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another.
+A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another. Only the
+shipped network's kind is shipped here; for others the command that does it is printed.
 """
 import argparse
 import shlex
 from pathlib import Path
 
-from compressed import cifar100, datasets, shipping
+from compressed import cifar100, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
 from training import recipes
@@ -27,6 +28,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
                         metavar="DIR", help="run folder (%(default)s)")
     parser.add_argument("--ship", action="store_true", help="replace the shipped files whatever the accuracy")
     parser.add_argument("--recipe", metavar="NAME", help="recipe with the options of all stages, see training/main.py")
+    networks.add_option(parser, "the recipe")
     parser.add_argument("--no-resume", action="store_true", help="train finished stages again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     datasets.add_options(parser)
@@ -34,13 +36,25 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     began = any(args.run.glob("*.options.json"))
     if args.recipe is None and not began and (recipes.FOLDER / "default.toml").is_file():
         args.recipe = "default"
+    path = recipes.of_run(args.recipe, args.run)
+    args.given_network = args.network
+    args.network = args.network or (path and recipes.read(path)["common"].get("network")) or networks.DEFAULT
+    if args.ship and args.network != networks.DEFAULT:
+        parser.error(f"--ship is for {networks.DEFAULT}: {command_to_ship(args)} ships {args.network}")
     return args, words
+
+
+def command_to_ship(args) -> str:
+    """Return the command that ships the network of a run into a folder of its own."""
+    return f"bash run.sh ship {shlex.quote(str(args.run))} --into FOLDER"
 
 
 def announcement(args) -> str:
     """Return a sentence that says which files will be replaced after training, and on what condition."""
     shipped = shipping.shipped_accuracy(ROOT)
     is_cifar100 = args.data is None or cifar100.holding(args.data, cifar100.SET, cifar100.COUNT)
+    if args.network != networks.DEFAULT:
+        return f"nothing shipped is going to be replaced: that is {networks.DEFAULT}; then {command_to_ship(args)}"
     if args.ship:
         condition = "whatever its accuracy"
     elif args.made_up or args.holdout or not is_cifar100:
@@ -58,12 +72,16 @@ def main(argv=None) -> int:
     args, words = parse(argv)
     data = datasets.option_words(args)
     again = ["--run-folder", str(args.run), *words, *data, *["--no-cuda"] * args.no_cuda,
-             *(["--recipe", args.recipe] if args.recipe else [])]
+             *(["--recipe", args.recipe] if args.recipe else []),
+             *(["--network", args.given_network] if args.given_network else [])]
     print(f"train.py: {announcement(args)}", flush=True)
     go_on = f"train.py: not finished yet; to go on: bash run.sh train {shlex.join([*again, *['--ship'] * args.ship])}"
     try:
         status = run_python(ROOT / "training" / "main.py", *again, *["--no-resume"] * args.no_resume)
         finished = (args.run / "masked.pt").is_file()  # else --max-minutes stopped it, or the options name one stage
+        if status == 0 and finished and args.network != networks.DEFAULT:
+            print(f"train.py: trained; to ship it: {command_to_ship(args)}")
+            return 0
         if status == 0 and finished:
             return run_python("-m", "tools.ship", args.run, *data, *["--no-cuda"] * args.no_cuda,
                               *["--if-better"] * (not args.ship))

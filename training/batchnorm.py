@@ -19,7 +19,8 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
     62% with those of crops. Images are not mixed.
     """
     chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)
-    batches = [(index, augmentation.draw(len(index), generator, augment)) for index in chosen.split(250)]
+    equal = chosen.tensor_split(-(-len(chosen) // 250))  # no rest of one image, which would have no variance
+    batches = [(index, augmentation.draw(len(index), generator, augment)) for index in equal]
     parts = divided(batches, data.labels.device.type == "cpu")
     models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
 

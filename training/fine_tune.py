@@ -128,9 +128,11 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
         raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options or teachers; --no-resume "
                        "fine-tunes again")
     model = prepare(model)
-    content, points = load_state(file), read(model).activation_points
+    points = read(model).activation_points
+    steps = {f"{name}.step": name for name in (*dict(weight_layers(model)), *points)}
+    content = load_state(file, model.state_dict().keys() | steps.keys())
     with refused(f"{file}: not what a fine-tuning writes", "; --no-resume starts it again"):
-        steps = {name: content.pop(f"{name}.step") for name in (*dict(weight_layers(model)), *points)}
+        steps = {name: content.pop(key) for key, name in steps.items()}
         model.load_state_dict(content)
     grids.quantize_weights(model, chosen.table, chosen.scheme)
     for name, module in weight_layers(model):

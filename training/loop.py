@@ -121,8 +121,11 @@ class Together:
 
 
 def averaged(model: nn.Module) -> list:
-    """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics."""
-    return [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics.
+
+    Buffers with infinities are constants, such as a mask of attention: an average would make NaN of them.
+    """
+    return [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point() and b.isfinite().all())]
 
 
 def update_average(average: list, model: list, decay: float) -> None:

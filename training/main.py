@@ -311,11 +311,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     plans: those of all stages that this call trains. When the first of them begins, and no sooner, the recipe replaces
     that in the run folder, and the weights that these stages had are removed.
     """
-    settings, state, stages = job.settings(stage), job.file(f"{stage}.state"), list(plans)
+    settings, state, stages = job.settings(stage), State(job.file(f"{stage}.state")), list(plans)
     later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
     model = model.to(job.device, memory_format=torch.channels_last)
-    if args.start and args.resume and state.is_dir():
-        job.say(f"{stage}: the weights are those of {state}, and --start has no effect")
+    if args.start and args.resume and state.exists:
+        job.say(f"{stage}: the weights are those of {state.folder}, and --start has no effect")
     penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
     masks = None
     if stage == "masked":
@@ -327,10 +327,10 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     before, file = starting_file(stage, args), job.file(f"{stage}.options.json")
     start = {"start_sha256": sha256(before)} if before and before.is_file() else {}
     options = vars(args)
-    if args.resume and state.is_dir() and file.is_file():  # it started from what was given then
+    if args.resume and state.exists and file.is_file():  # it started from what was given then
         earlier = options_of(file, "give --no-resume")
         start = {key: earlier[key] for key in ("start_sha256",) if key in earlier}
-        options = options | {"start": earlier["options"].get("start")}
+        options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
 
     def began():
         if job.processes.first:
@@ -355,7 +355,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     if job.processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
         save_state(weights, job.file(f"{stage}.pt"))
-        State(state).remove()
+        state.remove()
         save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
         job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
         if penalty is not None and penalty.feedback and (zeros := float(penalty.zeros_share())) > penalty.target + 0.05:
@@ -379,7 +379,7 @@ def run_stages(job: Job) -> None:
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
     for stage in missing if args.resume else ():
-        if job.file(f"{stage}.state").is_dir() and (stage != missing[0] or other_start(args.run, stage)):
+        if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
             raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
                            "before it: bring those back, or give --no-resume")
     others = {}  # {finished stage: what differs now}

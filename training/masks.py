@@ -39,6 +39,19 @@ def weights_of(model: nn.Module, layers) -> dict[str, Tensor]:
     return {name: modules[name].weight.detach() for name in layers}
 
 
+def plain_weights(model: nn.Module, layers) -> list[Tensor]:
+    """Return the weights of layers, to be changed in place. Raises BadInput if one is computed, or two are the same."""
+    modules = dict(weight_layers(model))
+    weights = [modules[name].weight for name in layers]
+    owners = {}
+    for name, weight in zip(layers, weights):
+        if not isinstance(weight, nn.Parameter):
+            raise BadInput(f"the weight of {name} is computed, as by weight_norm, and cannot be pruned")
+        if (other := owners.setdefault(weight, name)) != name:
+            raise BadInput(f"{other} and {name} share their weight, which cannot be pruned")
+    return weights
+
+
 # ---- Which layers, and how much of them ------------------------------------------------------------------------------
 
 def prune_ratios(config_file, model: nn.Module) -> dict[str, float]:
@@ -115,7 +128,7 @@ class Masks:
         for name, mask in masks.items():
             if name not in layers or mask.shape != layers[name].weight.shape or mask.dtype != torch.bool:
                 raise BadInput(f"the mask of {name}, {list(mask.shape)} {mask.dtype}, fits no weight of the network")
-        self.names, self.weights = list(masks), [layers[name].weight for name in masks]
+        self.names, self.weights = list(masks), plain_weights(model, masks)
         # in the weight's type and memory format, so that applying it is one multiplication a tensor
         self.factors = [torch.empty_like(weight, requires_grad=False).copy_(mask)
                         for weight, mask in zip(self.weights, masks.values())]

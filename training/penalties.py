@@ -15,7 +15,7 @@ from compressed import counting, networks
 from compressed.errors import BadInput
 from compressed.graph import scale_free_weights, weight_layers
 from training.feedback import FIRST, Feedback
-from training.masks import GROUPS, group_norms, quantile, target_masks
+from training.masks import GROUPS, group_norms, plain_weights, quantile, target_masks
 
 
 class Penalty:
@@ -41,8 +41,9 @@ class Penalty:
         if target is not None and type(self).shrink is Penalty.shrink:
             raise BadInput("a penalty in the loss makes no exact zeros, so it cannot be led to a target sparsity: give "
                            "it a --lambda, or take --penalty proximal")
-        modules = dict(weight_layers(model))
-        self.weights = [modules[name].weight for name in layers]
+        self.weights = plain_weights(model, layers)
+        if frozen := [name for name, weight in zip(layers, self.weights) if not weight.requires_grad]:
+            raise BadInput(f"{frozen[0]} is not trained (requires_grad is False): select layers by --config-file")
         scale_free = set(scale_free_weights(model))
         self.convolutions = [weight for weight in self.weights if weight in scale_free]
         self.kind, self.given, self.target = kind, lam, target
@@ -181,6 +182,8 @@ class Reweighted(Penalty):
         self.eps, self.cost_power = eps, cost_power
         self.alphas: list[Tensor] = []
         prices = counting.prices(model) if cost_power else dict.fromkeys(layers, 1.0)
+        if idle := [name for name in layers if name not in prices]:
+            raise BadInput(f"{idle[0]} never runs, so it has no price for --cost-power: select layers by --config-file")
         total = sum(prices[name] * weight.numel() for name, weight in zip(layers, self.weights))
         mean = total / sum(weight.numel() for weight in self.weights)
         self.factors = [(prices[name] / mean) ** cost_power for name in layers]
@@ -242,17 +245,19 @@ class LossReweightedL1(Reweighted):
 class GradualMagnitude(Penalty):
     """Prune single weights gradually by magnitude: the baseline for penalties, at equal epochs and equal sparsity.
 
-    Zhu and Gupta, "To prune, or not to prune", 2017: the smallest weights are set to zero, and their share grows to the
-    target as 1 - (1 - t)^3. Here t is not time but the sum of the learning rates so far, as a share of the stage's sum:
-    under a cosine schedule the last zeros are made while the other weights can still adapt. Weights are ranked over all
-    layers, as for the mask of the next stage. A zero stays zero: it is among the smallest at the next update.
+    Zhu and Gupta, "To prune, or not to prune", 2017: the smallest weights are set to zero, and their share grows from
+    that at the start to the target as 1 - (1 - t)^3. Here t is not time but the sum of the learning rates so far, as a
+    share of the stage's sum: under a cosine schedule the last zeros are made while the other weights can still adapt.
+    Weights are ranked over all layers, as for the mask of the next stage. A zero stays zero: it is among the smallest
+    at the next update.
     """
-    form, updates, saved = "magnitude", 100, ("spent", "share", "masks")
+    form, updates, saved = "magnitude", 100, ("spent", "start", "share", "masks")
 
     def __init__(self, model: nn.Module, layers, target: float):
         super().__init__(model, layers, lam=0.0)
         self.model, self.layers, self.target = model, list(layers), target
         self.spent = 0.0  # sum of the learning rates of the steps made
+        self.start: float | None = None  # share of zeros at the first update
         self.share = 0.0  # wanted share of zeros
         self.masks = {name: torch.ones_like(w) for name, w in zip(self.layers, self.weights)}  # 0 where it is pruned
 
@@ -262,9 +267,11 @@ class GradualMagnitude(Penalty):
     @torch.no_grad()
     def update(self, lr_to_come: float) -> None:
         """Choose the zeros by the schedule; every step restores them. If the stage was made longer, the share waits."""
+        if self.start is None:
+            self.start = min(float(self.zeros_share()), self.target)
         total = self.spent + lr_to_come
         to_go = lr_to_come / total if total else 0.0
-        self.share = max(self.share, self.target * (1 - to_go**3))
+        self.share = max(self.share, self.target - (self.target - self.start) * to_go**3)
         if self.share > 0:
             for name, mask in target_masks(self.model, self.layers, self.share).items():
                 self.masks[name].copy_(mask)
@@ -277,10 +284,10 @@ class GradualMagnitude(Penalty):
         torch._foreach_mul_(self.weights, list(self.masks.values()))
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a state; of an older version, which has the sum of the whole stage, by inverting the schedule."""
+        """Load a state; of an older version, which began at no zeros and has the whole stage's sum, by inversion."""
         for name, mask in (state["masks"] or {}).items():
             self.masks[name].copy_(mask)
-        self.share = state["share"]
+        self.share, self.start = state["share"], state.get("start", 0.0)
         self.spent = state["spent"] if "spent" in state else (
             (state["all_lr"] or 0.0) * (1 - (1 - self.share / self.target) ** (1 / 3)))
 

@@ -191,6 +191,7 @@ class Plan:
         self.steps = settings.epochs * self.epoch_steps
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]
         self.sizes = [next(size for size, end in by_share if step < end * self.steps) for step in range(self.steps)]
+        self.sizes[-1] = by_share[-1][0]  # however few steps there are
         self.pixels = [self.batch_size * size**2 for size in self.sizes]
 
     def mixing(self, epoch: int) -> str:

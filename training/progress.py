@@ -64,7 +64,7 @@ def describe(record: dict, epochs: int) -> str:
 def zeros(record: dict) -> str:
     """Return the zeros of an epoch's record as text: their share and, with a penalty, the wanted share and groups."""
     if "zeros_share" not in record:
-        return f"zeros {record['zeros'] / record['weights']:.2%}"
+        return f"zeros {record['zeros'] / max(1, record['weights']):.2%}"
     path = f" (path {record['zeros_path']:.2%})" if "zeros_path" in record else ""
     groups = f", {record['zero_groups']:,} of {record['groups']:,} {record['kind']}s" if "groups" in record else ""
     return f"zeros {record['zeros_share']:.2%} of the pruned layers{path}{groups}"

@@ -51,6 +51,13 @@ def shares(count: int, parts: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(ends, ends[1:])]
 
 
+def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Return a parameter's gradient, made of zeros if it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
 class Replicas:
     """Hold a model and copies of it that share its weights; each has its own gradients and BatchNorm statistics."""
 
@@ -64,22 +71,31 @@ class Replicas:
         self.statistics = [[b for b in each.buffers() if b.is_floating_point()] for each in self.models]
 
     def follow(self) -> None:
-        """Copy the model's BatchNorm statistics and train or eval modes to the replicas."""
-        for replica, statistics in zip(self.models[1:], self.statistics[1:]):
-            for theirs, ours in zip(statistics, self.statistics[0]):
+        """Copy the model's BatchNorm statistics and other buffers, and its train or eval modes, to the replicas."""
+        for replica in self.models[1:]:
+            for theirs, ours in zip(replica.buffers(), self.models[0].buffers()):
                 theirs.copy_(ours)
             for theirs, ours in zip(replica.modules(), self.models[0].modules()):
                 theirs.training = ours.training
 
     @torch.no_grad()
     def gather(self, processes: Processes) -> None:
-        """After all backward passes, sum the gradients into the model and average the BatchNorm statistics of all."""
-        gradients, *others = ([p.grad for p in each.parameters() if p.grad is not None] for each in self.models)
-        statistics = self.statistics[0]
-        for grads, theirs in zip(others, self.statistics[1:]):
-            threads.for_each(torch._foreach_add_, gradients, grads)
+        """After all backward passes, sum the gradients into the model and average the BatchNorm statistics of all.
+
+        A forward pass may leave out a block at random: its parameters have no gradient where that happened.
+        """
+        parameters, statistics = list(self.models[0].parameters()), self.statistics[0]
+        for replica, theirs in zip(self.models[1:], self.statistics[1:]):
+            found = [(ours, other.grad) for ours, other in zip(parameters, replica.parameters())
+                     if other.grad is not None]
+            gradients = [own_gradient(ours) for ours, _ in found]
+            threads.for_each(torch._foreach_add_, gradients, [grad for _, grad in found])
             threads.for_each(torch._foreach_add_, statistics, theirs)
-        processes.add(gradients + statistics)
+        if processes.count > 1:
+            anywhere = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+            processes.add([anywhere])
+            gradients = [own_gradient(p) for p, found in zip(parameters, anywhere.tolist()) if found]
+            processes.add(gradients + statistics)
         count = len(self.models) * processes.count
         if count > 1:
             for each in statistics:

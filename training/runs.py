@@ -99,11 +99,17 @@ def read_stages(folder) -> list[Stage]:
     return [stage for stage in map(read_stage, stage_logs(folder)) if stage]
 
 
-def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
-    """Return options, settings, hardware and last log line of every stage recorded in a checkpoint's folder.
+def stage_record(log: Path) -> list[dict]:
+    """Return [options, settings, hardware and last line of a stage's log]; [] for a log that `read_stage` passes by."""
+    return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
+             "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
+            for stage in (read_stage(log),) if stage]
 
-    If the checkpoint has the name of a stage, as in rew.average.pt, they end with that stage. tuned: the folder of a
-    fine-tuning, whose stage is added.
+
+def training_record(checkpoint) -> list[dict]:
+    """Return what `stage_record` does of every stage recorded in a checkpoint's folder, in the order of training.
+
+    If the checkpoint has the name of a stage, as in rew.average.pt, they end with that stage.
     """
     folder, name = Path(checkpoint).parent, Path(checkpoint).name.split(".")[0]
     logs = [log for log in stage_logs(folder) if log.stem != "quantized"]
@@ -113,7 +119,4 @@ def training_record(checkpoint, tuned: Path | None = None) -> list[dict]:
         if other_start(folder, log.stem):
             raise BadInput(f"{folder}: the stage {log.stem} was trained from other weights than those that are there "
                            "now; train it again")
-    stages = map(read_stage, logs + ([tuned / "quantized.jsonl"] if tuned else []))
-    return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
-             "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
-            for stage in stages if stage]
+    return [record for log in logs for record in stage_record(log)]

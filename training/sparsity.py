@@ -53,6 +53,8 @@ def check(args, stage: str, parser: argparse.ArgumentParser) -> None:
         parser.error("--lambda and --target-sparsity exclude each other")
     if args.sparsity_type == "threshold" and stage == "rew":
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
+    if args.penalty == "magnitude" and args.updates == 1:
+        parser.error("--penalty magnitude prunes between its first and last update: give --updates 2 or more")
     for option in not_taken(args.penalty) if args.penalty else ():
         if getattr(args, option) != parser.get_default(option):
             shown = "lambda" if option == "lam" else option.replace("_", "-")
@@ -81,8 +83,12 @@ def pruned_layers(args, model) -> list[str]:
     """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
     if args.config_file:
         return list(masks.prune_ratios(args.config_file, model))
+    names = [name for name, _ in weight_layers(model)]
+    if len(names) < 2:
+        raise BadInput("the network has no nn.Conv2d or nn.Linear besides the first one, which is not pruned: list "
+                       "what to prune in a --config-file")
     stem = first_layer(model)  # its few weights read the image, and cost little
-    return [name for name, _ in weight_layers(model) if name != stem]
+    return [name for name in names if name != stem]
 
 
 def say_ratios_are_idle(args, stage: str, say) -> None:

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import signal
@@ -18,8 +19,9 @@ from training.plan import constant_so_far
 # Settings of where and how a stage is computed. A resume may change them. The result then differs by rounding, and with
 # other `workers` also because each worker's share of a batch is normalised by its own statistics.
 MACHINE = ("precision", "compile", "workers")
-# Settings of a stage's length. A resume may change them as long as the learning rate is still constant.
-LENGTH = ("epochs", "cooldown", "sizes")
+# Settings of a stage's length. A resume may change them as long as the learning rate is still constant. The warm-up is
+# a quarter of the epochs at most, so it may change with them.
+LENGTH = ("epochs", "cooldown", "sizes", "warmup_epochs")
 AGAIN = "--no-resume starts the stage again"
 
 
@@ -85,13 +87,24 @@ class State:
         return record
 
     def save(self, progress: dict, parts: dict) -> None:
-        """Write progress (plain values) and parts ({part: state dict}); then remove the files of the state before."""
-        files = {part: f"{part}-{progress['step']}.pt" for part in parts}
+        """Write progress (plain values) and parts ({part: state dict}); then remove the files of the state before.
+
+        A second save at the same step takes other names, so that the first stays whole until it is replaced.
+        """
+        for number in itertools.count():
+            suffix = f"{progress['step']}{f'-{number}' if number else ''}.pt"
+            files = {part: f"{part}-{suffix}" for part in parts}
+            if not any((self.folder / name).exists() for name in files.values()):
+                break
         sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
         save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings}, self.file)
         for path in self.folder.iterdir():
             if path.name not in (*files.values(), self.file.name):
                 path.unlink(missing_ok=True)
+
+    @property
+    def exists(self) -> bool:
+        return self.file.is_file()
 
     def remove(self) -> None:
         """Delete the state and its folder."""

@@ -53,7 +53,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         pairs = normalised_convolutions(model)
     for conv_name, norm_name in pairs.items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        if norm.running_var is not None:
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None:
             model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
             model.set_submodule(norm_name, nn.Identity())
     return model
