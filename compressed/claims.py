@@ -172,8 +172,7 @@ def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
         if type(entry.get("signed")) is not bool:
             raise BadInput(f"{path}: activation {name} says neither that it is signed nor that it is not")
         if entry["signed"] != wanted.get(name, entry["signed"]):
-            problems.append(f"activation {name}: claimed with{'out' * wanted[name]} a sign; the network's has the "
-                            "opposite")
+            problems.append(f"activation {name}: signed is {entry['signed']}, expected {wanted[name]}")
         activations[name] = Activation(entry["bits"], entry["signed"])
     return Formats(tensors, activations), problems
 

@@ -206,7 +206,8 @@ def differences(model: nn.Module, claim: dict, other: nn.Module, other_claim: di
     ours, theirs = model.state_dict(), other.state_dict()
     inference_reads = {name for network in (model, other) for name, _ in network.named_parameters()}
     found = [key for key in sorted(ours.keys() | theirs.keys())
-             if (key in inference_reads or key.endswith((".running_mean", ".running_var"))) and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
+             if (key in inference_reads or key.endswith((".running_mean", ".running_var")))
+             and not (key in ours and key in theirs and torch.equal(ours[key], theirs[key]))]
     return found + format_differences(claim, other_claim)
 
 

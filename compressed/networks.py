@@ -13,6 +13,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -116,20 +117,19 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,)) -> None:
-    """Raise BadInput if a network in training mode does not have one output for each of the data's classes.
+def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), images: int = 2) -> None:
+    """Raise BadInput if a network does not have one output for each of the data's classes, in evaluation or training.
 
-    sizes: of the square images.
+    sizes: of the square images. images: the fewest that one worker trains on. The BatchNorm statistics change.
     """
-    for size in sorted(sizes, reverse=True):
-        wanted = [1, 3, size, size]
-        with refused(f"--network {spec}: its forward pass fails for images {wanted}",
+    for size, training in itertools.product(sorted(sizes, reverse=True), (False, True)):
+        wanted = [images if training else 1, 3, size, size]
+        with refused(f"--network {spec}: its forward pass {'in training ' * training}fails for images {wanted}",
                      "" if size == IMAGE_SIZE else f"; give --sizes {IMAGE_SIZE}"):
-            shape = list(model.eval()(torch.zeros(wanted)).shape)
-        if shape != [1, classes]:
-            raise BadInput(f"--network {spec}: its outputs for an image are {shape}, and the data have {classes} "
-                           "classes: let the network take an argument num_classes, or give other --data")
-    model.train()
+            shape = list(model.train(training)(torch.zeros(wanted)).shape)
+        if shape != [wanted[0], classes]:
+            raise BadInput(f"--network {spec}: its outputs for images {wanted} are {shape}, and the data have "
+                           f"{classes} classes: let the network take an argument num_classes, or give other --data")
 
 
 def width(spec: str) -> float | None:

@@ -198,6 +198,15 @@ def test_a_wrong_claim_does_not_lower_the_count(shipped, claimed, capsys):
     assert wrong["storage"] == honest["storage"] and wrong["totals"] == honest["totals"] and len(wrong["problems"]) == 1
 
 
+def test_a_sign_that_the_network_does_not_have(shipped, claimed, capsys):
+    """Without a sign a value reaches twice as far, and accumulators may seem shorter."""
+    path, claim = shipped
+    signed = claim["activations"][3]["signed"]
+    claimed(changed(claim, "activations", 3, signed=not signed))
+    assert main(["--checkpoint", str(path), "--summary"]) == 2
+    assert f"{claim['activations'][3]['name']}: signed is {not signed}, expected {signed}" in capsys.readouterr().err
+
+
 def test_wider_claims_are_counted_as_claimed(shipped, claimed, capsys):
     path, claim = shipped
     narrow = report(capsys, "--checkpoint", path)

@@ -203,7 +203,7 @@ def test_cifar_10_is_trained_with_ten_outputs(tmp_path, capsys):
     assert networks.load_checkpoint("run/pretrain.pt", TINY).linear.out_features == 10
     fixed = line.replace(TINY, f"{TINY}?num_classes=100").replace("--run run", "--run other")
     status, _, err = ended(training.main, fixed, capsys)
-    assert status == 2 and "its outputs for an image are [1, 100], and the data have 10 classes" in err
+    assert status == 2 and "its outputs for images [1, 3, 32, 32] are [1, 100], and the data have 10 classes" in err
     status, _, err = ended(training.main, line.replace("--run run", "--run other --teacher a.t7"), capsys)
     assert status == 2 and "a.t7: KAIST's networks know the classes of CIFAR-100, not those of CIFAR-10 (10" in err
 

@@ -262,7 +262,7 @@ TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.p
     "activation's bits": (lambda claim: entry(claim, "layers.16.out", "activations").update(bits=2),
                           ["the logits of the fixed", "the counts in the claim are not those of the file"]),
     "activation's sign": (lambda claim: entry(claim, "layers.16.out", "activations").update(signed=False),
-                          ["activation layers.16.out: claimed without a sign; the network's has the opposite"]),
+                          ["activation layers.16.out: signed is False, expected True"]),
     "inexact sums": (lambda claim: [a.update(bits=16) for a in claim["activations"]],
                      [r"sums of products may exceed 2\^24"]),
 }

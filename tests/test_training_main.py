@@ -326,6 +326,27 @@ class Idle(nn.Module):
         run(QUICK + " --rew --network mine.py:Idle --cost-power 0.5", "other")
 
 
+def test_a_network_that_fails_in_training_alone(capsys):
+    Path("mine.py").write_text("""
+from torch import nn
+
+class Excited(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+
+class Auxiliary(Excited):
+    def forward(self, x):
+        return (super().forward(x), x) if self.training else super().forward(x)
+""")
+    for options, said in (("Auxiliary", r"images \[2, 3, 32, 32\].*tuple"),
+                          ("Excited --batch-size 1", r"images \[1, 3, 32, 32\].*more than 1 value")):
+        with pytest.raises(BadInput, match=f"its forward pass in training fails for {said}"):
+            run(f"{QUICK} --pretrain --network mine.py:{options}")
+    assert not list(Path("run").glob("*.state"))
+    assert run(QUICK + " --pretrain --network mine.py:Excited --epochs 1") == 0
+
+
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
     """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
     Path("mine.py").write_text("""

@@ -171,7 +171,7 @@ class Shuffled(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """A network called `module`, as DataParallel would call it; a buffer that nothing reads; an argument with a default."""
+    """A network called `module`, as DataParallel calls it; a buffer that nothing reads; an argument with a default."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__()

@@ -208,7 +208,8 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         args = job.by_stage[stage]
         model = networks.make(args.network, data_set.classes)
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
-        networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes))
+        least = min(share.stop - share.start for share in plans[stage].shares)
+        networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
         if stage == stages[0] and job.processes.first:
             try:
                 read(prepare(model))
