@@ -97,7 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv=None) -> argparse.Namespace:
     """Return the options of a command line, else of a recipe; --network and --augment else those of the last stage.
 
-    Where a recipe has the same teachers for all stages, those are taken with which the last stage was really trained.
+    Where the run's own recipe has the same teachers for all stages, those are taken with which the last stage was
+    really trained: args.as_trained.
     """
     parser = make_parser()
     given = recipes.given(parser, argv)
@@ -109,7 +110,9 @@ def parse(argv=None) -> argparse.Namespace:
     last = args.trained[-1] if args.trained else {"options": {}, "settings": {}}
     if "network" not in given:
         args.network = last["options"].get("network") or args.network or networks.DEFAULT
-    if recipe and args.trained and "teacher" in recipe["common"].keys() - recipe["quantized"].keys() - given.keys():
+    args.as_trained = bool(recipe and args.trained and "teacher" in recipe["common"] and not given.keys() & {
+        "recipe", "teacher"} and not any("teacher" in recipe[stage] for stage in recipes.STAGES))
+    if args.as_trained:
         args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
     args.replace = "out" in given
@@ -274,6 +277,8 @@ def main(argv=None) -> int:
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
     warn_of_seen_images(args)
+    if args.epochs and args.as_trained:
+        print("teachers as in the last stage: " + (", ".join(map(str, args.teacher)) or "none"))
     print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))

@@ -24,12 +24,12 @@ case $word in verify|test|quick|train|ship|baseline|setup) ;; *)
 esac
 
 setup() {
+    # installed once for each requirements.txt: the copy in .venv says for which
+    cmp -s requirements.txt "$venv/requirements.txt" && return
     local python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "run.sh: $python is missing or older than Python 3.11; name a newer one: PYTHON=python3.12 bash run.sh" >&2; exit 2
     fi
-    # installed once for each requirements.txt: the copy in .venv says for which
-    cmp -s requirements.txt "$venv/requirements.txt" && return
     echo "run.sh: installing requirements.txt into $venv (torch is large: a minute or more)"
     "$python" -m venv "$venv" || { echo "run.sh: $python cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 2; }
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||

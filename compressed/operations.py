@@ -119,7 +119,8 @@ class Tracer(fx.Tracer):
         """Only the image is followed: what else forward() takes has its default, on which a branch may depend."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, parameter in enumerate(inspect.signature(root_fn).parameters.values()):
-            if parameter.default is not inspect.Parameter.empty and isinstance(args[i], fx.Proxy):
+            # after the module and the image
+            if i > 1 and parameter.default is not inspect.Parameter.empty and isinstance(args[i], fx.Proxy):
                 self.graph.erase_node(args[i].node)
                 args[i] = parameter.default
         return function, args

@@ -457,6 +457,16 @@ def test_an_identity_that_runs_twice_rounds_nothing():
     assert torch.equal(prepare(network)(x), network(x))
 
 
+def test_what_else_a_forward_pass_takes_has_its_default():
+    """The first argument is the image, whatever its default."""
+    class Optional(nn.Sequential):
+        def forward(self, image=None, more=None, *, again=False):
+            image = image if more is None else image * more
+            return super().forward(super().forward(image) if again else image)
+    network = Optional(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10))
+    assert [op.kind for op in operations.trace(network)] == ["input", "conv", "relu", "moved", "linear"]
+
+
 def test_an_identity_costs_nothing():
     """Neither where it passes on what is rounded already, nor between a BatchNorm and its ReLU."""
     def made(run):

@@ -8,11 +8,12 @@ import torch
 
 from compressed import networks
 from compressed.errors import BadInput
-from compressed.files import save_record, save_tensors
+from compressed.files import load_json, save_record, save_tensors
 from tiny import SPEC
 from tools import compare
 from training import main as training
 from training.runs import read_stages
+from training.state import State
 
 
 def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2, data="digest", images=50_000,
@@ -82,6 +83,15 @@ def test_runs_on_other_images_or_in_other_shares_are_no_seeds(tmp_path, other):
     assert [row["runs"] for row in compare.over_seeds(rows)] == [2]
 
 
+def test_the_epochs_before_a_start_epoch_are_of_another_log(tmp_path):
+    write_stage(tmp_path, "masked")
+    record = load_json(tmp_path / "masked.options.json")
+    record["options"]["start_epoch"] = 0.5
+    save_record(record, tmp_path / "masked.options.json")
+    (stage,) = read_stages(tmp_path)
+    assert [stage.images(line) for line in stage.lines] == [5 * 32, 15 * 32]
+
+
 def test_a_batch_has_no_more_images_than_there_are(tmp_path):
     write_stage(tmp_path, "pretrain", images=10)
     assert [stage.images(stage.lines[-1]) for stage in read_stages(tmp_path)] == [20 * 10]
@@ -105,6 +115,10 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
                  tmp_path / "rew.average.pt")  # of an unfinished stage
     assert compare.main([str(tmp_path), "--layers", "--figure", str(tmp_path / "f.svg")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["conv", "75.00%"]
+    state = State(tmp_path / "rew.state")
+    state.save({"step": 1, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []},
+               {"weights": {"conv.weight": torch.zeros(1, 1, 1, 1)}})
+    assert compare.last_weights(tmp_path, "rew").keys() == {"conv.weight"} and not compare.last_weights(tmp_path, "x")
     log = tmp_path / "rew.jsonl"
     log.write_text("".join(json.dumps(line | {"zeros_path": 0.5}) + "\n" for line in map(json.loads, open(log))))
     assert compare.curves(read_stages(tmp_path))["path"] == [(960 / 1e6, 0.5), (1280 / 1e6, 0.5)]

@@ -98,6 +98,12 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
 
     def killed(*_):
         raise KeyboardInterrupt
+    (tmp_path / "quantized.start.pt").write_bytes(b"of other options")
+    monkeypatch.setattr(fine_tune, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5", "--no-resume"))
+    assert not (tmp_path / "quantized.start.pt").exists()  # else it would be taken up with these options
+    monkeypatch.undo()
     monkeypatch.setattr(fine_tune.loop.Stage, "step", killed)  # another one begins in the same folder, and does not end
     with pytest.raises(KeyboardInterrupt):
         quantize.main(options(checkpoint, second, "channel", *tune, "--lr", "0.5", "--no-resume"))

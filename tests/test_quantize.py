@@ -233,9 +233,12 @@ def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
     save_record({"settings": {}, "options": {"teacher": trained_with}}, tmp_path / "masked.options.json")
     (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
     recipe = 'teacher = ["recipe.pt"]\n[quantized]\nepochs = 1\n'
+    path = tmp_path / "recipe.toml"
     for text, words, expected in ((recipe, [], trained_with), (recipe, ["--teacher", "other.pt"], ["other.pt"]),
-                                  (recipe, ["--teacher"], []), (recipe + 'teacher = "own.pt"', [], ["own.pt"])):
-        (tmp_path / "recipe.toml").write_text(text)
+                                  (recipe, ["--teacher"], []), (recipe, ["--recipe", str(path)], ["recipe.pt"]),
+                                  (recipe + 'teacher = "own.pt"', [], ["own.pt"]),
+                                  (recipe + '[rew]\nteacher = "own.pt"', [], ["recipe.pt"])):
+        path.write_text(text)
         assert list(map(str, quantize.parse([*command, *words]).teacher)) == expected
 
 

@@ -21,7 +21,7 @@ from compressed import checkpoints, counting, shipping, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network, probe_logits
-from compressed.files import load_json, load_lines, sha256
+from compressed.files import load_json, load_lines, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
 from tools import report
@@ -224,11 +224,15 @@ def test_report_into_a_folder(tmp_path):
     shutil.copytree(ROOT / "record", tmp_path / "record", ignore=shutil.ignore_patterns("*.pt", "*.md"))
     tested = load_json(ROOT / "record/dense.tested.json") | {"correct": 1234}
     (tmp_path / "record/dense.tested.json").write_text(json.dumps(tested))
+    options = load_json(ROOT / "record/dense.options.json")
+    assert options["options"].pop("start")
+    save_record(options, tmp_path / "record/dense.options.json")
     before = (ROOT / "figures/board.png").stat().st_mtime_ns
     assert report.main(["--logs", str(tmp_path / "record"), "--to", str(tmp_path / "to")]) == 0
     for name in ("layers", "cost", "training", "board"):
         assert (tmp_path / f"to/figures/{name}.png").stat().st_size > 10_000
-    assert (tmp_path / "to/README.md").read_text().replace("12.34%", "81.83%") == README
+    freed = "dense; ours: the masked network, trained further without mask"
+    assert (tmp_path / "to/README.md").read_text().replace("| dense | 12.34%", f"| {freed} | 81.83%") == README
     assert (tmp_path / "to/record/README.md").read_text() == PAGES["record/README.md"]
     assert (ROOT / "figures/board.png").stat().st_mtime_ns == before and (ROOT / "README.md").read_text() == README
 

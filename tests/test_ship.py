@@ -92,7 +92,7 @@ def root(tmp_path, monkeypatch):
         (tmp_path / name).write_text("old")
     save_record({"accuracy": {"data": "test", "correct": 8, "images": 10}}, tmp_path / CLAIM)
     write(tmp_path, README_md="old", record__masked_pt="old", record__masked_jsonl="old", record__dense_pt="dense",
-          record__dense_tested_json="{}",
+          record__dense_tested_json="{}", record__dense_options_json="{}",
           record__README_md="page",
           run__masked_average_pt="weights", run__masked_jsonl="log",
           run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
@@ -155,7 +155,7 @@ def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     after = tree(root)
     kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
     assert after == before
-    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 11)
+    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 12)
 
 
 def test_an_obsolete_file_that_cannot_be_removed_undoes_the_move(commands, root, monkeypatch):
@@ -380,7 +380,7 @@ def test_a_new_run_has_the_default_recipe(commands, root, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- baseline, quick
 
 def test_the_baseline_is_a_runs_dense_network(commands, root):
-    write(root, run__pretrain_average_pt="another", record__dense_jsonl="old")
+    write(root, run__pretrain_average_pt="another", run__pretrain_pt="its end", record__dense_jsonl="old")
     assert baseline.main(["run"]) == 0
     assert commands.names == ["testers.py", "tools.report"]
     record = tree(root / "record")
@@ -393,6 +393,9 @@ def test_the_baseline_is_a_runs_dense_network(commands, root):
 
 @pytest.mark.parametrize("name", ("testers.py", "tools.report"))
 def test_a_baseline_that_fails_replaces_nothing(commands, root, name):
+    with pytest.raises(BadInput, match="run/pretrain.pt is not there"):  # a stage that was stopped has an average
+        baseline.main(["run"])
+    (root / "run/pretrain.pt").write_text("its end")
     commands.fails, before = name, tree(root)
     with pytest.raises(BadInput, match=f"{name} ended with status 2"):
         baseline.main(["run"])

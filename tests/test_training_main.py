@@ -1,4 +1,5 @@
 """The command line of training, run in the process on a tiny network, and for a few cases as it stands."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from training import main as training
 from training import sparsity
 from training.masks import group_norms, prune_ratios
 from training.runs import training_record
+from training.state import State
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "main.py"
@@ -297,10 +299,15 @@ def test_a_folder_without_a_state_is_none(small, capsys):
 
 
 def test_a_short_stage_is_made_longer(small):
-    """Its warm-up, a quarter of the epochs at most, becomes longer with it."""
-    command = QUICK + " --pretrain --schedule constant"
-    assert run(command.replace("--epochs 1", "--epochs 8") + " --max-minutes 0") == 0
-    assert run(command.replace("--epochs 1", "--epochs 16")) == 0 and len(lines("run/pretrain.jsonl")) == 16
+    """Its warm-up, a quarter of the epochs, becomes longer with it, unless the learning rate would fall by that."""
+    settings = {epochs: training.settings_for("pretrain", training.parse(
+        ["--pretrain", "--schedule", "constant", "--epochs", str(epochs)]), CPU) for epochs in (8, 16)}
+    assert [each.warmup_epochs for each in settings.values()] == [2, 4]
+    state = State(Path("a.state"), settings[8])
+    for step, taken in ((5, False), (7, False), (8, True), (16, True)):  # of two steps an epoch
+        state.save({"step": step, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []}, {})
+        with contextlib.nullcontext() if taken else pytest.raises(BadInput, match="while the learning rate is const"):
+            assert State(Path("a.state"), settings[16]).load(CPU, 2)[0]["step"] == step
 
 
 def test_networks_without_layers_to_prune(capsys):

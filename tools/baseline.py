@@ -34,7 +34,7 @@ def main(argv=None) -> int:
     parser.add_argument("run", nargs="?", type=some_path, default=Path("runs/default"), metavar="RUN",
                         help="run folder (%(default)s)")
     run = parser.parse_args(argv).run
-    for name in FILES.values():
+    for name in ("pretrain.pt", *FILES.values()):  # the first is written when the stage has ended
         if not (run / name).is_file():
             raise BadInput(f"{run / name} is not there: this run has no dense network yet")
     with shipping.staging(ROOT) as new:

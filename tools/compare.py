@@ -22,6 +22,7 @@ from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
 from training.runs import Stage, read_stages
+from training.state import State
 
 # {column: its format}
 COLUMNS = {**dict.fromkeys(("run", "stage", "network", "epochs", "seed"), "{}"), "images": "{:,}", "loss": "{:.4f}",
@@ -42,7 +43,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def share_of_zeros(line: dict) -> float | None:
     """Return the share of zeros in an epoch's line of a log; None in a log of an older version."""
-    return line["zeros"] / line["weights"] if "weights" in line else None
+    return line["zeros"] / max(1, line["weights"]) if "weights" in line else None
 
 
 def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
@@ -116,6 +117,14 @@ def as_csv(rows: list[dict]) -> str:
     return text.getvalue()
 
 
+def last_weights(run: Path, stage: str) -> dict:
+    """Return the state dict with which a stage ended or was stopped, else its average of then; {} if there is none."""
+    ended, state, average = run / f"{stage}.pt", State(run / f"{stage}.state"), run / f"{stage}.average.pt"
+    if state.exists and not ended.is_file():
+        return state.read("weights")
+    return next((load_state(path) for path in (ended, average) if path.is_file()), {})
+
+
 def layer_table(runs: dict[Path, list[Stage]]) -> str:
     """Return a table of the share of zeros: a row for every layer, and a column for every run.
 
@@ -123,9 +132,7 @@ def layer_table(runs: dict[Path, list[Stage]]) -> str:
     """
     rows = {}
     for run, stages in runs.items():
-        files = [run / f"{stage.name}{kind}.pt" for stage in reversed(stages) for kind in ("", ".average")]
-        path = next((path for path in files if path.is_file()), None)
-        for name, value in load_state(path).items() if path else ():
+        for name, value in last_weights(run, stages[-1].name).items() if stages else ():
             if name.endswith(".weight") and value.dim() > 1:
                 layer = name.removesuffix(".weight")
                 rows.setdefault(layer, {"layer": layer})[str(run)] = f"{(value == 0).double().mean():.2%}"

@@ -19,7 +19,7 @@ from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
 from compressed.graph import trace, weight_layers
-from training.runs import stage_logs
+from training.runs import images_trained, options_of, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -53,7 +53,7 @@ class Shipped:
     """Hold a shipped network: its folder ("" for the root), its model and its claim.
 
     Only the one at the root has others, the networks in their own folders, and dense, the result of testers.py --json
-    for record/dense.pt.
+    for record/dense.pt with "freed": whether that is a network trained further.
     """
     folder: str
     model: nn.Module
@@ -86,6 +86,9 @@ class Shipped:
         formats, operations = claims.stated_formats(self.model, self.claim), trace(self.model)
         return {c: counting.count(operations, formats, c) for c in CONVENTIONS}
 
+    def dense_label(self) -> str:
+        return "dense; ours: the masked network, trained further without mask" if self.dense["freed"] else "dense"
+
     def result(self) -> str:
         accuracy = self.claim["accuracy"]
         return f"**{self.accuracy:.2f}%** ({accuracy['correct']:,} of {accuracy['images']:,})"
@@ -116,7 +119,9 @@ class Shipped:
 
     def images(self) -> int:
         """Return how many images all stages trained on."""
-        return sum(stage["last_epoch"]["step"] * stage["settings"]["batch_size"] for stage in self.stages.values())
+        return sum(images_trained(stage["last_epoch"], stage["settings"], stage.get("options", {}),
+                                  stage.get("train_images"))
+                   for stage in self.stages.values())
 
     def hours(self) -> str:
         """Return the training time of all stages by their logs, summed for each kind of device."""
@@ -158,7 +163,6 @@ def device(machine: dict) -> str:
 LOG = "[record](record/README.md)"
 TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
 DENSE = "`python testers.py --checkpoint record/dense.pt`"
-DENSE_LABEL = "dense; ours: the masked network, trained further without mask"
 HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
 
 
@@ -167,7 +171,7 @@ def summary(m: Shipped) -> str:
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
-        (DENSE_LABEL, m.percent(m.dense["correct"]), "81.92%", DENSE),
+        (m.dense_label(), m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
@@ -187,7 +191,7 @@ def results(m: Shipped) -> str:
     operations = counting.submission_operations(trace(m.model))
     by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else 0
     return table(HEAD, [
-        (DENSE_LABEL, m.percent(m.dense["correct"]), "81.92%", DENSE),
+        (m.dense_label(), m.percent(m.dense["correct"]), "81.92%", DENSE),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
@@ -399,7 +403,8 @@ def measure(checkpoint: Path, network: str | None, logs: Path) -> Shipped:
     if missing := LATER - claim.keys():
         raise BadInput(f"{claims.claim_path(checkpoint)} holds no {', '.join(sorted(missing))}: tools.ship records it")
     others = tuple(Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT))
-    return Shipped("", model, claim, others, load_json(logs / "dense.tested.json"))
+    start = options_of(logs / "dense.options.json")["options"].get("start")
+    return Shipped("", model, claim, others, load_json(logs / "dense.tested.json") | {"freed": start is not None})
 
 
 def main(argv=None) -> int:

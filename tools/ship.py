@@ -113,10 +113,12 @@ def main(argv=None) -> int:
             objection = args.if_better and shipping.objection(shipping.shipped_accuracy(new), shipped)
             if objection:
                 kept = keep(new, args.run / "candidate")
-                print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {args.run} ships it")
+                again = shlex.join(word for word in (sys.argv[1:] if argv is None else argv) if word != "--if-better")
+                print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {again} ships it")
                 return 0
             if args.into.resolve() == ROOT:
-                shutil.copy2(ROOT / "record" / "dense.tested.json", new / "record")  # of the tables, too
+                for name in ("dense.tested.json", "dense.options.json"):  # of the tables, too
+                    shutil.copy2(ROOT / "record" / name, new / "record")
                 shipping.run("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record",
                              "--to", new)
             shipping.install(new, args.into)

@@ -80,6 +80,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
 
     def began():
         file.unlink(missing_ok=True)  # of other options
+        tuning.start.unlink(missing_ok=True)
         record = new_record("quantized", train_data, settings, tuning.options(chosen))
         save_record(record | {"source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
                               "accuracy_by_step": list(steps_before)}, file.with_suffix(".options.json"))

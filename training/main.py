@@ -341,8 +341,10 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
                     save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
                 for each in stages:
                     job.file(f"{each}.pt").unlink(missing_ok=True)
-                    if not args.resume and each != stage:
-                        State(job.file(f"{each}.state")).remove()
+                    if not args.resume:
+                        job.file(f"{each}.average.pt").unlink(missing_ok=True)
+                        if each != stage:
+                            State(job.file(f"{each}.state")).remove()
 
     with stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(

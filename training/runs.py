@@ -59,6 +59,15 @@ def other_start(folder: Path, stage: str) -> tuple[str, str] | None:
     return None if said["options"].get("start") or started in (None, now) else (started, now)
 
 
+def images_trained(line: dict, settings: dict, options: dict, train_images: int | None) -> int:
+    """Return the number of images, repetitions counted, on which a stage had been trained at a line of its log.
+
+    The epochs before a --start-epoch do not count: they are in the log that the stage's start has.
+    """
+    before = round((options.get("start_epoch") or 0) * line["step"] / line["epoch"])
+    return (line["step"] - before) * min(settings["batch_size"], train_images or math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What a stage leaves: its log (one dict per epoch), settings and further options, in plain values."""
@@ -71,8 +80,8 @@ class Stage:
     data: str | None  # digest of the train images
 
     def images(self, line: dict) -> int:
-        """Return the number of images that the stage had been trained on at a line of its log, repetitions counted."""
-        return line["step"] * min(self.settings["batch_size"], self.train_images or math.inf)
+        """Return the number of images that the stage had been trained on at a line of its log."""
+        return images_trained(line, self.settings, self.options, self.train_images)
 
     def apart_from_seed(self) -> dict:
         """Return what decides the stage's result but for its seed and rounding, as far as its folder records it."""

@@ -53,6 +53,8 @@ class State:
         changed = [key for key, value in self.settings.items() if theirs.get(key, value) != value]
         longer = set(changed) <= set(LENGTH)
         constant = all(constant_so_far(each, step, epoch_steps) for each in (theirs, self.settings))
+        if "warmup_epochs" in changed:  # the learning rate must not fall back
+            constant &= step >= epoch_steps * max(each["warmup_epochs"] for each in (theirs, self.settings))
         if changed and not (longer and constant):
             pairs = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
             raise BadInput(f"{self.folder} holds a run with other settings ({pairs}): give the same options to resume "
