@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressed import counting, networks
 from compressed.errors import BadInput
-from compressed.graph import scale_free_weights, weight_layers
+from compressed.graph import scale_free_weights
 from training.feedback import FIRST, Feedback
 from training.masks import GROUPS, group_norms, plain_weights, quantile, target_masks
 
