@@ -30,7 +30,7 @@ from training import gpu_kernels
 
 NETWORKS = "mobilenet_v2:MobileNetV2", "mobilenet_v2:SmallMobileNetV2"
 STEPS = 30
-USED = {"PyTorch": (), "Triton": gpu_kernels.KINDS, "Triton depthwise": ("depthwise",)}  # {name: kinds of layers}
+USED = {"PyTorch": (), "ours": gpu_kernels.KINDS} | {f"ours, {kind} alone": (kind,) for kind in gpu_kernels.KINDS}
 
 
 def layers(network: str, size: int, batch: int, device: torch.device) -> Counter[gpu_kernels.Layer]:
@@ -45,7 +45,7 @@ def check_layers(network: str, size: int, batch: int, device: torch.device, unti
     """Print and return a row for every layer of a network that is timed before `until`, and print their sums."""
     rows = []
     print(f"{network}, {size}x{size}, batch {batch}; microseconds forward + backward, all layers of a shape\n"
-          f"{'layer':>30}{'PyTorch':>10}{'Triton':>10}{'ratio':>7}{'distance':>10}")
+          f"{'layer':>30}{'PyTorch':>10}{'ours':>10}{'ratio':>7}{'distance':>10}")
     for layer, count in layers(network, size, batch, device).items():
         if time.monotonic() > until:
             print("out of time")
@@ -94,9 +94,9 @@ def step_speed(network: str, batch: int, device: torch.device, kinds, *options: 
 def check_steps(network: str, batch: int, device: torch.device, compiled: bool) -> dict:
     """Print and return the speed of whole steps, with and without the kernels."""
     found = {}
-    ways = {name: (kinds, ["--no-compile"]) for name, kinds in USED.items()}
+    ways = {name: (kinds, []) for name, kinds in USED.items()}
     if compiled:
-        ways |= {f"compiled, {name}": (kinds, []) for name, kinds in USED.items()}
+        ways |= {f"compiled, {name}": (kinds, ["--compile"]) for name, kinds in USED.items()}
     for name, (kinds, options) in ways.items():
         try:
             found[name] = step_speed(network, batch, device, kinds, *options)

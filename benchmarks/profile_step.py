@@ -80,12 +80,12 @@ def main(argv=None) -> int:
     parser.add_argument("--steps", type=number(int, 1, 10**4), default=5, help="profiled steps (%(default)s)")
     parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
     plan.add_precision(parser)
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--no-triton", action="store_true", help="without the Triton kernels")
     args = parser.parse_args(argv)
     device, machine = begin(args, args.out)
     batch = args.batch_size or (256 if device.type == "cuda" else 32)
-    options = ["--precision", args.precision, *["--no-compile"] * args.no_compile]
+    options = ["--precision", args.precision, *["--compile"] * args.compile]
     if args.no_triton:
         gpu_kernels.KINDS = ()
     with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,

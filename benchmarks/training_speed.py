@@ -5,8 +5,8 @@
 
 The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD.
 Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
-channels-last, bfloat16 where the processor has it, torch.compile on CUDA, and on a CPU one thread per core, among which
-the batch is divided. Both train the same network with the same augmentation and batch size on the same images.
+channels-last, bfloat16 where the processor has it, whole steps as CUDA graphs on a GPU, and on a CPU one thread per
+core, among which the batch is divided. Both train the same network with the same augmentation and batch size on the same images.
 
 Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher, on a CPU without the compiled
 functions (kernels.c), and on a GPU without the Triton kernels or without one kind of them. On a CPU both loops are
@@ -14,8 +14,8 @@ also measured while another process keeps two threads busy. Every measurement ru
 configure the memory allocator differently. The result is the median of the rounds' ratios, because other load on the
 machine slows all loops alike.
 
-Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), without torch.compile,
-and on a CPU in one thread.
+Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), and on a CPU
+in one thread.
 
 With --fine-tuning a sparse network is trained with Muon: masked, and with its weights rounded to 4 bits and its
 activations to 8 as well, with trained steps. Fine-tuning is measured with BatchNorm statistics of each batch, with
@@ -255,7 +255,7 @@ def parse(argv=None):
     plan.add_precision(parser)
     parser.add_argument("--workers", type=number(int, 1, 1024), default=2, metavar="W",
                         help="processes of the plain loop's DataLoader (%(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile, which CUDA has")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--alone", action="store_true", help="leave out what runs next to a busy process")
     parser.add_argument("--fine-tuning", action="store_true", help="compare it with masked training")
     args = parser.parse_args(argv)
@@ -271,10 +271,10 @@ def parse(argv=None):
 def main(argv=None) -> int:
     args = parse(argv)
     device, machine = begin(args, args.json)
-    how = ["--optimizer", "muon", "--no-compile"] if args.fine_tuning else ["--mixing", "none"]
+    how = ["--optimizer", "muon"] if args.fine_tuning else ["--mixing", "none"]
     settings = training_main.settings_for("pretrain", training_main.parse(
         ["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain", "--refresh", "0", "--precision",
-         args.precision, *how, *["--no-compile"] * args.no_compile]), device)
+         args.precision, *how, *["--compile"] * args.compile]), device)
     print(f"{args.images} images, batch {args.batch_size}, {settings.precision}, compile {settings.compile}")
     speeds = in_turn(loops(args, settings, device), args.rounds)
     figures = {"machine": machine, "images": args.images, "batch_size": args.batch_size,

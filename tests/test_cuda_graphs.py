@@ -153,7 +153,8 @@ def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
     for stage.progress["step"] in (0, 10):
         with stage.fast_kernels():
             pass
-    options = {"batch": 16, "dtype": torch.bfloat16, "device": stage.device, "compiled": False, "captured": False}
+    options = {"batch": 16, "dtype": torch.bfloat16, "device": stage.device, "compiled": False, "captured": False,
+               "seen": []}
     assert found == [([16, 32], options), ([32], options)]
 
 

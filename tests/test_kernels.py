@@ -15,7 +15,7 @@ from training import cpu_kernels, gpu_kernels
 try:
     from training import triton_kernels
     TRITON = "cuda" if torch.cuda.is_available() else "cpu"
-    USABLE = TRITON == "cuda" or type(triton_kernels.sum_parts).__name__ == "InterpretedFunction"
+    USABLE = TRITON == "cuda" or type(triton_kernels.normalised).__name__ == "InterpretedFunction"
 except ImportError:
     TRITON, USABLE = "cpu", False
 DTYPES = torch.float32, torch.bfloat16

@@ -13,13 +13,13 @@ from small import with_hardswish
 from test_kernels import agree, maps, pair
 from training import gpu_kernels
 from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
-from training.gpu_kernels import BatchNorm, Depthwise, fast_on_a_gpu
+from training.gpu_kernels import BatchNorm, Depthwise, Pointwise, fast_on_a_gpu
 
 pytest.importorskip("triton", reason="there is no Triton")
 triton_kernels = pytest.importorskip("training.triton_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and type(triton_kernels.sum_parts).__name__ != "InterpretedFunction":
+if DEVICE == "cpu" and type(triton_kernels.normalised).__name__ != "InterpretedFunction":
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 OPTIONS = {"batch": 2, "dtype": torch.bfloat16, "device": torch.device(DEVICE), "captured": False}
 
@@ -72,14 +72,12 @@ import re, triton
 from triton.backends.compiler import GPUTarget
 from training import triton_kernels
 KINDS = dict.fromkeys(("x", "y", "dx", "dy"), "*bf16") | dict.fromkeys(("eps", "correction"), "fp32") | dict.fromkeys(
-    ("rows", "images", "height", "width", "y_height", "y_width", "groups"), "i32")
+    ("rows", "images", "height", "width", "y_height", "y_width", "groups", "count"), "i32") | {"arrived": "*i32"}
 tile = {"ALIGN": 8, "POSITIONS": 32, "CHANNELS": 32}
-forward = dict.fromkeys(("dy", "weight", "bias"))
-for name, constants in (("sum_parts", {"FORWARD": True, "ACTIVATION": 0, **forward}),
-                        ("sum_parts", {"FORWARD": False, "ACTIVATION": 2}), ("normalised", {"ACTIVATION": 2}),
-                        ("normalised_gradient", {"ACTIVATION": 1}), ("tap_parts", {"STRIDE": 2}),
-                        ("convolved", {"STRIDE": 2, "SPREAD": 1, "FLIPPED": False}),
-                        ("convolved", {"STRIDE": 1, "SPREAD": 2, "FLIPPED": True})):
+for name, constants in (("batch_statistics", {}), ("affine_gradients", {"ACTIVATION": 2}),
+                        ("normalised", {"ACTIVATION": 2}), ("normalised_gradient", {"ACTIVATION": 1}),
+                        ("convolution_gradients", {"STRIDE": 1}), ("convolution_gradients", {"STRIDE": 2}),
+                        ("taps_gradient", {})):
     kernel, constants = getattr(triton_kernels, name), constants | tile
     kinds = {arg: "constexpr" if arg in constants else KINDS.get(arg, "*fp32") for arg in kernel.arg_names}
     source = triton.compiler.ASTSource(
@@ -113,8 +111,10 @@ def everywhere(model: nn.Module):
     """Use the kernels in all layers that fit, for all sizes."""
     sizes = [(side, side) for side in range(1, 33)]
     depthwise = type("Depthwise", (Depthwise,), {"sizes": sizes})
-    return exchanged({module: depthwise for module in model.modules() if type(module) is nn.Conv2d
-                      and Depthwise.fits(module)} | included(chains(model, ACTIVATIONS), BatchNorm, sizes=sizes))
+    own = {Depthwise: depthwise, Pointwise: type("Pointwise", (Pointwise,), {"sizes": sizes})}
+    return exchanged({module: new for kind, new in own.items() for module in model.modules()
+                      if type(module) is nn.Conv2d and kind.fits(module)}
+                     | included(chains(model, ACTIVATIONS), BatchNorm, sizes=sizes))
 
 
 def step(model: nn.Module, x, half: bool = True) -> list:
@@ -171,21 +171,22 @@ def timed(monkeypatch, *times):
 
 def test_the_faster_of_both_is_used(monkeypatch, capsys):
     """Layers are timed at the sizes of their inputs, PyTorch's first, then ours; a BatchNorm has its activation."""
-    timed(monkeypatch, 5.0, 4.0, 5.0, 6.0, 5.0, 4.0, 5.0, 4.0, *[5.0, 6.0] * 4)
+    timed(monkeypatch, 5.0, 4.0, 5.0, 6.0, 5.0, 6.0, 5.0, 4.0, 5.0, 4.0, 5.0, 4.0, *[5.0, 6.0] * 4)
     model = network()
     with fast_on_a_gpu(model, [4, 6], compiled=False, **OPTIONS):
         assert isinstance(model[3], Depthwise) and model[3].sizes == ((4, 4),)
+        assert isinstance(model[6], Pointwise) and model[6].sizes == ((3, 3),)
         assert [type(model[k]) for k in (2, 4, 5, 7)] == [nn.Identity, nn.BatchNorm2d, nn.ReLU, nn.BatchNorm2d]
         assert (model[1].sizes, model[1].activation) == (((4, 4), (6, 6)), "relu") and model[1].training
         found = step(model, maps("triton", 2, 3, 4, 4).detach())
     assert [type(module) for module in model] == [type(module) for module in network()]
     assert all(value.isfinite().all() for value in found)
-    assert "Triton: 1 of 1 depthwise layers, 1 of 3 BatchNorm layers" in capsys.readouterr().out
+    assert "1 of 1 depthwise layers, 1 of 1 1x1 layers, 1 of 3 BatchNorm layers" in capsys.readouterr().out
 
 
 def test_frozen_statistics_need_no_timing(monkeypatch):
     """A BatchNorm whose statistics are frozen, as in fine-tuning, never uses the kernels."""
-    timed(monkeypatch, 5.0, 4.0)  # of the depthwise convolution alone
+    timed(monkeypatch, 5.0, 4.0, 5.0, 6.0)  # of the convolutions alone
     model = network()
     for module in model:
         module.train(not isinstance(module, nn.BatchNorm2d))
@@ -205,7 +206,7 @@ def test_a_kernel_that_fails_is_not_used(fault, monkeypatch, capsys):
     with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
         assert not any(isinstance(module, (Depthwise, BatchNorm)) for module in model)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and all("without Triton's" in line for line in lines)
+    assert len(lines) == 5 and all("without our" in line for line in lines)
     assert ("ZeroDivisionError" in lines[0]) == (fault == "raises")
 
 
@@ -230,7 +231,7 @@ def test_a_model_that_does_not_run_is_no_fault_of_the_kernels(capsys):
     model = network()
     with fast_on_a_gpu(model.append(nn.Linear(3, 3).to(DEVICE)), [8], compiled=False, **OPTIONS):
         assert all(module.training for module in model.modules())
-    assert "without Triton's kernels" in capsys.readouterr().err
+    assert "without the project's GPU kernels" in capsys.readouterr().err
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

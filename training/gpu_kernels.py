@@ -13,6 +13,7 @@ import math
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressed.command_line import say_once
@@ -21,7 +22,7 @@ from training import cpu_kernels
 from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
 from training.cuda_graphs import Graphs
 
-KINDS = "depthwise", "BatchNorm"  # of layers that may use the kernels
+KINDS = "depthwise", "1x1", "BatchNorm"  # of layers that may use the kernels
 AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
 LARGEST = 2**31 - 2**24  # values of a map: the kernels' offsets, also of masked positions, are 32-bit integers
 DTYPES = torch.bfloat16, torch.float16, torch.float32
@@ -30,13 +31,19 @@ DTYPES = torch.bfloat16, torch.float16, torch.float32
 # ---- Layers --------------------------------------------------------------------------------------
 
 def takes(x: torch.Tensor, sizes) -> bool:
-    """Return True if the kernels compute this input: (height, width) is one of `sizes`, and the type is supported."""
-    return tuple(x.shape[2:]) in sizes and x.dtype in DTYPES and 0 < x.numel() <= LARGEST
+    """Return True if the kernels compute this input: (height, width) is one of `sizes`, and the type is supported.
+
+    sizes: None for all.
+    """
+    return (sizes is None or tuple(x.shape[2:]) in sizes) and x.dtype in DTYPES and 0 < x.numel() <= LARGEST
 
 
 class BatchNorm(cpu_kernels.BatchNorm):
-    """Compute BatchNorm2d and the following `activation` with Triton for inputs of `sizes`, else with PyTorch."""
-    sizes = ()
+    """Compute BatchNorm2d and the following `activation` with Triton for inputs of `sizes`, else with PyTorch.
+
+    seen: a list of its own where update_statistics is called after the network's forward pass; else at once.
+    """
+    sizes, seen = (), []
 
     @staticmethod
     def fits(norm: nn.BatchNorm2d) -> bool:
@@ -49,10 +56,24 @@ class BatchNorm(cpu_kernels.BatchNorm):
             return self.pytorchs(x)
         y, statistics = torch.ops.training.normalise(x, self.weight, self.bias, self.running_mean, self.eps,
                                                      ACTIVATIONS.index(self.activation))
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            torch._foreach_lerp_([self.running_mean, self.running_var], [statistics[0], statistics[1]], self.momentum)
+        self.seen.append((self, statistics.detach()))
+        if self.seen is BatchNorm.seen:
+            update_statistics(self.seen)
         return y
+
+
+def update_statistics(seen: list) -> None:
+    """Move the running statistics of BatchNorms towards those of their batches, all in three kernels; clear the list.
+
+    seen: [(BatchNorm, statistics as the operator `normalise` returns them)].
+    """
+    for momentum in {norm.momentum for norm, _ in seen}:
+        some = [pair for pair in seen if pair[0].momentum == momentum]
+        running = [buffer for norm, _ in some for buffer in (norm.running_mean, norm.running_var)]
+        with torch.no_grad():
+            torch._foreach_lerp_(running, [row for _, statistics in some for row in statistics[:2].unbind()], momentum)
+            torch._foreach_add_([norm.num_batches_tracked for norm, _ in some], 1)
+    seen.clear()
 
 
 class Depthwise(nn.Conv2d):
@@ -66,12 +87,31 @@ class Depthwise(nn.Conv2d):
             super().forward(x)
 
 
-def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes) -> dict[nn.Module, type]:
-    """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`."""
+class Pointwise(nn.Conv2d):
+    """Compute a 1x1 Conv2d as a matrix product (cuBLAS) for inputs of `sizes`, else as PyTorch does (cuDNN)."""
+    sizes = ()
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Return True if this convolution is a matrix product."""
+        return (conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1)
+
+    def forward(self, x):
+        if not takes(x, self.sizes):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes, **others) -> dict[nn.Module, type]:
+    """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`.
+
+    others: further attributes of a BatchNorm.
+    """
     first, *behind = layer
-    if kind == "depthwise":
-        return {first: type("Depthwise", (Depthwise,), {"sizes": sizes})}
-    return included({first: (activation, behind)}, BatchNorm, sizes=sizes)
+    if kind == "BatchNorm":
+        return included({first: (activation, behind)}, BatchNorm, sizes=sizes, **others)
+    own = {"depthwise": Depthwise, "1x1": Pointwise}[kind]
+    return {first: type(own.__name__, (own,), {"sizes": sizes})}
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -80,10 +120,13 @@ def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes) -> d
 class Layer:
     """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs.
 
+    channels, outputs: of the input and of the output.
+
     example: such a layer, [convolution] or [BatchNorm2d, its activation].
     """
     kind: str
     channels: int
+    outputs: int
     height: int
     width: int
     stride: int
@@ -102,15 +145,15 @@ class Layer:
             module.__class__ = kind
         return theirs, ours
 
-    def maps(self, height: int, width: int, seed: int) -> torch.Tensor:
+    def maps(self, channels: int, height: int, width: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        x = torch.randn(self.batch, self.channels, height, width, device=self.device, generator=generator)
+        x = torch.randn(self.batch, channels, height, width, device=self.device, generator=generator)
         return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def work(self, module: nn.Module):
         """Return a function that runs the layer forward and backward and returns [output, gradients]."""
-        x = self.maps(self.height, self.width, 0).requires_grad_()
-        dy = self.maps((self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1, 1)
+        x = self.maps(self.channels, self.height, self.width, 0).requires_grad_()
+        dy = self.maps(self.outputs, (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1, 1)
 
         def work():
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -119,7 +162,7 @@ class Layer:
         return work
 
 
-def seconds(work, captured: bool, device: torch.device, repeats: int = 10) -> float:
+def seconds(work, captured: bool, device: torch.device, repeats: int = 4) -> float:
     """Return the time that the device takes for work(), in a CUDA graph as training's steps are, if `captured`."""
     def several(*_):
         for _ in range(repeats):
@@ -155,7 +198,7 @@ def measured(layer: Layer) -> dict:
         found["ours"] = seconds(ours, layer.captured, layer.device)
     except Exception as error:  # the compiler, the driver or the device can fail in any way
         found["error"] = one_line(error)
-        say_once(f"without Triton's {layer.kind} kernels of {layer.channels} x {layer.height} x {layer.width}: "
+        say_once(f"without our {layer.kind} kernels of {layer.channels} x {layer.height} x {layer.width}: "
                  f"{found['error']}")
     return found
 
@@ -195,28 +238,31 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
     options: the fields batch, dtype, device and captured of a Layer.
     """
     kinds = {}
-    if "depthwise" in KINDS:
-        kinds |= {conv: ("depthwise", conv.in_channels, conv.stride[0], "none", [conv]) for conv in model.modules()
-                  if type(conv) is nn.Conv2d and Depthwise.fits(conv)}
-    if "BatchNorm" in KINDS:
-        kinds |= {norm: ("BatchNorm", norm.num_features, 1, activation, [norm, *behind])
-                  for norm, (activation, behind) in chains(model, ACTIVATIONS).items()
-                  if BatchNorm.fits(norm) and norm.training}
+    for kind, own in (("depthwise", Depthwise), ("1x1", Pointwise)):
+        kinds |= {conv: (kind, conv.in_channels, conv.out_channels, conv.stride[0], "none", [conv])
+                  for conv in model.modules() if type(conv) is nn.Conv2d and own.fits(conv)}
+    kinds |= {norm: ("BatchNorm", norm.num_features, norm.num_features, 1, activation, [norm, *behind])
+              for norm, (activation, behind) in chains(model, ACTIVATIONS).items()
+              if BatchNorm.fits(norm) and norm.training}
+    kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
     inputs = input_sizes(model, kinds, sizes, options["device"])
-    return {module: [Layer(kind, channels, *size, stride, activation, example=example, **options)
+    return {module: [Layer(kind, channels, outputs, *size, stride, activation, example=example, **options)
                      for size in sorted(inputs[module])]
-            for module, (kind, channels, stride, activation, example) in kinds.items()}
+            for module, (kind, channels, outputs, stride, activation, example) in kinds.items()}
 
 
-def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module, type]:
-    """Return {module: class to give it} where the kernels are faster, and print how many. See fast_on_a_gpu."""
+def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> dict[nn.Module, type]:
+    """Return {module: class to give it} where the kernels are faster, and print how many. See fast_on_a_gpu.
+
+    seen: the list of the BatchNorms, see there.
+    """
     if not KINDS:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
     began, classes = time.monotonic(), {}
     layers = [each for each in layers_of(model, sizes, **options).values() if each]
     normalised = [layer for several in layers for layer in several if layer.kind == "BatchNorm"]
-    speed, counts = {"depthwise": 1.0, "BatchNorm": 1.0}, {kind: [0, 0] for kind in KINDS}
+    speed, counts = dict.fromkeys(KINDS, 1.0), {kind: [0, 0] for kind in KINDS}
     if compiled and normalised:
         speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
     for several in layers:
@@ -224,12 +270,27 @@ def faster(model: nn.Module, sizes, compiled: bool, **options) -> dict[nn.Module
         ours = tuple((each.height, each.width) for each in several
                      if measured(each)["ours"] * speed[each.kind] < measured(each)["pytorch"])
         if ours:
-            classes |= with_kernels(layer.kind, layer.example, layer.activation, ours)
+            classes |= with_kernels(layer.kind, layer.example, layer.activation, ours, seen=seen)
         counts[layer.kind][0] += bool(ours)
         counts[layer.kind][1] += 1
     shown = ", ".join(f"{some} of {every} {kind} layers" for kind, (some, every) in counts.items())
-    print(f"Triton: {shown} are faster with its kernels (timed in {time.monotonic() - began:.0f} s)", flush=True)
+    print(f"GPU kernels: {shown} are faster with ours (timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
+
+
+def fast_teacher(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a network in eval mode that computes the same under autocast to `dtype`, with less to do.
+
+    Its weights are rounded once instead of at every step. Its 1x1 convolutions are matrix products, which include the
+    bias that a BatchNorm left: cuDNN's convolutions add it in a slow kernel of its own.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(dtype)
+        if type(module) is nn.Conv2d and Pointwise.fits(module):
+            module.__class__ = type("Pointwise", (Pointwise,), {"sizes": None})
+    return model
 
 
 @contextlib.contextmanager
@@ -240,12 +301,17 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     model is run with torch.compile, which fuses a BatchNorm's functions itself. Weights and state-dict keys stay the
     same, and results differ by rounding only.
     """
-    classes = {}
+    # compiled code calls no hook after the forward pass: there each BatchNorm moves its statistics itself
+    classes, seen = {}, BatchNorm.seen if options["compiled"] else []
     try:
         with contextlib.suppress(ImportError):  # there is no Triton on this system
-            classes = faster(model, sizes, **options)
+            classes = faster(model, sizes, seen=seen, **options)
     except Exception as error:
-        say_once(f"without Triton's kernels: {one_line(error)}")
+        say_once(f"without the project's GPU kernels: {one_line(error)}")
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
-    with exchanged(classes):
-        yield
+    hook = model.register_forward_hook(lambda *_: update_statistics(seen))
+    try:
+        with exchanged(classes):
+            yield
+    finally:
+        hook.remove()

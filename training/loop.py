@@ -31,7 +31,7 @@ from training import augmentation
 from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
-from training.gpu_kernels import fast_on_a_gpu
+from training.gpu_kernels import fast_on_a_gpu, fast_teacher
 from training.muon import Muon, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
@@ -200,6 +200,11 @@ class Stage:
         recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
+        # on a GPU the teachers compute beside the student, whose kernels alone do not fill the device
+        self.beside, self.ahead, self.fast_teachers = None, None, self.teachers
+        if self.device.type == "cuda":
+            self.beside, self.ahead = (torch.cuda.Stream(self.device) for _ in range(2))
+            self.fast_teachers = [fast_teacher(each, getattr(torch, settings.precision)) for each in self.teachers]
         self.modes = []  # of all modules, True for train, with which the graphs were recorded
         # {factor: tensor of the learning rate times this factor}; a graph reads its address
         self.rates = collections.defaultdict(lambda: torch.zeros((), device=self.device))
@@ -237,6 +242,8 @@ class Stage:
         self.modes = modes
         generator = generator_for(self.settings.seed, self.name, "order", epoch)
         self.order = torch.randperm(len(self.data), generator=generator).to(self.device)
+        if self.ahead is not None:
+            self.ahead.wait_stream(torch.cuda.current_stream())
 
     def step(self, epoch: int, i: int) -> None:
         """Make step i of an epoch: gradients of all shares, optimizer, penalty, masks, weight average."""
@@ -256,7 +263,7 @@ class Stage:
         if self.graphs is None:
             self.learn(lambda k: self.batch(index[plan.shares[k]], draws[plan.shares[k]]), kind)
         else:
-            self.graphs.step(kind, self.batch(index, draws))
+            self.graphs.step(kind, self.batch_ahead(index, draws))
         if self.penalty is not None:
             self.penalty.after_step(lr)
         if self.masks is not None:
@@ -272,6 +279,18 @@ class Stage:
     def batch(self, index, draws) -> tuple:
         """Return (mixed images, labels, labels of the mixing partners, lam); see augmentation.augment."""
         return augmentation.augment(self.data.images[index], self.data.labels[index], draws)
+
+    def batch_ahead(self, index, draws) -> tuple:
+        """Return `batch`; on a GPU it is computed on a stream of its own, so that it overlaps with the step before."""
+        if self.ahead is None:
+            return self.batch(index, draws)
+        now = torch.cuda.current_stream()
+        with torch.cuda.stream(self.ahead):
+            batch = self.batch(index, draws)
+        now.wait_stream(self.ahead)
+        for each in batch:
+            each.record_stream(now)  # else its memory could be used again before this stream has read it
+        return batch
 
     def learn(self, batch, kind) -> None:
         """Compute the gradients of every share k from batch(k), then make the optimizer's step.
@@ -293,9 +312,14 @@ class Stage:
         """
         settings, weight = self.settings, len(x) / self.plan.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            with torch.no_grad():
-                taught = [each(x).float() for each in (self.teachers if teacher is None else [self.teachers[teacher]])]
+            chosen = self.fast_teachers if teacher is None else [self.fast_teachers[teacher]]
+            if self.beside:
+                self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.no_grad(), torch.cuda.stream(self.beside):
+                taught = [each(x).float() for each in chosen]
             logits = self.stepped[k](resized(x, size)).float()
+            if self.beside:
+                torch.cuda.current_stream().wait_stream(self.beside)
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
         if taught:
             apart = distillation(logits, taught, settings.temperature)

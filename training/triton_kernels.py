@@ -14,19 +14,20 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100
-CHANNELS, ROWS, PIXELS = 32, 64, 32  # channels of a tile, and its positions in BatchNorm and in convolutions
+CHANNELS, ROWS, PIXELS = 32, 64, 16  # channels of a tile, and its positions in BatchNorm and in convolutions
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
 
 # by default Triton recompiles a kernel for integers that are 1 or multiples of 16
 kernel = triton.jit(do_not_specialize=["rows", "images", "height", "width", "y_height", "y_width", "groups", "eps",
-                                       "correction"])
+                                       "correction", "count"])
 
 
 @triton.jit
@@ -76,141 +77,173 @@ def through_activation(dy, z, ACTIVATION: tl.constexpr):
     return dy
 
 
-@kernel
-def sum_parts(x, dy, statistics, weight, bias, parts, rows, groups, FORWARD: tl.constexpr, ACTIVATION: tl.constexpr,
-              ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write to parts [2, programs, channels] two sums over the rows of x [rows, channels].
-
-    FORWARD: of x - origin and of its square; the origin is the first row of `statistics`, and dy, weight and bias are
-    None. Else the gradients of bias and weight.
-    """
-    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
-    mean = vector(statistics, channel, inside)
-    if not FORWARD:
-        inverse = vector(statistics + 2 * channels, channel, inside)
-        scale, shift = vector(weight, channel, inside), vector(bias, channel, inside)
+@triton.jit
+def block_sum(parts, count, channel, inside, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the sum of `count` rows of parts [count, channels], in a fixed order. Other programs wrote them: no L1."""
     total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-    products = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-    for first in range(tl.program_id(0) * POSITIONS, rows, tl.num_programs(0) * POSITIONS):
+    for first in range(0, count, POSITIONS):
         row = first + tl.arange(0, POSITIONS)
-        valid = row < rows
-        unit = load(x, row, valid, channel, inside, channels) - mean
-        if FORWARD:
-            unit = tl.where(valid[:, None], unit, 0.0)
-            value = unit
-        else:
-            unit *= inverse
-            value = through_activation(load(dy, row, valid, channel, inside, channels), unit * scale + shift,
-                                       ACTIVATION)
-        total += value
-        products += value * unit
-    at = parts + tl.program_id(0) * channels + channel
-    tl.store(at, tl.sum(total, 0), mask=inside)
-    tl.store(at + tl.num_programs(0) * channels, tl.sum(products, 0), mask=inside)
-
-
-@kernel
-def normalised(x, sums, origin, weight, bias, y, statistics, rows, groups, eps, correction, ACTIVATION: tl.constexpr,
-               ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write y and, to statistics [3, channels], mean, unbiased variance and 1 / standard deviation."""
-    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
-    distance = vector(sums, channel, inside) / rows
-    mean = vector(origin, channel, inside) + distance
-    variance = vector(sums + channels, channel, inside) / rows - distance * distance
-    variance = tl.where(variance < 0, 0.0, variance)  # by rounding
-    inverse = 1 / tl.sqrt(variance + eps)
-    scale, shift = inverse * vector(weight, channel, inside), vector(bias, channel, inside)
-    first_program = inside[None, :] & (tl.program_id(0) == 0)
-    at = statistics + channel[None, :]
-    tl.store(at, mean, mask=first_program)
-    tl.store(at + channels, variance * correction, mask=first_program)
-    tl.store(at + 2 * channels, inverse, mask=first_program)
-    row = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    valid = row < rows
-    z = (load(x, row, valid, channel, inside, channels) - mean) * scale + shift
-    store(y, row, valid, channel, inside, channels, activated(z, ACTIVATION))
-
-
-@kernel
-def normalised_gradient(x, dy, sums, statistics, weight, bias, dx, rows, groups, ACTIVATION: tl.constexpr,
-                        ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write the gradient dx. sums [2, channels]: the gradients of bias and weight."""
-    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
-    mean, inverse = vector(statistics, channel, inside), vector(statistics + 2 * channels, channel, inside)
-    scale, shift = vector(weight, channel, inside), vector(bias, channel, inside)
-    mean_dz, mean_product = vector(sums, channel, inside) / rows, vector(sums + channels, channel, inside) / rows
-    row = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    valid = row < rows
-    unit = (load(x, row, valid, channel, inside, channels) - mean) * inverse
-    dz = through_activation(load(dy, row, valid, channel, inside, channels), unit * scale + shift, ACTIVATION)
-    store(dx, row, valid, channel, inside, channels, (dz - mean_dz - unit * mean_product) * (inverse * scale))
+        total += tl.load(parts + row[:, None] * channels + channel[None, :], cache_modifier=".cg", other=0.0,
+                         mask=(row < count)[:, None] & inside[None, :])
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def neighbour(x, position, valid, channel, inside, channels, height, width, y_height, y_width, TAP: tl.constexpr,
-              STRIDE: tl.constexpr, SPREAD: tl.constexpr):
-    """Return the pixels of x [images, height, width, channels] that a tap, 0 to 8, meets at `position`s of y.
+def is_last(arrived):
+    """Return True in the last of the programs that share a sum, when all have stored their parts.
 
-    STRIDE: of the positions. SPREAD: spacing of the pixels of x, with zeros between.
+    arrived: int32, one for each block of channels, 0 before and afterwards.
     """
-    row = position // y_width % y_height * STRIDE + TAP // 3 - 1
-    column = position % y_width * STRIDE + TAP % 3 - 1
-    image = position // (y_width * y_height)
-    valid = valid & (row >= 0) & (row < height * SPREAD) & (column >= 0) & (column < width * SPREAD)
-    if SPREAD > 1:
-        valid = valid & (row % SPREAD == 0) & (column % SPREAD == 0)
-    at = (image * height + row // SPREAD) * width + column // SPREAD
-    return load(x, at, valid, channel, inside, channels)
+    tl.debug_barrier()  # all threads have stored
+    last = tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(arrived + tl.program_id(1), 0)
+    return last
 
 
 @kernel
-def convolved(x, taps, y, images, height, width, y_height, y_width, groups, STRIDE: tl.constexpr, SPREAD: tl.constexpr,
-              FLIPPED: tl.constexpr, ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write the depthwise convolution y of x, with SPREAD - 1 zeros between its pixels, with taps [channels, 9].
+def batch_statistics(x, origin, parts, arrived, statistics, rows, groups, eps, correction, ALIGN: tl.constexpr,
+                     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write to statistics [3, channels] mean, unbiased variance and 1 / standard deviation of x [rows, channels].
 
-    FLIPPED: with the taps turned by 180 degrees, which together with a spread of the stride gives the input's gradient.
+    Sums are of x - origin and its square. parts [2, programs, channels] is scratch memory.
     """
     channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    valid = position < images * y_height * y_width
+    start = vector(origin, channel, inside)
     total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-    for tap in tl.static_range(9):
-        total += vector(taps, channel * 9 + (8 - tap if FLIPPED else tap), inside) * neighbour(
-            x, position, valid, channel, inside, channels, height, width, y_height, y_width, tap, STRIDE, SPREAD)
-    store(y, position, valid, channel, inside, channels, total)
+    squares = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    for first in tl.range(tl.program_id(0) * POSITIONS, rows, tl.num_programs(0) * POSITIONS, loop_unroll_factor=2):
+        row = first + tl.arange(0, POSITIONS)
+        value = tl.where((row < rows)[:, None], load(x, row, row < rows, channel, inside, channels) - start, 0.0)
+        total += value
+        squares += value * value
+    programs = tl.num_programs(0)
+    at = parts + tl.program_id(0) * channels + channel
+    tl.store(at, tl.sum(total, 0), mask=inside)
+    tl.store(at + programs * channels, tl.sum(squares, 0), mask=inside)
+    if is_last(arrived):
+        distance = block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
+        square = block_sum(parts + programs * channels, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
+        variance = square - distance * distance
+        variance = tl.where(variance < 0, 0.0, variance)  # by rounding
+        tl.store(statistics + channel, tl.load(origin + channel, mask=inside, other=0.0) + distance, mask=inside)
+        tl.store(statistics + channels + channel, variance * correction, mask=inside)
+        tl.store(statistics + 2 * channels + channel, 1 / tl.sqrt(variance + eps), mask=inside)
 
 
 @kernel
-def tap_parts(x, dy, parts, images, height, width, y_height, y_width, groups, STRIDE: tl.constexpr,
-              ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write to parts [programs, 9, channels] the parts of the gradient of the taps."""
+def normalised(x, statistics, weight, bias, y, rows, groups, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr,
+               POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write y: x [rows, channels] normalised by `statistics`, and the activation of it."""
     channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
-    sums = (tl.zeros([POSITIONS, CHANNELS], tl.float32),) * 9
-    for first in range(tl.program_id(0) * POSITIONS, images * y_height * y_width, tl.num_programs(0) * POSITIONS):
-        position = first + tl.arange(0, POSITIONS)
-        valid = position < images * y_height * y_width
-        d = load(dy, position, valid, channel, inside, channels)
-        new = ()
-        for tap in tl.static_range(9):
-            new += (sums[tap] + d * neighbour(x, position, valid, channel, inside, channels, height, width, y_height,
-                                              y_width, tap, STRIDE, 1),)
-        sums = new
+    mean, inverse = vector(statistics, channel, inside), vector(statistics + 2 * channels, channel, inside)
+    scale, shift = inverse * vector(weight, channel, inside), vector(bias, channel, inside)
+    row = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    z = (load(x, row, row < rows, channel, inside, channels) - mean) * scale + shift
+    store(y, row, row < rows, channel, inside, channels, activated(z, ACTIVATION))
+
+
+@kernel
+def affine_gradients(x, dy, statistics, weight, bias, parts, arrived, dweight, dbias, rows, groups,
+                     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the gradients of weight and bias. parts [2, programs, channels] is scratch memory."""
+    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
+    mean, inverse = vector(statistics, channel, inside), vector(statistics + 2 * channels, channel, inside)
+    scale, shift = vector(weight, channel, inside), vector(bias, channel, inside)
+    total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    products = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    for first in tl.range(tl.program_id(0) * POSITIONS, rows, tl.num_programs(0) * POSITIONS, loop_unroll_factor=2):
+        row = first + tl.arange(0, POSITIONS)
+        unit = (load(x, row, row < rows, channel, inside, channels) - mean) * inverse
+        dz = through_activation(load(dy, row, row < rows, channel, inside, channels), unit * scale + shift, ACTIVATION)
+        total += dz
+        products += dz * unit
+    programs = tl.num_programs(0)
+    at = parts + tl.program_id(0) * channels + channel
+    tl.store(at, tl.sum(total, 0), mask=inside)
+    tl.store(at + programs * channels, tl.sum(products, 0), mask=inside)
+    if is_last(arrived):
+        tl.store(dbias + channel, block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS),
+                 mask=inside)
+        tl.store(dweight + channel, block_sum(parts + programs * channels, programs, channel, inside, channels,
+                                              POSITIONS, CHANNELS), mask=inside)
+
+
+@kernel
+def normalised_gradient(x, dy, dweight, dbias, statistics, weight, bias, dx, rows, groups, ACTIVATION: tl.constexpr,
+                        ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the gradient dx, given those of weight and bias."""
+    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
+    mean, inverse = vector(statistics, channel, inside), vector(statistics + 2 * channels, channel, inside)
+    scale, shift = vector(weight, channel, inside), vector(bias, channel, inside)
+    mean_dz, mean_product = vector(dbias, channel, inside) / rows, vector(dweight, channel, inside) / rows
+    row = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    unit = (load(x, row, row < rows, channel, inside, channels) - mean) * inverse
+    dz = through_activation(load(dy, row, row < rows, channel, inside, channels), unit * scale + shift, ACTIVATION)
+    store(dx, row, row < rows, channel, inside, channels, (dz - mean_dz - unit * mean_product) * (inverse * scale))
+
+
+@kernel
+def convolution_gradients(x, dy, taps, dx, parts, images, height, width, y_height, y_width, groups,
+                          STRIDE: tl.constexpr, ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write both gradients of y, the depthwise convolution of x with taps [channels, 9]: each value is read once.
+
+    x and dx [images, height, width, channels]; parts [9, programs, channels]: the parts of the taps' gradient.
+    """
+    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
+    sums, weights = (tl.zeros([POSITIONS, CHANNELS], tl.float32),) * 9, ()
     for tap in tl.static_range(9):
-        tl.store(parts + (tl.program_id(0) * 9 + tap) * channels + channel, tl.sum(sums[tap], 0), mask=inside)
+        weights += (vector(taps, channel * 9 + tap, inside),)
+    for first in range(tl.program_id(0) * POSITIONS, images * height * width, tl.num_programs(0) * POSITIONS):
+        position = first + tl.arange(0, POSITIONS)
+        valid = position < images * height * width
+        image, row, column = position // (width * height), position // width % height, position % width
+        pixel = load(x, position, valid, channel, inside, channels)
+        total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+        new = ()
+        for tap in tl.static_range(9):  # the y for which this tap meets the pixel
+            y_row, y_column = row + 1 - tap // 3, column + 1 - tap % 3
+            there = valid & (y_row >= 0) & (y_row < y_height * STRIDE) & (y_column >= 0) & (y_column < y_width * STRIDE)
+            if STRIDE > 1:
+                there = there & (y_row % STRIDE == 0) & (y_column % STRIDE == 0)
+            at = (image * y_height + y_row // STRIDE) * y_width + y_column // STRIDE
+            d = load(dy, at, there, channel, inside, channels)
+            total += weights[tap] * d
+            new += (sums[tap] + pixel * d,)
+        sums = new
+        store(dx, position, valid, channel, inside, channels, total)
+    for tap in tl.static_range(9):
+        tl.store(parts + (tap * tl.num_programs(0) + tl.program_id(0)) * channels + channel, tl.sum(sums[tap], 0),
+                 mask=inside)
+
+
+@kernel
+def taps_gradient(parts, dtaps, count, groups, ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write to dtaps [channels, 9] the sums over `count` of parts [9, count, channels]; program 0 to 8 is the tap."""
+    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
+    tap = tl.program_id(0)
+    tl.store(dtaps + channel * 9 + tap, block_sum(parts + tap * count * channels, count, channel, inside, channels,
+                                                  POSITIONS, CHANNELS), mask=inside)
 
 
 # ---- Operators -----------------------------------------------------------------------------------
 
-def launch(kernel, channels: int, programs: int, tile: int, *args, **others) -> None:
+def launch(kernel, channels: int, programs: int, tile: int, *args, warps: int = 4, **others) -> None:
     """Launch `programs` of a kernel for each block of channels, with tiles of `tile` positions."""
     align = min(8, channels & -channels)  # a thread loads at most 8 values of 16 bits at once
     kernel[programs, triton.cdiv(channels, CHANNELS)](*args, **others, groups=channels // align, ALIGN=align,
-                                                      POSITIONS=tile, CHANNELS=CHANNELS, num_warps=4)
+                                                      POSITIONS=tile, CHANNELS=CHANNELS, num_warps=warps)
 
 
 def sharing(channels: int, positions: int, tile: int) -> int:
     """Return how many programs share a sum over these positions."""
     return max(1, min(triton.cdiv(positions, tile), PROGRAMS // triton.cdiv(channels, CHANNELS)))
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """Return the counters of is_last, which all kernels of a device share: they run on one stream at a time."""
+    return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -226,13 +259,8 @@ def operator(function):
     return torch.library.custom_op(f"training::{function.__name__}", on_its_device, mutates_args=())
 
 
-def summed(x: Tensor, dy: Tensor | None, statistics: Tensor, weight, bias, activation: int) -> Tensor:
-    """Return the sums [2, channels] of sum_parts; `dy` is None for those of the forward pass."""
-    rows = x.numel() // x.shape[1]
-    parts = x.new_empty(2, sharing(x.shape[1], rows, ROWS), x.shape[1], dtype=torch.float32)
-    launch(sum_parts, x.shape[1], parts.shape[1], ROWS, x, dy, statistics, weight, bias, parts, rows,
-           FORWARD=dy is None, ACTIVATION=activation)
-    return parts.sum(1)
+def scratch(x: Tensor, programs: int, sums: int) -> Tensor:
+    return x.new_empty(sums, programs, x.shape[1], dtype=torch.float32)
 
 
 @operator
@@ -243,22 +271,27 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, origin: Tensor, eps: floa
     origin: values near the means, such as the running means; sums are taken relative to them to lose no digits.
     Returns (y, statistics [3, channels]: mean, unbiased variance, 1 / standard deviation).
     """
-    x, rows = dense(x), x.numel() // x.shape[1]
-    y, statistics = torch.empty_like(x), x.new_empty(3, x.shape[1], dtype=torch.float32)
-    launch(normalised, x.shape[1], triton.cdiv(rows, ROWS), ROWS, x, summed(x, None, origin, None, None, 0), origin,
-           weight, bias, y, statistics, rows, eps=eps, correction=rows / max(1, rows - 1), ACTIVATION=activation)
+    x, channels, rows = dense(x), x.shape[1], x.numel() // x.shape[1]
+    y, statistics, programs = torch.empty_like(x), scratch(x, 3, 1)[0], sharing(channels, rows, ROWS)
+    launch(batch_statistics, channels, programs, ROWS, x, origin, scratch(x, programs, 2), arrivals(x.device),
+           statistics, rows, eps=eps, correction=rows / max(1, rows - 1))
+    launch(normalised, channels, triton.cdiv(rows, ROWS), ROWS, x, statistics, weight, bias, y, rows,
+           ACTIVATION=activation)
     return y, statistics
 
 
 @operator
 def normalise_gradients(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor,
-                        activation: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of normalise's x and of its bias and weight, [2, channels]."""
-    x, dy, rows = dense(x), dense(dy.to(x.dtype)), x.numel() // x.shape[1]
-    sums, dx = summed(x, dy, statistics, weight, bias, activation), torch.empty_like(x)
-    launch(normalised_gradient, x.shape[1], triton.cdiv(rows, ROWS), ROWS, x, dy, sums, statistics, weight, bias, dx,
-           rows, ACTIVATION=activation)
-    return dx, sums
+                        activation: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of normalise's x, weight and bias."""
+    x, dy, channels, rows = dense(x), dense(dy.to(x.dtype)), x.shape[1], x.numel() // x.shape[1]
+    dx, dweight, dbias, programs = torch.empty_like(x), *map(torch.empty_like, (weight, bias)), sharing(channels, rows,
+                                                                                                        ROWS)
+    launch(affine_gradients, channels, programs, ROWS, x, dy, statistics, weight, bias, scratch(x, programs, 2),
+           arrivals(x.device), dweight, dbias, rows, ACTIVATION=activation)
+    launch(normalised_gradient, channels, triton.cdiv(rows, ROWS), ROWS, x, dy, dweight, dbias, statistics, weight,
+           bias, dx, rows, ACTIVATION=activation)
+    return dx, dweight, dbias
 
 
 def outputs(x: Tensor, stride: int) -> Tensor:
@@ -267,28 +300,25 @@ def outputs(x: Tensor, stride: int) -> Tensor:
                        device=x.device, memory_format=torch.channels_last)
 
 
-def convolve(x: Tensor, weight: Tensor, y: Tensor, stride: int, spread: int, flipped: bool) -> Tensor:
-    """Fill y with what the kernel `convolved` computes, and return it."""
-    images, channels, *size = y.shape
-    launch(convolved, channels, triton.cdiv(images * math.prod(size), PIXELS), PIXELS, dense(x), weight.contiguous(), y,
-           images, *x.shape[2:], *size, STRIDE=stride, SPREAD=spread, FLIPPED=flipped)
-    return y
-
-
 @operator
 def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolve x [N, C, H, W] depthwise with weight [C, 1, 3, 3] (float32) with a border of one zero, stride 1 or 2."""
-    return convolve(x, weight, outputs(x, stride), stride, 1, False)
+    """Convolve x [N, C, H, W] depthwise with weight [C, 1, 3, 3] (float32) with a border of one zero, stride 1 or 2.
+
+    This is PyTorch's: cuDNN is fast forward, and the kernels are for the gradients.
+    """
+    return dense(F.conv2d(dense(x), weight.to(x.dtype), None, stride, 1, 1, len(weight)))
 
 
 @operator
 def depthwise_gradients(x: Tensor, dy: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of depthwise's x and weight."""
-    dy, (images, channels, *size) = dense(dy.to(x.dtype)), dy.shape
-    positions = images * math.prod(size)
-    parts = x.new_empty(sharing(channels, positions, PIXELS), 9, channels, dtype=torch.float32)
-    launch(tap_parts, channels, len(parts), PIXELS, dense(x), dy, parts, images, *x.shape[2:], *size, STRIDE=stride)
-    return convolve(dy, weight, outputs(x, 1), 1, stride, True), parts.sum(0).t().contiguous().view(weight.shape)
+    x, dy, (images, channels, *size) = dense(x), dense(dy.to(x.dtype)), x.shape
+    programs = sharing(channels, images * math.prod(size), PIXELS)
+    dx, dweight, parts = torch.empty_like(x), torch.empty_like(weight), scratch(x, programs, 9)
+    launch(convolution_gradients, channels, programs, PIXELS, x, dy, weight.contiguous(), dx, parts, images, *size,
+           *dy.shape[2:], STRIDE=stride, warps=2)
+    launch(taps_gradient, channels, 9, ROWS, parts, dweight, programs)
+    return dx, dweight
 
 
 # ---- Shapes and gradients, for autograd and torch.compile ----------------------------------------
@@ -300,7 +330,7 @@ def _(x, weight, bias, origin, eps, activation):
 
 @normalise_gradients.register_fake
 def _(x, dy, weight, bias, statistics, activation):
-    return outputs(x, 1), x.new_empty(2, x.shape[1], dtype=torch.float32)
+    return outputs(x, 1), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @depthwise.register_fake
@@ -310,7 +340,7 @@ def _(x, weight, stride):
 
 @depthwise_gradients.register_fake
 def _(x, dy, weight, stride):
-    return outputs(x, 1), x.new_empty(x.shape[1], 1, 3, 3, dtype=torch.float32)
+    return outputs(x, 1), torch.empty_like(weight)
 
 
 def keep_for_normalise(ctx, inputs, output):
@@ -321,8 +351,7 @@ def keep_for_normalise(ctx, inputs, output):
 
 def normalise_backward(ctx, dy, _):
     x, weight, bias, statistics = ctx.saved_tensors
-    dx, (dbias, dweight) = normalise_gradients(x, dy, weight, bias, statistics, ctx.activation)
-    return dx, dweight, dbias, None, None, None
+    return *normalise_gradients(x, dy, weight, bias, statistics, ctx.activation), None, None, None
 
 
 def keep_for_depthwise(ctx, inputs, output):
