@@ -62,11 +62,16 @@ def test_a_step_on_given_inputs_is_the_plain_step(tmp_path):
     assert other.optimizer.param_groups[0]["lr"] is other.rates[1.0]
 
 
+def waits_of(waits: list):
+    """A stream without a GPU, which keeps what it waits for."""
+    return type("Stream", (), {"wait_stream": lambda self, other: waits.append(other)})()
+
+
 @pytest.fixture
 def waits(monkeypatch) -> list:
     """Streams without a GPU; the list of all waits."""
     waits = []
-    stream = SimpleNamespace(wait_stream=waits.append)
+    stream = waits_of(waits)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
@@ -134,6 +139,29 @@ def test_graphs_are_recorded_anew_in_other_modes(tmp_path, monkeypatch, waits):
     assert_close(steps(recorded, prepare=freeze), steps(plain, prepare=freeze))
 
 
+def test_muons_steps_beside_the_backward_pass_are_the_same(tmp_path, monkeypatch, waits):
+    """Every group is turned once, as soon as its last gradient is there; the next step waits for the streams."""
+    stream = waits_of(waits)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: stream)
+    plain, early = (new_stage(tmp_path, MUON) for _ in range(2))
+    order, muon = [], early.optimizer
+    turn, step = muon.turn, muon.step
+    monkeypatch.setattr(muon, "turn", lambda group, length: order.append("turn") or turn(group, length))
+    monkeypatch.setattr(muon, "step", lambda: order.append("step") or step())
+    with muon.made_early():
+        found = steps(early, last=2)
+    groups = len(muon.groups)
+    assert groups and order == 2 * early.plan.epoch_steps * [*groups * ["turn"], "step"]
+    assert_close(found, steps(plain, last=2))
+    order.clear()
+    early.begin(0)
+    early.step(0, 0)
+    assert order == ["step", *groups * ["turn"]]  # the hooks are gone
+    assert muon.streams.busy
+    muon.streams.for_each(lambda group: None, [])
+    assert not muon.streams.busy and waits[-1] is stream
+
+
 def test_on_a_cpu_nothing_is_recorded_and_no_triton_kernel_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "faster", lambda *args, **options: pytest.fail("there is no GPU"))
     stage = new_stage(tmp_path, SETTINGS)
@@ -159,10 +187,14 @@ def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_graphs_compute_what_plain_steps_do(tmp_path):
+def test_graphs_compute_what_plain_steps_do(tmp_path, monkeypatch):
+    """The augmentation, the teachers and Muon on streams of their own, too."""
+    monkeypatch.setattr(gpu_kernels, "KINDS", ())
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
-    plain.graphs = None
-    expected, found = (steps(each, prepare=freeze) for each in (plain, recorded))
-    assert all(recorded.graphs.graphs.values())  # each kind was recorded
+    plain.graphs = plain.ahead = plain.beside = None
+    expected = steps(plain, prepare=freeze)
+    with recorded.fast_kernels():
+        found = steps(recorded, prepare=freeze)
+        assert all(recorded.graphs.graphs.values())  # each kind was recorded
     for (key, one), two in zip(expected.items(), found.values(), strict=True):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-5), key

@@ -145,3 +145,23 @@ def test_what_is_not_finite_stays_so_in_a_convolution(kind, shape, dtype):
     y = convolve(kind, x, weight, 1)
     assert y[0, 3, :2, :2].isnan().all() and (y[0, 5, 2:, 2:] == torch.inf).all()
     assert int((~y.isfinite()).sum()) == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", (False, True))
+def test_a_1x1_convolution_as_a_matrix_product(bias, dtype):
+    """In any memory format. The gradient of the weights is float32, and has the strides of the weights."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 9, 1, bias=bias).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(conv)
+    ours.__class__, ours.sizes = gpu_kernels.Pointwise, ((4, 5),)
+    for x in (maps("compiled", 3, 6, 4, 5), maps("compiled", 3, 6, 5, 4).detach().transpose(2, 3).requires_grad_()):
+        double, gradient = x.detach().double().requires_grad_(), torch.randn(3, 9, 4, 5).to(dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            found = ours(x)
+        wanted = conv.double()(double)
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        mine = torch.autograd.grad(found, [x, *ours.parameters()], gradient)
+        theirs = torch.autograd.grad(wanted, [double, *conv.parameters()], gradient.double())
+        assert mine[0].dtype == torch.float32 and mine[1].shape == ours.weight.shape
+        agree([found, *mine], [wanted, *theirs], [4 * max(LAST_PLACE[dtype], 1e-6)] * (3 + bias))

@@ -3,6 +3,7 @@
 A step of this network consists of thousands of kernels of a few microseconds each. Launched one by one, they keep the
 GPU waiting for the CPU most of the time. A CUDA graph records the launches once and replays them as one.
 """
+import contextlib
 import gc
 
 import torch
@@ -59,16 +60,24 @@ class Graphs:
 class Streams:
     """Run work on several CUDA streams, so that kernels too small to fill the device overlap, at least in a graph."""
 
-    def __init__(self, count: int = 8):
+    def __init__(self, count: int = 16):
         self.streams = [torch.cuda.Stream() for _ in range(count)]
+        self.busy = []  # those that later work has to wait for
+
+    @contextlib.contextmanager
+    def beside(self, k: int):
+        """Run the block's work on the k-th stream, or modulo their number, after the work so far."""
+        stream = self.streams[k % len(self.streams)]
+        stream.wait_stream(torch.cuda.current_stream())
+        self.busy.append(stream)
+        with torch.cuda.stream(stream):
+            yield
 
     def for_each(self, function, items: list) -> None:
-        """Call function(item) for every item, distributed over the streams; later work waits for all of them."""
-        now = torch.cuda.current_stream()
-        for k, stream in enumerate(self.streams):
-            stream.wait_stream(now)
-            with torch.cuda.stream(stream):
-                for item in items[k::len(self.streams)]:
-                    function(item)
-        for stream in self.streams:
-            now.wait_stream(stream)
+        """Call function(item) for every item, distributed over the streams; later work waits for all streams in use."""
+        for k, item in enumerate(items):
+            with self.beside(k):
+                function(item)
+        for stream in dict.fromkeys(self.busy):
+            torch.cuda.current_stream().wait_stream(stream)
+        self.busy.clear()

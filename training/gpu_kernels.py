@@ -1,8 +1,8 @@
-"""Train faster on a GPU with triton_kernels.py: depthwise convolution, and BatchNorm with activation.
+"""Train faster on a GPU: BatchNorm with activation, depthwise convolution (triton_kernels.py), 1x1 convolution.
 
-Before a stage starts, every different layer is timed with these kernels and with PyTorch's functions, forward and
-backward, for the stage's batch and image sizes, and the results are compared. The kernels are used where they are
-faster. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
+Before a stage starts, the largest layer of each kind is timed with these kernels and with PyTorch's functions, forward
+and backward, for the stage's batch and image sizes, and the results are compared. If the kernels are faster, all layers
+of the kind use them. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
 """
 import contextlib
 import copy
@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import time
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,10 @@ def update_statistics(seen: list) -> None:
     seen.clear()
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class Depthwise(nn.Conv2d):
     """Compute a depthwise Conv2d with Triton for inputs of `sizes`, else with PyTorch."""
     sizes = ()
@@ -85,6 +90,27 @@ class Depthwise(nn.Conv2d):
         x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
         return torch.ops.training.depthwise(x, self.weight, self.stride[0]) if takes(x, self.sizes) else \
             super().forward(x)
+
+
+class Product(torch.autograd.Function):
+    """Multiply maps x [..., channels] by a matrix [outputs, channels], which is rounded to the type of x.
+
+    The matrix's gradient leaves the product in float32, without the rounding of autocast and its kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, x, matrix):
+        matrix = matrix.to(x.dtype)
+        ctx.save_for_backward(x, matrix)
+        return F.linear(x, matrix)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, matrix = ctx.saved_tensors
+        dy, rows = dy.to(x.dtype).flatten(0, -2), x.flatten(0, -2)
+        dmatrix = torch.mm(dy.t(), rows, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else \
+            (dy.t() @ rows).float()
+        return (dy @ matrix).view_as(x), dmatrix
 
 
 class Pointwise(nn.Conv2d):
@@ -99,7 +125,10 @@ class Pointwise(nn.Conv2d):
     def forward(self, x):
         if not takes(x, self.sizes):
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        pixels, matrix = dense(x).permute(0, 2, 3, 1), self.weight.flatten(1)
+        y = Product.apply(pixels, matrix) if self.bias is None else F.linear(pixels, matrix, self.bias)
+        return y.permute(0, 3, 1, 2)
 
 
 def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes, **others) -> dict[nn.Module, type]:
@@ -136,6 +165,12 @@ class Layer:
     device: torch.device
     captured: bool
     example: list[nn.Module] = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """The layers of one title use the kernels, or none does."""
+        words = ["" if self.stride == 1 else f"stride {self.stride}", self.activation.replace("none", "")]
+        return " ".join(filter(None, [self.kind, *words]))
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return copies of the layer: (PyTorch's, ours), in training mode."""
@@ -259,22 +294,21 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
     if not KINDS:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
-    began, classes = time.monotonic(), {}
-    layers = [each for each in layers_of(model, sizes, **options).values() if each]
-    normalised = [layer for several in layers for layer in several if layer.kind == "BatchNorm"]
-    speed, counts = dict.fromkeys(KINDS, 1.0), {kind: [0, 0] for kind in KINDS}
-    if compiled and normalised:
-        speed["BatchNorm"] = compiled_speed(max(normalised, key=lambda each: each.channels * each.height * each.width))
-    for several in layers:
-        layer = several[0]
-        ours = tuple((each.height, each.width) for each in several
-                     if measured(each)["ours"] * speed[each.kind] < measured(each)["pytorch"])
-        if ours:
-            classes |= with_kernels(layer.kind, layer.example, layer.activation, ours, seen=seen)
-        counts[layer.kind][0] += bool(ours)
-        counts[layer.kind][1] += 1
-    shown = ", ".join(f"{some} of {every} {kind} layers" for kind, (some, every) in counts.items())
-    print(f"GPU kernels: {shown} are faster with ours (timed in {time.monotonic() - began:.0f} s)", flush=True)
+    began, classes, ratios, kinds = time.monotonic(), {}, {}, defaultdict(list)
+    for several in layers_of(model, sizes, **options).values():
+        for layer in several[:1]:
+            kinds[layer.title].append(several)
+    for title, layers in kinds.items():
+        largest = max(sum(layers, []), key=lambda each: (each.channels + each.outputs) * each.height * each.width)
+        speed = compiled_speed(largest) if compiled and largest.kind == "BatchNorm" else 1.0
+        ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"] / speed
+        for several in layers:
+            layer, inputs = several[0], tuple((each.height, each.width) for each in several)
+            if ratios[title] > 1:
+                classes |= with_kernels(layer.kind, layer.example, layer.activation, inputs, seen=seen)
+    shown = ", ".join(f"{title} {ratio:.2f}" for title, ratio in ratios.items())
+    print(f"PyTorch's time / our kernels', used above 1: {shown or 'no layers'} "
+          f"(timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
 
 

@@ -229,6 +229,9 @@ class Stage:
                     self.model, sorted(sizes), batch=len(range(plan.batch_size)[plan.mine]), device=self.device,
                     dtype=getattr(torch, self.settings.precision), compiled=self.settings.compile,
                     captured=self.graphs is not None))
+            if self.graphs is not None and self.settings.optimizer == "muon":
+                muon = self.optimizer.optimizers[0] if isinstance(self.optimizer, Together) else self.optimizer
+                at_end.enter_context(muon.made_early())
             yield
 
     # -- an epoch's beginning, and its steps

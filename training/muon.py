@@ -5,6 +5,7 @@ semi-orthogonal matrix nearest to its momentum, so that directions with small gr
 ones. Where a BatchNorm follows a convolution, only the direction of its weights matters. A step therefore rotates them
 by a given angle (`turn` at the peak learning rate) and keeps their norm, without weight decay.
 """
+import contextlib
 from collections import defaultdict
 
 import torch
@@ -69,13 +70,39 @@ class Muon(torch.optim.SGD):
             groups[weight.shape, weight in kept].append(weight)
         # the most expensive first, because each of n threads takes every n-th
         self.groups = sorted(groups.values(), key=lambda group: -len(group) * cost(group[0]))
+        self.arrived = [0] * len(self.groups)  # gradients since the last step, if made_early
+
+    @contextlib.contextmanager
+    def made_early(self):
+        """Within the block, make the step of a group as soon as the backward pass has its gradients, on a CUDA stream.
+
+        It is for a GPU, and for a loss whose gradients come from one backward pass. The late layers' matrices, which
+        are large, are then turned while the early layers' maps, which are larger, pass through the memory.
+        """
+        self.streams = self.streams or Streams()
+
+        def arrive(k: int) -> None:
+            self.arrived[k] += 1
+            if self.arrived[k] == len(self.groups[k]):
+                with self.streams.beside(k), torch.no_grad():
+                    self.turn(self.groups[k], self.ratio * self.param_groups[0]["lr"])
+
+        hooks = [weight.register_post_accumulate_grad_hook(lambda _, k=k: arrive(k))
+                 for k, group in enumerate(self.groups) for weight in group]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
-        groups = [[p for p in group if p.grad is not None] for group in self.groups]
+        groups = [[p for p in group if p.grad is not None] for group, arrived in zip(self.groups, self.arrived)
+                  if arrived < len(group)]
+        self.arrived = [0] * len(self.groups)
         groups = [group for group in groups if group]
-        if groups and groups[0][0].is_cuda:
+        if self.turned and self.turned[0].is_cuda:
             self.streams = self.streams or Streams()
             self.streams.for_each(lambda group: self.turn(group, length), groups)
         elif groups:

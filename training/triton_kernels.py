@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100
-CHANNELS, ROWS, PIXELS = 32, 64, 16  # channels of a tile, and its positions in BatchNorm and in convolutions
+PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100, or four with as many warps each
+CHANNELS, ROWS, PIXELS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in convolutions
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def launch(kernel, channels: int, programs: int, tile: int, *args, warps: int = 
                                                       POSITIONS=tile, CHANNELS=CHANNELS, num_warps=warps)
 
 
-def sharing(channels: int, positions: int, tile: int) -> int:
-    """Return how many programs share a sum over these positions."""
-    return max(1, min(triton.cdiv(positions, tile), PROGRAMS // triton.cdiv(channels, CHANNELS)))
+def sharing(channels: int, positions: int, tile: int, most: int) -> int:
+    """Return how many programs, of `most` for all channels, share a sum over these positions."""
+    return max(1, min(triton.cdiv(positions, tile), most // triton.cdiv(channels, CHANNELS)))
 
 
 @functools.cache
@@ -272,7 +272,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, origin: Tensor, eps: floa
     Returns (y, statistics [3, channels]: mean, unbiased variance, 1 / standard deviation).
     """
     x, channels, rows = dense(x), x.shape[1], x.numel() // x.shape[1]
-    y, statistics, programs = torch.empty_like(x), scratch(x, 3, 1)[0], sharing(channels, rows, ROWS)
+    y, statistics, programs = torch.empty_like(x), scratch(x, 3, 1)[0], sharing(channels, rows, ROWS, PROGRAMS // 2)
     launch(batch_statistics, channels, programs, ROWS, x, origin, scratch(x, programs, 2), arrivals(x.device),
            statistics, rows, eps=eps, correction=rows / max(1, rows - 1))
     launch(normalised, channels, triton.cdiv(rows, ROWS), ROWS, x, statistics, weight, bias, y, rows,
@@ -285,8 +285,8 @@ def normalise_gradients(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, sta
                         activation: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of normalise's x, weight and bias."""
     x, dy, channels, rows = dense(x), dense(dy.to(x.dtype)), x.shape[1], x.numel() // x.shape[1]
-    dx, dweight, dbias, programs = torch.empty_like(x), *map(torch.empty_like, (weight, bias)), sharing(channels, rows,
-                                                                                                        ROWS)
+    dx, dweight, dbias = map(torch.empty_like, (x, weight, bias))
+    programs = sharing(channels, rows, ROWS, PROGRAMS // 2)
     launch(affine_gradients, channels, programs, ROWS, x, dy, statistics, weight, bias, scratch(x, programs, 2),
            arrivals(x.device), dweight, dbias, rows, ACTIVATION=activation)
     launch(normalised_gradient, channels, triton.cdiv(rows, ROWS), ROWS, x, dy, dweight, dbias, statistics, weight,
@@ -313,10 +313,10 @@ def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 def depthwise_gradients(x: Tensor, dy: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of depthwise's x and weight."""
     x, dy, (images, channels, *size) = dense(x), dense(dy.to(x.dtype)), x.shape
-    programs = sharing(channels, images * math.prod(size), PIXELS)
+    programs = sharing(channels, images * math.prod(size), PIXELS, PROGRAMS)
     dx, dweight, parts = torch.empty_like(x), torch.empty_like(weight), scratch(x, programs, 9)
     launch(convolution_gradients, channels, programs, PIXELS, x, dy, weight.contiguous(), dx, parts, images, *size,
-           *dy.shape[2:], STRIDE=stride, warps=2)
+           *dy.shape[2:], STRIDE=stride, warps=1)
     launch(taps_gradient, channels, 9, ROWS, parts, dweight, programs)
     return dx, dweight
 
