@@ -150,7 +150,7 @@ def test_what_is_not_finite_stays_so_in_a_convolution(kind, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", (False, True))
 def test_a_1x1_convolution_as_a_matrix_product(bias, dtype):
-    """In any memory format. The gradient of the weights is float32, and has the strides of the weights."""
+    """In any memory format, and under autocast."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(6, 9, 1, bias=bias).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(conv)
@@ -163,5 +163,5 @@ def test_a_1x1_convolution_as_a_matrix_product(bias, dtype):
         assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
         mine = torch.autograd.grad(found, [x, *ours.parameters()], gradient)
         theirs = torch.autograd.grad(wanted, [double, *conv.parameters()], gradient.double())
-        assert mine[0].dtype == torch.float32 and mine[1].shape == ours.weight.shape
+        assert all(each.dtype == torch.float32 for each in mine)
         agree([found, *mine], [wanted, *theirs], [4 * max(LAST_PLACE[dtype], 1e-6)] * (3 + bias))

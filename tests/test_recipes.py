@@ -56,12 +56,16 @@ def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     assert training.parse_stages(["--rew", "--run", str(tmp_path / "other")])[1]["rew"].lr is None
 
 
+COOLDOWN = recipes.read(recipes.FOLDER / "default.toml")["masked"]["cooldown"]
+
+
 @pytest.mark.parametrize("words, stage, expected", (
     ("--lambda 1e-5", "rew", {"lam": 1e-5, "target_sparsity": None, "updates": 5}),
     ("--mixup", "rew", {"mixup": True, "mixing": None}), ("--schedule cosine", "masked", {"cooldown": None}),
-    ("--schedule constant", "masked", {"cooldown": 165}), ("--masked-retrain --cooldown 9", "masked", {"cooldown": 9}),
+    ("--schedule constant", "masked", {"cooldown": COOLDOWN}),
+    ("--masked-retrain --cooldown 9", "masked", {"cooldown": 9}),
     ("--made-up 32", "rew", {"made_up": 32, "holdout": False}), ("--smoothing 0.2", "masked", {"smooth": True}),
-    ("--warmup-epochs 3", "pretrain", {"warmup": True}), ("--mixup --no-tricks", "masked", {"cooldown": 165}),
+    ("--warmup-epochs 3", "pretrain", {"warmup": True}), ("--mixup --no-tricks", "masked", {"cooldown": COOLDOWN}),
     ("--penalty magnitude", "rew", {"cost_power": 0.0, "target_sparsity": 0.803}),
     ("--masked-retrain --eps 0.1", "masked", {"sparsity_type": "threshold", "eps": 0.1}), ("", "rew", {"lam": None})))
 def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words, stage, expected):

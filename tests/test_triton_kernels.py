@@ -1,4 +1,5 @@
 """What is special to the Triton kernels, and where they are used; test_kernels.py compares them with PyTorch's."""
+import copy
 import math
 import os
 import subprocess
@@ -8,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from small import with_hardswish
 from test_kernels import agree, maps, pair
@@ -27,16 +29,18 @@ OPTIONS = {"batch": 2, "dtype": torch.bfloat16, "device": torch.device(DEVICE), 
 # ---- The kernels ---------------------------------------------------------------------------------
 
 def test_results_do_not_depend_on_the_tiling(monkeypatch):
-    """One tile or several, of which a program has two."""
+    """One tile or several, of which a program has two or more; several programs share a sum."""
     results = []
-    for channels, positions, programs in ((16, 32, 1056), (8, 8, 4)):
-        for name, value in (("CHANNELS", channels), ("ROWS", positions), ("PIXELS", positions), ("PROGRAMS", programs)):
+    for channels, rows, columns, programs in ((16, 64, 16, 1056), (8, 4, 2, 8)):
+        for name, value in (("CHANNELS", channels), ("ROWS", rows), ("COLUMNS", columns), ("PROGRAMS", programs)):
             monkeypatch.setattr(triton_kernels, name, value)
         torch.manual_seed(0)
-        ours, x = pair("triton", 12, "relu", (5, 4))[1], maps("triton", 1, 12, 5, 4)
+        ours, x = pair("triton", 12, "relu", (5, 4))[1], maps("triton", 3, 12, 5, 4)
         weight = torch.randn(12, 1, 3, 3, device=DEVICE, requires_grad=True)
-        out = [triton_kernels.depthwise(ours(x), weight, stride) for stride in (1, 2)]
-        results.append([*out, *torch.autograd.grad([y.sum() for y in out], [x, weight, *ours.parameters()])])
+        origin = torch.zeros(12, device=DEVICE)  # the mean of a channel that the ReLU left empty
+        out = [each for stride in (1, 2) for each in triton_kernels.depthwise_with_statistics(
+            ours(x), weight, stride, origin, 1e-5)]
+        results.append([*out, *torch.autograd.grad([y.sum() for y in out[::2]], [x, weight, *ours.parameters()])])
     agree(results[1], results[0], [1e-4] * len(results[0]))
 
 
@@ -73,23 +77,25 @@ from triton.backends.compiler import GPUTarget
 from training import triton_kernels
 KINDS = dict.fromkeys(("x", "y", "dx", "dy"), "*bf16") | dict.fromkeys(("eps", "correction"), "fp32") | dict.fromkeys(
     ("rows", "images", "height", "width", "y_height", "y_width", "groups", "count"), "i32") | {"arrived": "*i32"}
-tile = {"ALIGN": 8, "POSITIONS": 32, "CHANNELS": 32}
-for name, constants in (("batch_statistics", {}), ("affine_gradients", {"ACTIVATION": 2}),
+for name, constants in (("convolution", {"STRIDE": 1, "STATISTICS": True}), ("batch_statistics", {}),
+                        ("convolution", {"STRIDE": 2, "STATISTICS": True}), ("affine_gradients", {"ACTIVATION": 2}),
                         ("normalised", {"ACTIVATION": 2}), ("normalised_gradient", {"ACTIVATION": 1}),
                         ("convolution_gradients", {"STRIDE": 1}), ("convolution_gradients", {"STRIDE": 2}),
                         ("taps_gradient", {})):
+    rows, columns = triton_kernels.ROWS, triton_kernels.COLUMNS
+    tile = {"ALIGN": 8, "POSITIONS": columns if "conv" in name else rows, "CHANNELS": triton_kernels.CHANNELS}
     kernel, constants = getattr(triton_kernels, name), constants | tile
     kinds = {arg: "constexpr" if arg in constants else KINDS.get(arg, "*fp32") for arg in kernel.arg_names}
     source = triton.compiler.ASTSource(
         kernel, kinds, {(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
         {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(kinds.values()) if kind[0] == "*"})
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4})
-    assert re.search(r"ld\\.global\\S*\\.v4", compiled.asm["ptx"]), name + " loads no vectors"
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 2 if "conv" in name else 4})
+    assert re.search(r"ld\\.global\\S*\\.v[24]", compiled.asm["ptx"]), name + " loads no vectors"
 """
 
 
 def test_they_compile_for_an_h100(tmp_path):
-    """What the interpreter does not show: types, shapes in loops, and loads of 16 bytes. It needs no GPU."""
+    """What the interpreter does not show: types, shapes in loops, and loads of 8 or 16 bytes. It needs no GPU."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
@@ -107,10 +113,10 @@ def network(activation=nn.ReLU) -> nn.Sequential:
     return with_hardswish(model).to(DEVICE) if activation is nn.Hardswish else model.to(DEVICE)
 
 
-def everywhere(model: nn.Module):
-    """Use the kernels in all layers that fit, for all sizes."""
+def everywhere(model: nn.Module, compiled: bool = False):
+    """Use the kernels in all layers that fit, for all sizes, as fast_on_a_gpu does."""
     sizes = [(side, side) for side in range(1, 33)]
-    depthwise = type("Depthwise", (Depthwise,), {"sizes": sizes})
+    depthwise = type("Depthwise", (Depthwise,), {"sizes": sizes, "norm": None if compiled else model[4]})
     own = {Depthwise: depthwise, Pointwise: type("Pointwise", (Pointwise,), {"sizes": sizes})}
     return exchanged({module: new for kind, new in own.items() for module in model.modules()
                       if type(module) is nn.Conv2d and kind.fits(module)}
@@ -132,7 +138,7 @@ def test_a_step_of_a_network(activation, compiled):
     x, found = maps("triton", 4, 3, 8, 8).detach(), []
     for context, half in ((everywhere, True), (nullcontext, True), (nullcontext, False)):
         model = network(activation)
-        with context(model):
+        with everywhere(model, compiled) if context is everywhere else nullcontext():
             run = torch.compile(model, backend="aot_eager") if compiled and context is everywhere else model
             found.append(step(run, x, half))
         assert [type(module) for module in model] == [type(module) for module in network(activation)]
@@ -178,10 +184,62 @@ def test_the_faster_of_both_is_used(monkeypatch, capsys):
         assert isinstance(model[6], Pointwise) and model[6].sizes == ((2, 2), (3, 3))
         assert (model[1].sizes, model[1].activation) == (((4, 4), (6, 6)), "relu") and model[1].training
         assert isinstance(model[4], BatchNorm) and model[4].sizes == ((2, 2), (3, 3))
-        found = step(model, maps("triton", 2, 3, 4, 4).detach())
+        assert not model[1].seen and model[1].seen is model[4].seen and model[1].seen is not BatchNorm.seen
+        x, plain = maps("triton", 2, 3, 4, 4).detach(), network()
+        agree(step(model, x)[-9:], step(plain, x)[-9:], 9 * [0.02])  # the statistics moved after the forward pass
+        update_bn([x], copy.deepcopy(model))  # as renew_statistics does to a copy of the model
+        assert not model[1].seen
     assert [type(module) for module in model] == [type(module) for module in network()]
-    assert all(value.isfinite().all() for value in found)
     assert "depthwise stride 2 0.83, 1x1 1.25, BatchNorm relu 2.00, BatchNorm 0.83" in capsys.readouterr().out
+
+
+def test_statistics_come_with_the_convolution(monkeypatch):
+    """A depthwise convolution that uses the kernels gives the BatchNorm after it the statistics of its result."""
+    timed(monkeypatch, 2.0, 1.0)
+    model, x = network(), maps("triton", 4, 3, 6, 6).detach()
+    wanted, calls = step(network(), x, half=False), []
+    normalise_by = torch.ops.training.normalise_by
+    monkeypatch.setattr(torch.ops.training, "normalise_by", lambda *args: calls.append(args) or normalise_by(*args))
+    with fast_on_a_gpu(model, [6], compiled=False, **OPTIONS | {"dtype": torch.float32}):
+        assert model[3].norm is model[4]
+        agree(step(model, x, half=False), wanted, len(wanted) * [1e-4])
+        assert len(calls) == 1
+        model[4].eval()
+        model(x)
+        twin = copy.deepcopy(model).train()  # its convolution knows the first model's BatchNorm: not its own
+        twin(x)
+        assert len(calls) == 1
+
+
+def test_a_batchnorm_that_runs_twice_moves_its_statistics_twice():
+    ours, theirs = pair("triton", 6, "none", (4, 4))[1], pair("triton", 6, "none", (4, 4))[0]
+    ours.seen, (one, two) = [], (maps("triton", 2, 6, 4, 4).detach() + k for k in (0, 1))
+    for x in (one, two):
+        ours(x), theirs(x.double())
+    gpu_kernels.update_statistics(ours.seen)
+    agree([ours.running_mean, ours.running_var], [theirs.running_mean, theirs.running_var], [1e-5, 1e-5])
+    assert ours.num_batches_tracked == 2 and not ours.seen
+
+
+def test_a_fast_teacher_computes_the_same():
+    """In bfloat16, with matrix products; if a part of the network refuses the rounded weights, it stays as it is."""
+    model = network(nn.Hardswish).eval()
+    fast, x = gpu_kernels.fast_teacher(model, torch.bfloat16), maps("triton", 4, 3, 32, 32).detach()
+    assert isinstance(fast[6], Pointwise) and fast[6].weight.dtype == torch.bfloat16
+    assert model[6].weight.dtype == torch.float32 and type(model[6]) is nn.Conv2d
+    with torch.autocast(DEVICE, torch.bfloat16):
+        agree([fast(x).float()], [model(x).float()], [0.02])
+
+    class Exact(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            with torch.autocast(DEVICE, enabled=False):
+                return self.conv(x).mean((2, 3))
+    exact = Exact().to(DEVICE).eval()
+    assert gpu_kernels.fast_teacher(exact, torch.bfloat16) is exact
 
 
 def test_frozen_statistics_need_no_timing(monkeypatch):
@@ -204,7 +262,7 @@ def test_a_kernel_that_fails_is_not_used(fault, monkeypatch, capsys):
     model = network()
     gpu_kernels.say_once.cache_clear()
     with fast_on_a_gpu(model, [4], compiled=False, **OPTIONS):
-        assert not any(isinstance(module, (Depthwise, BatchNorm)) for module in model)
+        assert not any(isinstance(module, (Depthwise, Pointwise, BatchNorm)) for module in model)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all("without our" in line for line in lines)
     assert ("ZeroDivisionError" in lines[0]) == (fault == "raises")

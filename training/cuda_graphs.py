@@ -48,9 +48,16 @@ class Graphs:
         pool = next((each.pool() for each in self.graphs.values() if each is not None), None)
         collected = gc.isenabled()
         gc.disable()  # it could find an older graph, and destroying one breaks a recording
+        failed = None
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                self.learn(self.inputs, kind)
+                try:
+                    self.learn(self.inputs, kind)
+                except Exception as error:
+                    failed = error
+                    raise
+        except Exception as error:  # the end of a recording that failed raises an error of its own
+            raise failed or error
         finally:
             if collected:
                 gc.enable()

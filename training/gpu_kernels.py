@@ -3,6 +3,7 @@
 Before a stage starts, the largest layer of each kind is timed with these kernels and with PyTorch's functions, forward
 and backward, for the stage's batch and image sizes, and the results are compared. If the kernels are faster, all layers
 of the kind use them. Without Triton, or where a kernel fails or computes something else, PyTorch's functions are used.
+Every variant of a kernel that the compiler makes is tried in this way.
 """
 import contextlib
 import copy
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_once
-from compressed.errors import one_line
+from compressed.errors import BadInput, one_line
+from compressed.graph import sole_readers
 from training import cpu_kernels
 from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
 from training.cuda_graphs import Graphs
@@ -53,10 +56,17 @@ class BatchNorm(cpu_kernels.BatchNorm):
                 and norm.weight.dtype == torch.float32)
 
     def forward(self, x):
-        if not self.training or not takes(x, self.sizes) or x.numel() == self.num_features:
+        # update_bn, which renews the statistics of a copy, sets the momentum to None for a plain mean
+        if not self.training or self.momentum is None or not takes(x, self.sizes) or x.numel() == self.num_features:
             return self.pytorchs(x)
-        y, statistics = torch.ops.training.normalise(x, self.weight, self.bias, self.running_mean, self.eps,
-                                                     ACTIVATIONS.index(self.activation))
+        activation, (norm, statistics) = ACTIVATIONS.index(self.activation), getattr(x, "statistics", (None, None))
+        if norm is self:
+            y = torch.ops.training.normalise_by(x, statistics, self.weight, self.bias, activation)
+        else:
+            y, statistics = torch.ops.training.normalise(x, self.weight, self.bias, self.running_mean, self.eps,
+                                                         activation)
+        if any(norm is self for norm, _ in self.seen):  # it runs twice in a forward pass: in turn, not at once
+            update_statistics(self.seen)
         self.seen.append((self, statistics.detach()))
         if self.seen is BatchNorm.seen:
             update_statistics(self.seen)
@@ -82,14 +92,23 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 
 
 class Depthwise(nn.Conv2d):
-    """Compute a depthwise Conv2d with Triton for inputs of `sizes`, else with PyTorch."""
-    sizes = ()
+    """Compute a depthwise Conv2d with Triton for inputs of `sizes`, else with PyTorch.
+
+    norm: the BatchNorm that reads the result, or None. The result has its statistics with it: (norm, statistics).
+    """
+    sizes, norm = (), None
     fits = staticmethod(cpu_kernels.Depthwise.fits)
 
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
-        return torch.ops.training.depthwise(x, self.weight, self.stride[0]) if takes(x, self.sizes) else \
-            super().forward(x)
+        if not takes(x, self.sizes):
+            return super().forward(x)
+        if self.norm is None or not self.norm.training:
+            return torch.ops.training.depthwise(x, self.weight, self.stride[0])
+        y, statistics = torch.ops.training.depthwise_with_statistics(x, self.weight, self.stride[0],
+                                                                     self.norm.running_mean, self.norm.eps)
+        y.statistics = self.norm, statistics
+        return y
 
 
 class Product(torch.autograd.Function):
@@ -131,31 +150,37 @@ class Pointwise(nn.Conv2d):
         return y.permute(0, 3, 1, 2)
 
 
-def with_kernels(kind: str, layer: list[nn.Module], activation: str, sizes, **others) -> dict[nn.Module, type]:
+def with_kernels(kind: str, layer: list[nn.Module], activation: str, **attributes) -> dict[nn.Module, type]:
     """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`.
 
-    others: further attributes of a BatchNorm.
+    attributes: of the class: sizes, and what BatchNorm and Depthwise have else.
     """
     first, *behind = layer
     if kind == "BatchNorm":
-        return included({first: (activation, behind)}, BatchNorm, sizes=sizes, **others)
+        return included({first: (activation, behind)}, BatchNorm, **attributes)
     own = {"depthwise": Depthwise, "1x1": Pointwise}[kind]
-    return {first: type(own.__name__, (own,), {"sizes": sizes})}
+    return {first: type(own.__name__, (own,), attributes)}
 
 
 # ---- Timing --------------------------------------------------------------------------------------
+
+def alignment(channels: int) -> int:
+    """Return the power of two, at most 8, that divides a number of channels: kernels are compiled for each."""
+    return min(8, channels & -channels)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs.
 
-    channels, outputs: of the input and of the output.
+    channels, outputs: of the input and of the output. bias: of a convolution.
 
     example: such a layer, [convolution] or [BatchNorm2d, its activation].
     """
     kind: str
     channels: int
     outputs: int
+    bias: bool
     height: int
     width: int
     stride: int
@@ -169,16 +194,22 @@ class Layer:
     @property
     def title(self) -> str:
         """The layers of one title use the kernels, or none does."""
-        words = ["" if self.stride == 1 else f"stride {self.stride}", self.activation.replace("none", "")]
+        words = ["" if self.stride == 1 else f"stride {self.stride}", self.activation.replace("none", ""),
+                 "with bias" * self.bias]
         return " ".join(filter(None, [self.kind, *words]))
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return copies of the layer: (PyTorch's, ours), in training mode."""
         theirs, ours = (nn.Sequential(*copy.deepcopy(self.example)).to(self.device).train().requires_grad_()
                         for _ in range(2))
-        for module, kind in with_kernels(self.kind, list(ours), self.activation, ((self.height, self.width),)).items():
+        sizes = (self.height, self.width),
+        for module, kind in with_kernels(self.kind, list(ours), self.activation, sizes=sizes).items():
             module.__class__ = kind
         return theirs, ours
+
+    def values(self) -> int:
+        """Return how many values its input and output have for an image, those of a stride of 1."""
+        return (self.channels + self.outputs) * self.height * self.width
 
     def maps(self, channels: int, height: int, width: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -274,20 +305,27 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
     """
     kinds = {}
     for kind, own in (("depthwise", Depthwise), ("1x1", Pointwise)):
-        kinds |= {conv: (kind, conv.in_channels, conv.out_channels, conv.stride[0], "none", [conv])
-                  for conv in model.modules() if type(conv) is nn.Conv2d and own.fits(conv)}
-    kinds |= {norm: ("BatchNorm", norm.num_features, norm.num_features, 1, activation, [norm, *behind])
+        kinds |= {conv: (kind, conv.in_channels, conv.out_channels, conv.bias is not None, conv.stride[0], "none",
+                         [conv]) for conv in model.modules() if type(conv) is nn.Conv2d and own.fits(conv)}
+    kinds |= {norm: ("BatchNorm", norm.num_features, norm.num_features, False, 1, activation, [norm, *behind])
               for norm, (activation, behind) in chains(model, ACTIVATIONS).items()
               if BatchNorm.fits(norm) and norm.training}
     kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
     inputs = input_sizes(model, kinds, sizes, options["device"])
-    return {module: [Layer(kind, channels, outputs, *size, stride, activation, example=example, **options)
+    return {module: [Layer(*counts, *size, stride, activation, example=example, **options)
                      for size in sorted(inputs[module])]
-            for module, (kind, channels, outputs, stride, activation, example) in kinds.items()}
+            for module, (*counts, stride, activation, example) in kinds.items()}
+
+
+def followed_by(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return {module: the module that alone reads its result}; empty if the network's graph cannot be read."""
+    with contextlib.suppress(BadInput):
+        return {model.get_submodule(name): model.get_submodule(reader) for name, reader in sole_readers(model).items()}
+    return {}
 
 
 def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> dict[nn.Module, type]:
-    """Return {module: class to give it} where the kernels are faster, and print how many. See fast_on_a_gpu.
+    """Return {module: class to give it} where the kernels are faster, and print how much. See fast_on_a_gpu.
 
     seen: the list of the BatchNorms, see there.
     """
@@ -298,14 +336,28 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
     for several in layers_of(model, sizes, **options).values():
         for layer in several[:1]:
             kinds[layer.title].append(several)
+    chosen = {}  # {module: (its layer, attributes)}
     for title, layers in kinds.items():
-        largest = max(sum(layers, []), key=lambda each: (each.channels + each.outputs) * each.height * each.width)
+        tried = {}  # {the power of two that divides its channels: the largest layer}
+        for layer in sorted(sum(layers, []), key=Layer.values):
+            tried.pop(alignment(layer.channels), None)
+            tried[alignment(layer.channels)] = layer
+        largest = list(tried.values())[-1]
         speed = compiled_speed(largest) if compiled and largest.kind == "BatchNorm" else 1.0
         ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"] / speed
+        if any(measured(layer)["ours"] == math.inf for layer in tried.values()):
+            ratios[title] = 0.0
         for several in layers:
             layer, inputs = several[0], tuple((each.height, each.width) for each in several)
             if ratios[title] > 1:
-                classes |= with_kernels(layer.kind, layer.example, layer.activation, inputs, seen=seen)
+                chosen[layer.example[0]] = layer, {"sizes": inputs}
+    followed = {} if compiled else followed_by(model)
+    for module, (layer, attributes) in chosen.items():
+        if layer.kind == "BatchNorm":
+            attributes["seen"] = seen
+        elif layer.kind == "depthwise" and type(norm := followed.get(module)) is nn.BatchNorm2d and norm in chosen:
+            attributes["norm"] = norm
+        classes |= with_kernels(layer.kind, layer.example, layer.activation, **attributes)
     shown = ", ".join(f"{title} {ratio:.2f}" for title, ratio in ratios.items())
     print(f"PyTorch's time / our kernels', used above 1: {shown or 'no layers'} "
           f"(timed in {time.monotonic() - began:.0f} s)", flush=True)
@@ -316,15 +368,23 @@ def fast_teacher(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a network in eval mode that computes the same under autocast to `dtype`, with less to do.
 
     Its weights are rounded once instead of at every step. Its 1x1 convolutions are matrix products, which include the
-    bias that a BatchNorm left: cuDNN's convolutions add it in a slow kernel of its own.
+    bias that a BatchNorm left: cuDNN's convolutions add it in a slow kernel of its own. If the copy does not compute
+    the same, the network itself is returned.
     """
-    model = copy.deepcopy(model)
-    for module in model.modules():
+    fast = copy.deepcopy(model)
+    for module in fast.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.to(dtype)
         if type(module) is nn.Conv2d and Pointwise.fits(module):
             module.__class__ = type("Pointwise", (Pointwise,), {"sizes": None})
-    return model
+    device = next(model.parameters()).device
+    x = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            same = distance([fast(x)], [model(x)]) <= 4 * AGREEMENT  # it adds up over the layers
+    except RuntimeError:  # a part of it runs without autocast
+        same = False
+    return fast if same else model
 
 
 @contextlib.contextmanager

@@ -70,24 +70,25 @@ class Muon(torch.optim.SGD):
             groups[weight.shape, weight in kept].append(weight)
         # the most expensive first, because each of n threads takes every n-th
         self.groups = sorted(groups.values(), key=lambda group: -len(group) * cost(group[0]))
-        self.arrived = [0] * len(self.groups)  # gradients since the last step, if made_early
+        self.arrived = [set() for _ in self.groups]  # weights with a gradient since the last step, if made_early
 
     @contextlib.contextmanager
     def made_early(self):
         """Within the block, make the step of a group as soon as the backward pass has its gradients, on a CUDA stream.
 
-        It is for a GPU, and for a loss whose gradients come from one backward pass. The late layers' matrices, which
-        are large, are then turned while the early layers' maps, which are larger, pass through the memory.
+        It is for a GPU, and for a loss whose gradients come from one backward pass, in which nothing reads a weight
+        after its gradient was made. The late layers' matrices, which are large, are then turned while the early layers'
+        maps, which are larger, pass through the memory.
         """
         self.streams = self.streams or Streams()
 
-        def arrive(k: int) -> None:
-            self.arrived[k] += 1
-            if self.arrived[k] == len(self.groups[k]):
+        def arrive(k: int, weight: Tensor) -> None:
+            self.arrived[k].add(weight)
+            if len(self.arrived[k]) == len(self.groups[k]):
                 with self.streams.beside(k), torch.no_grad():
                     self.turn(self.groups[k], self.ratio * self.param_groups[0]["lr"])
 
-        hooks = [weight.register_post_accumulate_grad_hook(lambda _, k=k: arrive(k))
+        hooks = [weight.register_post_accumulate_grad_hook(lambda weight, k=k: arrive(k, weight))
                  for k, group in enumerate(self.groups) for weight in group]
         try:
             yield
@@ -99,8 +100,8 @@ class Muon(torch.optim.SGD):
     def step(self):
         length = self.ratio * self.param_groups[0]["lr"]
         groups = [[p for p in group if p.grad is not None] for group, arrived in zip(self.groups, self.arrived)
-                  if arrived < len(group)]
-        self.arrived = [0] * len(self.groups)
+                  if len(arrived) < len(group)]
+        self.arrived = [set() for _ in self.groups]
         groups = [group for group in groups if group]
         if self.turned and self.turned[0].is_cuda:
             self.streams = self.streams or Streams()

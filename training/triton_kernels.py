@@ -8,19 +8,19 @@ training/gpu_kernels.py decides where they are used. With TRITON_INTERPRET=1, se
 In the kernels a tile is [positions, channels]. `channels = groups * ALIGN` tells the compiler which power of two
 divides the number of channels, so that it can load vectors. Masked loads return zero, which is also the border of a
 convolution. Offsets are 32-bit integers: see gpu_kernels.LARGEST. There is one tiling, and shapes are not compile-time
-constants: 13 variants are compiled for all layers of the default network.
+constants: a dozen variants are compiled for all layers of the default network.
 """
 import functools
-import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.gpu_kernels import alignment
+
 PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100, or four with as many warps each
-CHANNELS, ROWS, PIXELS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in convolutions
+CHANNELS, ROWS, COLUMNS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in a convolution
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -101,6 +101,24 @@ def is_last(arrived):
     return last
 
 
+@triton.jit
+def write_statistics(total, squares, origin, parts, arrived, statistics, rows, eps, correction, channel, inside,
+                     channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store this program's sums of x - origin and its square; the last program writes the statistics of the sums."""
+    programs = tl.num_programs(0)
+    at = parts + tl.program_id(0) * channels + channel
+    tl.store(at, tl.sum(total, 0), mask=inside)
+    tl.store(at + programs * channels, tl.sum(squares, 0), mask=inside)
+    if is_last(arrived):
+        distance = block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
+        square = block_sum(parts + programs * channels, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
+        variance = square - distance * distance
+        variance = tl.where(variance < 0, 0.0, variance)  # by rounding
+        tl.store(statistics + channel, tl.load(origin + channel, mask=inside, other=0.0) + distance, mask=inside)
+        tl.store(statistics + channels + channel, variance * correction, mask=inside)
+        tl.store(statistics + 2 * channels + channel, 1 / tl.sqrt(variance + eps), mask=inside)
+
+
 @kernel
 def batch_statistics(x, origin, parts, arrived, statistics, rows, groups, eps, correction, ALIGN: tl.constexpr,
                      POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
@@ -117,18 +135,8 @@ def batch_statistics(x, origin, parts, arrived, statistics, rows, groups, eps, c
         value = tl.where((row < rows)[:, None], load(x, row, row < rows, channel, inside, channels) - start, 0.0)
         total += value
         squares += value * value
-    programs = tl.num_programs(0)
-    at = parts + tl.program_id(0) * channels + channel
-    tl.store(at, tl.sum(total, 0), mask=inside)
-    tl.store(at + programs * channels, tl.sum(squares, 0), mask=inside)
-    if is_last(arrived):
-        distance = block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
-        square = block_sum(parts + programs * channels, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
-        variance = square - distance * distance
-        variance = tl.where(variance < 0, 0.0, variance)  # by rounding
-        tl.store(statistics + channel, tl.load(origin + channel, mask=inside, other=0.0) + distance, mask=inside)
-        tl.store(statistics + channels + channel, variance * correction, mask=inside)
-        tl.store(statistics + 2 * channels + channel, 1 / tl.sqrt(variance + eps), mask=inside)
+    write_statistics(total, squares, origin, parts, arrived, statistics, rows, eps, correction, channel, inside,
+                     channels, POSITIONS, CHANNELS)
 
 
 @kernel
@@ -183,35 +191,136 @@ def normalised_gradient(x, dy, dweight, dbias, statistics, weight, bias, dx, row
     store(dx, row, row < rows, channel, inside, channels, (dz - mean_dz - unit * mean_product) * (inverse * scale))
 
 
+@triton.jit
+def plus_product(start, weights, ROW: tl.constexpr, left, here, right):
+    """Return start and the product of a row of pixels, at three columns, with a row of the taps."""
+    return start + weights[3 * ROW] * left + weights[3 * ROW + 1] * here + weights[3 * ROW + 2] * right
+
+
+@triton.jit
+def three_columns(x, at, column, width, valid, channel, inside, channels):
+    """Return the pixels of x left of `at`, at it, and right of it, zero outside of the image."""
+    return (load(x, at - 1, valid & (column >= 1), channel, inside, channels),
+            load(x, at, valid & (column < width), channel, inside, channels),
+            load(x, at + 1, valid & (column + 1 < width), channel, inside, channels))
+
+
+@kernel
+def convolution(x, taps, y, origin, parts, arrived, statistics, images, height, width, y_height, y_width, groups, eps,
+                correction, STATISTICS: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+                POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write y, the depthwise convolution of x with taps [channels, 9]; with STATISTICS, see batch_statistics, of y too.
+
+    x [images, height, width, channels]. A tile is some columns of images of y; the program goes down the rows.
+    """
+    channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
+    weights = ()
+    if STATISTICS:
+        start = vector(origin, channel, inside)
+    for tap in tl.static_range(9):
+        weights += (vector(taps, channel * 9 + tap, inside),)
+    zero = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    total, squares = zero, zero
+    for first in range(tl.program_id(0) * POSITIONS, images * y_width, tl.num_programs(0) * POSITIONS):
+        position = first + tl.arange(0, POSITIONS)
+        image, y_column = position // y_width, position % y_width
+        valid, column = position < images * y_width, y_column * STRIDE
+        at, y_at = image * height * width + column, image * y_height * y_width + y_column
+        left, here, right = three_columns(x, at, column, width, valid, channel, inside, channels)
+        # with stride 1 the sums of this row and of the next so far
+        mine = plus_product(zero, weights, 1, left, here, right)
+        rest = plus_product(zero, weights, 0, left, here, right)
+        for row in range(y_height):
+            there = valid & (row * STRIDE + 1 < height)
+            left, here, right = three_columns(x, at + width, column, width, there, channel, inside, channels)
+            value = plus_product(mine, weights, 2, left, here, right)
+            if STRIDE == 1:
+                mine = plus_product(rest, weights, 1, left, here, right)
+                rest = plus_product(zero, weights, 0, left, here, right)
+            else:
+                mine = plus_product(zero, weights, 0, left, here, right)
+                there = valid & (row * STRIDE + 2 < height)
+                left, here, right = three_columns(x, at + 2 * width, column, width, there, channel, inside, channels)
+                mine = plus_product(mine, weights, 1, left, here, right)
+            store(y, y_at, valid, channel, inside, channels, value)
+            if STATISTICS:  # of the values as they were stored
+                value = tl.where(valid[:, None], value.to(y.dtype.element_ty).to(tl.float32) - start, 0.0)
+                total += value
+                squares += value * value
+            at += STRIDE * width
+            y_at += y_width
+    if STATISTICS:
+        write_statistics(total, squares, origin, parts, arrived, statistics, images * y_height * y_width, eps,
+                         correction, channel, inside, channels, POSITIONS, CHANNELS)
+
+
+@triton.jit
+def with_products(sums, ROW: tl.constexpr, pixel, left, here, right):
+    """Return the sums of the taps' gradient with the products of one row of the taps added."""
+    new = ()
+    for tap in tl.static_range(9):
+        if tap // 3 == ROW:
+            new += (sums[tap] + pixel * (right if tap % 3 == 0 else (here if tap % 3 == 1 else left)),)
+        else:
+            new += (sums[tap],)
+    return new
+
+
 @kernel
 def convolution_gradients(x, dy, taps, dx, parts, images, height, width, y_height, y_width, groups,
                           STRIDE: tl.constexpr, ALIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write both gradients of y, the depthwise convolution of x with taps [channels, 9]: each value is read once.
+    """Write both gradients of y, the depthwise convolution of x with taps [channels, 9].
 
     x and dx [images, height, width, channels]; parts [9, programs, channels]: the parts of the taps' gradient.
+
+    A tile is some columns of images. The program goes down the rows of y, and a row of y meets three of x: the row
+    above, whose gradient it completes, its own, and the one below.
     """
     channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
     sums, weights = (tl.zeros([POSITIONS, CHANNELS], tl.float32),) * 9, ()
     for tap in tl.static_range(9):
         weights += (vector(taps, channel * 9 + tap, inside),)
-    for first in range(tl.program_id(0) * POSITIONS, images * height * width, tl.num_programs(0) * POSITIONS):
+    for first in range(tl.program_id(0) * POSITIONS, images * width, tl.num_programs(0) * POSITIONS):
         position = first + tl.arange(0, POSITIONS)
-        valid = position < images * height * width
-        image, row, column = position // (width * height), position // width % height, position % width
-        pixel = load(x, position, valid, channel, inside, channels)
-        total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-        new = ()
-        for tap in tl.static_range(9):  # the y for which this tap meets the pixel
-            y_row, y_column = row + 1 - tap // 3, column + 1 - tap % 3
-            there = valid & (y_row >= 0) & (y_row < y_height * STRIDE) & (y_column >= 0) & (y_column < y_width * STRIDE)
-            if STRIDE > 1:
-                there = there & (y_row % STRIDE == 0) & (y_column % STRIDE == 0)
-            at = (image * y_height + y_row // STRIDE) * y_width + y_column // STRIDE
-            d = load(dy, at, there, channel, inside, channels)
-            total += weights[tap] * d
-            new += (sums[tap] + pixel * d,)
-        sums = new
-        store(dx, position, valid, channel, inside, channels, total)
+        image, column = position // width, position % width
+        valid = position < images * width
+        # the columns of y that meet this column of x by a tap's right, middle and left
+        before, after = (column - 1) // STRIDE, (column + 1) // STRIDE
+        has_here, has_before = valid, valid & (column >= 1)
+        has_after = valid & (after < y_width)
+        if STRIDE == 2:
+            has_here, has_before, has_after = valid & (column % 2 == 0), has_before & (column % 2 == 1), \
+                has_after & (column % 2 == 1)
+        at, y_at = image * height * width + column, image * y_height * y_width
+        # of x above, here and below; of dx so far, above (rest) and here (mine)
+        zero = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+        above, pixel, rest, mine = zero, zero, zero, zero
+        if STRIDE == 1:
+            pixel = load(x, at, valid, channel, inside, channels)
+        for row in range(y_height):
+            left = load(dy, y_at + before, has_before, channel, inside, channels)
+            here = load(dy, y_at + column // STRIDE, has_here, channel, inside, channels)
+            right = load(dy, y_at + after, has_after, channel, inside, channels)
+            if STRIDE == 2:
+                pixel = load(x, at, valid, channel, inside, channels)
+            below = load(x, at + width, valid & (row * STRIDE + 1 < height), channel, inside, channels)
+            sums = with_products(sums, 0, above, left, here, right)
+            sums = with_products(sums, 1, pixel, left, here, right)
+            sums = with_products(sums, 2, below, left, here, right)
+            store(dx, at - width, valid & (row > 0), channel, inside, channels,
+                  plus_product(rest, weights, 0, right, here, left))
+            mine = plus_product(mine, weights, 1, right, here, left)
+            rest = plus_product(zero, weights, 2, right, here, left)
+            if STRIDE == 1:
+                above, pixel = pixel, below
+                mine, rest = rest, mine
+            else:
+                store(dx, at, valid, channel, inside, channels, mine)
+                above, mine = below, zero
+            at += STRIDE * width
+            y_at += y_width
+        # the last row, which no row of y is below
+        store(dx, at - width, valid & (y_height * STRIDE - 1 < height), channel, inside, channels, rest)
     for tap in tl.static_range(9):
         tl.store(parts + (tap * tl.num_programs(0) + tl.program_id(0)) * channels + channel, tl.sum(sums[tap], 0),
                  mask=inside)
@@ -230,7 +339,7 @@ def taps_gradient(parts, dtaps, count, groups, ALIGN: tl.constexpr, POSITIONS: t
 
 def launch(kernel, channels: int, programs: int, tile: int, *args, warps: int = 4, **others) -> None:
     """Launch `programs` of a kernel for each block of channels, with tiles of `tile` positions."""
-    align = min(8, channels & -channels)  # a thread loads at most 8 values of 16 bits at once
+    align = alignment(channels)  # a thread loads at most 8 values of 16 bits at once
     kernel[programs, triton.cdiv(channels, CHANNELS)](*args, **others, groups=channels // align, ALIGN=align,
                                                       POSITIONS=tile, CHANNELS=CHANNELS, num_warps=warps)
 
@@ -263,6 +372,18 @@ def scratch(x: Tensor, programs: int, sums: int) -> Tensor:
     return x.new_empty(sums, programs, x.shape[1], dtype=torch.float32)
 
 
+def unbiased(rows: int) -> float:
+    """Return the factor from the variance of so many values to its unbiased estimate."""
+    return rows / max(1, rows - 1)
+
+
+def normalised_by(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
+    y, rows = torch.empty_like(x), x.numel() // x.shape[1]
+    launch(normalised, x.shape[1], triton.cdiv(rows, ROWS), ROWS, x, statistics, weight, bias, y, rows,
+           ACTIVATION=activation)
+    return y
+
+
 @operator
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, origin: Tensor, eps: float,
               activation: int) -> tuple[Tensor, Tensor]:
@@ -272,12 +393,16 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, origin: Tensor, eps: floa
     Returns (y, statistics [3, channels]: mean, unbiased variance, 1 / standard deviation).
     """
     x, channels, rows = dense(x), x.shape[1], x.numel() // x.shape[1]
-    y, statistics, programs = torch.empty_like(x), scratch(x, 3, 1)[0], sharing(channels, rows, ROWS, PROGRAMS // 2)
+    statistics, programs = scratch(x, 3, 1)[0], sharing(channels, rows, ROWS, PROGRAMS // 2)
     launch(batch_statistics, channels, programs, ROWS, x, origin, scratch(x, programs, 2), arrivals(x.device),
-           statistics, rows, eps=eps, correction=rows / max(1, rows - 1))
-    launch(normalised, channels, triton.cdiv(rows, ROWS), ROWS, x, statistics, weight, bias, y, rows,
-           ACTIVATION=activation)
-    return y, statistics
+           statistics, rows, eps=eps, correction=unbiased(rows))
+    return normalised_by(x, statistics, weight, bias, activation), statistics
+
+
+@operator
+def normalise_by(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
+    """Return y of `normalise`, given the statistics of x; its gradient is also that through the statistics."""
+    return normalised_by(dense(x), statistics, weight, bias, activation)
 
 
 @operator
@@ -300,23 +425,38 @@ def outputs(x: Tensor, stride: int) -> Tensor:
                        device=x.device, memory_format=torch.channels_last)
 
 
+def convolve(x: Tensor, weight: Tensor, stride: int, origin: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """Return (the depthwise convolution, its statistics; None without an origin)."""
+    x, y, taps = dense(x), outputs(x, stride), weight.contiguous()
+    (images, channels, *size), rows = y.shape, y.numel() // y.shape[1]
+    programs, wanted = sharing(channels, images * size[1], COLUMNS, PROGRAMS), origin is not None
+    statistics, parts = (scratch(x, 3, 1)[0], scratch(x, programs, 2)) if wanted else (None, None)
+    launch(convolution, channels, programs, COLUMNS, x, taps, y, origin, parts, arrivals(x.device), statistics, images,
+           *x.shape[2:], *size, eps=eps, correction=unbiased(rows), STATISTICS=wanted, STRIDE=stride, warps=2)
+    return y, statistics
+
+
 @operator
 def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolve x [N, C, H, W] depthwise with weight [C, 1, 3, 3] (float32) with a border of one zero, stride 1 or 2.
+    """Convolve x [N, C, H, W] depthwise with weight [C, 1, 3, 3] (float32) with a border of one zero, stride 1 or 2."""
+    return convolve(x, weight, stride, None, 0.0)[0]
 
-    This is PyTorch's: cuDNN is fast forward, and the kernels are for the gradients.
-    """
-    return dense(F.conv2d(dense(x), weight.to(x.dtype), None, stride, 1, 1, len(weight)))
+
+@operator
+def depthwise_with_statistics(x: Tensor, weight: Tensor, stride: int, origin: Tensor,
+                              eps: float) -> tuple[Tensor, Tensor]:
+    """Return `depthwise` and its statistics, as `normalise` returns them. They have no gradient: see normalise_by."""
+    return convolve(x, weight, stride, origin, eps)
 
 
 @operator
 def depthwise_gradients(x: Tensor, dy: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of depthwise's x and weight."""
     x, dy, (images, channels, *size) = dense(x), dense(dy.to(x.dtype)), x.shape
-    programs = sharing(channels, images * math.prod(size), PIXELS, PROGRAMS)
+    programs = sharing(channels, images * size[1], COLUMNS, PROGRAMS)
     dx, dweight, parts = torch.empty_like(x), torch.empty_like(weight), scratch(x, programs, 9)
-    launch(convolution_gradients, channels, programs, PIXELS, x, dy, weight.contiguous(), dx, parts, images, *size,
-           *dy.shape[2:], STRIDE=stride, warps=1)
+    launch(convolution_gradients, channels, programs, COLUMNS, x, dy, weight.contiguous(), dx, parts, images, *size,
+           *dy.shape[2:], STRIDE=stride, warps=2)
     launch(taps_gradient, channels, 9, ROWS, parts, dweight, programs)
     return dx, dweight
 
@@ -328,6 +468,11 @@ def _(x, weight, bias, origin, eps, activation):
     return outputs(x, 1), x.new_empty(3, x.shape[1], dtype=torch.float32)
 
 
+@normalise_by.register_fake
+def _(x, statistics, weight, bias, activation):
+    return outputs(x, 1)
+
+
 @normalise_gradients.register_fake
 def _(x, dy, weight, bias, statistics, activation):
     return outputs(x, 1), torch.empty_like(weight), torch.empty_like(bias)
@@ -336,6 +481,11 @@ def _(x, dy, weight, bias, statistics, activation):
 @depthwise.register_fake
 def _(x, weight, stride):
     return outputs(x, stride)
+
+
+@depthwise_with_statistics.register_fake
+def _(x, weight, stride, origin, eps):
+    return outputs(x, stride), x.new_empty(3, x.shape[1], dtype=torch.float32)
 
 
 @depthwise_gradients.register_fake
@@ -354,15 +504,29 @@ def normalise_backward(ctx, dy, _):
     return *normalise_gradients(x, dy, weight, bias, statistics, ctx.activation), None, None, None
 
 
+def keep_for_normalise_by(ctx, inputs, output):
+    x, statistics, weight, bias, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias, statistics)
+
+
+def normalise_by_backward(ctx, dy):
+    x, weight, bias, statistics = ctx.saved_tensors
+    dx, *others = normalise_gradients(x, dy, weight, bias, statistics, ctx.activation)
+    return dx, None, *others, None
+
+
 def keep_for_depthwise(ctx, inputs, output):
-    x, weight, ctx.stride = inputs
+    x, weight, ctx.stride, *ctx.others = inputs
     ctx.save_for_backward(x, weight)
+    ctx.set_materialize_grads(False)
 
 
-def depthwise_backward(ctx, dy):
+def depthwise_backward(ctx, dy, *_):
     x, weight = ctx.saved_tensors
-    return *depthwise_gradients(x, dy, weight, ctx.stride), None
+    return *depthwise_gradients(x, dy, weight, ctx.stride), None, *(None for _ in ctx.others)
 
 
 normalise.register_autograd(normalise_backward, setup_context=keep_for_normalise)
-depthwise.register_autograd(depthwise_backward, setup_context=keep_for_depthwise)
+normalise_by.register_autograd(normalise_by_backward, setup_context=keep_for_normalise_by)
+for each in (depthwise, depthwise_with_statistics):
+    each.register_autograd(depthwise_backward, setup_context=keep_for_depthwise)
