@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_check [--batch-size 256] [--seconds 80] [--compile] [--out gpu_check.json]
 
-1. Every layer of MobileNetV2 and SmallMobileNetV2 that training/triton_kernels.py can compute: time forward and
-   backward as a CUDA graph, against PyTorch's, and the distance between their results.
+1. Every layer of MobileNetV2 and SmallMobileNetV2 that training/gpu_kernels.py can compute: time forward and backward
+   as a CUDA graph, against PyTorch's, and the distance between their results.
 2. Whole training steps of both networks as CUDA graphs, with and without these kernels: images/s.
 3. The tests marked `cuda`.
 

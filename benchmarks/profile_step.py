@@ -81,12 +81,12 @@ def main(argv=None) -> int:
     parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
     plan.add_precision(parser)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--no-triton", action="store_true", help="without the Triton kernels")
+    parser.add_argument("--no-kernels", action="store_true", help="without training/gpu_kernels.py")
     args = parser.parse_args(argv)
     device, machine = begin(args, args.out)
     batch = args.batch_size or (256 if device.type == "cuda" else 32)
     options = ["--precision", args.precision, *["--compile"] * args.compile]
-    if args.no_triton:
+    if args.no_kernels:
         gpu_kernels.KINDS = ()
     with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,
                                  taught=args.teacher) as stage:

@@ -6,16 +6,17 @@
 The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD.
 Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
 channels-last, bfloat16 where the processor has it, whole steps as CUDA graphs on a GPU, and on a CPU one thread per
-core, among which the batch is divided. Both train the same network with the same augmentation and batch size on the same images.
+core, among which the batch is divided. Both train the same network with the same augmentation and batch size on the
+same images.
 
 Ours is also measured with images of 24x24, with one of KAIST's networks as a teacher, on a CPU without the compiled
-functions (kernels.c), and on a GPU without the Triton kernels or without one kind of them. On a CPU both loops are
+functions (kernels.c), and on a GPU without the project's kernels or with one kind of them. On a CPU both loops are
 also measured while another process keeps two threads busy. Every measurement runs in a new process, because the loops
 configure the memory allocator differently. The result is the median of the rounds' ratios, because other load on the
 machine slows all loops alike.
 
-Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), and on a CPU
-in one thread.
+Then come the parts of a step, with the full augmentation (crop, flip, TrivialAugment, mixing), and on a CPU in one
+thread.
 
 With --fine-tuning a sparse network is trained with Muon: masked, and with its weights rounded to 4 bits and its
 activations to 8 as well, with trained steps. Fine-tuning is measured with BatchNorm statistics of each batch, with
@@ -49,8 +50,8 @@ from training import augmentation, cpu_kernels, gpu_kernels, learned_steps, loop
 from training import main as training_main
 
 PYTORCHS = "ours, 24x24, PyTorch's functions"
-ON_A_GPU = {"ours, PyTorch's functions": (), "ours, depthwise kernels": ("depthwise",),
-            "ours, BatchNorm kernels": ("BatchNorm",)}  # {loop: kinds of layers with Triton kernels}
+ON_A_GPU = {"ours, PyTorch's functions": ()} | {  # {loop: kinds of layers that may use gpu_kernels.py}
+    f"ours, {kind} kernels": (kind,) for kind in gpu_kernels.KINDS}
 FINE_TUNING = {"masked training": {}, "fine-tuning": {"on_grids": True},
                "fine-tuning, frozen": {"on_grids": True, "frozen": True},
                "fine-tuning, PyTorch's functions": {"on_grids": True, "compiled": False}}
@@ -59,9 +60,8 @@ RATIOS = {  # name: (speed, divided by which)
     "training without a teacher / with one": ("ours", "ours, with a teacher"),
     "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
     "the compiled functions / PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
-    "the Triton kernels / PyTorch's functions": ("ours", "ours, PyTorch's functions"),
-    "those of depthwise convolutions alone": ("ours, depthwise kernels", "ours, PyTorch's functions"),
-    "those of BatchNorm alone": ("ours, BatchNorm kernels", "ours, PyTorch's functions"),
+    "the GPU kernels / PyTorch's functions": ("ours", "ours, PyTorch's functions"),
+    **{f"those of {kind} alone": (f"ours, {kind} kernels", "ours, PyTorch's functions") for kind in gpu_kernels.KINDS},
     "the plain loop alone / next to a busy process": ("plain", "plain, next to a busy process"),
     "training alone / next to a busy process": ("ours", "ours, next to a busy process"),
     **{f"{name} / masked training": (name, "masked training") for name in list(FINE_TUNING)[1:]}}
@@ -128,7 +128,7 @@ def second_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Setting
 
 def our_epoch(data: cifar100.Images, network: str, settings: loop.Settings, taught: bool = False,
               compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
-    """Return the seconds of an epoch of training/loop.py. kinds: of layers that may use Triton kernels on a GPU."""
+    """Return the seconds of an epoch of training/loop.py. kinds: of layers that may use gpu_kernels.py."""
     threads.prepare()
     gpu_kernels.KINDS = kinds
     torch.manual_seed(0)
