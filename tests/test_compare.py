@@ -33,7 +33,8 @@ def write_claim(path: Path, score: float, bits=4, activation_bits=8, scheme="cha
     path.write_bytes(b"weights")
     save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80}, "tensors": [{"bits": bits}],
                  "activations": [{"bits": activation_bits}],
-                 "accuracy_by_step": [{"step": "float"}, {"step": f"weights at 4 bits, {scheme}"}],
+                 "made_by": {"command": f"python quantize.py --checkpoint {path.parent}/masked.pt --seed {score} "
+                                        f"--out={path} --scheme {scheme}"},
                  "counts": {"weights": {"all": {"sparsity": 0.5}}, "score": {"32-bit": {"score": score}}}},
                 path.with_suffix(".json"))
 
@@ -67,7 +68,7 @@ def test_mean_and_deviation_over_seeds_alone(tmp_path, capsys):
     assert [(row["stage"], row["runs"]) for row in rows] == [("pretrain", 2), ("masked", 2), ("q.pt", 2)]
     assert rows[0]["accuracy"] == pytest.approx((0.6, 0.02**0.5)) and rows[0]["zeros"] == (0.25, 0)
     assert rows[1]["accuracy"] is None and rows[2]["score"] == pytest.approx((0.06, 0.0002**0.5))
-    for other in ({"bits": 8}, {"activation_bits": 6}, {"scheme": "layer"}):
+    for other in ({"bits": 8}, {"activation_bits": 6}, {"scheme": "layer"}, {"scheme": "channel --ranges mse"}):
         write_claim(tmp_path / "b" / "q.pt", 0.07, **other)
         assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
         out = capsys.readouterr().out

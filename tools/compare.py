@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import json
+import shlex
 import statistics
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from training.state import State
 COLUMNS = {**dict.fromkeys(("run", "stage", "network", "epochs", "seed"), "{}"), "images": "{:,}", "loss": "{:.4f}",
            "accuracy": "{:.2%}", "zeros": "{:.2%}", "score": "{:.5f}"}
 AVERAGED = ("loss", "accuracy", "zeros", "score")
+PLACES = "--checkpoint", "--out", "--tuning-folder", "--data", "--seed"  # options of quantize.py with a value
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -44,6 +46,17 @@ def parse(argv=None) -> argparse.Namespace:
 def share_of_zeros(line: dict) -> float | None:
     """Return the share of zeros in an epoch's line of a log; None in a log of an older version."""
     return line["zeros"] / max(1, line["weights"]) if "weights" in line else None
+
+
+def quantized_with(claim: dict) -> list[str]:
+    """Return the options of the command that made a claim, apart from the seed and from where its files are."""
+    words, kept = iter(shlex.split(claim.get("made_by", {}).get("command", ""))[2:]), []
+    for word in words:
+        if word.split("=")[0] not in PLACES:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
 
 
 def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
@@ -67,13 +80,11 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
         claim = claims.read(file)
         with refused(f"{file}: not a claim with accuracy and counts", "; write it again with quantize.py"):
             bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
-            steps = [step["step"] for step in claim.get("accuracy_by_step", [])]
-            scheme = [step for step in steps if step.startswith("weights at")]
             accuracy, counts = claim["accuracy"], claim["counts"]
             rows.append({"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
-                         "key": json.dumps([key, file.name, bits, scheme], sort_keys=True)})
+                         "key": json.dumps([key, file.name, bits, quantized_with(claim)], sort_keys=True)})
     return rows
 
 
