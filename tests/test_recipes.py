@@ -133,6 +133,17 @@ def test_what_cannot_be_is_named(tmp_path, text, named):
         training.parse_stages(["--recipe", "nothing", "--run", str(tmp_path)])
 
 
+def test_fine_tuning_takes_the_submissions_names(tmp_path):
+    """Common options in the names of its commands, which quantize.py itself does not know."""
+    path = tmp_path / "mine.toml"
+    path.write_text('optmzr = "adam"\nlr-scheduler = "cosine"\nmixup = true\nepoch = 7\nsmooth-eps = 0.2\n')
+    args = quantize.parse(["--recipe", str(path), "--checkpoint", str(tmp_path / "masked.pt")])
+    assert (args.optimizer, args.schedule, args.mixing, args.epochs) == ("adam", "cosine", "mixup", 7)
+    path.write_text("mixup = false\n[quantized]\nepoch = 2\nepochs = 3\n")
+    args = quantize.parse(["--recipe", str(path), "--checkpoint", str(tmp_path / "masked.pt")])
+    assert (args.mixing, args.epochs) == ("none", 3)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.FOLDER.glob("*.toml")))
 def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])

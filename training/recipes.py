@@ -20,6 +20,7 @@ from training import runs, sparsity
 FOLDER = Path(__file__).resolve().parent / "recipes"
 STAGES = (*runs.STAGES, "quantized")
 OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume", "max_minutes")
+SUBMISSIONS = {"epoch": "epochs", "optmzr": "optimizer", "lr-scheduler": "schedule"}  # {its name: ours}
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
@@ -57,8 +58,11 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
     Raises BadInput for an option that the parser does not know, or that cannot stand there. Of the common options
     quantize.py takes those that it knows.
     """
-    line = []
-    for name, value in (recipe["common"] | recipe[stage]).items():
+    line, options = [], recipe["common"] | recipe[stage]
+    if stage == "quantized":  # quantize.py does not know the submission's names
+        mixup = {} if "mixup" not in options else {"mixing": "mixup" if options.pop("mixup") else "none"}
+        options = {SUBMISSIONS.get(name, name): value for name, value in (mixup | options).items()}
+    for name, value in options.items():
         if f"--{name}" not in parser._option_string_actions:
             if stage == "quantized" and name not in recipe[stage]:
                 continue
