@@ -211,6 +211,20 @@ def test_statistics_come_with_the_convolution(monkeypatch):
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("fault", ("raises", "is wrong"))
+def test_statistics_that_fail_are_not_used(fault, monkeypatch):
+    """They are tried before a stage, as the kernels are: the BatchNorm then computes its own."""
+    timed(monkeypatch, 2.0, 1.0)
+    gpu_kernels.gives_statistics.cache_clear()
+    operator = torch.ops.training.depthwise_with_statistics
+    monkeypatch.setattr(torch.ops.training, "depthwise_with_statistics", lambda *args: 1 / 0 if fault == "raises" else (
+        operator(*args)[0], 2 * operator(*args)[1]))
+    model = network()
+    with fast_on_a_gpu(model, [6], compiled=False, **OPTIONS):
+        assert isinstance(model[3], Depthwise) and isinstance(model[4], BatchNorm) and model[3].norm is None
+    gpu_kernels.gives_statistics.cache_clear()
+
+
 def test_a_batchnorm_that_runs_twice_moves_its_statistics_twice():
     ours, theirs = pair("triton", 6, "none", (4, 4))[1], pair("triton", 6, "none", (4, 4))[0]
     ours.seen, (one, two) = [], (maps("triton", 2, 6, 4, 4).detach() + k for k in (0, 1))

@@ -276,6 +276,20 @@ def compiled_speed(layer: Layer) -> float:
     return measured(layer)["pytorch"] / seconds(layer.work(compiled), layer.captured, layer.device)
 
 
+@functools.cache
+def gives_statistics(layer: Layer) -> bool:
+    """Return True if a depthwise layer's kernel computes the statistics of its result, too."""
+    x, conv, zeros = layer.maps(layer.channels, layer.height, layer.width, 0), layer.example[0], torch.zeros(
+        layer.outputs, device=layer.device)
+    try:
+        y, (mean, variance, _) = torch.ops.training.depthwise_with_statistics(
+            x, conv.weight.detach().to(layer.device), layer.stride, zeros, 1e-5)
+        return distance([variance, mean], torch.var_mean(y.float(), (0, 2, 3))) <= AGREEMENT
+    except Exception as error:
+        say_once(f"without the statistics of depthwise convolutions: {one_line(error)}")
+        return False
+
+
 # ---- Their use -----------------------------------------------------------------------------------
 
 def input_sizes(model: nn.Module, modules, sizes, device) -> dict[nn.Module, set[tuple[int, int]]]:
@@ -336,7 +350,7 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
     for several in layers_of(model, sizes, **options).values():
         for layer in several[:1]:
             kinds[layer.title].append(several)
-    chosen = {}  # {module: (its layer, attributes)}
+    chosen, counting = {}, set()  # {module: (its layer, attributes)}; titles of layers that give statistics
     for title, layers in kinds.items():
         tried = {}  # {the power of two that divides its channels: the largest layer}
         for layer in sorted(sum(layers, []), key=Layer.values):
@@ -347,6 +361,8 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
         ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"] / speed
         if any(measured(layer)["ours"] == math.inf for layer in tried.values()):
             ratios[title] = 0.0
+        if largest.kind == "depthwise" and ratios[title] > 1 and all(map(gives_statistics, tried.values())):
+            counting.add(title)
         for several in layers:
             layer, inputs = several[0], tuple((each.height, each.width) for each in several)
             if ratios[title] > 1:
@@ -355,7 +371,7 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
     for module, (layer, attributes) in chosen.items():
         if layer.kind == "BatchNorm":
             attributes["seen"] = seen
-        elif layer.kind == "depthwise" and type(norm := followed.get(module)) is nn.BatchNorm2d and norm in chosen:
+        elif layer.title in counting and type(norm := followed.get(module)) is nn.BatchNorm2d and norm in chosen:
             attributes["norm"] = norm
         classes |= with_kernels(layer.kind, layer.example, layer.activation, **attributes)
     shown = ", ".join(f"{title} {ratio:.2f}" for title, ratio in ratios.items())

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.gpu_kernels import alignment
+from training.gpu_kernels import alignment, dense
 
 PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100, or four with as many warps each
 CHANNELS, ROWS, COLUMNS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in a convolution
@@ -353,10 +353,6 @@ def sharing(channels: int, positions: int, tile: int, most: int) -> int:
 def arrivals(device: torch.device) -> Tensor:
     """Return the counters of is_last, which all kernels of a device share: they run on one stream at a time."""
     return torch.zeros(1024, dtype=torch.int32, device=device)
-
-
-def dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def operator(function):
