@@ -201,8 +201,9 @@ def test_what_exists_is_replaced_only_if_it_is_named(tmp_path, monkeypatch):
             quantize.main(words)
 
 
-def test_options_of_a_fine_tuning_need_one(tmp_path, capsys):
+def test_options_of_a_fine_tuning_need_one(tmp_path, monkeypatch, capsys):
     """Whoever gives them without --epochs would take the network for a fine-tuned one."""
+    monkeypatch.chdir(tmp_path)  # without the run of a user, which has a recipe
     for words in (["--lr", "0.1"], ["--teacher", "t.pt"], ["--epochs", "0", "--frozen", "0.5"]):
         with pytest.raises(SystemExit) as end:
             quantize.parse(words)
