@@ -77,6 +77,12 @@ FOR_ONE_FUNCTION float gradient(long h, float z, float dy, const grid *g, float 
     return h == HARDSWISH ? dv : passed(z, g[0], dv, dstep);
 }
 
+/* Return dz; where it takes long to compute, keep it for the second pass as well, as a number like dy. */
+FOR_ONE_FUNCTION float kept(long h, float dz, number *to) {
+    if (h >= ROUNDED) *to = store(dz);
+    return dz;
+}
+
 enum { ROWS = 64, MOST = 4096 }; /* rows summed in floats at a time; largest number of channels */
 
 /* Sum `first`, and its product with `second`, over all rows, for each channel: in floats within a block of rows, and
@@ -142,7 +148,7 @@ FOR_ONE_FUNCTION void gradients(long h, const number *restrict x, long rows, lon
     float k[MOST], l[MOST], t[MOST], u[MOST];
     grid both[2] = {g[0], g[1]};
     for (long c = 0; c < channels; c++) t[c] = u[c] = 0;
-    SUMS(DZ(i + c, t + c, u + c), load(x[i + c]) - mean[c])
+    SUMS(kept(h, DZ(i + c, t + c, u + c), dx + i + c), load(x[i + c]) - mean[c])
     double of_step = 0, of_step2 = 0;
     for (long c = 0; c < channels; c++) {
         dweight[c] = Q[c] / sqrtf(var[c] + eps);
@@ -154,8 +160,8 @@ FOR_ONE_FUNCTION void gradients(long h, const number *restrict x, long rows, lon
     dsteps[0] = of_step, dsteps[1] = of_step2;
     for (long i = 0; i < rows * channels; i += channels)
         for (long c = 0; c < channels; c++) {
-            float unused = 0;
-            dx[i + c] = store(a[c] * DZ(i + c, &unused, &unused) + k[c] * load(x[i + c]) + l[c]);
+            float unused = 0, dz = h >= ROUNDED ? load(dx[i + c]) : DZ(i + c, &unused, &unused);
+            dx[i + c] = store(a[c] * dz + k[c] * load(x[i + c]) + l[c]);
         }
 }
 
