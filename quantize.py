@@ -30,7 +30,7 @@ from torch import nn
 
 from compressed import cifar100, claims, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, run_script, some_file, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, check_input, exact_network, quantize_activations
@@ -52,9 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     add, bits = parser.add_argument, number(int, 4, 16)
     add("--recipe", metavar="NAME", help="options from the table [quantized] of a recipe (see training/main.py); "
         "the command line overrides it (default: recipe.toml in the checkpoint's folder, else none)")
-    add("--checkpoint", type=some_path, default=Path("runs/default/masked.pt"), metavar="F",
+    add("--checkpoint", type=some_file, default=Path("runs/default/masked.pt"), metavar="F",
         help="sparse float checkpoint (%(default)s)")
-    add("--out", type=some_path, default=Path(CHECKPOINT), metavar="F",
+    add("--out", type=some_file, default=Path(CHECKPOINT), metavar="F",
         help="what is written, a .pt, with its claim F.json next to it (%(default)s; if that exists, --out is needed)")
     add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
         f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
@@ -274,6 +274,7 @@ def main(argv=None) -> int:
     if args.normalise:
         model = normalisation.fold(model, *args.normalise)
     check_input(read(model))
+    grids.check_used(model)
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
     warn_of_seen_images(args)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from compressed import checkpoints, claims, counting, datasets, networks, normalisation, threads
+from compressed.cifar100 import DataSet
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
@@ -151,6 +152,11 @@ def same_loss(claimed, found: float) -> bool:
     return isinstance(claimed, float) and abs(claimed - found) <= 0.5e-4
 
 
+def same_images(claimed: dict, data_set: DataSet) -> bool:
+    """Return True if a claimed data set has these images and classes, whatever its name."""
+    return data_set.digest is not None and claimed | {"name": data_set.name} == dataclasses.asdict(data_set)
+
+
 def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     """Evaluate a network on the test images; return {"data", "loss", "correct", "images"}, or {} if that fails.
 
@@ -167,6 +173,8 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     correct = int(right.sum())
     found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
     claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
+    if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
+        name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
     if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
         problems.append(f"the accuracy was not verified: tested were {len(data)} {name} images, claimed is {claimed}")
     elif data_set not in (None, dataclasses.asdict(data.data_set)):

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from compressed import claims, mnet
-from compressed.command_line import some_path
+from compressed.command_line import some_file
 from compressed.errors import BadInput
 from compressed.files import sha256
 from compressed.formats import Formats, found_formats
@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT
 
 def add_option(parser) -> None:
     """Add --checkpoint to a parser."""
-    parser.add_argument("--checkpoint", type=some_path, default=SHIPPED, metavar="F",
+    parser.add_argument("--checkpoint", type=some_file, default=SHIPPED, metavar="F",
                         help=f"state dict with its claim (.json) next to it, or a packed .mnet (default: {CHECKPOINT})")
 
 

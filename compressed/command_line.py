@@ -44,6 +44,14 @@ def some_path(text: str) -> Path:
     return Path(text)
 
 
+def some_file(text: str) -> Path:
+    """Return the path: an argparse type that refuses what can only be a folder, such as "." and "/"."""
+    path = some_path(text)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a file, got that of a folder")
+    return path
+
+
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line to stderr, but each line only once per process."""

@@ -155,6 +155,8 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     more multiplication per output, at the 32 bits of a step."""
     weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
     product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
+    if "float" in grid.kind:
+        product_bits = WORD
     most = max(stored.terms)
     length = {"32-bit": WORD, "tree": sum_bits(most, product_bits)}.get(convention)
     if convention == "fixed":

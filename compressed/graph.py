@@ -147,6 +147,7 @@ class _Walk:
             for key in op.inputs:
                 self.readers[key].append(op)
         self.uses = Counter(op.module for op in operations)
+        self.names = {op.name for op in operations}  # and of the branches that are no operation's result
         self.found, self.lacking, self.values = {}, [], {}
         for op in operations:
             self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
@@ -179,26 +180,33 @@ class _Walk:
             return (Branch("product", op.name, read[0].name, other=read[1].name),)
         if op.kind in MOVES:
             moved = [branch for each, index in zip(read, op.index) for branch in moved_branches(each, index)]
-            return tuple(replace(branch, name=f"{op.name}.{i}") for i, branch in enumerate(moved))
+            return tuple(replace(branch, name=self.new(f"{op.name}.{i}")) for i, branch in enumerate(moved))
         if op.kind == "batchnorm":
             if folds(read[0]):
                 return (replace(read[0][0], norm=op.name),)
             return (Branch("norm", op.name, read[0].name, norm=op.name),)
         if op.kind == "add":
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut" + op.name.split("add")[-1]])
-            return sum((self.summand(shortcut + ".1" * (i > 0 and isinstance(read[0], Point)), each)
-                        for i, each in enumerate(read)), ())
+            return sum((self.unchanged(self.new(shortcut), each) if isinstance(each, Point) else each
+                        for each in read), ())
         if isinstance(read[0], Point) and (op.kind in CLIPS or isinstance(op.module, RoundsValues)):
-            return self.summand(op.name, read[0])
+            return self.unchanged(op.name, read[0])
         return read[0]
+
+    def new(self, name: str) -> str:
+        """Return a name for a branch that is no operation's result: as given, with ".1" added while it is taken."""
+        while name in self.names:
+            name += ".1"
+        self.names.add(name)
+        return name
 
     def alone(self, op: Operation) -> bool:
         """Return True if the operation is a module that runs once: then it can round this value and no other."""
         return op.module is not None and self.uses[op.module] == 1
 
     @staticmethod
-    def summand(name: str, value) -> tuple[Branch, ...]:
-        return (Branch("unchanged", name, value.name),) if isinstance(value, Point) else value
+    def unchanged(name: str, point: Point) -> tuple[Branch, ...]:
+        return (Branch("unchanged", name, point.name),)
 
     def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
         """Return True if the value of an operation is an activation point, by the rules at the head of this file."""

@@ -246,6 +246,14 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
 
 # ---- What is stored -------------------------------------------------------------------------------
 
+def check_used(model: nn.Module) -> None:
+    """Raise BadInput for a parameter that the forward pass does not read: nothing says how it is stored."""
+    used = {name for branch in read(model).layers for name in (branch.name, branch.norm)}
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[0] not in used:
+            raise BadInput(f"{name} is not used by the forward pass: take it out of the network")
+
+
 @torch.no_grad()
 def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
             shift_bits: int = SHIFT_BITS) -> tuple[nn.Module, list[dict]]:
@@ -280,10 +288,7 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
             ours[f"{branch.name}.bias"] = {"bits": 1, "step": 1.0}
         elif bias is not None:
             ours[f"{branch.name}.bias"] = store_fixed(bias)
-    names = [name for name, _ in network.named_parameters()]
-    if unused := set(names) - ours.keys():
-        raise BadInput(f"{min(unused)} is not used by the forward pass: take it out of the network")
-    return network, [{"name": name} | ours[name] for name in names]
+    return network, [{"name": name} | ours[name] for name, _ in network.named_parameters()]
 
 
 def normal_factor(scale: Tensor) -> float:

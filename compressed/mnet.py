@@ -256,8 +256,13 @@ def stated_network(reader: Reader, network: str | None) -> tuple[nn.Module, dict
         with refused("the name of its network is no text"):
             spec = reader.take(*LENGTH.unpack(reader.take(LENGTH.size))).decode()
     spec = networks.followed(spec, network)
-    with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
-        model = networks.make(spec, classes)
+    try:
+        with torch.device("meta"):  # shapes alone: memory is taken only for values that the file really has
+            model = networks.make(spec, classes)
+    except BadInput:
+        if network is None:
+            raise
+        model = networks.make(spec, classes).to("meta")  # the user's own network, which computes with values
     model = prepare(model)
     if version == 1:
         return model, claims.network(spec, model)

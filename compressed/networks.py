@@ -64,7 +64,7 @@ def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
             raise BadInput(f"{option} {spec}: {part!r} is no argument, expected NAME=VALUE")
         try:
             arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
             arguments[key] = value
     return place, name, arguments
 
@@ -136,7 +136,7 @@ def width(spec: str) -> float | None:
     """Return the width multiplier of our MobileNetV2; None for any other network, or one with other arguments."""
     place, name, arguments = parse(spec)
     found = arguments.pop("width", 1.3)
-    ours = f"{place}:{name}" == DEFAULT and not arguments and isinstance(found, (int, float))
+    ours = f"{place}:{name}" == DEFAULT and not arguments and isinstance(found, (int, float)) and 0 < found <= 8
     return float(found) if ours else None
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.errors import BadInput, one_line
+from compressed.errors import BadInput, one_line, refused
 
 CLIPS = "relu", "relu6"
 FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # other pointwise functions; tables, on codes
@@ -400,15 +400,12 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     if has_hooks(model):
         raise BadInput(f"{type(model).__name__} has a forward hook, which could change its input or its logits: remove "
                        "it")
-    copied = copy.deepcopy(model).to("meta").eval()
+    with refused(f"{type(model).__name__} cannot be copied, so it has no rule"):  # computed weights, as of weight_norm
+        copied = copy.deepcopy(model).to("meta").eval()
     graph = traced(copied)
     run = _Run(fx.GraphModule(copied, graph))
-    try:
-        with torch.no_grad():
-            run.run(torch.empty(1, *shape, device="meta"))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))} "
-                       f"({one_line(error)})") from error
+    with refused(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))}"), torch.no_grad():
+        run.run(torch.empty(1, *shape, device="meta"))
     nodes, operations, parameters = {}, [], {name for name, _ in model.named_parameters()}
     *computed, output = graph.nodes
     for node in computed:

@@ -331,7 +331,19 @@ class Auxiliary(Lone):
         return logits
 
 
+def computed(layer):
+    """As torch.nn.utils.weight_norm leaves a layer: its weight is no parameter."""
+    weight = nn.Parameter(layer.weight.detach())
+    del layer.weight
+    layer.weight = weight * 2
+    layer.weight_v = weight
+    return layer
+
+
 REFUSED = (
+    (Lone(lambda s, x: s.c(x), c=computed(conv(padding=1))), "Lone cannot be copied"),
+    (Lone(lambda s, x: s.c(x).relu6(), c=conv(padding=1)), "cannot be followed|does not take an image"),
+    (Lone(lambda s, x: s.c(x).flatten(1).flatten(3), c=conv(padding=1)), "does not take an image"),
     (Lone(lambda s, x: s.c(x), c=conv(padding="same")), "c: padding 'same'"),
     (Lone(lambda s, x: s.c(x), c=conv(padding=1, padding_mode="reflect")), "c: padding .* in mode 'reflect'"),
     (Lone(lambda s, x: s.c(x), c=conv()), "averages 900 values: expected a power of two"),
@@ -390,6 +402,19 @@ def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
     assert "\n" not in str(raised.value)
+
+
+def test_every_branch_has_a_name_of_its_own():
+    net = prepare(Lone(lambda s, x: (s.shortcut(h := s.c(x).relu()) + h).relu(), c=conv(padding=1),
+                       shortcut=nn.Conv2d(4, 4, 1)))
+    names = [branch.name for point in read(net).points for branch in point.branches]
+    assert sorted(names) == sorted(set(names)) and {"shortcut", "shortcut.1"} <= set(names)
+
+
+def test_a_parameter_that_nothing_reads_is_refused_at_once():
+    net = Lone(lambda s, x: s.c(x), c=conv(padding=1), d=conv())
+    with pytest.raises(BadInput, match="d.weight is not used by the forward pass"):
+        grids.check_used(prepare(net))
 
 
 def test_a_prepared_network_changes_nothing_in_place():

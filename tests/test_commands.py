@@ -42,7 +42,8 @@ def options(script) -> list[tuple]:
         script.main([])
     for action in parsers[0]._actions:
         kind = getattr(action.type, "__qualname__", "")
-        values = ("-1", "nan") if kind.startswith("number.") else ("",) if kind == "some_path" else ()
+        values = {"some_path": ("",), "some_file": ("", ".", "/")}.get(kind, ())
+        values = ("-1", "nan") if kind.startswith("number.") else values
         wrong += [(script, action.option_strings[-1], value) for value in (*values, *["?"] * bool(action.choices))
                   if action.option_strings]
     return wrong

@@ -103,6 +103,10 @@ def test_a_fine_tuning_and_the_claim_next_to_it(tmp_path):
     write_claim(tmp_path / "out.pt", 0.02)
     rows = compare.rows_of(tmp_path / "out.run", read_stages(tmp_path / "out.run"))
     assert [(row["stage"], row.get("score")) for row in rows] == [("quantized", None), ("out.pt", 0.02)]
+    write_stage(tmp_path / "other.run", "quantized", 0.6, seed=1)
+    write_claim(tmp_path / "other.pt", 0.04)
+    rows += compare.rows_of(tmp_path / "other.run", read_stages(tmp_path / "other.run"))
+    assert [(row["stage"], row["runs"]) for row in compare.over_seeds(rows)] == [("quantized", 2), ("out.pt", 2)]
 
 
 def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):

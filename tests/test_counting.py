@@ -205,6 +205,14 @@ def test_fixed_without_codes():
     assert fixed_bits(weight, Grid(16, kind="what if"), Activation(16, False), 4) == 32
 
 
+def test_sums_of_floats_are_floats():
+    """A product of a float16 is no code of 16 + 8 bits: it is added at full width under every convention."""
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3, bias=False))
+    formats = Formats({"1.weight": Grid(16, kind="float16")}, activation_bits=8)
+    assert all(set(count(trace(model, (3, 8, 8)), formats, convention)[0].additions) == {32}
+               for convention in counting.CONVENTIONS)
+
+
 # ---- Widths found in the values ------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 12, 16])
@@ -309,7 +317,7 @@ def test_the_widest_sum_of_a_tree_meets_the_batchnorm():
     model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(5, 2, 1, bias=False), nn.BatchNorm2d(2)))
     model[1].weight.data[0] = 1.0
     model[1].weight.data[1] = torch.tensor([1.0, 0, 0, 0, 0])[:, None, None]
-    grids = {"1.weight": Grid(4, (1.0,)), "2.weight": Grid(6, (1.0,)), "2.bias": Grid(6, (1.0,))}
+    grids = {"1.weight": Grid(4, (1.0,), "even"), "2.weight": Grid(6, (1.0,)), "2.bias": Grid(6, (1.0,))}
     rows = count(trace(model, (5, 2, 2)), Formats(grids, activation_bits=4), "tree")
     assert rows[0].additions == {8: 2 * 4, 9: 4, 10: 4} and rows[1].multiplications == {11: 8}  # 5 products: 11 bits
     assert rows[1].additions == {17: 8}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import counting, mnet
+from compressed import claims, counting, mnet
 from compressed.checkpoints import load, read
 from compressed.claims import claim_path, stated_formats
 from compressed.errors import BadInput
@@ -249,6 +249,20 @@ def test_a_network_that_the_claim_does_not_name(tiny, tmp_path):
         with pytest.raises(BadInput, match="cannot hold this network as mobilenet_v2:MobileNetV2.*: "):
             pack(tiny[0], {key: tiny[1][key] for key in ("tensors", "activations")} | network, tmp_path / "file.mnet")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_computes_with_values_when_it_is_made(tmp_path):
+    """Shapes alone are not enough for some: those of the user, whose code is only run if --network names it."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom mobilenet_v2 import MobileNetV2\n\ndef make(num_classes):\n"
+        f"    return MobileNetV2(width=torch.tensor([{WIDTH}]).item(), num_classes=num_classes)\n")
+    spec = f"{tmp_path}/net.py:make"
+    model, claim = tiny_network()
+    claim["network"] = claims.network(spec, model)
+    pack(model, claim, tmp_path / "file.mnet")
+    assert unpack(tmp_path / "file.mnet", spec)[1]["network"]["spec"] == spec
+    with pytest.raises(BadInput, match="to run that code, say --network"):
+        unpack(tmp_path / "file.mnet")
 
 
 # ---- Like a checkpoint ---------------------------------------------------------------------------

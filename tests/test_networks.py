@@ -49,6 +49,7 @@ def test_a_file_of_ones_own(tmp_path):
     ("", "expected FILE.py:NAME"), ("mobilenet_v2:", "expected FILE.py:NAME"),
     ("mobilenet_v2:Nothing", "no class or function Nothing"), ("mobilenet_v2:SMALL", "no class or function SMALL"),
     ("mobilenet_v2:MobileNetV2?width", "'width' is no argument"),
+    (f"mobilenet_v2:MobileNetV2?width={'-' * 20_000}1", "cannot be made"), (f"a:b?width=1{'0' * 400}", "imported"),
     ("mobilenet_v2:MobileNetV2?depth=3", "unexpected keyword argument 'depth'"),
     ("mobilenet_v2:MobileNetV2?width=0", "width multiplier 0 is not between 0 and 8"),
     ("mobilenet_v2:MobileNetV2?table=5", "cannot be made (AttributeError: "),

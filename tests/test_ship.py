@@ -197,19 +197,20 @@ def test_a_folder_of_its_own(commands, root, capsys):
     before = tree(root)
     for _ in range(2):
         commands.lines.clear(), capsys.readouterr()
-        assert ship.main(["run", "--into", "small", "--made-up", "50", "--seed", "1"]) == 0
+        assert ship.main(["run", "--into", "small", "--data", "images", "--seed", "1"]) == 0
         assert tuple(commands.names) == COMMANDS[:-1]
         (root / "run/masked.jsonl").rename(root / "run/masked-1.jsonl")  # the second time
         save_text("log", root / "run/masked.jsonl")
-    assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --seed 1 --made-up 50 --out ")
-    assert all(line.endswith("--made-up 50") for line in commands.lines[2:])
+    assert commands.lines[0].startswith("quantize.py --checkpoint run/masked.average.pt --seed 1 --data images --out ")
+    assert all(line.endswith("--data images") for line in commands.lines[2:])
     after = tree(root)
     assert {name for name in after if name.startswith("small/")} == {
         f"small/{name}" for name in (CHECKPOINT, CLAIM, CHECKPOINT.replace(".pt", ".mnet"), "record/masked.pt",
                                      "record/masked.jsonl", "record/masked.options.json", "record/masked-1.jsonl",
                                      "record/pretrain.jsonl", "record/pretrain.options.json")}
     assert {name: after[name] for name in before} == before
-    assert claims.read(root / "small" / CLAIM)["made_by"]["command"].endswith(f" --made-up 50 --out small/{CHECKPOINT}")
+    command = claims.read(root / "small" / CLAIM)["made_by"]["command"]
+    assert command.endswith(f" --data images --out small/{CHECKPOINT}")
     assert capsys.readouterr().out.splitlines()[-1] == (
         "ship.py: python -m tools.report adds it to the tables and the board")
     assert shipping.in_folders(root) == [root / "small" / CHECKPOINT]
@@ -222,6 +223,8 @@ def test_a_folder_of_its_own(commands, root, capsys):
     (("test", 9, 10), ("test", 8, 20), "measured on other images"),
     (("made up", 9, 10), None, "measured on made up images and not on the test set"),
     (("hold-out", 9, 10), ("hold-out", 8, 10), "measured on hold-out images"),
+    (("mine.npz test", 9, 10), ("mine.npz test", 8, 10), None),
+    (("mine.npz test", 9, 10), ("test", 8, 10), "measured on other images"),
 ))
 def test_what_is_better(accuracy, shipped, why):
     made, there = (None if each is None else dict(zip(("data", "correct", "images"), each))
@@ -266,12 +269,30 @@ def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
     with pytest.raises(BadInput, match=r"are about .*: give --into FOLDER for my.py:Net\?depth=9; what was made is in"):
         ship.main(["run"])
     assert commands.names == ["quantize.py"] and (root / CHECKPOINT).read_text() == "old"
-    assert ship.main(["run", "--into", "mine"]) == 0
+    with pytest.raises(BadInput, match="not this repository's own code: give --into .*, such as shipped/mine; what"):
+        ship.main(["run", "--into", "mine"])  # bash run.sh could not verify it without --network
+    commands.lines.clear()
+    assert ship.main(["run", "--into", "shipped/mine"]) == 0
     assert all("--network 'my.py:Net?depth=9'" in line for line in commands.lines[2:6])
     save_record({"options": {"network": commands.network}}, root / "run/masked.options.json")
-    with pytest.raises(BadInput, match="give --into FOLDER for my.py:Net"):  # before anything is made
-        ship.main(["run"])
-    assert len(commands.lines) == 6
+    commands.lines.clear()
+    for words in [], ["--into", "mine"]:
+        with pytest.raises(BadInput, match="my.py:Net.*give --into|give --into FOLDER for my.py:Net"):
+            ship.main(["run", *words])
+    assert not commands.lines  # refused before anything is made
+
+
+@pytest.mark.parametrize("into", ([], ["--into", "small"]))
+def test_the_board_is_about_the_test_set(commands, root, into):
+    for words in ["--made-up", "50"], ["--holdout"]:
+        with pytest.raises(BadInput, match="not that on CIFAR-100's test set: give --into a folder outside"):
+            ship.main(["run", *into, *words])
+    save_record({"options": {}, "data_set": {"name": "CIFAR-10", "classes": 10, "digest": "0"}},
+                root / "run/masked.options.json")
+    with pytest.raises(BadInput, match="not that on CIFAR-100's test set"):
+        ship.main(["run", *into])
+    assert not commands.lines
+    assert ship.main(["run", "--into", "shipped/small", "--made-up", "50"]) == 0
 
 
 def test_two_at_once_are_refused(commands, root):

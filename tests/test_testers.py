@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,6 +217,22 @@ def test_other_data_than_the_claims_do_not_verify_it(original, run):
     status, out, err = run("--checkpoint", original, "--made-up", "600")
     assert status == 2 and "the accuracy was not verified: tested were 120 made up images, claimed is {'data'" in err
     assert re.search(r"Accuracy: \d+/120", out)
+
+
+def test_a_data_set_is_known_by_its_images_and_not_by_the_name_of_its_file(narrow_checkpoint, tmp_path, run):
+    generator, arrays = np.random.default_rng(0), {}
+    for part, count in ("train", 300), ("test", 100):
+        arrays |= {f"{part}_images": generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
+                   f"{part}_labels": np.arange(count) % 100}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    out = tmp_path / "network.pt"
+    quantize.main(["--checkpoint", str(narrow_checkpoint), "--out", str(out), "--calibration", "20", "--ranges", "max",
+                   "--renew", "0", "--network", NARROW, "--data", str(tmp_path / "mine.npz")])
+    shutil.move(tmp_path / "mine.npz", tmp_path / "renamed.npz")
+    assert run("--checkpoint", out, "--data", tmp_path / "renamed.npz")[0] == 0
+    np.savez(tmp_path / "mine.npz", **arrays | {"test_labels": arrays["test_labels"][::-1]})
+    status, _, err = run("--checkpoint", out, "--data", tmp_path / "mine.npz")
+    assert status == 2 and "the accuracy was not verified: tested was mine.npz (100 classes" in err
 
 
 # ------------------------------------------------------------------------------------------------- a tampered claim

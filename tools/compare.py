@@ -73,7 +73,8 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
                      "epochs": epochs if last["epoch"] == epochs else f"{last['epoch']} of {epochs}", "seed": seed,
                      "images": stage.images(last), "loss": last["loss"], "accuracy": tested[-1] if tested else None,
                      "zeros": share_of_zeros(last), "key": json.dumps(key, sort_keys=True)})
-    for path in (*sorted(run.glob("*.pt")), *([run.with_suffix(".pt")] if run.suffix == ".run" else ())):
+    beside = [run.with_suffix(".pt")] if run.suffix == ".run" else []  # of a fine-tuning, whatever it is called
+    for path in (*sorted(run.glob("*.pt")), *beside):
         file = claims.claim_path(path)
         if not path.is_file() or not file.is_file():
             continue
@@ -84,7 +85,8 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
             rows.append({"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
-                         "key": json.dumps([key, file.name, bits, quantized_with(claim)], sort_keys=True)})
+                         "key": json.dumps([key, path not in beside and path.name, bits, quantized_with(claim)],
+                                           sort_keys=True)})
     return rows
 
 

@@ -40,7 +40,7 @@ from torch import nn
 
 from compressed import checkpoints, cifar100, claims, datasets, threads
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import needed, run_script, some_path
+from compressed.command_line import needed, run_script, some_file
 from compressed.errors import BadInput
 from compressed.evaluation import answers, logits
 from compressed.exact_network import exact_network, table
@@ -340,7 +340,7 @@ def main(argv=None) -> int:
     """Write the model; return 2 if it was run and too few predictions agree."""
     threads.prepare()
     parser = option_parser(__doc__)
-    parser.add_argument("--out", type=some_path, metavar="F.onnx",
+    parser.add_argument("--out", type=some_file, metavar="F.onnx",
                         help="file to write (default: the checkpoint's name with the suffix .onnx)")
     parser.add_argument("--verify", action="store_true",
                         help="run the model in onnxruntime on the test set and compare it with exact_network")

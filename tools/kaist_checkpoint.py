@@ -7,7 +7,7 @@ What comes out is *KAIST AI's network, compressed further*: layers, masks and mo
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
 """
 from compressed import counting, kaist, networks
-from compressed.command_line import command_line, run_script, some_path
+from compressed.command_line import command_line, run_script, some_file, some_path
 from compressed.files import check_outputs
 from training import teachers
 
@@ -17,7 +17,7 @@ NETWORK = "mobilenet_v2:KaistMobileNetV2"
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("file", type=some_path, help="one of KAIST's files, by path or by name")
-    parser.add_argument("--out", type=some_path, required=True, metavar="F.pt", help="what is written")
+    parser.add_argument("--out", type=some_file, required=True, metavar="F.pt", help="what is written")
     args = parser.parse_args(argv)
     path = teachers.located(args.file)
     check_outputs([args.out], [path], suffix=".pt")

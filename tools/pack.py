@@ -8,7 +8,7 @@ that the challenge's rules count for it. Size and SHA-256 are written into the c
 the current counting rules give others.
 """
 from compressed import checkpoints, claims, counting, networks
-from compressed.command_line import command_line, run_script, some_path
+from compressed.command_line import command_line, run_script, some_file
 from compressed.files import check_outputs, sha256
 from compressed.formats import WORD
 from compressed.mnet import pack
@@ -18,7 +18,7 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     checkpoints.add_option(parser)
     networks.add_option(parser, networks.CLAIM)
-    parser.add_argument("--out", type=some_path, metavar="F.mnet",
+    parser.add_argument("--out", type=some_file, metavar="F.mnet",
                         help="file to write (default: the checkpoint's name with the suffix .mnet)")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint

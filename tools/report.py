@@ -420,7 +420,7 @@ def main(argv=None) -> int:
     if not args.check:
         needed("tools.figures")  # before any work: matplotlib may be missing
     shipped = measure(args.checkpoint, args.network, args.logs)
-    contents, before = tables(shipped), {page: (ROOT / page).read_text() for page in PAGES}
+    contents, before = tables(shipped), {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     pages = {page: fill(text, contents) for page, text in before.items()}
     if args.check:
         stale, claim = [page for page in PAGES if pages[page] != before[page]], claims.claim_path(args.checkpoint)

@@ -13,12 +13,13 @@ figures of the pages describe the network at the root, and are renewed when it i
 figure show the others, too.
 """
 import argparse
+import dataclasses
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from compressed import claims, datasets, networks, shipping
+from compressed import cifar100, claims, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_script, some_path
 from compressed.errors import BadInput
@@ -47,16 +48,30 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
     options = args.run / "masked.options.json"
-    if options.is_file():
-        check_network(load_record(options, "give another run")["options"].get("network", networks.DEFAULT), args.into)
+    record = load_record(options, "give another run") if options.is_file() else {"options": {}}
+    check_network(record["options"].get("network", networks.DEFAULT), args.into)
+    ours = dataclasses.asdict(cifar100.CIFAR100)
+    if args.holdout or args.made_up or record.get("data_set", ours) != ours:
+        check_place(args.into, "the accuracy is not that on CIFAR-100's test set")
     return args, words
 
 
 def check_network(network: str, into: Path) -> None:
-    """Raise BadInput for another network than the one that the repository's pages, at its root, are about."""
+    """Raise BadInput for a network whose place is not in the folder `into`."""
     if network != networks.DEFAULT and into.resolve() == ROOT:
         raise BadInput(f"the pages at the repository's root are about {networks.DEFAULT}: give --into FOLDER for "
                        f"{network}")
+    try:
+        networks.followed(network, None)
+    except BadInput:
+        check_place(into, f"{network} is not this repository's own code")
+
+
+def check_place(into: Path, why: str) -> None:
+    """Raise BadInput for the root and the folders in it: bash run.sh verifies what is there, and the board shows it."""
+    if ROOT in (into.resolve(), into.resolve().parent):
+        raise BadInput(f"{why}: give --into a folder outside the repository, or deeper in it, such as shipped/"
+                       f"{into.resolve().name if into.resolve() != ROOT else 'mine'}")
 
 
 def copy_record(run: Path, claim: dict, record: Path) -> None:
