@@ -44,6 +44,7 @@ from training.runs import stage_record, training_record
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
+TUNING_LR = 0.01  # but of adam
 OF_TUNING = {*TUNING, "teacher", "frozen", "precision"} - {"seed"}  # of no effect without one
 
 
@@ -79,9 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
                                      "quantized.pt, and quantized.start.pt and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
-    plan.add_options(tune, TUNING, lr=0.01, mixing="both", seed=0)
+    plan.add_option(tune, "--lr", "lr", text=f"peak learning rate ({TUNING_LR}; of adam {plan.ADAM_LR})")
+    plan.add_options(tune, [name for name in TUNING if name != "lr"], mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
-                      help="checkpoints to distil from, as in training/main.py")
+                      help="checkpoints to distil from, as in training/main.py; ours in --normalise, as --checkpoint")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "
@@ -187,7 +189,7 @@ def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
     """Raise BadInput, before the long work, for settings and teachers with which the fine-tuning cannot begin."""
     plan.Plan(tuning.settings, len(train_data), loop.Processes())
     for path in tuning.teachers:
-        teachers.load(path, tuning.network, train_data.data_set)
+        teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
 
 
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
@@ -196,15 +198,16 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     if tuning is None:
         on_grids(model, train_data, chosen, accuracies)
         return model
-    found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
-    if found is None:
-        check_tuning(tuning, train_data)
-        on_grids(model, train_data, chosen, accuracies)
-        found = model, accuracies.steps, False
-    model, accuracies.steps, finished = found
-    model.to(train_data.labels.device, memory_format=torch.channels_last)
-    if not finished:
-        model = fine_tune.fine_tune(model, train_data, accuracies.data, tuning, chosen, accuracies.steps)
+    with fine_tune.alone(tuning):
+        found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
+        if found is None:
+            check_tuning(tuning, train_data)
+            on_grids(model, train_data, chosen, accuracies)
+            found = model, accuracies.steps, False
+        model, accuracies.steps, finished = found
+        model.to(train_data.labels.device, memory_format=torch.channels_last)
+        if not finished:
+            model = fine_tune.fine_tune(model, train_data, accuracies.data, tuning, chosen, accuracies.steps)
     accuracies.after(f"fine-tuned for {tuning.settings.epochs} epochs", model)
     return model
 
@@ -241,16 +244,16 @@ def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fi
     if not args.epochs:
         return None
     cuda = device.type == "cuda"
-    settings = loop.Settings(**plan.given(args) | {
+    settings = loop.Settings(**{"lr": plan.ADAM_LR if args.optimizer == "adam" else TUNING_LR} | plan.given(args) | {
         "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
         "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
     # what decides the result besides settings and grids, in plain values, if not the default
-    others = {"data_set": (str(data_set), str(cifar100.CIFAR100)), "holdout": (args.holdout, False),
-              "normalise": (args.normalise, None)}
+    others = {"data_set": ([data_set.classes, data_set.digest], [cifar100.CLASSES, cifar100.CIFAR100.digest]),
+              "made_up": (args.made_up, None), "holdout": (args.holdout, False), "normalise": (args.normalise, None)}
     others = {key: value for key, (value, default) in others.items() if value != default}
     return fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint, args.tuning_folder,
-                            args.resume, args.network, others)
+                            args.resume, args.network, others, args.normalise)
 
 
 def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:

@@ -21,6 +21,18 @@ def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
 
 
+def test_what_is_random_is_off(monkeypatch):
+    """As it is when the statistics are used; and two threads would draw from one generator."""
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    data, found = cifar100.made_up(500, 0), []
+    for rate in (0.0, 0.5):
+        model = nn.Sequential(nn.Dropout(rate), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3)).train()
+        nn.init.ones_(model[1].weight), nn.init.zeros_(model[1].bias)
+        batchnorm.renew_statistics(model, data, 500, "plain", torch.Generator().manual_seed(0))
+        found.append(model[2])
+    assert torch.equal(found[0].running_var, found[1].running_var) and found[1].momentum == 0.3
+
+
 def test_no_batch_has_a_single_image():
     """Of one image with maps of 1x1 there is no variance."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantize
-from compressed import cifar100, grids
+from compressed import cifar100, grids, normalisation
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.files import load_json, sha256
@@ -116,6 +116,37 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     assert not list(tmp_path.glob("quantized.st*"))
 
 
+def test_two_fine_tunings_in_one_folder_are_refused(small_checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    words = options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE)
+    monkeypatch.setattr(fine_tune, "fine_tune", lambda *_: quantize.main(words))
+    with pytest.raises(BadInput, match="out.run/quantized.state: another process is at work there"):
+        quantize.main(words)
+    assert not list(tmp_path.glob("out.run/*"))
+
+
+def test_a_teacher_trained_elsewhere_has_its_normalisation(small_checkpoint, tmp_path, monkeypatch):
+    """A network that teaches itself: on its grids or not, its logits are nearly those of its teacher."""
+    taught, normalise = [], ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    monkeypatch.setattr(fine_tune.loop, "train", lambda *_, teachers, **__: taught.extend(teachers))
+    monkeypatch.setattr(quantize.normalisation, "fold", lambda model, *_: model)  # its border has no exact fold
+    shown = "/".join(",".join(map(str, values)) for values in normalise)
+    with pytest.raises(BadInput, match="was stopped"):
+        quantize.main(options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE, "--normalise", shown,
+                              "--teacher", str(small_checkpoint)))
+    x = cifar100.normalise(cifar100.made_up(4, 0).images)
+    wanted = normalisation.Renormalised(load_checkpoint(small_checkpoint, SPEC), *normalise)
+    with torch.no_grad():
+        assert torch.allclose(taught[0](x), wanted(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_learning_rate_of_adam_is_another():
+    rates = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
+                                     torch.device("cpu")).settings.lr
+             for words in ([], ["--optimizer", "adam"], ["--optimizer", "adam", "--lr", "0.5"])]
+    assert rates == [0.01, 0.001, 0.5]
+
+
 def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint, tmp_path):
     """A gradient reaches every weight and every step through every rounding."""
     model = load_checkpoint(small_checkpoint, SPEC)
@@ -188,6 +219,9 @@ def test_oscillating_weights_are_counted():
     assert watch.record() == {"oscillating": 0, "oscillating_depthwise": 0}
     look(1.5, 1.5, 1.0)
     look(1.0, 1.5, 1.1)  # back, although not at once
-    assert watch.record() == {"oscillating": round(1 / 7, 6), "oscillating_depthwise": 0.5}
+    resumed = learned_steps.Oscillation(model)
+    resumed.load_state_dict(copy.deepcopy(watch.state_dict()))
+    for each in watch, resumed:
+        assert each.record() == {"oscillating": round(1 / 7, 6), "oscillating_depthwise": 0.5}
     look(1.0, 2.0, 1.0)
     assert watch.record() == {"oscillating": 0, "oscillating_depthwise": 0}

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import types
 
 import pytest
 import torch
@@ -348,6 +349,9 @@ def test_muon_turns_what_gradual_magnitude_pruning_has_left(tmp_path):
             self.append(model.conv1.weight.detach().flatten().clone())
 
         def record(self):
+            return {}
+
+        def state_dict(self):
             return {}
 
     model, watch = tiny(), Weights()
@@ -884,11 +888,40 @@ def test_a_second_save_at_the_same_step_leaves_the_first_whole(tmp_path):
         assert len(list(tmp_path.glob("weights-*"))) == (1 if value else 2)
 
 
-def test_a_constant_of_infinities_is_not_averaged():
-    model = nn.BatchNorm1d(2)
-    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    assert [id(tensor) for tensor in loop.averaged(model)] == [
-        id(tensor) for tensor in (model.weight, model.bias, model.running_mean, model.running_var)]
+class Attention(nn.Module):
+    """Tiny with a constant that no sum of two can be made of, and a block that is left out in some of its steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.block, self.calls = tiny(), nn.Linear(10, 10), 0
+        self.mask = nn.Buffer(torch.triu(torch.full((10, 10), torch.finfo(torch.float32).min), 1))
+
+    def forward(self, x):
+        x = self.net(x) + self.mask.exp()[0]
+        self.calls += self.training
+        return x + self.block(x) if self.calls > 3 or not self.training else x
+
+
+@pytest.mark.parametrize("optimizer", ("sgd", "muon"))
+@pytest.mark.parametrize("workers", (1, 2))
+def test_constants_stay_and_a_block_may_get_its_first_gradient_late(tmp_path, optimizer, workers):
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, workers=workers)
+    result, _ = stage(tmp_path, model=Attention(), settings=settings)
+    assert torch.equal(result.mask, Attention().mask)
+    assert not torch.equal(result.block.weight, nn.Linear(10, 10).weight) and result.block.weight.isfinite().all()
+
+
+def test_a_state_with_weights_that_are_not_finite_replaces_none(tmp_path, monkeypatch):
+    """The loss was still finite in the step that spoilt them."""
+    model, watch = tiny(), types.SimpleNamespace(record=dict, state_dict=dict, step=lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        watch.step = lambda: signal.raise_signal(signal.SIGINT)
+        stage(tmp_path, model=model, watch=watch)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "stage.state").iterdir()}
+    watch.step, watch.load_state_dict = lambda: model.conv1.weight.data.fill_(math.nan), lambda state: None
+    with pytest.raises(BadInput, match="the weights are not finite; give a lower --lr, with --no-resume or in another"):
+        stage(tmp_path, model=model, watch=watch)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "stage.state").iterdir()}
 
 
 def run_on_little_space(folder):

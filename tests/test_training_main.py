@@ -267,6 +267,15 @@ def test_a_state_is_never_resumed_from_other_weights(small):
     assert run(QUICK + " --masked-retrain --no-resume") == 0 and len(training_record("run/masked.pt")) == 3
 
 
+def test_weights_between_those_that_are_there_are_not_trained_again(small):
+    """A masked network that is there would no longer come from them."""
+    assert run(QUICK) == 0
+    Path("run/rew.pt").rename("kept.pt")
+    with pytest.raises(BadInput, match="masked.pt is there, and rew.pt, which comes before it, is not: bring that"):
+        run(QUICK)
+    assert run(QUICK + " --masked-retrain") == 0 and run(QUICK + " --rew") == 0 and run(QUICK) == 0
+
+
 def test_a_stage_that_is_resumed_keeps_its_start(small):
     """The command that goes on need not name it."""
     assert run(QUICK + " --pretrain") == 0
@@ -707,6 +716,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(small, monkeypatch, capsys):
     ("--rew --masked-retrain", "not allowed with argument --rew"), ("--lambda 1 --target-sparsity 0.5", "exclude"),
     ("--mixup --mixing both", "exclude"), ("--rew --sparsity-type threshold", "threshold"),
     ("--sparsity-type threshold", "threshold"), ("--start-epoch 2", "give --start"),
+    ("--masked-retrain --sparsity-type threshold --target-sparsity 0.5", "excludes --target-sparsity"),
     ("--rew --penalty magnitude --eps 0.1", "magnitude has no --eps"), ("--distill 1.5", "--distill"),
     ("--nonsense", "--nonsense")))
 def test_impossible_options_are_refused_at_once(options, said, capsys):

@@ -3,12 +3,13 @@ import copy
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressed import threads
 from compressed.cifar100 import Images
 from compressed.evaluation import divided
 from training import augmentation
+from training.replicas import running_statistics
 
 
 def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
@@ -16,26 +17,32 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 
     augment: "none", "plain" or "trivial", preferably as in training, although the test images have no augmentation: a
     network trained on crops with black borders had 56% of the train images correct with statistics of clean images, and
-    62% with those of crops. Images are not mixed.
+    62% with those of crops. Images are not mixed, and what is random in the network, such as dropout, is off, as it is
+    when these statistics are used.
     """
     chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)
     equal = chosen.tensor_split(-(-len(chosen) // 250))  # no rest of one image, which would have no variance
     batches = [(index, augmentation.draw(len(index), generator, augment)) for index in equal]
     parts = divided(batches, data.labels.device.type == "cpu")
-    models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
+    models = [model.eval(), *(copy.deepcopy(model).eval() for _ in parts[1:])]
 
+    @torch.no_grad()
     def update(k):
-        def images():
-            for index, draws in parts[k]:
-                threads.go_on()
-                yield augmentation.augment(data.images[index], data.labels[index], draws)[0]
-        update_bn(images(), models[k])
+        norms = [module for module in models[k].modules() if isinstance(module, _BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train().reset_running_stats()
+            norm.momentum = None  # the plain mean over all batches
+        for index, draws in parts[k]:
+            threads.go_on()
+            models[k](augmentation.augment(data.images[index], data.labels[index], draws)[0])
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
     threads.in_threads(update, range(len(parts)))
     weights = [len(part) / len(batches) for part in parts]  # of the threads' statistics
-    for buffers in zip(*(each.buffers() for each in models)):
-        if buffers[0].is_floating_point():
-            buffers[0].copy_(sum(weight * each for weight, each in zip(weights, buffers)))
+    for ours, *others in zip(*(running_statistics(each) for each in models)):
+        ours.copy_(sum(weight * each for weight, each in zip(weights, (ours, *others))))
     model.eval()
 
 

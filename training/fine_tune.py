@@ -3,6 +3,7 @@
 A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
 resumes from them, on any machine.
 """
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from compressed import grids
 from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
-from compressed.files import load_record, save_record, save_tensors, sha256
+from compressed.files import held, load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, teachers
@@ -31,7 +32,8 @@ class Tuning:
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
     as in training/main.py. source: the float checkpoint. folder: where state, log and result are written.
-    network: its specification. others: what else decides the result, in plain values.
+    network: its specification. others: what else decides the result, in plain values. normalise: of the teachers of
+    the checkpoint's kind, see teachers.load.
     """
     settings: loop.Settings
     frozen: float
@@ -41,6 +43,7 @@ class Tuning:
     resume: bool
     network: str
     others: dict
+    normalise: tuple | None = None
 
     @property
     def file(self) -> Path:
@@ -50,6 +53,10 @@ class Tuning:
     def start(self) -> Path:
         """The network that fine-tuning starts from, kept until that is finished: its grids take minutes."""
         return self.folder / "quantized.start.pt"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "quantized.state"
 
     @property
     def teacher_sums(self) -> list[str | None]:
@@ -91,7 +98,8 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     learn_steps(model, chosen.scheme, chosen.scale_bits)
     layout = {"device": device, "memory_format": torch.channels_last}
     model.to(**layout)  # the steps of activations are new
-    taught_by = [teachers.load(path, tuning.network, train_data.data_set).to(**layout) for path in tuning.teachers]
+    taught_by = [teachers.load(path, tuning.network, train_data.data_set, tuning.normalise).to(**layout)
+                 for path in tuning.teachers]
     finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
                           teachers=taught_by, prepare=freeze, resume=tuning.resume, eval_every=0, began=began,
                           context=tuning.options(chosen), watch=Oscillation(model))
@@ -100,8 +108,24 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     fix_steps(finished, chosen.scheme, chosen.scale_bits)
     save_tensors(with_steps(finished), file)
     tuning.start.unlink(missing_ok=True)
-    State(file.with_suffix(".state")).remove()
+    State(tuning.state).remove()
     return finished
+
+
+@contextlib.contextmanager
+def alone(tuning: Tuning):
+    """Keep other processes from fine-tuning in the same folder within the block. A training may go on there.
+
+    Raises BadInput if another process is at work.
+    """
+    with refused(f"{tuning.state}: cannot be made", errors=OSError):
+        tuning.state.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(tuning.state):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds a state, or is gone
+            tuning.state.rmdir()
 
 
 def with_steps(model: nn.Module) -> dict[str, Tensor]:

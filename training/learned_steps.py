@@ -118,6 +118,12 @@ class Oscillation:
         self.steps, self.before = 0, None
         self.ways = self.turned = [torch.zeros_like(layer.weight, dtype=torch.int8) for layer in self.layers]
 
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("steps", "before", "ways", "turned")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
     @torch.no_grad()
     def step(self) -> None:
         """Check the codes at every 10th call. Call it after every training step."""

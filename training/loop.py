@@ -32,10 +32,10 @@ from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
 from training.gpu_kernels import fast_on_a_gpu, fast_teacher
-from training.muon import Muon, turned_weights
+from training.muon import Muon, begin_momentum, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
-from training.replicas import Processes, Replicas
+from training.replicas import Processes, Replicas, running_statistics
 from training.state import AGAIN, State, fingerprint, stop_noted
 
 
@@ -87,6 +87,7 @@ def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = Non
         optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     else:
         optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
+        begin_momentum(optimizer)
     if not steps:
         return optimizer
     factor = settings.step_rate / settings.lr if settings.lr else 0.0
@@ -121,11 +122,8 @@ class Together:
 
 
 def averaged(model: nn.Module) -> list:
-    """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics.
-
-    Buffers with infinities are constants, such as a mask of attention: an average would make NaN of them.
-    """
-    return [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point() and b.isfinite().all())]
+    """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics."""
+    return [*model.parameters(), *running_statistics(model)]
 
 
 def update_average(average: list, model: list, decay: float) -> None:
@@ -143,6 +141,9 @@ def average_decay(settings: Settings, step: int) -> float:
     return min(settings.average, (1 + step) / (10 + step))
 
 
+LOWER = "give a lower --lr, with --no-resume or in another folder (the last state is kept)"
+
+
 # ---- A stage ------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(eq=False)
@@ -154,7 +155,8 @@ class Stage:
     masks:      Masks on `model`, applied after every step and checked before anything is written
     teachers:   models in eval mode; their logits for the same mixed images, always at 32x32, are distilled
     context:    further plain values that decide the result; a state is resumed only if they are equal
-    watch:      an object whose step() is called after every step, and whose record() is added to an epoch's log line
+    watch:      an object whose step() is called after every step, and whose record() is added to an epoch's log line;
+                with state_dict and load_state_dict
     test, eval_every: images to evaluate on, and the epochs between evaluations; 0: only after the last epoch
     """
     name: str
@@ -183,7 +185,8 @@ class Stage:
         self.replicas = Replicas(model, len(self.plan.shares))
         masked = {} if self.masks is None else dict(zip(self.masks.weights, self.masks.factors))
         self.optimizer = make_optimizer(settings, model, masked if penalty is None else masked | penalty.kept())
-        parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty}
+        parts = {"weights": model, "optimizer": self.optimizer, "average": self.average, "penalty": penalty,
+                 "watch": self.watch}
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
             self.folder / f"{self.name}.state", settings, images=len(self.data), context=self.context,
@@ -357,7 +360,7 @@ class Stage:
                 record |= {"test_loss": test_loss, "test_accuracy": int(right.sum()) / len(self.test)}
                 self.measured = time.monotonic() - began
         except BadInput as error:  # the average's loss is not finite, though the epoch's was
-            raise BadInput(f"{self.name}: {error}; lower --lr (the last state is kept)") from error
+            raise BadInput(f"{self.name}: {error}; {LOWER}") from error
         except KeyboardInterrupt:  # stop_noted keeps it
             result = None
         if last and self.processes.agree(result is None, self.device):
@@ -414,7 +417,7 @@ class Stage:
         loss, correct = totals.tolist()
         if not math.isfinite(loss):
             epoch = self.progress["step"] // self.plan.epoch_steps + 1
-            raise BadInput(f"{self.name}: the loss is not finite in epoch {epoch}; lower --lr (the last state is kept)")
+            raise BadInput(f"{self.name}: the loss is not finite in epoch {epoch}; {LOWER}")
         return [loss, correct]
 
     # -- the state of the stage: resume, save, stop
@@ -467,9 +470,11 @@ class Stage:
         return self.measured or images * IMAGE_SIZE**2 * self.pace / 2 + allowance
 
     def save(self) -> None:
-        """Write the state, after a check of the masks."""
+        """Write the state, after a check of the masks. Raises BadInput if something in it is not finite."""
         self.progress["loss"], self.progress["correct"] = self.read_totals()
         self.progress["seconds"] = self.seconds()
+        if not all(bool(tensor.isfinite().all()) for several in self.averaged for tensor in several):
+            raise BadInput(f"{self.name}: the weights are not finite; {LOWER}")
         self.check_masks(self.model, self.average)
         if self.processes.first:
             self.state.save(self.progress, {key: part.state_dict() for key, part in self.parts.items()})

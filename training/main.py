@@ -13,6 +13,7 @@ If a run was stopped, the same command resumes it.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -40,7 +41,6 @@ from training.state import MACHINE, State, stop_noted
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}  # of SGD, also for what Muon leaves to it
-ADAM_LR = 1e-3
 # {option of the submission: the same setting here}
 NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
                             + next(iter(teachers.KAIST)) + "; without a value none, whatever the recipe has")
     plan.add_options(group, TEACHING)
     group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
-        f"{stage} {EPOCHS[stage]}, {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {ADAM_LR}")
+        f"{stage} {EPOCHS[stage]}, {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {plan.ADAM_LR}")
     names = [field.name for field in dataclasses.fields(loop.Settings)
              if field.metadata and field.name not in (*TEACHING, "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
@@ -162,7 +162,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
     cuda = device.type == "cuda"
-    chosen = {"epochs": EPOCHS[stage], "lr": ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
+    chosen = {"epochs": EPOCHS[stage], "lr": plan.ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
               "warmup_epochs": loop.Settings.warmup_epochs,
               "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
     chosen["warmup_epochs"] = min(chosen["warmup_epochs"], chosen["epochs"] / 4) if args.warmup else 0
@@ -300,7 +300,7 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
-        if job.processes.first:
+        if job.processes.first and not (args.resume and State(args.run / f"{stage}.state").exists):
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
@@ -379,6 +379,10 @@ def run_stages(job: Job) -> None:
     again = [] if args.resume else stages
     there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
     missing = [stage for stage in stages if stage not in there]
+    for before, after in itertools.combinations(STAGES, 2):
+        if before in missing and after in there and not chosen:
+            raise BadInput(f"{job.file(f'{after}.pt')} is there, and {before}.pt, which comes before it, is not: bring "
+                           "that back, or name the stage to train, or give --no-resume to train all stages again")
     for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))

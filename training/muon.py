@@ -47,6 +47,17 @@ def turned_weights(model: nn.Module) -> list[Tensor]:
     return [weight for weight in scale_free_weights(model) if weight.shape[1] > 1]
 
 
+def begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every weight a momentum of zero, which changes no step.
+
+    torch would begin a momentum with a weight's first gradient, and its fused SGD fails if some weights have theirs
+    already: a forward pass that leaves out blocks at random gives theirs a gradient later.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
 class Muon(torch.optim.SGD):
     """Update the weights `turned` (see turned_weights) with Muon, and all others with SGD.
 
@@ -64,6 +75,7 @@ class Muon(torch.optim.SGD):
                           {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
                           {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}],
                          lr=lr, momentum=0.9, nesterov=True, fused=True)
+        begin_momentum(self)
         self.ratio, self.kept, self.dtype, self.streams = turn / lr if lr else 0.0, kept, dtype, None
         groups = defaultdict(list)  # weights of one shape, which make up one batch of matrices
         for weight in self.turned:
@@ -120,9 +132,6 @@ class Muon(torch.optim.SGD):
         kept = [self.kept[weight] for weight in weights if weight in self.kept]
         if kept:
             gradients = torch._foreach_mul(gradients, kept)
-        for weight in weights:
-            if "momentum_buffer" not in self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         steps = orthogonal(stacked(torch._foreach_lerp(gradients, momenta, MOMENTUM)), self.dtype)

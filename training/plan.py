@@ -11,6 +11,7 @@ from compressed.command_line import number
 from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
+ADAM_LR = 1e-3  # default of --lr with --optimizer adam
 STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
 
 

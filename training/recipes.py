@@ -28,7 +28,8 @@ EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda 
             "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout", "data"],
             "data": lambda value: ["made_up"],
             "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
-            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken}
+            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken,
+            "optimizer": lambda value: ["lr"] if value == "adam" else []}  # a hundredth of SGD's
 
 
 def of_run(name: str | None, folder: Path) -> Path | None:
@@ -93,13 +94,14 @@ def given(parser: argparse.ArgumentParser, argv=None) -> dict:
 def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
     """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
 
-    An option of ours removes those of the recipe that it excludes.
+    An option of ours that differs from the recipe's removes those of the recipe that it excludes.
     """
-    excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
     def refuse(message):
         raise BadInput(f"the recipe's options of {stage}: {message}")
     command_lines, parser.error = parser.error, refuse
     theirs = given(parser, words(recipe, stage, parser)) if recipe else {}
     parser.error = command_lines
+    excluded = {other for name, value in ours.items() if name in EXCLUDED and theirs.get(name, object()) != value
+                for other in EXCLUDED[name](value)}
     theirs = {name: value for name, value in theirs.items() if name not in excluded}
     return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)

@@ -58,6 +58,13 @@ def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Return the running means and variances of a model. Its other buffers are constants, such as an attention mask.
+    """
+    return [buffer for name, buffer in model.named_buffers()
+            if name.rpartition(".")[2] in ("running_mean", "running_var")]
+
+
 class Replicas:
     """Hold a model and copies of it that share its weights; each has its own gradients and BatchNorm statistics."""
 
@@ -68,7 +75,7 @@ class Replicas:
             for theirs, ours in zip(replica.parameters(), model.parameters()):
                 theirs.data = ours.data
             self.models.append(replica)
-        self.statistics = [[b for b in each.buffers() if b.is_floating_point()] for each in self.models]
+        self.statistics = [running_statistics(each) for each in self.models]
 
     def follow(self) -> None:
         """Copy the model's BatchNorm statistics and other buffers, and its train or eval modes, to the replicas."""

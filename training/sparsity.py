@@ -53,6 +53,8 @@ def check(args, stage: str, parser: argparse.ArgumentParser) -> None:
         parser.error("--lambda and --target-sparsity exclude each other")
     if args.sparsity_type == "threshold" and stage == "rew":
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
+    if args.sparsity_type == "threshold" and stage == "masked" and args.target_sparsity is not None:
+        parser.error("--sparsity-type threshold prunes by --threshold, and excludes --target-sparsity")
     if args.penalty == "magnitude" and args.updates == 1:
         parser.error("--penalty magnitude prunes between its first and last update: give --updates 2 or more")
     for option in not_taken(args.penalty) if args.penalty else ():

@@ -8,7 +8,8 @@ their authors chose the epoch by test accuracy, and a result that is distilled f
 taken from --folder, else from the environment variable TEACHERS_DIR, else ./data.teachers. If the first two are not
 given, they are downloaded to the last.
 
-A teacher takes the same images as the student, normalised by cifar100.normalise, always of 32x32 pixels.
+A teacher takes the same images as the student, always of 32x32 pixels, in the normalisation that it was trained with:
+ours (cifar100.normalise), KAIST's, or with quantize.py --normalise that of the checkpoint, for our own networks, too.
 """
 import contextlib
 import os
@@ -30,6 +31,7 @@ from compressed.evaluation import logits
 from compressed.files import sha256
 from compressed.graph import normalised_convolutions
 from compressed.kaist import load_micronet
+from compressed.normalisation import Renormalised
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -59,11 +61,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.Module:
+def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normalise=None) -> nn.Module:
     """Return the teacher in a checkpoint file, in eval mode, with its BatchNorms folded.
 
     A file with the suffix .t7 is one of KAIST's networks; a name in KAIST that is not there is looked for by `find`.
-    Any other is read as the network of this specification and, if it does not fit, as the default network. Raises
+    Any other is read as the network of this specification and, if it does not fit, as the default network; normalise:
+    the (means, deviations) of the input that it was trained with elsewhere, as in normalisation.add_option. Raises
     BadInput if the teacher was not trained for the classes of the data set.
     """
     path = Path(path)
@@ -73,7 +76,9 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100) -> nn.M
                        "give a checkpoint that was trained on the same data, or --teacher without a value for none")
     path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
-    return fold_batchnorm(teacher).requires_grad_(False)
+    teacher = fold_batchnorm(teacher)
+    teacher = teacher if theirs or normalise is None else Renormalised(teacher, *normalise).eval()
+    return teacher.requires_grad_(False)
 
 
 def ours(path, network: str, classes: int) -> nn.Module:
