@@ -1,14 +1,14 @@
-"""Check a GPU in a minute: kernels against PyTorch's, whole steps as CUDA graphs, and the tests that need a GPU.
+"""Check a GPU in a few minutes: kernels against PyTorch's, whole steps as CUDA graphs, and the tests that need a GPU.
 
-    python -m benchmarks.gpu_check [--batch-size 256] [--seconds 80] [--compile] [--out gpu_check.json]
+    python -m benchmarks.gpu_check [--batch-size 256] [--seconds 300] [--out gpu_check.json]
 
-1. Every layer of MobileNetV2 and SmallMobileNetV2 that training/gpu_kernels.py can compute: time forward and backward
+1. The tests marked `cuda`, and those that compare the kernels with float64 at odd sizes.
+2. Every layer of MobileNetV2 and SmallMobileNetV2 that training/gpu_kernels.py can compute: time forward and backward
    as a CUDA graph, against PyTorch's, and the distance between their results.
-2. Whole training steps of both networks as CUDA graphs, with and without these kernels: images/s.
-3. The tests marked `cuda`.
+3. Whole training steps of both networks as CUDA graphs, with and without these kernels: images/s.
 
 The file is written after every part, so that it holds what was found even if a later part fails. No part begins after
---seconds. --compile adds steps with torch.compile, which takes a minute more.
+--seconds.
 """
 import importlib
 import math
@@ -65,7 +65,7 @@ def check_layers(network: str, size: int, batch: int, device: torch.device, unti
     return rows
 
 
-def step_speed(network: str, batch: int, device: torch.device, kinds, *options: str) -> dict:
+def step_speed(network: str, batch: int, device: torch.device, kinds) -> dict:
     """Return what whole steps take with these kinds of kernels, in seconds, and their mean loss.
 
     {"seconds" of a step, "launched": until the CPU has launched it, "set_up": before the first, "loss", ...}. If the
@@ -73,7 +73,7 @@ def step_speed(network: str, batch: int, device: torch.device, kinds, *options: 
     """
     began = time.monotonic()
     with mock.patch.object(gpu_kernels, "KINDS", kinds), stage_on_made_up_images(
-            network, batch, 32, WARM_UP + STEPS, device, *options) as stage:
+            network, batch, 32, WARM_UP + STEPS, device) as stage:
         for i in range(WARM_UP):
             stage.step(0, i)
         torch.cuda.synchronize()
@@ -91,15 +91,12 @@ def step_speed(network: str, batch: int, device: torch.device, kinds, *options: 
                 "loss": stage.totals[0].item() / (WARM_UP + STEPS), "recorded": len(stage.graphs.graphs)}
 
 
-def check_steps(network: str, batch: int, device: torch.device, compiled: bool) -> dict:
+def check_steps(network: str, batch: int, device: torch.device) -> dict:
     """Print and return the speed of whole steps, with and without the kernels."""
     found = {}
-    ways = {name: (kinds, []) for name, kinds in USED.items()}
-    if compiled:
-        ways |= {f"compiled, {name}": (kinds, ["--compile"]) for name, kinds in USED.items()}
-    for name, (kinds, options) in ways.items():
+    for name, kinds in USED.items():
         try:
-            found[name] = step_speed(network, batch, device, kinds, *options)
+            found[name] = step_speed(network, batch, device, kinds)
             times = (1000 * found[name][key] for key in ("seconds", "launched"))
             print("{}, {}: {images_per_second:,.0f} images/s, {:.2f} ms a step, launched in {:.2f} ms, "
                   "loss {loss:.3f}, set-up {set_up:.1f} s".format(network, name, *times, **found[name]), flush=True)
@@ -109,10 +106,14 @@ def check_steps(network: str, batch: int, device: torch.device, compiled: bool) 
     return found
 
 
-def run_tests(limit: float) -> str:
-    """Return the last lines of the tests that need a GPU, run in a process of their own for `limit` seconds at most."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "cuda",
-               "tests/test_triton_kernels.py", "tests/test_cuda_graphs.py", "tests/test_augmentation.py"]
+TESTS = (["-m", "cuda", "tests/test_triton_kernels.py", "tests/test_cuda_graphs.py", "tests/test_augmentation.py"],
+         ["-k", "triton or tiling or memory_formats or runs_twice", "tests/test_kernels.py",
+          "tests/test_triton_kernels.py"])
+
+
+def run_tests(words: list[str], limit: float) -> str:
+    """Return the last lines of some tests, run in a process of their own for `limit` seconds at most."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *words]
     try:
         out, end = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit).stdout, ""
     except subprocess.TimeoutExpired as late:
@@ -123,8 +124,7 @@ def run_tests(limit: float) -> str:
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     add_options(parser, "256", "--out", rounds=None)
-    parser.add_argument("--seconds", type=number(float, 1, 10**6), default=80, help="(%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="steps with torch.compile, too")
+    parser.add_argument("--seconds", type=number(float, 1, 10**6), default=300, help="(%(default)s)")
     args = parser.parse_args(argv)
     start, batch = time.monotonic(), args.batch_size or 256
     device, machine = begin(args, args.out)
@@ -140,6 +140,11 @@ def main(argv=None) -> int:
         if args.out:
             save_json(found, args.out)
 
+    found["tests"] = []
+    for words in TESTS:
+        found["tests"].append(run_tests(words, max(1, left())))
+        print(found["tests"][-1], flush=True)
+        keep()
     for network, size in ((NETWORKS[0], 32), (NETWORKS[1], 32), (NETWORKS[0], 24)):
         if left() > 0.4 * args.seconds:  # the steps need the rest
             found["layers"][f"{network}, {size}"] = check_layers(network, size, batch, device,
@@ -147,12 +152,8 @@ def main(argv=None) -> int:
             keep()
     for network in NETWORKS:
         if left() > 5:
-            found["steps"][network] = check_steps(network, batch, device, args.compile)
+            found["steps"][network] = check_steps(network, batch, device)
             keep()
-    if left() > 10:
-        found["tests"] = run_tests(left())
-        print(found["tests"])
-    keep()
     print(f"{found['seconds']:.0f} s")
     return 0
 

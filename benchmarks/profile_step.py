@@ -80,12 +80,11 @@ def main(argv=None) -> int:
     parser.add_argument("--steps", type=number(int, 1, 10**4), default=5, help="profiled steps (%(default)s)")
     parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
     plan.add_precision(parser)
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--no-kernels", action="store_true", help="without training/gpu_kernels.py")
     args = parser.parse_args(argv)
     device, machine = begin(args, args.out)
     batch = args.batch_size or (256 if device.type == "cuda" else 32)
-    options = ["--precision", args.precision, *["--compile"] * args.compile]
+    options = ["--precision", args.precision]
     if args.no_kernels:
         gpu_kernels.KINDS = ()
     with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,

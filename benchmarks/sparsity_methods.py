@@ -115,8 +115,6 @@ class Runs:
         if self.args.max_minutes is not None:
             left = self.args.max_minutes - (time.monotonic() - self.started) / 60
             words += ["--max-minutes", str(max(0.0, left))]
-        if torch.cuda.is_available():
-            torch.compiler.reset()  # else it stops compiling after a few models
         with stop_noted() as asked:  # a signal during a stage's last step ends the script, too
             training.main(words)
         if asked or not weights.is_file():

@@ -7,6 +7,7 @@ import torch
 # Most batches here are tiny, and a second thread makes them wait longer than they run. Subprocesses get the same.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.backends.cudnn.allow_tf32 = False  # as threads.prepare does: results are compared with float64's
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 

@@ -3,15 +3,18 @@ import math
 import os
 import re
 import signal
+import types
 
 import pytest
 import torch
 
 from benchmarks import depthwise_shapes, gpu_check, profile_step, sparsity_methods, training_speed
-from compressed import kernels
+from compressed import cifar100, kernels
 from compressed.errors import BadInput
 from compressed.files import load_json
+from tiny import tiny
 from tools import report
+from training import loop
 
 
 SMALL = ["--network", "mobilenet_v2:SmallMobileNetV2?width=0.2", "--no-cuda"]
@@ -46,6 +49,16 @@ def test_training_speed(one_round, tmp_path, capsys):
     assert len(rows) == 8 + 7 + 4
     shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[15:]]
     assert sum(shares) == pytest.approx(100, abs=0.03) and rows[15].startswith("| share of a step: augment |")
+
+
+def test_the_second_epoch_is_measured(monkeypatch):
+    """A clock that runs ever faster shows which of the two it was, each of three steps."""
+    made, step = [], loop.Stage.step
+    monkeypatch.setattr(loop.Stage, "step", lambda *args: made.append(args) or step(*args))
+    monkeypatch.setattr(training_speed, "time", types.SimpleNamespace(perf_counter=lambda: len(made) ** 2))
+    data = cifar100.made_up(12, 0, classes=10)
+    settings = loop.Settings(epochs=2, batch_size=4, lr=0.01, refresh=0)
+    assert training_speed.second_epoch(tiny(), data, settings, compiled=True) == 6**2 - 3**2
 
 
 def test_fine_tuning_speed(one_round, capsys):

@@ -147,7 +147,7 @@ def test_defaults_of_the_stages():
     for stage in training.STAGES:
         settings = training.settings_for(stage, args, CPU)
         assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR[stage]
-        assert settings.mixing == "both" and settings.average is None and not settings.compile
+        assert settings.mixing == "both" and settings.average is None
         muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
     penalty = sparsity.make_penalty(args, MobileNetV2(width=0.25))

@@ -16,8 +16,10 @@ class Graphs:
     in place that exist as long as the graphs. inputs: tuple of tensors, of the same shapes at every step.
     """
 
-    def __init__(self, learn, device: torch.device):
-        self.learn, self.stream, self.graphs, self.inputs = learn, torch.cuda.Stream(device), {}, None
+    def __init__(self, learn, device: torch.device, stream: torch.cuda.Stream | None = None):
+        # of high priority: the work on other streams fills the gaps
+        self.stream = stream or torch.cuda.Stream(device, priority=-1)
+        self.learn, self.graphs, self.inputs = learn, {}, None
 
     def step(self, kind, inputs: tuple) -> None:
         """Make the step learn(inputs, kind). The first of a kind runs without a graph, as it compiles and allocates."""

@@ -29,17 +29,19 @@ from training.cuda_graphs import Graphs
 KINDS = "depthwise", "1x1", "BatchNorm"  # of layers that may use the kernels
 AGREEMENT = 2.0**-5  # largest distance from PyTorch's results, relative to their norm; bfloat16 rounds to 2^-9
 LARGEST = 2**31 - 2**24  # values of a map: the kernels' offsets, also of masked positions, are 32-bit integers
+MOST_CHANNELS = 2**14  # of a sum that several programs share: triton_kernels.arrivals has room for twice as many
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 # ---- Layers --------------------------------------------------------------------------------------
 
-def takes(x: torch.Tensor, sizes) -> bool:
-    """Return True if the kernels compute this input: (height, width) is one of `sizes`, and the type is supported.
+def takes(x: torch.Tensor, layer: nn.Module) -> bool:
+    """Return True if the kernels compute this input: (height, width) is one of the layer's `sizes`, or these are None.
 
-    sizes: None for all.
+    Its type must be the layer's dtype, with which the kernels were tried; None: any that is supported.
     """
-    return (sizes is None or tuple(x.shape[2:]) in sizes) and x.dtype in DTYPES and 0 < x.numel() <= LARGEST
+    return ((layer.sizes is None or tuple(x.shape[2:]) in layer.sizes) and layer.dtype in (None, x.dtype)
+            and x.dtype in DTYPES and 0 < x.numel() <= LARGEST)
 
 
 class BatchNorm(cpu_kernels.BatchNorm):
@@ -47,17 +49,17 @@ class BatchNorm(cpu_kernels.BatchNorm):
 
     seen: a list of its own where update_statistics is called after the network's forward pass; else at once.
     """
-    sizes, seen = (), []
+    sizes, dtype, seen = (), None, []
 
     @staticmethod
     def fits(norm: nn.BatchNorm2d) -> bool:
         """Return True if the kernels can compute this BatchNorm."""
         return (norm.affine and norm.track_running_stats and norm.momentum is not None
-                and norm.weight.dtype == torch.float32)
+                and norm.weight.dtype == torch.float32 and norm.num_features <= MOST_CHANNELS)
 
     def forward(self, x):
-        # update_bn, which renews the statistics of a copy, sets the momentum to None for a plain mean
-        if not self.training or self.momentum is None or not takes(x, self.sizes) or x.numel() == self.num_features:
+        # renew_statistics sets the momentum of a copy to None for a plain mean
+        if not self.training or self.momentum is None or not takes(x, self) or x.numel() == self.num_features:
             return self.pytorchs(x)
         activation, (norm, statistics) = ACTIVATIONS.index(self.activation), getattr(x, "statistics", (None, None))
         if norm is self:
@@ -96,12 +98,16 @@ class Depthwise(nn.Conv2d):
 
     norm: the BatchNorm that reads the result, or None. The result has its statistics with it: (norm, statistics).
     """
-    sizes, norm = (), None
-    fits = staticmethod(cpu_kernels.Depthwise.fits)
+    sizes, dtype, norm = (), None, None
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Return True if the kernels can compute this convolution."""
+        return cpu_kernels.Depthwise.fits(conv) and conv.out_channels <= MOST_CHANNELS
 
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
-        if not takes(x, self.sizes):
+        if not takes(x, self):
             return super().forward(x)
         if self.norm is None or not self.norm.training:
             return torch.ops.training.depthwise(x, self.weight, self.stride[0])
@@ -134,7 +140,7 @@ class Product(torch.autograd.Function):
 
 class Pointwise(nn.Conv2d):
     """Compute a 1x1 Conv2d as a matrix product (cuBLAS) for inputs of `sizes`, else as PyTorch does (cuDNN)."""
-    sizes = ()
+    sizes, dtype = (), None
 
     @staticmethod
     def fits(conv: nn.Conv2d) -> bool:
@@ -142,9 +148,9 @@ class Pointwise(nn.Conv2d):
         return (conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1)
 
     def forward(self, x):
-        if not takes(x, self.sizes):
-            return super().forward(x)
         x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        if not takes(x, self):
+            return super().forward(x)
         pixels, matrix = dense(x).permute(0, 2, 3, 1), self.weight.flatten(1)
         y = Product.apply(pixels, matrix) if self.bias is None else F.linear(pixels, matrix, self.bias)
         return y.permute(0, 3, 1, 2)
@@ -233,16 +239,21 @@ def seconds(work, captured: bool, device: torch.device, repeats: int = 4) -> flo
     def several(*_):
         for _ in range(repeats):
             work()
-    graphs = Graphs(several, device)
+    graphs, times = Graphs(several, device, timing_stream(device)), []
     run = (lambda: graphs.step("layer", ())) if captured else several
-    for _ in range(3):
-        run()  # compiles kernels and allocates memory; records; replays
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / repeats
+    for _ in range(8):  # compiles kernels and allocates memory; records; replays
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / repeats)
+    return min(times[3:])
+
+
+@functools.cache
+def timing_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: there are 32 of a priority, and then the first ones again
 
 
 def distance(found: list, wanted: list) -> float:
@@ -270,24 +281,29 @@ def measured(layer: Layer) -> dict:
 
 
 @functools.cache
-def compiled_speed(layer: Layer) -> float:
-    """Return how many times as fast torch.compile makes PyTorch's layer, whose activation it fuses."""
-    compiled = torch.compile(layer.modules()[0], dynamic=False)
-    return measured(layer)["pytorch"] / seconds(layer.work(compiled), layer.captured, layer.device)
+def statistics_gain(layer: Layer) -> float:
+    """Return how many times as fast a depthwise layer and its normalisation are if its kernel computes the statistics.
 
+    0.0 if that fails or gives something else.
+    """
+    x, operators = layer.maps(layer.channels, layer.height, layer.width, 0), torch.ops.training
+    weight, zeros = layer.example[0].weight.detach().to(layer.device), torch.zeros(layer.outputs, device=layer.device)
+    ones = torch.ones_like(zeros)
 
-@functools.cache
-def gives_statistics(layer: Layer) -> bool:
-    """Return True if a depthwise layer's kernel computes the statistics of its result, too."""
-    x, conv, zeros = layer.maps(layer.channels, layer.height, layer.width, 0), layer.example[0], torch.zeros(
-        layer.outputs, device=layer.device)
+    def apart():
+        return list(operators.normalise(operators.depthwise(x, weight, layer.stride), ones, zeros, zeros, 1e-5, 0))
+
+    def together():
+        y, statistics = operators.depthwise_with_statistics(x, weight, layer.stride, zeros, 1e-5)
+        return [operators.normalise_by(y, statistics, ones, zeros, 0), statistics]
     try:
-        y, (mean, variance, _) = torch.ops.training.depthwise_with_statistics(
-            x, conv.weight.detach().to(layer.device), layer.stride, zeros, 1e-5)
-        return distance([variance, mean], torch.var_mean(y.float(), (0, 2, 3))) <= AGREEMENT
+        if not distance(together(), apart()) <= AGREEMENT:
+            raise ArithmeticError("they are not those of the result")
+        before, now = (seconds(work, layer.captured, layer.device) for work in (apart, together))
+        return before / now
     except Exception as error:
         say_once(f"without the statistics of depthwise convolutions: {one_line(error)}")
-        return False
+        return 0.0
 
 
 # ---- Their use -----------------------------------------------------------------------------------
@@ -338,7 +354,7 @@ def followed_by(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {}
 
 
-def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> dict[nn.Module, type]:
+def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, type]:
     """Return {module: class to give it} where the kernels are faster, and print how much. See fast_on_a_gpu.
 
     seen: the list of the BatchNorms, see there.
@@ -350,31 +366,32 @@ def faster(model: nn.Module, sizes, compiled: bool, seen: list, **options) -> di
     for several in layers_of(model, sizes, **options).values():
         for layer in several[:1]:
             kinds[layer.title].append(several)
-    chosen, counting = {}, set()  # {module: (its layer, attributes)}; titles of layers that give statistics
+    chosen, gains = {}, {}  # {module: (its layer, attributes)}; {"statistics of TITLE": gain}
     for title, layers in kinds.items():
         tried = {}  # {the power of two that divides its channels: the largest layer}
         for layer in sorted(sum(layers, []), key=Layer.values):
             tried.pop(alignment(layer.channels), None)
             tried[alignment(layer.channels)] = layer
         largest = list(tried.values())[-1]
-        speed = compiled_speed(largest) if compiled and largest.kind == "BatchNorm" else 1.0
-        ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"] / speed
+        ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"]
         if any(measured(layer)["ours"] == math.inf for layer in tried.values()):
             ratios[title] = 0.0
-        if largest.kind == "depthwise" and ratios[title] > 1 and all(map(gives_statistics, tried.values())):
-            counting.add(title)
+        if largest.kind == "depthwise" and ratios[title] > 1:
+            gains[f"statistics of {title}"] = statistics_gain(largest) if all(map(statistics_gain, tried.values())) \
+                else 0.0
         for several in layers:
             layer, inputs = several[0], tuple((each.height, each.width) for each in several)
             if ratios[title] > 1:
-                chosen[layer.example[0]] = layer, {"sizes": inputs}
-    followed = {} if compiled else followed_by(model)
+                chosen[layer.example[0]] = layer, {"sizes": inputs, "dtype": layer.dtype}
+    followed = followed_by(model)
     for module, (layer, attributes) in chosen.items():
         if layer.kind == "BatchNorm":
             attributes["seen"] = seen
-        elif layer.title in counting and type(norm := followed.get(module)) is nn.BatchNorm2d and norm in chosen:
+        elif gains.get(f"statistics of {layer.title}", 0) > 1 and (
+                type(norm := followed.get(module)) is nn.BatchNorm2d and norm in chosen):
             attributes["norm"] = norm
         classes |= with_kernels(layer.kind, layer.example, layer.activation, **attributes)
-    shown = ", ".join(f"{title} {ratio:.2f}" for title, ratio in ratios.items())
+    shown = ", ".join(f"{title} {ratio:.2f}" for title, ratio in (ratios | gains).items())
     print(f"PyTorch's time / our kernels', used above 1: {shown or 'no layers'} "
           f"(timed in {time.monotonic() - began:.0f} s)", flush=True)
     return classes
@@ -407,12 +424,10 @@ def fast_teacher(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def fast_on_a_gpu(model: nn.Module, sizes, **options):
     """Use the kernels within the block where they are faster, by changing the classes of the model's modules.
 
-    sizes: of the square images. options: batch, dtype, device and captured as in a Layer, and compiled: True if the
-    model is run with torch.compile, which fuses a BatchNorm's functions itself. Weights and state-dict keys stay the
-    same, and results differ by rounding only.
+    sizes: of the square images. options: batch, dtype, device and captured as in a Layer. Weights and state-dict keys
+    stay the same, and results differ by rounding only.
     """
-    # compiled code calls no hook after the forward pass: there each BatchNorm moves its statistics itself
-    classes, seen = {}, BatchNorm.seen if options["compiled"] else []
+    classes, seen = {}, []
     try:
         with contextlib.suppress(ImportError):  # there is no Triton on this system
             classes = faster(model, sizes, seen=seen, **options)

@@ -195,10 +195,6 @@ class Stage:
             masks=None if self.masks is None else fingerprint(self.masks.factors),
             teacher=fingerprint(v for each in self.teachers for v in each.state_dict().values())
             if self.teachers else None)
-        if settings.compile:  # by default the ninth version of a network, over all sizes and stages, is not compiled
-            torch._dynamo.config.recompile_limit = 64
-        # dynamic=False: a stage has few image sizes, and kernels compiled for one size are faster
-        self.stepped = [torch.compile(model, dynamic=False) if settings.compile else model, *self.replicas.models[1:]]
         # a CUDA graph can only record work on the device: no other process, and the learning rate in a tensor
         recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
@@ -230,8 +226,7 @@ class Stage:
                 plan, sizes = self.plan, set(self.plan.sizes[self.progress["step"]:])
                 at_end.enter_context(fast_on_a_gpu(
                     self.model, sorted(sizes), batch=len(range(plan.batch_size)[plan.mine]), device=self.device,
-                    dtype=getattr(torch, self.settings.precision), compiled=self.settings.compile,
-                    captured=self.graphs is not None))
+                    dtype=getattr(torch, self.settings.precision), captured=self.graphs is not None))
             if self.graphs is not None and self.settings.optimizer == "muon":
                 muon = self.optimizer.optimizers[0] if isinstance(self.optimizer, Together) else self.optimizer
                 at_end.enter_context(muon.made_early())
@@ -305,7 +300,8 @@ class Stage:
         """
         for replica in self.replicas.models:
             replica.zero_grad(set_to_none=True)
-        self.totals += sum(threads.in_threads(lambda k: self.gradients(k, *batch(k), *kind), range(len(self.stepped))))
+        shares = range(len(self.replicas.models))
+        self.totals += sum(threads.in_threads(lambda k: self.gradients(k, *batch(k), *kind), shares))
         self.replicas.gather(self.processes)
         if self.penalty_in_loss:
             self.penalty.loss().backward()
@@ -323,7 +319,7 @@ class Stage:
                 self.beside.wait_stream(torch.cuda.current_stream())
             with torch.no_grad(), torch.cuda.stream(self.beside):
                 taught = [each(x).float() for each in chosen]
-            logits = self.stepped[k](resized(x, size)).float()
+            logits = self.replicas.models[k](resized(x, size)).float()
             if self.beside:
                 torch.cuda.current_stream().wait_stream(self.beside)
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)

@@ -76,8 +76,6 @@ def stage_options(group) -> None:
 def machine_options(group) -> None:
     group.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_precision(group)
-    group.add_argument("--compile", action=FLAG, default=False, help="compile the network with torch.compile: on an "
-                       "H200 no faster than our own kernels, and it takes half a minute (default: no)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
                        help="threads of a process on a CPU, among which its batch is divided (default: one per core)")
 
@@ -173,8 +171,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     if args.no_tricks:
         chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant", "cooldown": 0}
     return loop.Settings(**chosen | {"precision": plan.precision(args.precision, cuda),
-                                     "workers": 1 if cuda else args.workers or threads.cores(),
-                                     "compile": args.compile})
+                                     "workers": 1 if cuda else args.workers or threads.cores()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,6 @@ class Settings:
     step_rate: float = setting(1e-3, number(float, 0, 1),
                                "Adam's learning rate for trained quantization steps, in octaves, at the peak rate")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
-    compile: bool = False
     workers: int = 1  # threads of a process, each of which computes a share of its batch
 
     def __post_init__(self):

@@ -85,7 +85,7 @@ class Stage:
 
     def apart_from_seed(self) -> dict:
         """Return what decides the stage's result but for its seed and rounding, as far as its folder records it."""
-        kept = {key: value for key, value in self.settings.items() if key not in ("precision", "compile", "seed")}
+        kept = {key: value for key, value in self.settings.items() if key not in ("precision", "seed", "compile")}
         kept["data"] = self.data
         for key, value in self.options.items():
             if key in DECISIVE:

@@ -2,7 +2,7 @@
 
 All maps are channels-last (NHWC) in bfloat16, float16 or float32; sums, statistics and weights are float32. Nothing
 waits for the device and nothing is random: each program writes its part of a sum, and the parts are added in a fixed
-order. The functions are PyTorch operators, so torch.compile takes them as they are and CUDA graphs record them.
+order. The functions are PyTorch operators, and CUDA graphs record them.
 training/gpu_kernels.py decides where they are used. With TRITON_INTERPRET=1, set before the import, they run on a CPU.
 
 In the kernels a tile is [positions, channels]. `channels = groups * ALIGN` tells the compiler which power of two
@@ -21,6 +21,7 @@ from training.gpu_kernels import alignment, dense
 
 PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100, or four with as many warps each
 CHANNELS, ROWS, COLUMNS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in a convolution
+PARTS = tl.constexpr(64)  # of a sum, that the last program reads at once: they come from memory
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -78,11 +79,11 @@ def through_activation(dy, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def block_sum(parts, count, channel, inside, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+def block_sum(parts, count, channel, inside, channels, CHANNELS: tl.constexpr):
     """Return the sum of `count` rows of parts [count, channels], in a fixed order. Other programs wrote them: no L1."""
-    total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-    for first in range(0, count, POSITIONS):
-        row = first + tl.arange(0, POSITIONS)
+    total = tl.zeros([PARTS, CHANNELS], tl.float32)
+    for first in range(0, count, PARTS):
+        row = first + tl.arange(0, PARTS)
         total += tl.load(parts + row[:, None] * channels + channel[None, :], cache_modifier=".cg", other=0.0,
                          mask=(row < count)[:, None] & inside[None, :])
     return tl.sum(total, 0)
@@ -103,15 +104,15 @@ def is_last(arrived):
 
 @triton.jit
 def write_statistics(total, squares, origin, parts, arrived, statistics, rows, eps, correction, channel, inside,
-                     channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+                     channels, CHANNELS: tl.constexpr):
     """Store this program's sums of x - origin and its square; the last program writes the statistics of the sums."""
     programs = tl.num_programs(0)
     at = parts + tl.program_id(0) * channels + channel
     tl.store(at, tl.sum(total, 0), mask=inside)
     tl.store(at + programs * channels, tl.sum(squares, 0), mask=inside)
     if is_last(arrived):
-        distance = block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
-        square = block_sum(parts + programs * channels, programs, channel, inside, channels, POSITIONS, CHANNELS) / rows
+        distance = block_sum(parts, programs, channel, inside, channels, CHANNELS) / rows
+        square = block_sum(parts + programs * channels, programs, channel, inside, channels, CHANNELS) / rows
         variance = square - distance * distance
         variance = tl.where(variance < 0, 0.0, variance)  # by rounding
         tl.store(statistics + channel, tl.load(origin + channel, mask=inside, other=0.0) + distance, mask=inside)
@@ -136,7 +137,7 @@ def batch_statistics(x, origin, parts, arrived, statistics, rows, groups, eps, c
         total += value
         squares += value * value
     write_statistics(total, squares, origin, parts, arrived, statistics, rows, eps, correction, channel, inside,
-                     channels, POSITIONS, CHANNELS)
+                     channels, CHANNELS)
 
 
 @kernel
@@ -171,10 +172,9 @@ def affine_gradients(x, dy, statistics, weight, bias, parts, arrived, dweight, d
     tl.store(at, tl.sum(total, 0), mask=inside)
     tl.store(at + programs * channels, tl.sum(products, 0), mask=inside)
     if is_last(arrived):
-        tl.store(dbias + channel, block_sum(parts, programs, channel, inside, channels, POSITIONS, CHANNELS),
-                 mask=inside)
+        tl.store(dbias + channel, block_sum(parts, programs, channel, inside, channels, CHANNELS), mask=inside)
         tl.store(dweight + channel, block_sum(parts + programs * channels, programs, channel, inside, channels,
-                                              POSITIONS, CHANNELS), mask=inside)
+                                              CHANNELS), mask=inside)
 
 
 @kernel
@@ -211,7 +211,8 @@ def convolution(x, taps, y, origin, parts, arrived, statistics, images, height, 
                 POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
     """Write y, the depthwise convolution of x with taps [channels, 9]; with STATISTICS, see batch_statistics, of y too.
 
-    x [images, height, width, channels]. A tile is some columns of images of y; the program goes down the rows.
+    x [images, height, width, channels]. A tile is some columns of images of y; the program goes down the rows, and
+    loads the pixels of the next one (`ahead`) before it computes a row.
     """
     channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
     weights = ()
@@ -230,17 +231,22 @@ def convolution(x, taps, y, origin, parts, arrived, statistics, images, height, 
         # with stride 1 the sums of this row and of the next so far
         mine = plus_product(zero, weights, 1, left, here, right)
         rest = plus_product(zero, weights, 0, left, here, right)
+        ahead = three_columns(x, at + width, column, width, valid & (1 < height), channel, inside, channels)
         for row in range(y_height):
-            there = valid & (row * STRIDE + 1 < height)
-            left, here, right = three_columns(x, at + width, column, width, there, channel, inside, channels)
+            left, here, right = ahead
+            below = (row + 1) * STRIDE  # the row of x at the middle of the next row's taps
+            if STRIDE == 2:
+                middle = three_columns(x, at + 2 * width, column, width, valid & (below < height), channel, inside,
+                                       channels)
+            ahead = three_columns(x, at + (STRIDE + 1) * width, column, width, valid & (below + 1 < height), channel,
+                                  inside, channels)
             value = plus_product(mine, weights, 2, left, here, right)
             if STRIDE == 1:
                 mine = plus_product(rest, weights, 1, left, here, right)
                 rest = plus_product(zero, weights, 0, left, here, right)
             else:
                 mine = plus_product(zero, weights, 0, left, here, right)
-                there = valid & (row * STRIDE + 2 < height)
-                left, here, right = three_columns(x, at + 2 * width, column, width, there, channel, inside, channels)
+                left, here, right = middle
                 mine = plus_product(mine, weights, 1, left, here, right)
             store(y, y_at, valid, channel, inside, channels, value)
             if STATISTICS:  # of the values as they were stored
@@ -251,7 +257,7 @@ def convolution(x, taps, y, origin, parts, arrived, statistics, images, height, 
             y_at += y_width
     if STATISTICS:
         write_statistics(total, squares, origin, parts, arrived, statistics, images * y_height * y_width, eps,
-                         correction, channel, inside, channels, POSITIONS, CHANNELS)
+                         correction, channel, inside, channels, CHANNELS)
 
 
 @triton.jit
@@ -332,7 +338,7 @@ def taps_gradient(parts, dtaps, count, groups, ALIGN: tl.constexpr, POSITIONS: t
     channels, channel, inside = channels_here(groups, ALIGN, CHANNELS)
     tap = tl.program_id(0)
     tl.store(dtaps + channel * 9 + tap, block_sum(parts + tap * count * channels, count, channel, inside, channels,
-                                                  POSITIONS, CHANNELS), mask=inside)
+                                                  CHANNELS), mask=inside)
 
 
 # ---- Operators -----------------------------------------------------------------------------------
@@ -457,37 +463,7 @@ def depthwise_gradients(x: Tensor, dy: Tensor, weight: Tensor, stride: int) -> t
     return dx, dweight
 
 
-# ---- Shapes and gradients, for autograd and torch.compile ----------------------------------------
-
-@normalise.register_fake
-def _(x, weight, bias, origin, eps, activation):
-    return outputs(x, 1), x.new_empty(3, x.shape[1], dtype=torch.float32)
-
-
-@normalise_by.register_fake
-def _(x, statistics, weight, bias, activation):
-    return outputs(x, 1)
-
-
-@normalise_gradients.register_fake
-def _(x, dy, weight, bias, statistics, activation):
-    return outputs(x, 1), torch.empty_like(weight), torch.empty_like(bias)
-
-
-@depthwise.register_fake
-def _(x, weight, stride):
-    return outputs(x, stride)
-
-
-@depthwise_with_statistics.register_fake
-def _(x, weight, stride, origin, eps):
-    return outputs(x, stride), x.new_empty(3, x.shape[1], dtype=torch.float32)
-
-
-@depthwise_gradients.register_fake
-def _(x, dy, weight, stride):
-    return outputs(x, 1), torch.empty_like(weight)
-
+# ---- Gradients, for autograd ---------------------------------------------------------------------
 
 def keep_for_normalise(ctx, inputs, output):
     x, weight, bias, _, _, ctx.activation = inputs
