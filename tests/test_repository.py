@@ -241,9 +241,9 @@ def test_report_into_a_folder(tmp_path):
 @shipped
 def test_the_images_of_all_stages_are_those_of_the_logs():
     stages = load_json(ROOT / "cifar100_mobilenetv2.json")["made_by"]["training"]
-    images = report.Shipped("", None, {"made_by": {"training": stages}}).images()
-    assert images == sum(load_lines(log)[-1]["epoch"] * 49_920 for log in stage_logs(ROOT / "record"))
-    assert f"{images / 1e6:.2f}M" in README
+    images = sum(load_lines(log)[-1]["epoch"] * 49_920 for log in stage_logs(ROOT / "record"))
+    effort = report.Shipped("", None, {"made_by": {"training": stages}}).effort()
+    assert effort.startswith(f"{images / 1e6:.2f}M: ") and f"| {effort} |" in README
 
 
 @shipped
@@ -339,13 +339,16 @@ def test_the_machine_of_a_record(recorded, device):
     assert report.device(report.machine(recorded)) == device
 
 
-def test_hours_are_summed_by_device():
+def test_images_and_hours_are_summed_by_device():
     cpu, gpu = threads.describe_machine("cpu"), {"device": "AMD Instinct MI300X", "cores": 8, "processes": 1}
-    stages = [{"stage": name, "machine": machine, "last_epoch": {"seconds": seconds}} for name, machine, seconds in (
+    stages = [{"stage": name, "machine": machine, "settings": {"batch_size": 1000}, "last_epoch": {
+        "seconds": seconds, "step": seconds, "epoch": 1}} for name, machine, seconds in (
         ("pretrain", cpu | {"cores": 16}, 5400), ("rew", gpu, 60), ("masked", cpu | {"cores": 16}, 3600),
         ("quantized", gpu, 120))]
     measured = report.Shipped("", None, {"made_by": {"training": stages}})
-    assert measured.hours() == "2.5 h on 16 CPU cores, 3 min on 1 AMD Instinct MI300X"
+    assert measured.effort() == "9.18M: 9.00M in 2.5 h on 16 CPU cores, 0.18M in 3 min on 1 AMD Instinct MI300X"
+    del stages[1::2]
+    assert measured.effort() == "9.00M in 2.5 h on 16 CPU cores"
 
 
 def test_every_table_has_a_place():

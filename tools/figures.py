@@ -60,13 +60,13 @@ def cost_figure(storage: dict[str, int], operations: dict[str, dict[str, int]]) 
     for kind, colour in zip(operations["32-bit"], COLOURS):
         heights = {convention: bits[kind] / 32e6 for convention, bits in operations.items()}
         right.bar(list(heights), list(heights.values()), bottom=list(base.values()), color=colour,
-                  label=f"{kind}: {heights['32-bit']:.2f}M of 32 bits")
+                  label=f"{kind}: {heights['32-bit']:.2f}M")
         base = {convention: base[convention] + heights[convention] for convention in base}
     for i, total in enumerate(base.values()):
         right.text(i, total, f"{total:.2f}M", ha="center", va="bottom")
     right.set(title="Operations for one image", ylabel="millions of 32-bit operations", xlabel="accumulators",
-              ylim=(0, 1.8 * max(base.values())))
-    right.legend(frameon=False, loc="upper right")
+              ylim=(0, 1.95 * max(base.values())))
+    right.legend(frameon=False, loc="upper right", title="with 32-bit accumulators")
     return figure
 
 
@@ -88,7 +88,7 @@ def training_figure(stages: list[list[dict]]) -> Figure:
         for axes in (left, right):
             axes.axvline(start, color=GREY, lw=0.5)
         start = epochs[-1]
-    left.set(title="Training loss (jumps: mixing ends before a stage does)", xlabel="epoch, all stages",
+    left.set(title="Training loss (grey: a new stage; jumps: mixing ends before it does)", xlabel="epoch, all stages",
              ylabel="cross-entropy with the mixed labels", ylim=(0, None))
     right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
     for axes in (left, right):

@@ -117,19 +117,17 @@ class Shipped:
     def percent(self, correct: int) -> str:
         return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
-    def images(self) -> int:
-        """Return how many images all stages trained on."""
-        return sum(images_trained(stage["last_epoch"], stage["settings"], stage.get("options", {}),
-                                  stage.get("train_images"))
-                   for stage in self.stages.values())
-
-    def hours(self) -> str:
-        """Return the training time of all stages by their logs, summed for each kind of device."""
-        seconds = Counter()
+    def effort(self) -> str:
+        """Return the images and the time of all stages by their logs, summed for each kind of device."""
+        seconds, images = Counter(), Counter()
         for stage in self.stages.values():
-            seconds[device(machine(stage["machine"]))] += stage["last_epoch"]["seconds"]
-        return ", ".join(f"{x / 3600:.1f} h on {where}" if x > 3600 else f"{x / 60:.0f} min on {where}"
-                         for where, x in seconds.items())
+            where = device(machine(stage["machine"]))
+            seconds[where] += stage["last_epoch"]["seconds"]
+            images[where] += images_trained(stage["last_epoch"], stage["settings"], stage.get("options", {}),
+                                            stage.get("train_images"))
+        parts = [f"{images[where] / 1e6:.2f}M in " + (f"{x / 3600:.1f} h" if x > 3600 else f"{x / 60:.0f} min")
+                 + f" on {where}" for where, x in seconds.items()]
+        return f"{sum(images.values()) / 1e6:.2f}M: " * (len(parts) > 1) + ", ".join(parts)
 
     def notes(self) -> str:
         """Return a paragraph for each network that is not ours, to go below a table that shows it."""
@@ -172,7 +170,7 @@ def summary(m: Shipped) -> str:
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
         (m.dense_label(), m.percent(m.dense["correct"]), "81.92%", DENSE),
-        ("images trained; time", f"{m.images() / 1e6:.2f}M; {m.hours()}", "30M, and dense training", LOG),
+        ("images trained; time", m.effort(), "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "not given", CHECK),
@@ -195,7 +193,7 @@ def results(m: Shipped) -> str:
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
-        ("accuracy that the shipped network loses",
+        ("difference to this dense network",
          f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands"),
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
