@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_option(tune, "--lr", "lr", text=f"peak learning rate ({TUNING_LR}; of adam {plan.ADAM_LR})")
     plan.add_options(tune, [name for name in TUNING if name != "lr"], mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
-                      help="checkpoints to distil from, as in training/main.py; ours in --normalise, as --checkpoint")
+                      help="checkpoints to distil from, as in training/main.py; --normalise is for them, too")
     tune.add_argument("--frozen", type=number(float, 0, 1), default=1.0, metavar="S",
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "

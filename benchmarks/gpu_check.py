@@ -107,8 +107,10 @@ def check_steps(network: str, batch: int, device: torch.device) -> dict:
 
 
 TESTS = (["-m", "cuda", "tests/test_triton_kernels.py", "tests/test_cuda_graphs.py", "tests/test_augmentation.py"],
-         ["-k", "triton or tiling or memory_formats or runs_twice", "tests/test_kernels.py",
-          "tests/test_triton_kernels.py"])
+         ["-k", "triton", "tests/test_kernels.py"],
+         [f"tests/test_triton_kernels.py::test_{name}" for name in (
+             "results_do_not_depend_on_the_tiling", "other_memory_formats",
+             "a_batchnorm_that_runs_twice_moves_its_statistics_twice")])
 
 
 def run_tests(words: list[str], limit: float) -> str:

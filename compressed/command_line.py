@@ -45,9 +45,9 @@ def some_path(text: str) -> Path:
 
 
 def some_file(text: str) -> Path:
-    """Return the path: an argparse type that refuses what can only be a folder, such as "." and "/"."""
+    """Return the path: an argparse type that refuses what can only be a folder, such as ".", ".." and "/"."""
     path = some_path(text)
-    if not path.name:
+    if path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a file, got that of a folder")
     return path
 

@@ -261,6 +261,7 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
 
     network: of the model's kind; its values are replaced. scale_bits, shift_bits: of its BatchNorms.
     """
+    check_used(network)
     network.load_state_dict(model.state_dict())
     network.eval()
     ours = {}

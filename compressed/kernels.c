@@ -77,7 +77,7 @@ FOR_ONE_FUNCTION float gradient(long h, float z, float dy, const grid *g, float 
     return h == HARDSWISH ? dv : passed(z, g[0], dv, dstep);
 }
 
-/* Return dz; where it takes long to compute, keep it for the second pass as well, as a number like dy. */
+/* Return dz; where it takes long to compute, keep it for the second pass as well, rounded to a number as dy is. */
 FOR_ONE_FUNCTION float kept(long h, float dz, number *to) {
     if (h >= ROUNDED) *to = store(dz);
     return dz;

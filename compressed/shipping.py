@@ -34,16 +34,21 @@ def of_a_run(record: Path) -> list[Path]:
 
 def shipped_accuracy(folder: Path) -> dict | None:
     """Return {"data", "correct", "images", ...} of the network that is shipped in a folder, or None if there is none.
+
+    "digest" is that of the data set, if known.
     """
-    claim = folder / CLAIM
-    return claims.read(claim).get("accuracy") if claim.is_file() else None
+    if not (folder / CLAIM).is_file():
+        return None
+    claim = claims.read(folder / CLAIM)
+    return claim["accuracy"] | {"digest": claim.get("data_set", {}).get("digest")} if "accuracy" in claim else None
 
 
 def objection(accuracy: dict, shipped: dict | None) -> str | None:
     """Return why a network should not replace the shipped one, in words; None if it is better on the same test set."""
     if accuracy["data"].split()[-1] != "test":
         return f"its accuracy was measured on {accuracy['data']} images and not on the test set"
-    if shipped and (shipped.get("data"), shipped.get("images")) != (accuracy["data"], accuracy["images"]):
+    key = "digest" if shipped and accuracy.get("digest") and shipped.get("digest") else "data"  # files are renamed
+    if shipped and [shipped.get(name) for name in (key, "images")] != [accuracy[name] for name in (key, "images")]:
         return "the accuracy of the shipped network was measured on other images"
     if shipped and accuracy["correct"] <= shipped["correct"]:
         return (f"{accuracy['correct']} of {accuracy['images']} test images are classified correctly, by the shipped "

@@ -118,11 +118,17 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
 
 def test_two_fine_tunings_in_one_folder_are_refused(small_checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
-    words = options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE)
-    monkeypatch.setattr(fine_tune, "fine_tune", lambda *_: quantize.main(words))
-    with pytest.raises(BadInput, match="out.run/quantized.state: another process is at work there"):
-        quantize.main(words)
-    assert not list(tmp_path.glob("out.run/*"))
+    words, refused, tune = options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE), [], fine_tune.fine_tune
+
+    def tune_meanwhile(*args):
+        for resume in ([], ["--no-resume"], []):  # none of them takes the lock away
+            with pytest.raises(BadInput, match="out.run/quantized.lock: another process is at work there"):
+                quantize.main(words + resume)
+            refused.append(True)
+        return tune(*args)
+    monkeypatch.setattr(fine_tune, "fine_tune", tune_meanwhile)
+    assert quantize.main([*words, "--no-resume"]) == 0 and len(refused) == 3
+    assert not list(tmp_path.glob("out.run/*.lock"))
 
 
 def test_a_teacher_trained_elsewhere_has_its_normalisation(small_checkpoint, tmp_path, monkeypatch):

@@ -889,26 +889,29 @@ def test_a_second_save_at_the_same_step_leaves_the_first_whole(tmp_path):
 
 
 class Attention(nn.Module):
-    """Tiny with a constant that no sum of two can be made of, and a block that is left out in some of its steps."""
+    """Tiny with a constant of which no sum of two can be made, and a block that is left out in the first steps."""
 
     def __init__(self):
         super().__init__()
         self.net, self.block, self.calls = tiny(), nn.Linear(10, 10), 0
         self.mask = nn.Buffer(torch.triu(torch.full((10, 10), torch.finfo(torch.float32).min), 1))
+        self.seen = nn.Buffer(torch.zeros(()))  # it moves in training, and is no statistic of BatchNorm
 
     def forward(self, x):
         x = self.net(x) + self.mask.exp()[0]
         self.calls += self.training
+        self.seen += self.training
         return x + self.block(x) if self.calls > 3 or not self.training else x
 
 
 @pytest.mark.parametrize("optimizer", ("sgd", "muon"))
 @pytest.mark.parametrize("workers", (1, 2))
 def test_constants_stay_and_a_block_may_get_its_first_gradient_late(tmp_path, optimizer, workers):
-    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, workers=workers)
-    result, _ = stage(tmp_path, model=Attention(), settings=settings)
-    assert torch.equal(result.mask, Attention().mask)
-    assert not torch.equal(result.block.weight, nn.Linear(10, 10).weight) and result.block.weight.isfinite().all()
+    settings, model = dataclasses.replace(SETTINGS, optimizer=optimizer, workers=workers), Attention()
+    before = model.block.weight.detach().clone()
+    result, _ = stage(tmp_path, model=model, settings=settings)
+    assert torch.equal(result.mask, Attention().mask) and result.seen == model.seen == 9
+    assert not torch.equal(result.block.weight, before) and result.block.weight.isfinite().all()
 
 
 def test_a_state_with_weights_that_are_not_finite_replaces_none(tmp_path, monkeypatch):

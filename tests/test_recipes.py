@@ -68,6 +68,7 @@ COOLDOWN = recipes.read(recipes.FOLDER / "default.toml")["masked"]["cooldown"]
     ("--warmup-epochs 3", "pretrain", {"warmup": True}), ("--mixup --no-tricks", "masked", {"cooldown": COOLDOWN}),
     ("--penalty magnitude", "rew", {"cost_power": 0.0, "target_sparsity": 0.803}),
     ("--optimizer adam", "masked", {"lr": None}), ("--optimizer sgd", "masked", {"lr": 0.1}),
+    ("--masked-retrain --sparsity-type threshold", "masked", {"sparsity_type": "threshold", "target_sparsity": None}),
     ("--masked-retrain --eps 0.1", "masked", {"sparsity_type": "threshold", "eps": 0.1}), ("", "rew", {"lam": None})))
 def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words, stage, expected):
     path = tmp_path / "mine.toml"

@@ -225,9 +225,11 @@ def test_a_folder_of_its_own(commands, root, capsys):
     (("hold-out", 9, 10), ("hold-out", 8, 10), "measured on hold-out images"),
     (("mine.npz test", 9, 10), ("mine.npz test", 8, 10), None),
     (("mine.npz test", 9, 10), ("test", 8, 10), "measured on other images"),
+    (("a.npz test", 9, 10, "1a"), ("b.npz test", 8, 10, "1a"), None),
+    (("a.npz test", 9, 10, "1a"), ("a.npz test", 8, 10, "2b"), "measured on other images"),
 ))
 def test_what_is_better(accuracy, shipped, why):
-    made, there = (None if each is None else dict(zip(("data", "correct", "images"), each))
+    made, there = (None if each is None else dict(zip(("data", "correct", "images", "digest"), each))
                    for each in (accuracy, shipped))
     found = shipping.objection(made, there)
     assert found is None if why is None else why in found
@@ -266,8 +268,13 @@ def test_nothing_to_ship(commands, root):
 
 def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
     commands.network = "my.py:Net?depth=9"
-    with pytest.raises(BadInput, match=r"are about .*: give --into FOLDER for my.py:Net\?depth=9; what was made is in"):
+    with pytest.raises(BadInput, match=r"my.py:Net\?depth=9 is not this repository's own code.*; what was made is in"):
         ship.main(["run"])
+    commands.network, spec = "mobilenet_v2:SmallMobileNetV2", commands.network
+    with pytest.raises(BadInput, match="are about .*: give --into FOLDER for mobilenet_v2:SmallMobileNetV2; what"):
+        ship.main(["run"])
+    commands.network = spec
+    commands.lines[1:] = []
     assert commands.names == ["quantize.py"] and (root / CHECKPOINT).read_text() == "old"
     with pytest.raises(BadInput, match="not this repository's own code: give --into .*, such as shipped/mine; what"):
         ship.main(["run", "--into", "mine"])  # bash run.sh could not verify it without --network
@@ -277,7 +284,7 @@ def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
     save_record({"options": {"network": commands.network}}, root / "run/masked.options.json")
     commands.lines.clear()
     for words in [], ["--into", "mine"]:
-        with pytest.raises(BadInput, match="my.py:Net.*give --into|give --into FOLDER for my.py:Net"):
+        with pytest.raises(BadInput, match="my.py:Net.*give --into"):
             ship.main(["run", *words])
     assert not commands.lines  # refused before anything is made
 
@@ -293,6 +300,13 @@ def test_the_board_is_about_the_test_set(commands, root, into):
         ship.main(["run", *into])
     assert not commands.lines
     assert ship.main(["run", "--into", "shipped/small", "--made-up", "50"]) == 0
+    commands.accuracy["data"] = "hold-out"  # as the recipe's last table says, or the --data
+    (root / "run/masked.options.json").unlink()
+    with pytest.raises(BadInput, match="not that on CIFAR-100's test set.*; what was made is in"):
+        ship.main(["run", *into])
+    assert commands.names[-1] == "quantize.py"
+    assert ship.main(["run", *into, "--if-better"]) == 0  # it says why not, and keeps it
+    assert commands.names[-1] == "tools.verify"
 
 
 def test_two_at_once_are_refused(commands, root):
@@ -344,14 +358,23 @@ def test_training_ships_what_is_better(commands, root, capsys):
 
 def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
     commands.does["main.py"] = lambda: save_text("", root / "runs/default/masked.pt")
-    assert train.main(["--ship", "--holdout", "--data", "d"]) == 0
-    assert commands.lines[1] == "tools.ship runs/default --data d --holdout"
+    assert train.main(["--ship", "--no-cuda"]) == 0
+    assert commands.lines[1] == "tools.ship runs/default --no-cuda"
     assert "whatever its accuracy" in capsys.readouterr().out
-    for data in (["--made-up", "100"], ["--data", "five.npz"]):
-        assert train.main(data) == 0
-        assert "nothing shipped is going to be replaced" in capsys.readouterr().out
     (root / CLAIM).unlink()
     assert train.main([]) == 0 and "as there is none yet" in capsys.readouterr().out
+
+
+def test_training_on_other_images_ships_nothing(commands, root, capsys):
+    write(root, runs__default__masked_pt="", runs__default__masked_average_pt="")
+    for data in ("--made-up 100", "--data five.npz", "--holdout"):
+        assert train.main(data.split()) == 0 and commands.names[-1] == "main.py"
+        said = capsys.readouterr().out
+        assert "nothing shipped is going to be replaced: the accuracy is not of CIFAR-100's test set" in said
+        command = re.search("trained; to ship it: bash run.sh ship (.*) --into FOLDER (.*)\n", said)
+        assert ship.parse([command[1], "--into", "shipped/mine", *command[2].split()])[0].run == Path("runs/default")
+        with pytest.raises(SystemExit):
+            train.main(["--ship", *data.split()])
 
 
 def test_training_another_network_ships_nothing(commands, root, capsys):
@@ -368,7 +391,7 @@ def test_training_another_network_ships_nothing(commands, root, capsys):
 
 
 def test_training_that_was_stopped_says_how_to_go_on(commands, root, capsys):
-    words = ["--run=runs/a b", "--max-minutes", "1", "--ship", "--no-resume", "--holdout"]
+    words = ["--run=runs/a b", "--max-minutes", "1", "--ship", "--no-resume", "--no-cuda"]
     assert train.main(words) == 0 and commands.names == ["main.py"]
     line = capsys.readouterr().out.splitlines()[-1]
     go_on = re.fullmatch("train.py: not finished yet; to go on: bash run.sh train (.*)", line)[1]

@@ -3,7 +3,8 @@
     python -m tools.ship                        the run runs/default, even if its training is not finished
     python -m tools.ship RUN --epochs 6 ...     another run; further options go to quantize.py
     python -m tools.ship RUN --into small       into the folder small/ instead of the repository's root; bash run.sh
-                                                verifies every folder of the repository that holds a shipped network
+                                                verifies every folder of the repository that holds a shipped network.
+                                                Code and data of your own: into a folder elsewhere, or deeper
     python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the network that it
                                                 would replace
 
@@ -49,29 +50,30 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
                        "further with bash run.sh train")
     options = args.run / "masked.options.json"
     record = load_record(options, "give another run") if options.is_file() else {"options": {}}
-    check_network(record["options"].get("network", networks.DEFAULT), args.into)
-    ours = dataclasses.asdict(cifar100.CIFAR100)
-    if args.holdout or args.made_up or record.get("data_set", ours) != ours:
-        check_place(args.into, "the accuracy is not that on CIFAR-100's test set")
+    data = "hold-out" if args.holdout else "made up" if args.made_up else "test"
+    why = misplaced(record["options"].get("network", networks.DEFAULT), data, record.get("data_set"), args.into)
+    if why and not args.if_better:  # that makes it, and says why it is not shipped
+        raise BadInput(why)
     return args, words
 
 
-def check_network(network: str, into: Path) -> None:
-    """Raise BadInput for a network whose place is not in the folder `into`."""
-    if network != networks.DEFAULT and into.resolve() == ROOT:
-        raise BadInput(f"the pages at the repository's root are about {networks.DEFAULT}: give --into FOLDER for "
-                       f"{network}")
+def misplaced(network: str, data: str, data_set: dict | None, into: Path) -> str | None:
+    """Return why a network cannot be shipped into the folder `into`, in words; None if it can.
+
+    bash run.sh verifies the root and the folders in it, and the board shows them. data, data_set: as in a claim.
+    """
+    if ROOT not in (into.resolve(), into.resolve().parent):
+        return None
+    elsewhere = "give --into a folder outside the repository, or deeper in it, such as shipped/mine"
     try:
         networks.followed(network, None)
     except BadInput:
-        check_place(into, f"{network} is not this repository's own code")
-
-
-def check_place(into: Path, why: str) -> None:
-    """Raise BadInput for the root and the folders in it: bash run.sh verifies what is there, and the board shows it."""
-    if ROOT in (into.resolve(), into.resolve().parent):
-        raise BadInput(f"{why}: give --into a folder outside the repository, or deeper in it, such as shipped/"
-                       f"{into.resolve().name if into.resolve() != ROOT else 'mine'}")
+        return f"{network} is not this repository's own code: {elsewhere}"
+    if data != "test" or data_set not in (None, dataclasses.asdict(cifar100.CIFAR100)):
+        return f"the accuracy is not that on CIFAR-100's test set: {elsewhere}"
+    if network != networks.DEFAULT and into.resolve() == ROOT:
+        return f"the pages at the repository's root are about {networks.DEFAULT}: give --into FOLDER for {network}"
+    return None
 
 
 def copy_record(run: Path, claim: dict, record: Path) -> None:
@@ -91,8 +93,10 @@ def copy_record(run: Path, claim: dict, record: Path) -> None:
         raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
 
 
-def build(args, words: list[str], new: Path) -> None:
+def build(args, words: list[str], new: Path) -> str | None:
     """Make and verify, in the folder `new`, the checkpoint of args.run, its claim, packed file, ONNX model and record.
+
+    Return why it is `misplaced` in args.into, which is an error without --if-better; else None.
 
     quantize.py reads the run's float16 weights, the same file that is copied to record/.
     """
@@ -100,7 +104,9 @@ def build(args, words: list[str], new: Path) -> None:
     quantize = ["--checkpoint", str(args.run / "masked.average.pt"), *words, *data]
     shipping.run(ROOT / "quantize.py", *quantize, "--out", new / CHECKPOINT, "--tuning-folder", args.run)
     claim = claims.read(new / shipping.CLAIM)
-    check_network(claim["network"]["spec"], args.into)
+    why = misplaced(claim["network"]["spec"], claim["accuracy"]["data"], claim.get("data_set"), args.into)
+    if why and not args.if_better:
+        raise BadInput(why)
     if args.into.resolve() != ROOT:
         quantize += ["--out", str(args.into / CHECKPOINT)]
     checkpoint += ("--network", claim["network"]["spec"])  # no script runs the code that a claim names without it
@@ -111,6 +117,7 @@ def build(args, words: list[str], new: Path) -> None:
     shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)
     copy_record(args.run, claim, new / "record")
     shipping.run("-m", "tools.verify", *checkpoint, *data)
+    return why
 
 
 def keep(new: Path, candidate: Path) -> Path:
@@ -124,9 +131,8 @@ def main(argv=None) -> int:
     shipped = shipping.shipped_accuracy(args.into) if args.if_better else None
     with shipping.staging(args.into) as new:
         try:
-            build(args, words, new)
-            objection = args.if_better and shipping.objection(shipping.shipped_accuracy(new), shipped)
-            if objection:
+            why = build(args, words, new)
+            if args.if_better and (objection := why or shipping.objection(shipping.shipped_accuracy(new), shipped)):
                 kept = keep(new, args.run / "candidate")
                 again = shlex.join(word for word in (sys.argv[1:] if argv is None else argv) if word != "--if-better")
                 print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {again} ships it")

@@ -5,7 +5,7 @@
     python -m tools.train --ship               ship the network whatever its accuracy
 
 A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another. Only the
-shipped network's kind is shipped here; for others the command that does it is printed.
+shipped network's kind on CIFAR-100 is shipped here; for others the command that does it is printed.
 """
 import argparse
 import shlex
@@ -39,26 +39,33 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     path = recipes.of_run(args.recipe, args.run)
     args.given_network = args.network
     args.network = args.network or (path and recipes.read(path)["common"].get("network")) or networks.DEFAULT
-    if args.ship and args.network != networks.DEFAULT:
-        parser.error(f"--ship is for {networks.DEFAULT}: {command_to_ship(args)} ships {args.network}")
+    if args.ship and (why := not_shipped(args)):
+        parser.error(f"--ship: {why}; {command_to_ship(args)} ships it")
     return args, words
+
+
+def not_shipped(args) -> str | None:
+    """Return why the network is not shipped here whatever its accuracy, in words; else None."""
+    if args.network != networks.DEFAULT:
+        return f"what is shipped is {networks.DEFAULT}"
+    is_cifar100 = args.data is None or cifar100.holding(args.data, cifar100.SET, cifar100.COUNT)
+    if args.made_up or args.holdout or not is_cifar100:
+        return "the accuracy is not of CIFAR-100's test set"
+    return None
 
 
 def command_to_ship(args) -> str:
     """Return the command that ships the network of a run into a folder of its own."""
-    return f"bash run.sh ship {shlex.quote(str(args.run))} --into FOLDER"
+    return shlex.join(["bash", "run.sh", "ship", str(args.run), "--into", "FOLDER", *datasets.option_words(args)])
 
 
 def announcement(args) -> str:
     """Return a sentence that says which files will be replaced after training, and on what condition."""
     shipped = shipping.shipped_accuracy(ROOT)
-    is_cifar100 = args.data is None or cifar100.holding(args.data, cifar100.SET, cifar100.COUNT)
-    if args.network != networks.DEFAULT:
-        return f"nothing shipped is going to be replaced: that is {networks.DEFAULT}; then {command_to_ship(args)}"
+    if why := not_shipped(args):
+        return f"nothing shipped is going to be replaced: {why}; then {command_to_ship(args)}"
     if args.ship:
         condition = "whatever its accuracy"
-    elif args.made_up or args.holdout or not is_cifar100:
-        return "nothing shipped is going to be replaced: the accuracy is not of CIFAR-100's test set (--ship does it)"
     elif shipped:
         condition = f"if more than {shipped['correct']} of {shipped['images']} test images are right"
     else:
@@ -79,7 +86,7 @@ def main(argv=None) -> int:
     try:
         status = run_python(ROOT / "training" / "main.py", *again, *["--no-resume"] * args.no_resume)
         finished = (args.run / "masked.pt").is_file()  # else --max-minutes stopped it, or the options name one stage
-        if status == 0 and finished and args.network != networks.DEFAULT:
+        if status == 0 and finished and not_shipped(args):
             print(f"train.py: trained; to ship it: {command_to_ship(args)}")
             return 0
         if status == 0 and finished:

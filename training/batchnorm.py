@@ -33,11 +33,13 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
         for norm in norms:
             norm.train().reset_running_stats()
             norm.momentum = None  # the plain mean over all batches
-        for index, draws in parts[k]:
-            threads.go_on()
-            models[k](augmentation.augment(data.images[index], data.labels[index], draws)[0])
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
+        try:
+            for index, draws in parts[k]:
+                threads.go_on()
+                models[k](augmentation.augment(data.images[index], data.labels[index], draws)[0])
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
 
     threads.in_threads(update, range(len(parts)))
     weights = [len(part) / len(batches) for part in parts]  # of the threads' statistics

@@ -55,10 +55,6 @@ class Tuning:
         return self.folder / "quantized.start.pt"
 
     @property
-    def state(self) -> Path:
-        return self.folder / "quantized.state"
-
-    @property
     def teacher_sums(self) -> list[str | None]:
         """The SHA-256 of each teacher's file; None where it is not there (KAIST AI's are known by name)."""
         return [sha256(path) if Path(path).is_file() else None for path in self.teachers]
@@ -108,7 +104,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     fix_steps(finished, chosen.scheme, chosen.scale_bits)
     save_tensors(with_steps(finished), file)
     tuning.start.unlink(missing_ok=True)
-    State(tuning.state).remove()
+    State(file.with_suffix(".state")).remove()
     return finished
 
 
@@ -118,14 +114,15 @@ def alone(tuning: Tuning):
 
     Raises BadInput if another process is at work.
     """
-    with refused(f"{tuning.state}: cannot be made", errors=OSError):
-        tuning.state.mkdir(parents=True, exist_ok=True)
-    try:
-        with held(tuning.state):
+    lock = tuning.folder / "quantized.lock"
+    with refused(f"{lock}: cannot be made", errors=OSError):
+        tuning.folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with held(lock):
+        try:
             yield
-    finally:
-        with contextlib.suppress(OSError):  # it holds a state, or is gone
-            tuning.state.rmdir()
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def with_steps(model: nn.Module) -> dict[str, Tensor]:

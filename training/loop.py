@@ -390,6 +390,10 @@ class Stage:
         if result is not self.model:  # a weight that became zero is only nearly zero in the average
             for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(self.model)):
                 ours.weight.mul_(theirs.weight != 0)
+            means = {id(statistics) for statistics in running_statistics(result)}
+            for ours, theirs in zip(result.buffers(), self.model.buffers()):
+                if id(ours) not in means:
+                    ours.copy_(theirs)
         if self.settings.refresh:
             renew_statistics(result, self.data, self.settings.refresh, self.settings.augment,
                              generator_for(self.settings.seed, self.name, "refresh"))
@@ -430,7 +434,8 @@ class Stage:
             with refused(f"{self.state.folder} holds the state of another network", f"; {AGAIN}",
                          (KeyError, RuntimeError, ValueError)):
                 for key, part in self.parts.items():
-                    part.load_state_dict(contents[key])
+                    if key in contents or key != "watch":  # a state of an older version lacks it
+                        part.load_state_dict(contents[key])
         else:
             self.updates.add(self.progress["step"])  # in a stage's middle, too, the penalty needs its weights
             if self.progress["step"] and log.is_file():
@@ -466,10 +471,10 @@ class Stage:
         return self.measured or images * IMAGE_SIZE**2 * self.pace / 2 + allowance
 
     def save(self) -> None:
-        """Write the state, after a check of the masks. Raises BadInput if something in it is not finite."""
+        """Write the state, after a check of the masks. Raises BadInput if a weight in it is not finite."""
         self.progress["loss"], self.progress["correct"] = self.read_totals()
         self.progress["seconds"] = self.seconds()
-        if not all(bool(tensor.isfinite().all()) for several in self.averaged for tensor in several):
+        if not torch.stack([tensor.isfinite().all() for several in self.averaged for tensor in several]).all():
             raise BadInput(f"{self.name}: the weights are not finite; {LOWER}")
         self.check_masks(self.model, self.average)
         if self.processes.first:

@@ -41,8 +41,6 @@ from training.state import MACHINE, State, stop_noted
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}  # of SGD, also for what Muon leaves to it
-# {option of the submission: the same setting here}
-NAMES = {"--epoch": "epochs", "--optmzr": "optimizer", "--lr-scheduler": "schedule", "--smooth-eps": "smoothing"}
 TEACHING = ("distill", "temperature", "teaching")
 FLAG = argparse.BooleanOptionalAction
 
@@ -81,8 +79,8 @@ def machine_options(group) -> None:
 
 
 def submission_options(group) -> None:
-    for option, name in NAMES.items():
-        plan.add_option(group, option, name, text="--" + name)
+    for option, name in plan.SUBMISSIONS.items():
+        plan.add_option(group, f"--{option}", name, text=f"--{name}")
     group.add_argument("--warmup", action=FLAG, default=True, help="use the warm-up, or none")
     group.add_argument("--mixup", action=FLAG, help="--mixing mixup, or --mixing none")
     group.add_argument("--smooth", action=FLAG, default=True, help="use label smoothing, or none")

@@ -11,6 +11,8 @@ from compressed.command_line import number
 from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
+# {option of the submission: the same setting here}
+SUBMISSIONS = {"epoch": "epochs", "optmzr": "optimizer", "lr-scheduler": "schedule", "smooth-eps": "smoothing"}
 ADAM_LR = 1e-3  # default of --lr with --optimizer adam
 STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
 

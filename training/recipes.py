@@ -15,12 +15,11 @@ from pathlib import Path
 
 from compressed.errors import BadInput
 from compressed.files import find_toml, load_toml
-from training import runs, sparsity
+from training import plan, runs, sparsity
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 STAGES = (*runs.STAGES, "quantized")
 OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume", "max_minutes")
-SUBMISSIONS = {"epoch": "epochs", "optmzr": "optimizer", "lr-scheduler": "schedule"}  # {its name: ours}
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
@@ -29,7 +28,7 @@ EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda 
             "data": lambda value: ["made_up"],
             "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
             "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken,
-            "optimizer": lambda value: ["lr"] if value == "adam" else []}  # a hundredth of SGD's
+            "sparsity_type": lambda value: ["target_sparsity"] if value == "threshold" else []}
 
 
 def of_run(name: str | None, folder: Path) -> Path | None:
@@ -62,7 +61,7 @@ def words(recipe: dict[str, dict], stage: str, parser: argparse.ArgumentParser) 
     line, options = [], recipe["common"] | recipe[stage]
     if stage == "quantized":  # quantize.py does not know the submission's names
         mixup = {} if "mixup" not in options else {"mixing": "mixup" if options.pop("mixup") else "none"}
-        options = {SUBMISSIONS.get(name, name): value for name, value in (mixup | options).items()}
+        options = {plan.SUBMISSIONS.get(name, name): value for name, value in (mixup | options).items()}
     for name, value in options.items():
         if f"--{name}" not in parser._option_string_actions:
             if stage == "quantized" and name not in recipe[stage]:
@@ -94,14 +93,17 @@ def given(parser: argparse.ArgumentParser, argv=None) -> dict:
 def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
     """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
 
-    An option of ours that differs from the recipe's removes those of the recipe that it excludes.
+    An option of ours removes those of the recipe that it excludes. Adam's learning rate is none for SGD and Muon, and
+    the other way round.
     """
+    excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
     def refuse(message):
         raise BadInput(f"the recipe's options of {stage}: {message}")
     command_lines, parser.error = parser.error, refuse
     theirs = given(parser, words(recipe, stage, parser)) if recipe else {}
     parser.error = command_lines
-    excluded = {other for name, value in ours.items() if name in EXCLUDED and theirs.get(name, object()) != value
-                for other in EXCLUDED[name](value)}
+    optimizers = theirs.get("optimizer"), ours.get("optimizer", theirs.get("optimizer"))
+    if [each == "adam" for each in optimizers] in ([True, False], [False, True]):
+        excluded.add("lr")
     theirs = {name: value for name, value in theirs.items() if name not in excluded}
     return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)

@@ -59,8 +59,7 @@ def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """Return the running means and variances of a model. Its other buffers are constants, such as an attention mask.
-    """
+    """Return the running means and variances of a model. Its other buffers are no means over images."""
     return [buffer for name, buffer in model.named_buffers()
             if name.rpartition(".")[2] in ("running_mean", "running_var")]
 

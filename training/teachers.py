@@ -9,7 +9,7 @@ taken from --folder, else from the environment variable TEACHERS_DIR, else ./dat
 given, they are downloaded to the last.
 
 A teacher takes the same images as the student, always of 32x32 pixels, in the normalisation that it was trained with:
-ours (cifar100.normalise), KAIST's, or with quantize.py --normalise that of the checkpoint, for our own networks, too.
+ours (cifar100.normalise), KAIST's, or for one from elsewhere what quantize.py --normalise says.
 """
 import contextlib
 import os
@@ -25,13 +25,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from compressed import cifar100, environment, networks, threads
 from compressed.cifar100 import CIFAR100, DataSet
-from compressed.command_line import command_line, run_script, some_path
+from compressed.claims import claim_path
+from compressed.command_line import command_line, run_script, say_once, some_path
 from compressed.errors import BadInput, refused
 from compressed.evaluation import logits
 from compressed.files import sha256
 from compressed.graph import normalised_convolutions
 from compressed.kaist import load_micronet
 from compressed.normalisation import Renormalised
+from training.runs import training_record
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -66,8 +68,8 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
 
     A file with the suffix .t7 is one of KAIST's networks; a name in KAIST that is not there is looked for by `find`.
     Any other is read as the network of this specification and, if it does not fit, as the default network; normalise:
-    the (means, deviations) of the input that it was trained with elsewhere, as in normalisation.add_option. Raises
-    BadInput if the teacher was not trained for the classes of the data set.
+    the (means, deviations) of its input, as in normalisation.add_option, if it was trained elsewhere: there is neither
+    a claim nor a log next to it. Raises BadInput if the teacher was not trained for the classes of the data set.
     """
     path = Path(path)
     theirs = path.suffix == ".t7"
@@ -77,7 +79,9 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     teacher = fold_batchnorm(teacher)
-    teacher = teacher if theirs or normalise is None else Renormalised(teacher, *normalise).eval()
+    if normalise and not theirs and not claim_path(path).is_file() and not training_record(path):
+        say_once(f"{path}: no record of its training here, so this teacher takes images as --normalise says")
+        teacher = Renormalised(teacher, *normalise).eval()
     return teacher.requires_grad_(False)
 
 
