@@ -131,6 +131,12 @@ class Tracer(fx.Tracer):
         return isinstance(module, RoundsValues) or known and not isinstance(module, CONTAINERS)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy, which can be run without a change of the model's buffers and attributes."""
+    with refused(f"{type(model).__name__} cannot be copied, so it has no rule"):  # computed weights, as of weight_norm
+        return copy.deepcopy(model)
+
+
 def traced(model: nn.Module) -> fx.Graph:
     """Return the torch.fx graph of a network's forward pass; of a prepared network (see graph.prepare) its own.
 
@@ -139,7 +145,7 @@ def traced(model: nn.Module) -> fx.Graph:
     if hasattr(type(model), "prepared_graph"):
         return type(model).prepared_graph
     try:
-        return Tracer().trace(model)
+        return Tracer().trace(copied(model))
     except BadInput:
         raise
     except Exception as error:  # whatever the user's own forward pass raises on a torch.fx.Proxy
@@ -400,10 +406,9 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     if has_hooks(model):
         raise BadInput(f"{type(model).__name__} has a forward hook, which could change its input or its logits: remove "
                        "it")
-    with refused(f"{type(model).__name__} cannot be copied, so it has no rule"):  # computed weights, as of weight_norm
-        copied = copy.deepcopy(model).to("meta").eval()
-    graph = traced(copied)
-    run = _Run(fx.GraphModule(copied, graph))
+    twin = copied(model).to("meta").eval()
+    graph = traced(twin)
+    run = _Run(fx.GraphModule(twin, graph))
     with refused(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))}"), torch.no_grad():
         run.run(torch.empty(1, *shape, device="meta"))
     nodes, operations, parameters = {}, [], {name for name, _ in model.named_parameters()}
