@@ -3,7 +3,8 @@
     python -m benchmarks.training_speed [--images N] [--batch-size B] [--rounds 3] [--workers W] [--alone] [--json F]
     python -m benchmarks.training_speed --fine-tuning      compares fine-tuning on the grids with masked training
 
-The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD.
+The plain loop has a DataLoader with --workers processes, torchvision's crop, flip and normalisation, NCHW float32, SGD;
+where the processor has bfloat16, it is measured under autocast, too.
 Ours is training/loop.py as `training/main.py` runs it: uint8 images on the device, whole batches augmented there,
 channels-last, bfloat16 where the processor has it, whole steps as CUDA graphs on a GPU, and on a CPU one thread per
 core, among which the batch is divided. Both train the same network with the same augmentation and batch size on the
@@ -56,7 +57,9 @@ FINE_TUNING = {"masked training": {}, "fine-tuning": {"on_grids": True},
                "fine-tuning, frozen": {"on_grids": True, "frozen": True},
                "fine-tuning, PyTorch's functions": {"on_grids": True, "compiled": False}}
 RATIOS = {  # name: (speed, divided by which)
-    "training / the plain loop": ("ours", "plain"), "training at 24x24 / at 32x32": ("ours, 24x24", "ours"),
+    "training / the plain loop": ("ours", "plain"),
+    "training / the plain loop in bfloat16": ("ours", "plain, bfloat16"),
+    "training at 24x24 / at 32x32": ("ours, 24x24", "ours"),
     "training without a teacher / with one": ("ours", "ours, with a teacher"),
     "the same at 24x24": ("ours, 24x24", "ours, 24x24, with a teacher"),
     "the compiled functions / PyTorch's, at 24x24": ("ours, 24x24", PYTORCHS),
@@ -79,8 +82,11 @@ def plain_batch(examples: list) -> list[torch.Tensor]:
     return default_collate([(PLAIN(image), label) for image, label in examples])
 
 
-def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: int = 2) -> float:
-    """Return the seconds of an epoch of the plain loop, but for the start of the DataLoader's workers."""
+def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: int = 2, half: bool = False) -> float:
+    """Return the seconds of an epoch of the plain loop, but for the start of the DataLoader's workers.
+
+    half: compute it under autocast to bfloat16.
+    """
     torch.manual_seed(0)
     device = data.labels.device
     model = networks.make(network).to(device).train()
@@ -95,7 +101,8 @@ def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: i
             synchronize(device)
             started = time.perf_counter()
         x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-        loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -198,6 +205,8 @@ def loops(args, settings: loop.Settings, device: torch.device) -> dict:
     epochs = {"plain": plain, "ours": ours, "ours, 24x24": small,
               "ours, with a teacher": functools.partial(ours, taught=True),
               "ours, 24x24, with a teacher": functools.partial(small, taught=True)}
+    if settings.precision == "bfloat16":
+        epochs["plain, bfloat16"] = functools.partial(plain, half=True)
     if args.fine_tuning:
         epochs = {name: functools.partial(fine_tuning_epoch, network=args.network, settings=settings, **how)
                   for name, how in FINE_TUNING.items() if device.type == "cpu" or how.get("compiled", True)}

@@ -309,10 +309,11 @@ def training_table(measured: dict) -> str:
     rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})")
             for name, speeds in measured["images_per_second"].items()]
     rows += [(name, f"**{ratio:.2f}**") for name, ratio in measured["ratios"].items()]
-    shares = {part: seconds for part, seconds in measured["step"].items() if part != "whole"}
+    shares = {part: seconds for part, seconds in measured.get("step", {}).items() if part != "whole"}
     rows += [(f"share of a step: {part}", f"{100 * seconds / sum(shares.values()):.2f}%")
              for part, seconds in shares.items()]
-    return table((f"batch {measured['batch_size']}; ours in {measured['precision']}, plain in float32",
+    precision = f"ours in {measured['precision']}, plain in float32" if shares else measured["precision"]
+    return table((f"batch {measured['batch_size']}; {precision}",
                   f"median of {len(next(iter(measured['images_per_second'].values())))} rounds (range)"), rows)
 
 
@@ -345,6 +346,7 @@ def inference_table(measured: dict) -> str:
 
 BENCHMARKS = {"speed": ("training_speed.json", training_table),
               "speed_avx2": ("training_speed_avx2.json", training_table),
+              "fine_tuning": ("fine_tuning_speed.json", training_table),
               "depthwise": ("depthwise_shapes.json", depthwise_table),
               "inference": ("inference_speed.json", inference_table)}
 
