@@ -14,12 +14,13 @@ from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
-from compressed.files import held
+from compressed.files import held, load_json
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
 # the files of record/ that come from the run folder of the shipped network; the others stay when it is replaced
 OF_A_RUN = re.compile(r"(pretrain|rew|masked|quantized)(-\d+)?\.(jsonl|options\.json)|masked\.pt|recipe\.toml")
+BASELINE = ("dense.pt", "dense.jsonl", "dense.options.json", "dense.tested.json")  # files of record/, see tools.baseline
 
 
 def in_folders(root: Path) -> list[Path]:
@@ -27,9 +28,20 @@ def in_folders(root: Path) -> list[Path]:
     return sorted(root.glob(f"*/{CHECKPOINT}"))
 
 
+def freed(record: Path) -> bool:
+    """Return True if the dense baseline in a record/ folder is the shipped network, trained further without its mask.
+
+    It is then of no use for the next network that is shipped; a dense network from scratch is.
+    """
+    options = record / "dense.options.json"
+    return options.is_file() and load_json(options).get("options", {}).get("start") is not None
+
+
 def of_a_run(record: Path) -> list[Path]:
     """Return the files of a record/ folder that belong to the shipped network's run; none if there is no folder."""
-    return sorted(path for path in record.glob("*") if path.is_file() and OF_A_RUN.fullmatch(path.name))
+    baseline = BASELINE if freed(record) else ()
+    return sorted(path for path in record.glob("*") if path.is_file() and (
+        OF_A_RUN.fullmatch(path.name) or path.name in baseline))
 
 
 def shipped_accuracy(folder: Path) -> dict | None:

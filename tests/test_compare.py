@@ -125,8 +125,11 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
                {"weights": {"conv.weight": torch.zeros(1, 1, 1, 1)}})
     assert compare.last_weights(tmp_path, "rew").keys() == {"conv.weight"} and not compare.last_weights(tmp_path, "x")
     log = tmp_path / "rew.jsonl"
-    log.write_text("".join(json.dumps(line | {"zeros_path": 0.5}) + "\n" for line in map(json.loads, open(log))))
-    assert compare.curves(read_stages(tmp_path))["path"] == [(960 / 1e6, 0.5), (1280 / 1e6, 0.5)]
+    log.write_text("".join(json.dumps(line | {"zeros_path": 0.5, "zeros_share": 0.4}) + "\n"
+                           for line in map(json.loads, open(log))))
+    points = compare.curves(read_stages(tmp_path))
+    assert points["path"] == [(960 / 1e6, 0.5), (1280 / 1e6, 0.5)]
+    assert points["zeros"][2:] == [(960 / 1e6, 0.4), (1280 / 1e6, 0.4)]  # of the pruned layers, as the path is
     assert (tmp_path / "f.svg").read_text().startswith("<?xml")
 
 

@@ -124,6 +124,18 @@ def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
     assert capsys.readouterr().out == f"ship.py: shipped {root / CHECKPOINT}\n"
 
 
+@pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False)))
+def test_a_dense_baseline_that_was_the_shipped_network_goes_with_it(commands, root, start, stays):
+    """One from scratch stays, and is in the folder that the tables are made from."""
+    save_record({"settings": {}, "options": {"start": start}}, root / "record/dense.options.json")
+    write(root, record__dense_jsonl="log")
+    known = []
+    commands.does["tools.report"] = lambda: known.extend(path.name for path in root.glob("new.*/new/record/dense.*"))
+    assert ship.main(["run"]) == 0
+    left = {path.name for path in (root / "record").glob("dense.*")}
+    assert left == set(known) == (set(shipping.BASELINE) if stays else set())
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_fails_replaces_nothing(commands, root, name):
     commands.fails = name

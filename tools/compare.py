@@ -160,7 +160,8 @@ def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
     points, before = {"loss": [], "accuracy": [], "zeros": [], "path": []}, 0
     for stage in stages:
         for line in stage.lines:
-            values = line["loss"], line.get("test_accuracy"), share_of_zeros(line), line.get("zeros_path")
+            zeros = line.get("zeros_share", share_of_zeros(line))  # of the pruned layers, as the path is
+            values = line["loss"], line.get("test_accuracy"), zeros, line.get("zeros_path")
             for curve, value in zip(points.values(), values):
                 if value is not None:
                     curve.append(((before + stage.images(line)) / 1e6, value))

@@ -3,6 +3,7 @@
 layers_figure     sparsity and bits of every weight tensor
 cost_figure       where storage and operations go
 training_figure   loss and accuracy by epoch, stage after stage
+sparsity_figure   zeros by epoch of reweighted stages, the path that they follow, and lambda
 board_figure      accuracy against score, of what is shipped here and the challenge's entries
 """
 from compressed import environment
@@ -93,6 +94,25 @@ def training_figure(stages: list[list[dict]]) -> Figure:
     right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
+    grid(left, right)
+    return figure
+
+
+def sparsity_figure(stages: dict[str, list[dict]]) -> Figure:
+    """Plot the sparsity of reweighted stages by epoch with the path that they should follow, and their lambda.
+
+    stages: {name: lines of a log with zeros_share, zeros_path (both of the pruned layers) and lambda}.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for (name, lines), colour in zip(stages.items(), (BLUE, ORANGE, GREEN, RED, PURPLE)):
+        epochs = [line["epoch"] for line in lines]
+        left.plot(epochs, [100 * line["zeros_share"] for line in lines], "o-", ms=3, color=colour, label=name)
+        left.plot(epochs, [100 * line["zeros_path"] for line in lines], "--", color=colour, label="_")
+        right.semilogy(epochs, [line["lambda"] for line in lines], "o-", ms=3, color=colour, label=name)
+    left.plot([], [], "--", color=GREY, label="wanted")
+    left.set(title="Zeros of the pruned layers", xlabel="epoch", ylabel="%", ylim=(0, 100))
+    right.set(title="λ, adjusted by feedback", xlabel="epoch")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
     grid(left, right)
     return figure
 

@@ -53,7 +53,7 @@ class Shipped:
     """Hold a shipped network: its folder ("" for the root), its model and its claim.
 
     Only the one at the root has others, the networks in their own folders, and dense, the result of testers.py --json
-    for record/dense.pt with "freed": whether that is a network trained further.
+    for record/dense.pt (None without one) with "freed": whether it is the shipped network, trained further.
     """
     folder: str
     model: nn.Module
@@ -86,8 +86,11 @@ class Shipped:
         formats, operations = claims.stated_formats(self.model, self.claim), trace(self.model)
         return {c: counting.count(operations, formats, c) for c in CONVENTIONS}
 
-    def dense_label(self) -> str:
-        return "dense; ours: the masked network, trained further without mask" if self.dense["freed"] else "dense"
+    def dense_row(self) -> tuple[str, ...]:
+        if self.dense is None:
+            return "dense; ours: not trained yet", "-", "81.92%", "`bash run.sh baseline`"
+        label = "dense; ours: the masked network, trained further without mask" if self.dense["freed"] else "dense"
+        return label, self.percent(self.dense["correct"]), "81.92%", "`python testers.py --checkpoint record/dense.pt`"
 
     def result(self) -> str:
         accuracy = self.claim["accuracy"]
@@ -160,7 +163,6 @@ def device(machine: dict) -> str:
 
 LOG = "[record](record/README.md)"
 TEST, CHECK = "`python testers.py`", "`python check_model_operations.py`"
-DENSE = "`python testers.py --checkpoint record/dense.pt`"
 HEAD = ("", "this repository", "the submission", "command")  # what the submission reported is from its README
 
 
@@ -169,7 +171,7 @@ def summary(m: Shipped) -> str:
     zeros = [f"{100 * counts['weights'][key]['sparsity']:.2f}%" for key in ("submission", "all")]
     return table(HEAD, [
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
-        (m.dense_label(), m.percent(m.dense["correct"]), "81.92%", DENSE),
+        m.dense_row(),
         ("images trained; time", m.effort(), "30M, and dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
@@ -185,19 +187,21 @@ def results(m: Shipped) -> str:
     unseen = [] if part is None else [
         ("the same, of test images without a near-duplicate in the train set",
          f"{part['correct'] / part['images']:.2%} ({part['correct']:,} of {part['images']:,})", "-", TEST)]
+    difference = [] if m.dense is None else [
+        ("difference to this dense network",
+         f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands")]
     exact, theirs, bits = counts["weights"]["all"], counts["weights"]["submission"], m.weight_bits()
     operations = counting.submission_operations(trace(m.model))
     by_penalty = m.stages["rew"]["last_epoch"]["zeros"] if "rew" in m.stages else 0
     return table(HEAD, [
-        (m.dense_label(), m.percent(m.dense["correct"]), "81.92%", DENSE),
+        m.dense_row(),
         ("masked, not quantized", m.percent(m.claim["accuracy_by_step"][0]["correct"]), "-",
          "`python testers.py --checkpoint record/masked.pt`"),
         ("**shipped: masked and quantized**", m.result(), "80.12%", TEST), *unseen,
-        ("difference to this dense network",
-         f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands"),
+        *difference,
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
-        ("of these, made by the penalty; most others by the mask's threshold",
+        ("of these, made by the penalty (the others by the mask, and by rounding)",
          f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-", "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),
@@ -373,8 +377,22 @@ def fill(page: str, contents: dict[str, str]) -> str:
     return re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end \2 -->)", filled, page, flags=re.S)
 
 
-def made_figures(shipped: Shipped, logs: list[Path]) -> dict:
-    """Return {file name: figure} for all figures whose data exist. logs: paths of the stages' logs."""
+def feedback_stages(logs: Path) -> dict[str, list[dict]]:
+    """Return {network and target: the log's lines} of the reweighted stages that followed a sparsity path.
+
+    They are that of the folder `logs`, and those of the runs that the repository holds in other folders.
+    """
+    found = {}
+    for log in (logs / "rew.jsonl", *sorted(ROOT.glob("record/*/rew.jsonl")), *sorted(ROOT.glob("*/record/rew.jsonl"))):
+        lines = load_lines(log) if log.is_file() else []
+        if lines and "zeros_path" in lines[-1]:
+            spec = options_of(log.with_suffix(".options.json"))["options"]["network"]
+            found.setdefault(f"{spec.partition(':')[2]}, target {lines[-1]['zeros_path']:.1%}", lines)
+    return found
+
+
+def made_figures(shipped: Shipped, logs: Path) -> dict:
+    """Return {file name: figure} for all figures whose data exist. logs: folder of the stages' logs."""
     figures = needed("tools.figures")
     claim = shipped.claim
 
@@ -392,8 +410,10 @@ def made_figures(shipped: Shipped, logs: list[Path]) -> dict:
                  for kind in dict.fromkeys(row.kind for row in rows)} for c, rows in shipped.counted.items()}),
         "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in (shipped, *shipped.others)},
                                       entries)}
-    if logs:
-        made["training"] = figures.training_figure([load_lines(log) for log in logs])
+    if found := stage_logs(logs):
+        made["training"] = figures.training_figure([load_lines(log) for log in found])
+    if found := feedback_stages(logs):
+        made["sparsity"] = figures.sparsity_figure(found)
     return made
 
 
@@ -403,8 +423,9 @@ def measure(checkpoint: Path, network: str | None, logs: Path) -> Shipped:
     if missing := LATER - claim.keys():
         raise BadInput(f"{claims.claim_path(checkpoint)} holds no {', '.join(sorted(missing))}: tools.ship records it")
     others = tuple(Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT))
-    start = options_of(logs / "dense.options.json")["options"].get("start")
-    return Shipped("", model, claim, others, load_json(logs / "dense.tested.json") | {"freed": start is not None})
+    tested = logs / "dense.tested.json"
+    dense = load_json(tested) | {"freed": shipping.freed(logs)} if tested.is_file() else None
+    return Shipped("", model, claim, others, dense)
 
 
 def main(argv=None) -> int:
@@ -429,7 +450,7 @@ def main(argv=None) -> int:
         print(f"the tables of {', '.join(PAGES)} are those of {claim}")
         return 0
     (args.to / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in made_figures(shipped, stage_logs(args.logs)).items():
+    for name, figure in made_figures(shipped, args.logs).items():
         figure.savefig(args.to / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
     for page, text in pages.items():
         save_text(text, args.to / page)

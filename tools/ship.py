@@ -138,8 +138,9 @@ def main(argv=None) -> int:
                 print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {again} ships it")
                 return 0
             if args.into.resolve() == ROOT:
-                for name in ("dense.tested.json", "dense.options.json"):  # of the tables, too
-                    shutil.copy2(ROOT / "record" / name, new / "record")
+                for name in () if shipping.freed(ROOT / "record") else shipping.BASELINE:
+                    if (ROOT / "record" / name).is_file():  # of the tables, too
+                        shutil.copy2(ROOT / "record" / name, new / "record")
                 shipping.run("-m", "tools.report", "--checkpoint", new / CHECKPOINT, "--logs", new / "record",
                              "--to", new)
             shipping.install(new, args.into)
