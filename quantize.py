@@ -56,11 +56,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=some_file, default=Path("runs/default/masked.pt"), metavar="F",
         help="sparse float checkpoint (%(default)s)")
     add("--out", type=some_file, default=Path(CHECKPOINT), metavar="F",
-        help="what is written, a .pt, with its claim F.json next to it (%(default)s; if that exists, --out is needed)")
+        help="output checkpoint, a .pt; its claim has the same name with the suffix .json (%(default)s; an existing "
+        "file is replaced only if --out is given)")
     add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
         f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
-    add("--scheme", choices=grids.SCHEMES, default="channel", help="step of the weights: the submission's power of two "
-        "per layer, a free one per layer, or a free one per channel (%(default)s)")
+    add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
+        "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
+        "channel (%(default)s)")
     add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all, or a "
         "TOML file like --table's (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
@@ -79,7 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     datasets.add_options(parser)
     tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
                                      "quantized.pt, and quantized.start.pt and quantized.state/ while it runs")
-    tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E", help="(%(default)s: none)")
+    tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E",
+                      help="epochs of fine-tuning; 0: none (%(default)s)")
     plan.add_option(tune, "--lr", "lr", text=f"peak learning rate ({TUNING_LR}; of adam {plan.ADAM_LR})")
     plan.add_options(tune, [name for name in TUNING if name != "lr"], mixing="both", seed=0)
     tune.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
@@ -97,10 +100,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Return the options of a command line, else of a recipe; --network and --augment else those of the last stage.
+    """Return the options: those of the command line, else of the recipe, else the defaults.
 
-    Where the run's own recipe has the same teachers for all stages, those are taken with which the last stage was
-    really trained: args.as_trained.
+    --network comes from the command line, else the checkpoint's last training stage, else the recipe; --augment from
+    the command line, else the recipe, else the last stage. If the run's own recipe names the same teachers for all
+    stages, the teachers are those that the last stage was trained with, and args.as_trained is True.
     """
     parser = make_parser()
     given = recipes.given(parser, argv)
@@ -160,7 +164,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     accuracies.after(f"weights at {listed(chosen.table)} bits, {chosen.scheme}", model)
     if chosen.renew:
         renew_statistics(*renewing())
-        accuracies.after("BatchNorm statistics renewed", model)
+        accuracies.after("BatchNorm statistics re-estimated", model)
     if chosen.scheme == "channel":
         grids.shorten_scales(model, chosen.scale_bits)
         short = f"{grids.SIGNIFICANT_BITS} significant" if chosen.scale_bits == grids.FLOAT_BITS else chosen.scale_bits
@@ -171,10 +175,10 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     accuracies.after(f"activations at {listed(chosen.activation_bits)} bits, {start}", model)
     if chosen.ranges == "logits":
         choose_steps(model, images, reference)
-        accuracies.after("activation steps that the logits prefer", model)
+        accuracies.after("activation steps chosen by their effect on the logits", model)
     if chosen.renew:
         renew_means(*renewing())
-        accuracies.after("BatchNorm means renewed, variances kept", model)
+        accuracies.after("BatchNorm means re-estimated, variances kept", model)
 
 
 def warn_of_seen_images(args) -> None:
@@ -183,13 +187,6 @@ def warn_of_seen_images(args) -> None:
     if args.holdout and stages:
         print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
               file=sys.stderr)
-
-
-def check_tuning(tuning: fine_tune.Tuning, train_data: cifar100.Images) -> None:
-    """Raise BadInput, before the long work, for settings and teachers with which the fine-tuning cannot begin."""
-    plan.Plan(tuning.settings, len(train_data), loop.Processes())
-    for path in tuning.teachers:
-        teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
 
 
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
@@ -201,7 +198,10 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     with fine_tune.alone(tuning):
         found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
         if found is None:
-            check_tuning(tuning, train_data)
+            # settings and teachers with which it cannot begin are refused before the long work
+            plan.Plan(tuning.settings, len(train_data), loop.Processes())
+            for path in tuning.teachers:
+                teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)
             found = model, accuracies.steps, False
         model, accuracies.steps, finished = found
@@ -283,7 +283,8 @@ def main(argv=None) -> int:
     warn_of_seen_images(args)
     if args.epochs and args.as_trained:
         print("teachers as in the last stage: " + (", ".join(map(str, args.teacher)) or "none"))
-    print(f"{args.checkpoint}: the data are read, and then the test images evaluated after every step", flush=True)
+    print(f"{args.checkpoint}: the data are read; then the test accuracy is printed after every step of quantization",
+          flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
     tuning = tuning_options(args, train_data.data_set, device)

@@ -6,7 +6,8 @@ Storage: a b-bit value counts b/32; a sparse tensor is its non-zeros and one mas
 Operations, for one image: a multiplication or addition counts the larger width of its two inputs/32; the inputs of an
 addition have the width of the accumulator. Multiplications by zeros do not count if the tensor is stored with a
 mask; without one, its zeros count like other values (see `layout`). Source: the challenge's rules and the organisers'
-counter (google-research/micronet_challenge). Here everything is counted in bits, as `int`: divide by 32 only to print.
+counter (google-research/micronet_challenge). Here all counts are in bits, as exact `int`; only `score`, `prices` and
+what is printed divide by 32.
 
 The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
 flatters the score. Where the rules leave a choice, the costlier one is taken; reasons are in ACCOUNT.md and at `rule`.
@@ -147,12 +148,15 @@ def terms_per_channel(weight: Tensor, density: Fraction | None) -> list[int]:
 
 
 def dot_products(op: Operation, activation: Activation, formats: Formats, convention: str, stored: Layout,
-                 normed: bool = False):
-    """n terms: n multiplications at max(weight bits, activation bits) and n - 1 additions at the accumulator's width;
-    none for a channel without weights. A bias is one more addition, at 32 bits, because its step is not that of the
-    products. A bias of zeros, as after folding into the next BatchNorm, adds nothing. If channels have different steps
-    and no BatchNorm follows (normed), whose scales could hold them, every sum is multiplied by its channel's step: one
-    more multiplication per output, at the 32 bits of a step."""
+                 normed: bool):
+    """Return {bits: multiplications}, {bits: additions} and the result's format of a convolution or linear layer.
+
+    A dot product of n stored terms has n multiplications at max(weight bits, activation bits) and n - 1 additions at
+    the accumulator's width (none if n is 0). A bias is one more addition, at 32 bits, because its step is not that of
+    the products; a bias of zeros, as after folding into the next BatchNorm, adds nothing. If channels have different
+    steps and no BatchNorm follows (normed) whose scales could absorb them, every output is multiplied by its channel's
+    step, at 32 bits.
+    """
     weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
     product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
     if "float" in grid.kind:
@@ -352,8 +356,11 @@ def thop_counts(model: nn.Module) -> list[int] | None:
 
 
 def score(storage_bits: int, operation_bits: int) -> dict[str, float]:
-    """The challenge's score and its two terms, {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations /
-    10.49B, "score": their sum}. storage_bits: the "total" of `storage`; operation_bits: the "bits" of `totals`."""
+    """Return the challenge's score and its two terms.
+
+    They are {"storage": 32-bit parameters / 36.5M, "operations": 32-bit operations / 10.49B, "score": their sum}.
+    storage_bits: the "total" of `storage`; operation_bits: the "bits" of `totals`.
+    """
     terms = {"storage": storage_bits / WORD / STORAGE_BASE, "operations": operation_bits / WORD / OPERATIONS_BASE}
     return terms | {"score": sum(terms.values())}
 

@@ -14,8 +14,8 @@ A value is an activation point if it is
   or read by more than one operation.
 The image is the first point of most networks. If a value is passed through an nn.Identity, the Identity is its point.
 So is the Identity after a pointwise function, if nothing else reads the function's output. Several moves in a row are
-combined into one, from the point before to the point after. Additions have no point of their own: what is added is not
-rounded.
+combined into one, from the point before to the point after. To be added does not make a value a point: it is added
+unrounded unless another rule makes it one.
 """
 import copy
 import functools
@@ -36,15 +36,16 @@ UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of every convolution and linear layer in state-dict order.
+    """Return (name, module) of every convolution and linear layer in state-dict order.
 
-    A layer's position in this list is its index in a bit table: 0 the stem ... 56 the head, 57 the linear layer.
+    A layer's position in this list is its index in a bit table; in the submission's network 0 is the stem, 56 the last
+    convolution and 57 the linear layer.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
 def layer_kind(layer: nn.Module) -> str:
-    """Return "linear", "depthwise" or "conv"."""
+    """Return "linear", "depthwise" (any convolution with groups > 1) or "conv"."""
     return "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "conv"
 
 
@@ -78,7 +79,7 @@ class Branch:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the points that it reads."""
+        """Return the names of the points that it reads."""
         return (self.source,) if self.other is None else (self.source, self.other)
 
 
@@ -105,7 +106,7 @@ class Graph:
 
     @property
     def activation_points(self) -> dict[str, bool]:
-        """{name: True if it is signed} of all points but the logits, in order."""
+        """Return {name: True if it is signed} of all points but the logits, in order."""
         return {point.name: point.signed for point in self.points[:-1]}
 
     @property
@@ -187,10 +188,10 @@ class _Walk:
             return (Branch("norm", op.name, read[0].name, norm=op.name),)
         if op.kind == "add":
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut" + op.name.split("add")[-1]])
-            return sum((self.unchanged(self.new(shortcut), each) if isinstance(each, Point) else each
+            return sum(((Branch("unchanged", self.new(shortcut), each.name),) if isinstance(each, Point) else each
                         for each in read), ())
         if isinstance(read[0], Point) and (op.kind in CLIPS or isinstance(op.module, RoundsValues)):
-            return self.unchanged(op.name, read[0])
+            return (Branch("unchanged", op.name, read[0].name),)
         return read[0]
 
     def new(self, name: str) -> str:
@@ -203,10 +204,6 @@ class _Walk:
     def alone(self, op: Operation) -> bool:
         """Return True if the operation is a module that runs once: then it can round this value and no other."""
         return op.module is not None and self.uses[op.module] == 1
-
-    @staticmethod
-    def unchanged(name: str, point: Point) -> tuple[Branch, ...]:
-        return (Branch("unchanged", name, point.name),)
 
     def stored(self, op: Operation, value: tuple[Branch, ...]) -> bool:
         """Return True if the value of an operation is an activation point, by the rules at the head of this file."""
@@ -347,25 +344,27 @@ def prepare(model: nn.Module) -> nn.Module:
     return network
 
 
-def sole_readers(model: nn.Module) -> dict[str, str]:
+def sole_readers(model: nn.Module) -> dict[str, str] | None:
     """Return {module: the only module that reads its output} of any network; both run once.
 
-    Raises BadInput if the forward pass cannot be followed.
+    Return None if the forward pass cannot be followed.
     """
-    nodes = list(traced(model).nodes)
+    try:
+        nodes = list(traced(model).nodes)
+    except BadInput:
+        return None
     times = Counter(node.target for node in nodes if node.op == "call_module")
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
 
 
-def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[str, str]:
-    """Return {convolution: the normalisation that alone reads its output} of any network.
-
-    Raises BadInput if the forward pass cannot be followed.
+def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[str, str] | None:
+    """Return {convolution: the normalisation that alone reads its output} of any network; None as `sole_readers` does.
     """
-    return {name: reader for name, reader in sole_readers(model).items()
-            if isinstance(model.get_submodule(name), nn.Conv2d)
-            and isinstance(model.get_submodule(reader), norms)}
+    readers = sole_readers(model)
+    return None if readers is None else {
+        name: reader for name, reader in readers.items() if isinstance(model.get_submodule(name), nn.Conv2d)
+        and isinstance(model.get_submodule(reader), norms)}
 
 
 def first_layer(model: nn.Module) -> str:
@@ -387,8 +386,7 @@ def scale_free_weights(model: nn.Module) -> list[Tensor]:
     They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
     pass cannot be followed.
     """
-    try:
-        names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
-    except BadInput:
+    names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
+    if names is None:
         names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
     return [model.get_submodule(name).weight for name in names]

@@ -18,7 +18,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput, one_line, refused
 
 CLIPS = "relu", "relu6"
-FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # other pointwise functions; tables, on codes
+FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # other pointwise functions; lookup tables, on codes
 MOVES = "moved", "concatenation"  # the output's elements are those of the inputs, at other places
 SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph.prepare inserts the first
     "conv": (nn.Conv2d,), "linear": (nn.Linear,), "batchnorm": (nn.BatchNorm2d,), "point": (nn.Identity,),
@@ -37,7 +37,7 @@ SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph
 KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
 NORMALISATIONS = {"product": "scale", "add": "shift"}  # of the image, by constants
-NOT_LISTED = "size", "constant", "split"  # numbers, stored tensors, and tuples, whose parts are operations
+NOT_LISTED = "size", "constant", "split"  # no operations: numbers, stored tensors, and tuples, whose parts are some
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
 
@@ -159,7 +159,10 @@ class _Run(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
 
     def gives(self, node: fx.Node, values: dict[fx.Node, Tensor]):
-        """What a node gives if it reads these values; of others, those of the run. Parts of tuples follow from them."""
+        """Return the result of a node if the nodes in `values` had these values, and all others those of the run.
+
+        A tuple is computed anew from what it is made of.
+        """
         def value(other):
             if other in values:
                 return values[other]
@@ -173,13 +176,13 @@ class _Run(fx.Interpreter):
         return isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
 
     def memory(self, node: fx.Node) -> set[int]:
-        """The storages of a node's tensors, by which views are known; tensors without data have them, too."""
+        """Return the storages of a node's tensors, by which views are known; tensors without data have them, too."""
         value = self.env[node]
         parts = value if isinstance(value, (tuple, list)) else (value,)
         return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}
 
     def read(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes of the tensors that a node reads; x + x reads x twice. A tuple counts as its elements."""
+        """Return the nodes of the tensors that a node reads; x + x reads x twice. A tuple counts as its elements."""
         nodes, found = [], []
         fx.node.map_arg((node.args, node.kwargs), nodes.append)
         for each in nodes:
@@ -215,7 +218,7 @@ class _Node:
                         f"{node.name} ({node.op} {node.target} with {node.args[1:]}): {why}")
 
     def found_kind(self) -> str:
-        """The kind. Raises BadInput, naming the node, if it has none."""
+        """Return the kind. Raises BadInput, naming the node, if it has none."""
         node, kind = self.node, KINDS.get(self.spelling)
         if node.op in ("placeholder", "get_attr"):
             return {"placeholder": "input", "get_attr": "constant"}[node.op]
@@ -234,7 +237,7 @@ class _Node:
         return kind
 
     def arguments(self, **defaults) -> dict:
-        """Parameters by name, in the order in which the function takes them."""
+        """Return the parameters by name, in the order in which the function takes them."""
         if self.module is not None:
             return {name: getattr(self.module, name, default) for name, default in defaults.items()}
         args, kwargs = fx.node.map_arg((self.node.args[1:], dict(self.node.kwargs)), self.run.env.__getitem__)
@@ -285,7 +288,7 @@ class _Node:
                     yield f"it changes {other.name} in place, which {late[0].name} reads afterwards: change a copy"
 
     def normalises(self, parameters: set[str]) -> bool:
-        """True if this combines what it reads with numbers, or with buffers of at most one value for each channel."""
+        """Return True if this combines what it reads with numbers, or buffers of at most one value for each channel."""
         value, *constants = self.inputs
         channels = value.shape[1]
         return self.result.shape == value.shape and all(
@@ -294,14 +297,14 @@ class _Node:
                  and constant.shape[-2:] == (1, 1)) for node, constant in zip(self.read[1:], constants))
 
     def in_place(self) -> bool:
-        """True if the node writes its result over the tensor that it reads first."""
+        """Return True if the node writes its result over the tensor that it reads first."""
         node = self.node
         method = node.op == "call_method" and node.target.endswith("_")
         return bool(method or node.target in (operator.iadd, operator.imul, F.relu_)
                     or self.kind in (*CLIPS, *FUNCTIONS) and self.arguments(inplace=False)["inplace"] is True)
 
     def window(self) -> Window | None:
-        """The window of a convolution or a pooling; otherwise None. Raises BadInput for one that has no rule."""
+        """Return the window of a convolution or a pooling, otherwise None. Raises BadInput for one that has no rule."""
         if self.kind == "conv":
             return Window(self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
         if self.kind not in ("mean", "max"):
@@ -317,7 +320,8 @@ class _Node:
         return window
 
     def pooled(self, size: tuple[int, int]) -> Window | None:
-        """The window of a mean or a maximum over positions of a map of this size; None for a mean of another kind."""
+        """Return the window of a mean or maximum over positions of a map of this size; None for another kind of mean.
+        """
         if self.spelling in (torch.mean, "mean"):
             dims = self.arguments(dim=None)["dim"]
             dims = dims if isinstance(dims, (tuple, list)) else ()
@@ -335,7 +339,7 @@ class _Node:
         return Window(kernel, _pair(given["stride"] or kernel), padding, _pair(given.get("dilation", 1)))
 
     def index(self) -> tuple[tuple[Tensor, ...], list[fx.Node]]:
-        """Operation.index, and the nodes whose elements it counts: the operation itself is run on these numbers.
+        """Return (Operation.index, the nodes that it indexes): the operation is run on the numbers of their elements.
 
         A tensor that is read twice has one index, and one whose shape alone is read has none.
         """
@@ -352,7 +356,7 @@ class _Node:
         return tuple(moved.values()), list(moved)
 
     def operation(self, name: str) -> Operation:
-        """The Operation of this node."""
+        """Return the Operation of this node."""
         out, kind, read, index = self.result, self.kind, self.read, ()
         if kind in MOVES:
             index, read = self.index()

@@ -20,7 +20,7 @@ ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
 # the files of record/ that come from the run folder of the shipped network; the others stay when it is replaced
 OF_A_RUN = re.compile(r"(pretrain|rew|masked|quantized)(-\d+)?\.(jsonl|options\.json)|masked\.pt|recipe\.toml")
-BASELINE = ("dense.pt", "dense.jsonl", "dense.options.json", "dense.tested.json")  # files of record/, see tools.baseline
+BASELINE = ("dense.pt", "dense.jsonl", "dense.options.json", "dense.tested.json")  # of record/, see tools.baseline
 
 
 def in_folders(root: Path) -> list[Path]:

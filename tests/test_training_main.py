@@ -393,7 +393,7 @@ class Half(Penalty):
     assert not Path("run/pretrain.options.json").exists() and not Path("run/rew.options.json").exists()
     capsys.readouterr()
     assert run(quick + " --network mine.py:Group --pretrain --refresh 0") == 0  # also on two workers, without BatchNorm
-    assert "warning: only training takes this network, no other script: 1: no counting rule for GroupNorm" in \
+    assert "warning: this network can be trained, but not quantized or counted: 1: no counting rule for GroupNorm" in \
         capsys.readouterr().err
 
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressed import kernels
-from compressed.errors import BadInput
 from compressed.formats import code_range
 from compressed.graph import sole_readers
 from training.learned_steps import LearnedConv2d, LearnedQuantizer, power_of_two
@@ -33,10 +32,10 @@ LARGEST_MAP = 64  # height and width of a depthwise convolution's input, which i
 class Normalise(torch.autograd.Function):
     """Normalise a batch and apply the function after it.
 
-    (x, weight, bias, step, step2, mean, var, options) -> (y, mean, biased variance). The steps are tensors, or None
-    where the function rounds less. mean, var: the statistics of the result where they are frozen; else the sums are
-    taken relative to this mean, to lose no digits. options: eps, index in FUNCTIONS, the grids' smallest and largest
-    codes, whether the statistics are frozen.
+    (x, weight, bias, step, step2, mean, var, options) -> (y, mean, biased variance). step, step2: the quantization
+    steps that the function applies, tensors; None where it has fewer. options: eps, index in FUNCTIONS, (smallest,
+    largest code) of both grids, frozen. If frozen, mean and var normalise x; otherwise the batch's own statistics do,
+    and `mean` is only the value that the sums are taken relative to, so that no digits cancel.
     """
 
     @staticmethod
@@ -178,9 +177,7 @@ def chains(model: nn.Module, functions=tuple(FUNCTIONS)) -> dict[nn.Module, tupl
 
     By the network's graph, nothing else reads the values between the modules.
     """
-    found, readers = {}, {}
-    with contextlib.suppress(BadInput):  # if the graph cannot be read, the modules stay separate
-        readers = sole_readers(model)
+    found, readers = {}, sole_readers(model) or {}  # if the graph cannot be read, the modules stay separate
     for name, norm in model.named_modules():
         if type(norm) is nn.BatchNorm2d:
             behind = []
@@ -220,9 +217,9 @@ def included(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module
 def fast_on_a_cpu(model: nn.Module):
     """Use the functions of this file within the block, by changing the classes of the model's modules for its duration.
 
-    Depthwise convolutions become Depthwise, and a BatchNorm2d becomes a BatchNorm, which includes the ReLU or hard
-    swish that follows, or its rounding to trained steps; other such roundings become Rounding. Results differ by
-    rounding only.
+    Grouped convolutions become Depthwise (which leaves those that are not depthwise to PyTorch), and a BatchNorm2d
+    becomes a BatchNorm, which includes the ReLU or hard swish that follows, or its rounding to trained steps; other
+    such roundings become Rounding. Results differ by rounding only.
     """
     classes = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}

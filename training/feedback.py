@@ -2,18 +2,20 @@
 import torch
 from torch import Tensor
 
-# "Spent" is the sum of the learning rates of the steps made, as a share of the sum over the whole stage.
-ENDS = 0.75  # the path reaches the target when this share is spent, and stays there
-STEPS, PART = 8, 1 / 200  # a control step follows this many training steps, or when this share is spent
-GAIN, AHEAD, SMOOTHING = 15.0, 10, 0.3  # log lambda per share; prediction horizon in control steps; of the speed's EMA
+# u ("spent"): the sum of the learning rates of the steps made, divided by that of the whole stage.
+ENDS = 0.75  # u at which the path reaches the target
+STEPS, PART = 8, 1 / 200  # a control step follows after 8 training steps, or when u has grown by 1/200
+GAIN = 15.0  # change of log lambda for an error of 1 in the share of zeros
+AHEAD = 10  # how many control steps ahead the error is predicted
+SMOOTHING = 0.3  # weight of the newest value in the average of the error's change
 RISE = 0.3  # largest rise of log lambda in a control step
 # {True for single weights, False for groups: largest fall of log lambda in a control step, (before, after) the path is
 # at the target}
 FALL = {True: (0.2, 0.05), False: (1.0, 0.2)}
 BAND = {True: 0.002, False: 0.01}  # surplus of zeros that is tolerated
-FADE = 0.2  # rate per control step at which a low is forgotten
+FADE = 0.2  # rate, per control step, at which the error's recent minimum follows the error upwards
 RANGE = 1e6  # lambda stays within this factor of its first value
-FIRST = 0.05  # the first lambda is chosen for the share of zeros that the path wants when this share is spent
+FIRST = 0.05  # the first lambda is chosen for the share of zeros that the path wants at this u
 
 
 class Feedback:

@@ -1,7 +1,8 @@
 """Quantization-aware fine-tuning of the float weights and the step sizes.
 
-A fine-tuning leaves `quantized.pt` and `quantized.options.json` in its own folder, Tuning.folder; the same command
-resumes from them, on any machine.
+The files are in a folder of their own, Tuning.folder: quantized.options.json, the log quantized.jsonl, and the result
+quantized.pt; while it runs, also quantized.start.pt (the network that it starts from) and quantized.state/. The same
+command resumes an unfinished fine-tuning, on any machine, and takes the result of a finished one.
 """
 import contextlib
 import dataclasses
@@ -32,8 +33,8 @@ class Tuning:
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
     as in training/main.py. source: the float checkpoint. folder: where state, log and result are written.
-    network: its specification. others: what else decides the result, in plain values. normalise: of the teachers of
-    the checkpoint's kind, see teachers.load.
+    network: its specification. others: what else decides the result, in plain values. normalise: the input
+    normalisation of teachers that were trained elsewhere, see teachers.load.
     """
     settings: loop.Settings
     frozen: float

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_once
-from compressed.errors import BadInput, one_line
+from compressed.errors import one_line
 from compressed.graph import sole_readers
 from training import cpu_kernels
 from training.cpu_kernels import ACTIVATIONS, chains, exchanged, included
@@ -47,9 +47,10 @@ def takes(x: torch.Tensor, layer: nn.Module) -> bool:
 class BatchNorm(cpu_kernels.BatchNorm):
     """Compute BatchNorm2d and the following `activation` with Triton for inputs of `sizes`, else with PyTorch.
 
-    seen: a list of its own where update_statistics is called after the network's forward pass; else at once.
+    seen: list to which forward() appends (BatchNorm, batch statistics), for `update_statistics` after the network's
+    forward pass; None: forward() updates the running statistics itself.
     """
-    sizes, dtype, seen = (), None, []
+    sizes, dtype, seen = (), None, None
 
     @staticmethod
     def fits(norm: nn.BatchNorm2d) -> bool:
@@ -67,16 +68,19 @@ class BatchNorm(cpu_kernels.BatchNorm):
         else:
             y, statistics = torch.ops.training.normalise(x, self.weight, self.bias, self.running_mean, self.eps,
                                                          activation)
-        if any(norm is self for norm, _ in self.seen):  # it runs twice in a forward pass: in turn, not at once
-            update_statistics(self.seen)
-        self.seen.append((self, statistics.detach()))
-        if self.seen is BatchNorm.seen:
-            update_statistics(self.seen)
+        seen = [] if self.seen is None else self.seen
+        if any(norm is self for norm, _ in seen):  # it runs twice in a forward pass: in turn, not at once
+            update_statistics(seen)
+        seen.append((self, statistics.detach()))
+        if self.seen is None:
+            update_statistics(seen)
         return y
 
 
 def update_statistics(seen: list) -> None:
-    """Move the running statistics of BatchNorms towards those of their batches, all in three kernels; clear the list.
+    """Move the running statistics of BatchNorms towards those of their batches; clear the list.
+
+    All BatchNorms with the same momentum are updated at once, by a few launches in place of several for each of them.
 
     seen: [(BatchNorm, statistics as the operator `normalise` returns them)].
     """
@@ -156,15 +160,18 @@ class Pointwise(nn.Conv2d):
         return y.permute(0, 3, 1, 2)
 
 
+CONVOLUTIONS = {"depthwise": Depthwise, "1x1": Pointwise}
+
+
 def with_kernels(kind: str, layer: list[nn.Module], activation: str, **attributes) -> dict[nn.Module, type]:
     """Return {module: class to give it}, so that a layer (see Layer.example) uses the kernels for inputs of `sizes`.
 
-    attributes: of the class: sizes, and what BatchNorm and Depthwise have else.
+    attributes: those of the class: sizes, and what else BatchNorm and Depthwise have.
     """
     first, *behind = layer
     if kind == "BatchNorm":
         return included({first: (activation, behind)}, BatchNorm, **attributes)
-    own = {"depthwise": Depthwise, "1x1": Pointwise}[kind]
+    own = CONVOLUTIONS[kind]
     return {first: type(own.__name__, (own,), attributes)}
 
 
@@ -179,9 +186,8 @@ def alignment(channels: int) -> int:
 class Layer:
     """A layer and its input, as far as its time depends on them. captured: True if steps run as CUDA graphs.
 
-    channels, outputs: of the input and of the output. bias: of a convolution.
-
-    example: such a layer, [convolution] or [BatchNorm2d, its activation].
+    channels, outputs: numbers of input and of output channels. bias: True if a convolution has one.
+    example: modules of this kind, [convolution] or [BatchNorm2d, activation].
     """
     kind: str
     channels: int
@@ -214,7 +220,8 @@ class Layer:
         return theirs, ours
 
     def values(self) -> int:
-        """Return how many values its input and output have for an image, those of a stride of 1."""
+        """Return the number of input and output values of one image, as if the stride were 1: layers are ranked by it.
+        """
         return (self.channels + self.outputs) * self.height * self.width
 
     def maps(self, channels: int, height: int, width: int, seed: int) -> torch.Tensor:
@@ -234,8 +241,10 @@ class Layer:
         return work
 
 
-def seconds(work, captured: bool, device: torch.device, repeats: int = 4) -> float:
+def seconds(work, captured: bool, device: torch.device) -> float:
     """Return the time that the device takes for work(), in a CUDA graph as training's steps are, if `captured`."""
+    repeats = 4
+
     def several(*_):
         for _ in range(repeats):
             work()
@@ -253,7 +262,8 @@ def seconds(work, captured: bool, device: torch.device, repeats: int = 4) -> flo
 
 @functools.cache
 def timing_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one for all: there are 32 of a priority, and then the first ones again
+    # one for all timings: PyTorch has 32 streams of a priority, and then hands out the first ones again
+    return torch.cuda.Stream(device)
 
 
 def distance(found: list, wanted: list) -> float:
@@ -334,7 +344,7 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
     options: the fields batch, dtype, device and captured of a Layer.
     """
     kinds = {}
-    for kind, own in (("depthwise", Depthwise), ("1x1", Pointwise)):
+    for kind, own in CONVOLUTIONS.items():
         kinds |= {conv: (kind, conv.in_channels, conv.out_channels, conv.bias is not None, conv.stride[0], "none",
                          [conv]) for conv in model.modules() if type(conv) is nn.Conv2d and own.fits(conv)}
     kinds |= {norm: ("BatchNorm", norm.num_features, norm.num_features, False, 1, activation, [norm, *behind])
@@ -347,17 +357,10 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
             for module, (*counts, stride, activation, example) in kinds.items()}
 
 
-def followed_by(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return {module: the module that alone reads its result}; empty if the network's graph cannot be read."""
-    with contextlib.suppress(BadInput):
-        return {model.get_submodule(name): model.get_submodule(reader) for name, reader in sole_readers(model).items()}
-    return {}
-
-
 def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, type]:
     """Return {module: class to give it} where the kernels are faster, and print how much. See fast_on_a_gpu.
 
-    seen: the list of the BatchNorms, see there.
+    seen: the list to which all BatchNorms append their statistics (see BatchNorm).
     """
     if not KINDS:
         return {}
@@ -383,7 +386,8 @@ def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, ty
             layer, inputs = several[0], tuple((each.height, each.width) for each in several)
             if ratios[title] > 1:
                 chosen[layer.example[0]] = layer, {"sizes": inputs, "dtype": layer.dtype}
-    followed = followed_by(model)
+    followed = {model.get_submodule(name): model.get_submodule(reader)
+                for name, reader in (sole_readers(model) or {}).items()}
     for module, (layer, attributes) in chosen.items():
         if layer.kind == "BatchNorm":
             attributes["seen"] = seen

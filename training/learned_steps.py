@@ -2,9 +2,10 @@
 
 Steps are trained by the gradient of Esser et al., "Learned Step Size Quantization" (ICLR 2020), as powers of two of a
 trained exponent (Jain et al., "Trained Quantization Thresholds", 2019). Every step is rounded in the forward pass to
-what the stored format allows, from the first training step on: exponents of activations and of the linear layer to
-whole numbers, steps of channels to where their product with the BatchNorm's scale has few significant bits. So the
-steps that were trained are the steps that are stored.
+what the stored format allows, from the first training step on: exponents of activations and of layers without a
+BatchNorm to whole numbers; with scheme "channel", steps of output channels to where their product with the BatchNorm's
+scale has few significant bits. So the trained steps are the stored ones; with scheme "layer", however, the product of
+step and scale is rounded only when the network is stored.
 """
 import math
 
@@ -46,8 +47,10 @@ class LearnedQuantizer(Quantizer):
 class LearnedStep:
     """A layer that rounds its weights to trained steps.
 
-    whole: whether the step is a power of two: the scheme's, or because no BatchNorm absorbs another one.
-    norm: [the BatchNorm after it] if the product of its scale with the step has to be short; else empty.
+    whole: True if the step must be a power of two, because of the scheme, or because no BatchNorm follows that could
+           absorb another value.
+    norm:  with scheme "channel", where the product of step and scale must have few bits, [the BatchNorm after the
+           layer]; else empty.
     scale_bits: width of that product (see grids.short_step).
     """
     whole, norm = True, ()

@@ -72,7 +72,8 @@ def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = Non
     """Return the optimizer of a model's weights. If quantization steps are trained too, Adam is added for those.
 
     Weight decay acts on the weights of convolutions and the linear layer, not on BatchNorm, biases and steps.
-    kept: {weight: mask tensor, 0 where it stays zero}, for Muon, whose steps have a given length without those.
+    kept: {weight: mask, 0 where it is pruned}. Only Muon uses it: its steps have a given length, in which pruned
+    weights must not count.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in trained if not name.endswith("log_step")]
@@ -148,11 +149,13 @@ LOWER = "give a lower --lr, with --no-resume or in another folder (the last stat
 
 @dataclasses.dataclass(eq=False)
 class Stage:
-    """A running stage. It writes FOLDER/NAME.jsonl (one line per epoch), FOLDER/NAME.state/ (while it runs) and, after
-    a stop, FOLDER/NAME.average.pt (float16: the result as if the stage had ended there).
+    """A running stage. It writes FOLDER/NAME.jsonl (one line per epoch) and, while it runs, FOLDER/NAME.state/.
+
+    If it is stopped by SIGTERM or a time limit, it also writes FOLDER/NAME.average.pt, in float16: the result as if the
+    stage had ended there. After Ctrl-C it does not, because that takes as long as an evaluation.
 
     penalty:    a Penalty (penalties.py) on `model`, updated `penalty_updates` times at equal intervals
-    masks:      Masks on `model`, applied after every step and checked before anything is written
+    masks:      Masks on `model`, applied after every step, and checked before weights are written
     teachers:   models in eval mode; their logits for the same mixed images, always at 32x32, are distilled
     context:    further plain values that decide the result; a state is resumed only if they are equal
     watch:      an object whose step() is called after every step, and whose record() is added to an epoch's log line;
@@ -195,7 +198,9 @@ class Stage:
             masks=None if self.masks is None else fingerprint(self.masks.factors),
             teacher=fingerprint(v for each in self.teachers for v in each.state_dict().values())
             if self.teachers else None)
-        # a CUDA graph can only record work on the device: no other process, and the learning rate in a tensor
+        # A CUDA graph records work on one device, at fixed addresses. So the learning rate is read from a tensor, and
+        # there is no graph with several processes, AdamW (whose step counts are not on the device), or a penalty in the
+        # loss (whose alphas are new tensors after an update).
         recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
                       and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
@@ -355,9 +360,9 @@ class Stage:
                 test_loss, right = evaluate(result or self.result_so_far(), self.test)
                 record |= {"test_loss": test_loss, "test_accuracy": int(right.sum()) / len(self.test)}
                 self.measured = time.monotonic() - began
-        except BadInput as error:  # the average's loss is not finite, though the epoch's was
+        except BadInput as error:  # the loss of the weight average is not finite, although the training loss was
             raise BadInput(f"{self.name}: {error}; {LOWER}") from error
-        except KeyboardInterrupt:  # stop_noted keeps it
+        except KeyboardInterrupt:  # a second Ctrl-C; stop_noted has recorded it, and train() saves the state and stops
             result = None
         if last and self.processes.agree(result is None, self.device):
             return
@@ -385,7 +390,8 @@ class Stage:
     def finish(self, result: nn.Module) -> nn.Module:
         """Turn the weight average (or the model itself) into the stage's result, in place; return it in eval mode.
 
-        It gets the model's zeros, and BatchNorm statistics re-estimated for its weights.
+        Where the model's weights are zero, the average's become zero, and buffers other than BatchNorm statistics are
+        copied from the model. The BatchNorm statistics are re-estimated for these weights, unless `refresh` is 0.
         """
         if result is not self.model:  # a weight that became zero is only nearly zero in the average
             for (_, ours), (_, theirs) in zip(weight_layers(result), weight_layers(self.model)):
@@ -437,12 +443,13 @@ class Stage:
                     if key in contents or key != "watch":  # a state of an older version lacks it
                         part.load_state_dict(contents[key])
         else:
-            self.updates.add(self.progress["step"])  # in a stage's middle, too, the penalty needs its weights
+            self.updates.add(self.progress["step"])  # a stage that begins at a later epoch needs the alphas, too
             if self.progress["step"] and log.is_file():
                 self.progress["log"] = [line for line in load_lines(log) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
         self.progress.setdefault("since", step - step % steps)  # a state of an older version lacks it
-        if step > self.plan.steps or step == self.plan.steps and not self.summed():  # else the last line is missing
+        # all steps may have been made without the last log line: then what is left is to evaluate
+        if step > self.plan.steps or step == self.plan.steps and not self.summed():
             raise BadInput(f"{self.name}: cannot resume at epoch {step / steps:g}: the stage has {epochs}")
         if not wanted and self.processes.first:
             self.state.remove()
@@ -460,11 +467,11 @@ class Stage:
         return self.before + time.monotonic() - self.started
 
     def closing(self) -> float:
-        """Return about how many seconds it takes to re-estimate BatchNorm statistics and to evaluate.
+        """Estimate the seconds that re-estimating the BatchNorm statistics and evaluating take.
 
-        As long as it took the last time; before that, an image is taken to need half of its time in the fastest
-        training step so far, which has a backward pass, too. On a GPU that step is timed until it is launched, and the
-        first evaluation chooses its kernels: some seconds are allowed for both.
+        That is the last measured time. Before the first evaluation, an image is assumed to take half of its time in the
+        fastest training step, which has a backward pass, too. On a GPU a step is timed only until it is launched, and
+        the first evaluation selects kernels, so 10 seconds are added.
         """
         images = self.settings.refresh + (0 if self.test is None else len(self.test))
         allowance = 10 if self.device.type == "cuda" else 0
@@ -496,7 +503,8 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     """Train `model` in place; return the result (the weight average if there is one), or None if it was stopped.
 
     start_epoch: epoch at which to begin if there is no saved state, with the given weights and zero momentum
-    prepare:   function of (model, epoch from 0), called before each epoch's first step; it may set train or eval modes
+    prepare:   function of (model, epoch counted from 0) that may set modules to train or eval mode. It is called before
+               the kernels are chosen, and before the first step that this process makes in each epoch
     began:     function called when everything is checked, before the first step
     save_seconds, show_seconds: time between saves of the state, and between lines of progress; max_seconds: for all
     later:     number of pixels (see Plan) of the stages that follow in this run, to show the time left

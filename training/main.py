@@ -6,8 +6,12 @@
     torchrun --nproc-per-node 2 training/main.py ...
 
 METHOD.md explains the method. penalties.py computes it, and loop.py is the training loop. A run folder holds
-  STAGE.options.json    the resolved options                   STAGE.jsonl    a log, one line per epoch
-  STAGE.state/          what a resume needs, until it is done  STAGE.pt       the weights of the finished stage
+  STAGE.options.json  the resolved options
+  STAGE.jsonl         the log, one line per epoch
+  STAGE.state/        the state for resuming; removed when the stage is finished
+  STAGE.pt            the weights of the finished stage
+  STAGE.average.pt    the same in float16, or the result so far if the stage was stopped
+  recipe.toml         the recipe, if there is one
 If a run was stopped, the same command resumes it.
 """
 import argparse
@@ -81,11 +85,11 @@ def machine_options(group) -> None:
 def submission_options(group) -> None:
     for option, name in plan.SUBMISSIONS.items():
         plan.add_option(group, f"--{option}", name, text=f"--{name}")
-    group.add_argument("--warmup", action=FLAG, default=True, help="use the warm-up, or none")
-    group.add_argument("--mixup", action=FLAG, help="--mixing mixup, or --mixing none")
-    group.add_argument("--smooth", action=FLAG, default=True, help="use label smoothing, or none")
+    group.add_argument("--warmup", action=FLAG, default=True, help="linear warm-up of the learning rate (default)")
+    group.add_argument("--mixup", action=FLAG, help="same as --mixing mixup; --no-mixup: as --mixing none")
+    group.add_argument("--smooth", action=FLAG, default=True, help="label smoothing (default)")
     group.add_argument("--no-tricks", action="store_true",
-                       help="no mixing, label smoothing, warm-up or schedule, whatever other options say")
+                       help="no mixing, label smoothing, warm-up or schedule; overrides the other options")
     group.add_argument("--arch", choices=("mobilenetv2",), help="has no effect: there is one architecture")
     group.add_argument("--depth", type=int, choices=(17,), help="has no effect: the network has 17 blocks")
 
@@ -110,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
              if field.metadata and field.name not in (*TEACHING, "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
     machine_options(parser.add_argument_group("machine"))
-    submission_options(parser.add_argument_group("the submission's names, for its commands"))
+    submission_options(parser.add_argument_group("option names of the submission, so that its commands still work"))
     return parser
 
 
@@ -210,7 +214,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
             try:
                 read(prepare(model))
             except BadInput as error:
-                print(f"warning: only training takes this network, no other script: {error}", file=sys.stderr)
+                print(f"warning: this network can be trained, but not quantized or counted: {error}", file=sys.stderr)
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":
@@ -245,7 +249,8 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
 def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
     """Return, as text, which options of the command line have no effect on a stage.
 
-    alone: True if no other stage is trained, on which they might have one. --no-tricks explains what it overrides.
+    alone: True if a single stage was chosen; then options that affect only other stages are listed, too. What
+    --no-tricks overrides is not listed: its help says so.
     """
     args, settings = job.by_stage[stage], job.settings(stage)
     needs = {"turn": ("--optimizer muon", settings.optimizer == "muon"),
@@ -305,8 +310,8 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
 def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, plan.Plan]) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    plans: those of all stages that this call trains. When the first of them begins, and no sooner, the recipe replaces
-    that in the run folder, and the weights that these stages had are removed.
+    plans: of all stages that this call trains. When the first of them begins, and not earlier, its recipe is copied to
+    the run folder, and the weights that these stages had are removed.
     """
     settings, state, stages = job.settings(stage), State(job.file(f"{stage}.state")), list(plans)
     later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
@@ -405,7 +410,7 @@ def run_stages(job: Job) -> None:
                     + "; --start has no effect on it" * bool(options.start)
                     + "; --no-resume trains it again" * bool(chosen))
         elif late and not begins:
-            job.say(f"{stage}: not begun, the time is up; the same command goes on with it")
+            job.say(f"{stage}: not begun, because --max-minutes is over; the same command begins it")
             break
         else:
             model = starting_point(stage, options, job)

@@ -120,7 +120,7 @@ class Masks:
     """Keep the pruned weights of a model at zero: `apply()` sets them to zero after an optimizer step moved them.
 
     Mask bugs are silent, so the masks are checked when they are made, and the training loop calls `check()`, which
-    looks at the weights themselves, before it writes a file.
+    looks at the weights themselves, before it writes weights.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor]):

@@ -21,7 +21,8 @@ from training.masks import GROUPS, group_norms, plain_weights, quantile, target_
 class Penalty:
     """Base class of all penalties; by itself it does nothing.
 
-    A subclass defines `shrink`, `loss` or both, and may define `reweight`, `sizes`, `first_lambda` and `kept`.
+    A subclass usually defines `shrink` or `loss`, and may define `reweight`, `sizes`, `first_lambda` and `kept`. A rule
+    that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does.
     Everything but `loss` is called without gradients.
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).
@@ -194,7 +195,11 @@ class Reweighted(Penalty):
                        for factor, weight in zip(self.factors, self.weights)]
 
     def sizes(self) -> list[Tensor]:
-        """Return the norms divided by the root of the factor: a weight becomes 0 at |w| (|w| + eps) < factor R."""
+        """Return the norms divided by the root of their layer's factor.
+
+        Without a loss gradient a weight becomes 0 if |w| (|w| + eps) < factor * R * lambda, where R is the sum of the
+        learning rates (METHOD.md). For |w| >> eps weights become 0 in the order of |w| / sqrt(factor).
+        """
         return [norm / factor ** 0.5 for norm, factor in zip(super().sizes(), self.factors)]
 
     def options(self) -> dict:

@@ -55,10 +55,11 @@ class Settings:
                            "trivial: TrivialAugment, crop and flip; plain: crop and flip")
     mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: mixup or CutMix, drawn for every image")
     alpha: float = setting(0.3, number(float, 0.01, 1000), "parameter of mixup's Beta distribution")
-    clean: float = setting(0.05, number(float, 0, 1), "final share of the epochs, which trains without mixing")
+    clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
     sizes: str = setting("32", sizes_text, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
-                                    "decay of the weight average, EMA (default: over 3%% of the steps); 0: no average")
+                                    "decay of the weight average (EMA); 0: none (default: over the last 3%% of the steps "
+                                    "so far)")
     refresh: int = setting(10_000, number(int, 0, 10**6),
                            "train images to re-estimate BatchNorm statistics from before evaluation; 0: keep them")
     distill: float = setting(0.9, number(float, 0, 1), "weight D of the distillation loss; that of the labels is 1 - D")
@@ -67,7 +68,7 @@ class Settings:
                             "several teachers: one per step in turn, or the mean of their probabilities")
     seed: int = setting(0, number(int, 0, 2**62), "seed of all random numbers")
     step_rate: float = setting(1e-3, number(float, 0, 1),
-                               "Adam's learning rate for trained quantization steps, in octaves, at the peak rate")
+                               "peak learning rate of Adam for trained quantization steps: for their base-2 exponents")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     workers: int = 1  # threads of a process, each of which computes a share of its batch
 

@@ -11,7 +11,6 @@ given, they are downloaded to the last.
 A teacher takes the same images as the student, always of 32x32 pixels, in the normalisation that it was trained with:
 ours (cifar100.normalise), KAIST's, or for one from elsewhere what quantize.py --normalise says.
 """
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -52,10 +51,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
     If the forward pass cannot be followed, nothing is folded.
     """
-    pairs = {}
-    with contextlib.suppress(BadInput):
-        pairs = normalised_convolutions(model)
-    for conv_name, norm_name in pairs.items():
+    for conv_name, norm_name in (normalised_convolutions(model) or {}).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None:
             model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from training.gpu_kernels import alignment, dense
 
-PROGRAMS = 1056  # at most, that share a sum: eight per multiprocessor of an H100, or four with as many warps each
+# Largest number of programs that share a sum: on an H100 (132 multiprocessors) eight convolution programs of 2 warps on
+# each; BatchNorm takes half as many, of 4 warps.
+PROGRAMS = 1056
 CHANNELS, ROWS, COLUMNS = 32, 64, 8  # channels of a tile, and its positions in BatchNorm and in a convolution
-PARTS = tl.constexpr(64)  # of a sum, that the last program reads at once: they come from memory
+PARTS = tl.constexpr(64)  # number of partial sums that the last program loads at a time, to hide memory latency
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -80,7 +82,10 @@ def through_activation(dy, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def block_sum(parts, count, channel, inside, channels, CHANNELS: tl.constexpr):
-    """Return the sum of `count` rows of parts [count, channels], in a fixed order. Other programs wrote them: no L1."""
+    """Return the sum of `count` rows of parts [count, channels], in a fixed order.
+
+    Other programs wrote them, so the loads bypass the L1 cache.
+    """
     total = tl.zeros([PARTS, CHANNELS], tl.float32)
     for first in range(0, count, PARTS):
         row = first + tl.arange(0, PARTS)
@@ -403,7 +408,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, origin: Tensor, eps: floa
 
 @operator
 def normalise_by(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
-    """Return y of `normalise`, given the statistics of x; its gradient is also that through the statistics."""
+    """Return y of `normalise`, given the statistics of x; the gradient of x includes the path through them."""
     return normalised_by(dense(x), statistics, weight, bias, activation)
 
 
@@ -421,15 +426,11 @@ def normalise_gradients(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, sta
     return dx, dweight, dbias
 
 
-def outputs(x: Tensor, stride: int) -> Tensor:
-    """Return an empty tensor for the convolution of x, channels-last."""
-    return torch.empty(*x.shape[:2], *((side - 1) // stride + 1 for side in x.shape[2:]), dtype=x.dtype,
-                       device=x.device, memory_format=torch.channels_last)
-
-
 def convolve(x: Tensor, weight: Tensor, stride: int, origin: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
     """Return (the depthwise convolution, its statistics; None without an origin)."""
-    x, y, taps = dense(x), outputs(x, stride), weight.contiguous()
+    x, taps = dense(x), weight.contiguous()
+    y = torch.empty(*x.shape[:2], *((side - 1) // stride + 1 for side in x.shape[2:]), dtype=x.dtype, device=x.device,
+                    memory_format=torch.channels_last)
     (images, channels, *size), rows = y.shape, y.numel() // y.shape[1]
     programs, wanted = sharing(channels, images * size[1], COLUMNS, PROGRAMS), origin is not None
     statistics, parts = (scratch(x, 3, 1)[0], scratch(x, programs, 2)) if wanted else (None, None)
