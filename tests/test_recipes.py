@@ -93,11 +93,12 @@ def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
     path.write_text(text)
     assert training.parse_stages(["--recipe", str(path)])[0].no_cuda
     assert training.main(["--recipe", str(path), "--run", str(run)]) == 0
+    assert "3 epochs" not in capsys.readouterr().out
     record = json.loads((run / "pretrain.options.json").read_text())
     assert record["train_images"] == 180 and record["options"]["holdout"] is True
     args = quantize.parse(["--checkpoint", str(run / "masked.pt")])
     assert args.holdout and args.no_cuda and args.data == data
-    path.write_text(text.replace("0.01", "0.02"))
+    path.write_text(text.replace("0.01", "0.02") + "[quantized]\nepochs = 3\n")
     assert training.main(["--recipe", str(path), "--run", str(run)]) == 0
     assert capsys.readouterr().out.count("exists, trained with other options (lr 0.01 -> 0.02") == 3
     for option in ("--pretrain", "--rew", "--masked-retrain"):
@@ -105,6 +106,7 @@ def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
             training.main(["--recipe", str(path), "--run", str(run), option])
     assert (run / "recipe.toml").read_text() == text
     assert training.main(["--recipe", str(path), "--run", str(run), "--masked-retrain", "--no-resume"]) == 0
+    assert "; then quantize.py fine-tunes for 3 epochs\n" in capsys.readouterr().out
     assert (run / "recipe.toml").read_text() == path.read_text()
 
 
@@ -146,12 +148,23 @@ def test_fine_tuning_takes_the_submissions_names(tmp_path):
     assert (args.mixing, args.epochs) == ("none", 3)
 
 
+def test_the_dense_baseline_sees_what_the_sparse_network_does():
+    """As many images, the fine-tuning's included, as many of them at 24x24, by the same options."""
+    dense, default = (recipes.read(recipes.FOLDER / f"{name}.toml") for name in ("dense", "default"))
+    assert dense["common"] == default["common"]
+    stages = [default[name] for name in recipes.STAGES]
+    assert dense["pretrain"]["epochs"] == sum(stage["epochs"] for stage in stages)
+    small = [stage["epochs"] * float(stage.get("sizes", "24:0,").split(":")[1].split(",")[0])
+             for stage in (dense["pretrain"], *stages)]
+    assert small[0] == pytest.approx(sum(small[1:]), rel=0.01)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.FOLDER.glob("*.toml")))
 def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
-    args = quantize.parse(["--recipe", name, "--lr", "0.5", "--checkpoint", str(tmp_path / "masked.pt")])
+    args = quantize.parse(["--recipe", name, "--epochs", "1", "--lr", "0.5", "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
     assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu")).settings.lr == 0.5

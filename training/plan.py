@@ -58,8 +58,8 @@ class Settings:
     clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
     sizes: str = setting("32", sizes_text, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
-                                    "decay of the weight average (EMA); 0: none (default: over the last 3%% of the steps "
-                                    "so far)")
+                                    "decay of the weight average (EMA); 0: none (default: over the last 3%% of the "
+                                    "steps so far)")
     refresh: int = setting(10_000, number(int, 0, 10**6),
                            "train images to re-estimate BatchNorm statistics from before evaluation; 0: keep them")
     distill: float = setting(0.9, number(float, 0, 1), "weight D of the distillation loss; that of the labels is 1 - D")
