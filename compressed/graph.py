@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, OUT_OF_PLACE, SPELLINGS, Operation,
+from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, REWRITTEN, SPELLINGS, Operation,
                                    RoundsValues, Window, trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
+RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -210,8 +211,8 @@ class _Walk:
         readers = [each for each in self.readers[op.key] if not moves_again(each, value)]
         if value[0].kind == "function" and op.kind in FUNCTIONS:
             return not (len(readers) == 1 and readers[0].kind == "point")  # the table's entries are codes
-        several = len(self.readers[op.key]) > 1
-        return several or op.kind == "point" and value[0].kind == "function" or any(
+        several, rounded = len(self.readers[op.key]) > 1, len(readers) == 1 and readers[0].kind == "point"
+        return several or op.kind == "point" and value[0].kind == "function" and not rounded or any(
             each.kind in READ_CODES or each.kind == "batchnorm" and not folds(value) for each in readers)
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool) -> Point:
@@ -219,6 +220,8 @@ class _Walk:
         name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
         activation = op.kind if op.kind in CLIPS else "none"
         signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
+        if name in RESERVED:
+            raise BadInput(f"{name} rounds a value, and this is the name of another one: call the module otherwise")
         if not own:
             self.lacking.append((op, name))
         elif isinstance(op.module, RoundsValues):
@@ -288,6 +291,9 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
     last = walk.values[end.key]
     if isinstance(last, Point) or last[0].kind in ("function", "pixels"):
         raise BadInput("the network ends in an activation point: expected a layer whose sums are the logits")
+    if len(end.shape) != 1:
+        raise BadInput(f"the network returns {'x'.join(map(str, end.shape))} values for an image: expected one "
+                       "dimension, as flatten(1) gives")
     operations = tuple(replace(op, kind="nothing") if op.kind == "point" and op.name not in walk.found else op
                        for op in walk.operations)  # an Identity that passes on what is rounded already, or never is
     graph = Graph(operations, (*walk.found.values(), Point("logits", last, "none", True, end.shape)))
@@ -306,8 +312,8 @@ def prepare(model: nn.Module) -> nn.Module:
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
     graph, modules = copy.deepcopy(traced(model)), {}
-    in_place = [node for node in graph.nodes if node.op != "call_module" and node.target in OUT_OF_PLACE]
-    if not walk.lacking and not loose and not in_place:
+    rewritten = [node for node in graph.nodes if node.op != "call_module" and node.target in REWRITTEN]
+    if not walk.lacking and not loose and not rewritten:
         _keep(model, walk)
         return model
     for taken in ("points", "functions"):
@@ -329,8 +335,8 @@ def prepare(model: nn.Module) -> nn.Module:
         node.replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
     for op in loose:
         becomes_a_module(op, "functions." + op.name.replace(".", "_"))
-    for node in in_place:  # a rounded value, in float32, does not hold a sum
-        node.target = OUT_OF_PLACE[node.target]
+    for node in rewritten:
+        node.target = REWRITTEN[node.target]
     network = copy.deepcopy(model)
     for name, module in modules.items():
         holder, _, own = name.partition(".")

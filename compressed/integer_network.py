@@ -72,7 +72,11 @@ def products(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def windows(codes: Tensor, window: Window, fill: int = 0) -> list[Tensor]:
-    """Return the codes at each position of a window, row by row, each [N, H', W', C]; `fill` outside the map."""
+    """Return the codes at each position of a window, row by row, each [N, H', W', C]; `fill` outside the map.
+
+    codes: [N, H, W, C], or [N, C] of a map of 1x1.
+    """
+    codes = codes[:, None, None] if codes.dim() == 2 else codes
     codes = F.pad(codes, (0, 0, *[window.padding[1]] * 2, *[window.padding[0]] * 2), value=fill or None)
     rows, columns = ([slice(k * d, k * d + n - d * (kernel - 1), s) for k in range(kernel)]
                      for n, kernel, s, d in zip(codes.shape[1:3], window.kernel, window.stride, window.dilation))

@@ -117,16 +117,17 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), images: int = 2) -> None:
+def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), least: int = 2) -> None:
     """Raise BadInput if a network does not have one output for each of the data's classes, in evaluation or training.
 
-    sizes: of the square images. images: the fewest that one worker trains on. The BatchNorm statistics change.
+    sizes: of the square images. least: the fewest that one worker trains on. The BatchNorm statistics change.
     """
     for size, training in itertools.product(sorted(sizes, reverse=True), (False, True)):
-        wanted = [images if training else 1, 3, size, size]
+        wanted = [least if training else 1, 3, size, size]
         with refused(f"--network {spec}: its forward pass {'in training ' * training}fails for images {wanted}",
                      "" if size == IMAGE_SIZE else f"; give --sizes {IMAGE_SIZE}"):
-            shape = list(model.train(training)(torch.zeros(wanted)).shape)
+            images = torch.zeros(wanted).contiguous(memory_format=torch.channels_last)  # as everywhere
+            shape = list(model.train(training)(images).shape)
         if shape != [wanted[0], classes]:
             raise BadInput(f"--network {spec}: its outputs for images {wanted} are {shape}, and the data have "
                            f"{classes} classes: let the network take an argument num_classes, or give other --data")

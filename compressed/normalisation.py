@@ -61,6 +61,8 @@ def fold(model: nn.Module, means, deviations) -> nn.Module:
     """
     graph, (scale, shift) = read(model), scale_and_shift(means, deviations)
     first = {branch for point in graph.points for branch in point.branches if graph.images & set(branch.sources)}
+    if clipped := [point.name for point in graph.points if point.name in graph.images and point.activation != "none"]:
+        raise BadInput(f"--normalise cannot be folded exactly: {clipped[0]} clips the image before any layer")
     for branch in first:
         layer = model.get_submodule(branch.name) if branch.kind == "layer" else None
         plain = isinstance(layer, nn.Conv2d) and layer.groups == 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.errors import BadInput, one_line, refused
+from compressed.errors import BadInput, refused
 
 CLIPS = "relu", "relu6"
 FUNCTIONS = "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu"  # other pointwise functions; lookup tables, on codes
@@ -35,7 +35,10 @@ SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph
     "split": (torch.chunk, torch.split, "chunk", "split"),
     "nothing": (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")}
 KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
-OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
+# {what graph.prepare replaces: by what}: a rounded value, in float32, does not hold a sum; and maps are channels-last,
+# so that some views of them are impossible
+REWRITTEN = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul",
+             "view": "reshape"}
 NORMALISATIONS = {"product": "scale", "add": "shift"}  # of the image, by constants
 NOT_LISTED = "size", "constant", "split"  # no operations: numbers, stored tensors, and tuples, whose parts are some
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
@@ -125,6 +128,16 @@ class Tracer(fx.Tracer):
                 args[i] = parameter.default
         return function, args
 
+    def followed(self, model: nn.Module) -> fx.Graph:
+        """Return the graph of a model's forward pass without unused *args and **kwargs."""
+        graph = self.trace(model)
+        for node in list(graph.nodes):
+            if node.op == "placeholder" and node.target.startswith("*"):
+                if node.users:
+                    raise BadInput(f"the forward pass of {type(model).__name__} reads {node.target}: expected an image")
+                graph.erase_node(node)
+        return graph
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = any(base.__module__.startswith("torch.nn.") and base not in (nn.Module, *CONTAINERS)
                     for base in type(module).__mro__)
@@ -140,16 +153,20 @@ def copied(model: nn.Module) -> nn.Module:
 def traced(model: nn.Module) -> fx.Graph:
     """Return the torch.fx graph of a network's forward pass; of a prepared network (see graph.prepare) its own.
 
-    Raises BadInput if the forward pass cannot be followed, because it depends on values.
+    Raises BadInput if the forward pass cannot be followed, because it depends on values, or is not that of the class.
     """
+    name = type(model).__name__
     if hasattr(type(model), "prepared_graph"):
         return type(model).prepared_graph
-    try:
-        return Tracer().trace(copied(model))
-    except BadInput:
-        raise
-    except Exception as error:  # whatever the user's own forward pass raises on a torch.fx.Proxy
-        raise BadInput(f"the forward pass of {type(model).__name__} cannot be followed ({one_line(error)})") from error
+    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:  # torch.fx follows the class's
+        raise BadInput(f"{name} is called by a function that is not its class's forward(): make that its forward pass")
+    twin = copied(model)
+    with refused(f"the forward pass of {name} cannot be followed"):  # whatever it raises on a torch.fx.Proxy
+        graph = Tracer().followed(twin)
+    for node in graph.nodes:  # torch.fx keeps a tensor that the forward pass makes in the module, here in the copy
+        if node.op == "get_attr" and node.target in vars(twin).keys() - vars(model).keys():
+            raise BadInput(f"the forward pass of {name} makes a tensor of constants: use a number, or make it a buffer")
+    return graph
 
 
 class _Run(fx.Interpreter):
@@ -410,7 +427,9 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     if has_hooks(model):
         raise BadInput(f"{type(model).__name__} has a forward hook, which could change its input or its logits: remove "
                        "it")
-    twin = copied(model).to("meta").eval()
+    twin = copied(model)
+    with refused(f"{type(model).__name__} cannot be followed without its data"):
+        twin.to("meta").eval()
     graph = traced(twin)
     run = _Run(fx.GraphModule(twin, graph))
     with refused(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))}"), torch.no_grad():

@@ -19,10 +19,14 @@ BATCH = 50  # images
 class Paused:
     """A network in eval mode, paused before one of its modules for some images; it can resume there repeatedly.
 
-    images: uint8 [N, 3, 32, 32]. The modules from that one onwards may be changed.
+    images: uint8 [N, 3, 32, 32]. The modules from that one onwards may be changed. Modules that work in place no longer
+    do: they would overwrite the values that are kept.
     """
 
     def __init__(self, network: nn.Module, images: Tensor):
+        for module in network.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False
         self.graph = torch.fx.GraphModule(network, traced(network))
         start, *self.nodes = self.graph.graph.nodes
         self.values = [{start: cifar100.normalise(batch).contiguous(memory_format=torch.channels_last)}

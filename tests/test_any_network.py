@@ -17,7 +17,7 @@ import quantize
 import testers
 import user_networks
 from compressed import cifar100, checkpoints, claims, counting, dead_weight, formats, graph, grids, mnet, networks
-from compressed import operations
+from compressed import normalisation, operations, step_search
 from compressed.claims import stated_formats
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -33,7 +33,7 @@ from training import teachers
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
     "ResNet?option='A'": 10, "ResNet?option='B'&width=4": 7, "Mobile": 10, "Mobile?six=True": 10, "Excited": 10,
-    "VGG": 10, "Dense": 10, "Shuffled": 10}.items()}
+    "VGG": 10, "Dense": 10, "Shuffled": 10, "Viewed": 10}.items()}
 
 
 @functools.cache
@@ -331,6 +331,16 @@ class Auxiliary(Lone):
         return logits
 
 
+class Called(Lone):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Several(Lone):
+    def forward(self, x, *more):
+        return super().forward(x + more[0])
+
+
 def computed(layer):
     """As torch.nn.utils.weight_norm leaves a layer: its weight is no parameter."""
     weight = nn.Parameter(layer.weight.detach())
@@ -391,6 +401,12 @@ REFUSED = (
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=replaced(nn.ReLU())), "a: ReLU has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
+    (Lone(lambda s, x: s.c(x * torch.tensor(0.5)), c=conv(padding=1)), "Lone makes a tensor of constants"),
+    (replaced(Lone(lambda s, x: s.c(x), c=conv(padding=1))), "Lone is called by a function that is not its class's"),
+    (Called(lambda s, x: s.c(x), c=conv(padding=1)), "Called is called by a function that is not its class's"),
+    (Several(lambda s, x: s.c(x), c=conv(padding=1)), "the forward pass of Several reads .more: expected an image"),
+    (nn.Sequential(conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 10, 1)), "returns 10x1x1 values"),
+    (Lone(lambda s, x: s.logits(s.c(x)), c=conv(padding=1), logits=nn.ReLU()), "logits rounds a value, and this is"),
     (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
     (Lone(lambda s, x: (s.c(x), s.d(x))[0], c=conv(padding=1), d=conv()), "d is computed, but read by nothing"),
 )
@@ -402,6 +418,42 @@ def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_paused_computes_the_same_again():
+    """A module that works in place does not overwrite the values at which the network is paused."""
+    model = prepare(networks.make(f"{FILE}:Viewed", 10).eval())
+    images = cifar100.made_up(60, 0).images
+    with torch.no_grad():
+        expected, paused = logits(model, images), step_search.Paused(model, images)
+        for name in list(read(model).activation_points)[1:]:
+            paused.reach(name)
+            for _ in range(2):
+                assert torch.allclose(paused.finish(), expected, atol=1e-5)
+
+
+def test_a_clip_of_the_image_is_not_taken_for_the_image():
+    """The exporter and --normalise know the image alone."""
+    model = prepare(Lone(lambda s, x: s.c(x.relu()), c=conv(padding=1)).eval())
+    point, *_ = read(model).points
+    assert (point.branches[0].kind, point.activation) == ("pixels", "relu")
+    with pytest.raises(BadInput, match="points.image clips the image before any layer"):
+        normalisation.fold(model, (0, 0, 0), (1, 1, 1))
+    pytest.importorskip("onnx")
+    from tools import export_onnx
+    network = copy.deepcopy(model)
+    grids.quantize_weights(model, grids.bit_table("8", model), "channel")
+    activations = grids.calibrate(model, cifar100.made_up(20, 0).images, grids.activation_table("8", model), "max")
+    quantize_activations(model, activations)
+    network, tensors = grids.shipped(model, network)
+    with pytest.raises(BadInput, match="points.image clips the image before any layer, which has no ONNX model"):
+        export_onnx.Exporter(network, {"tensors": tensors, "activations": activations}).finished({})
+
+
+def test_a_view_of_a_map_is_refused_in_training():
+    """Maps are channels-last there as everywhere; elsewhere graph.prepare makes it a reshape."""
+    with pytest.raises(BadInput, match=r"its forward pass fails for images .* Use \.reshape\(\.\.\.\) instead"):
+        networks.check_outputs(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
 
 
 def test_every_branch_has_a_name_of_its_own():
@@ -429,7 +481,7 @@ def test_a_prepared_network_changes_nothing_in_place():
     assert list(read(prepared).activation_points) == ["image", "i", "after", "points.mean"]
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(prepared(x), network(x))
-    assert not any(node.target in operations.OUT_OF_PLACE for node in operations.traced(prepared).nodes)
+    assert not any(node.target in operations.REWRITTEN for node in operations.traced(prepared).nodes)
 
 
 @pytest.mark.parametrize("name, points", (("mobilenet_v3_small", 101), ("shufflenet_v2_x0_5", 88),

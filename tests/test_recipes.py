@@ -164,7 +164,8 @@ def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
-    args = quantize.parse(["--recipe", name, "--epochs", "1", "--lr", "0.5", "--checkpoint", str(tmp_path / "masked.pt")])
+    args = quantize.parse(["--recipe", name, "--epochs", "1", "--lr", "0.5",
+                           "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
     assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu")).settings.lr == 0.5

@@ -30,7 +30,7 @@ from tools import report
 from training.runs import read_stages, stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md", "training/METHOD.md")}
+PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md")}
 README, ACCOUNT = PAGES["README.md"], PAGES["ACCOUNT.md"]
 SHIPPED = [path for path in (ROOT / CHECKPOINT, *shipping.in_folders(ROOT)) if path.is_file()]
 shipped = pytest.mark.skipif(not (ROOT / "cifar100_mobilenetv2.json").exists(), reason="no checkpoint is shipped yet")
@@ -313,6 +313,21 @@ def test_the_figure_of_sparsity_has_zeros_and_path_of_the_pruned_layers(tmp_path
     assert list(right.lines[0].get_ydata()) == [1e-6, 2e-6]
 
 
+def test_the_comparison_of_pruning_methods():
+    """Mean and deviation over seeds for each target, and the share of the zeros that the mask added; and the figure."""
+    assert "it has not been run yet" in report.methods_table(None)
+    rows = [{"method": method, "target": target, "accuracy": accuracy, "zeros": 100, "zeros_made": made}
+            for method, target, accuracy, made in (("proximal", 0.9, 0.5, 100), ("proximal", 0.9, 0.52, 110),
+                                                   ("one-shot", 0.9, 0.4, 0), ("proximal", 0.8, 0.6, 75))]
+    table = report.methods_table({"rows": rows}).splitlines()
+    assert table[2:4] == ["| proximal | 60.00% ± 0.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |",
+                          "| one-shot | - | - | 40.00% ± 0.00% (1) | 100.0% |"]
+    axes, = needed("tools.figures").methods_figure(report.methods_means({"rows": rows})).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]
+    assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [51, 40]
+
+
 @shipped
 def test_the_smaller_network_is_below_the_board():
     claims = [load_json(path.with_suffix(".json")) for path in shipping.in_folders(ROOT)]
@@ -387,7 +402,7 @@ def test_images_and_hours_are_summed_by_device():
 
 def test_every_table_has_a_place():
     places = re.findall(r"<!-- (\w+) -->\n", "".join(PAGES.values()))
-    assert sorted(places) == sorted([*(make.__name__ for make in report.TABLES), *report.BENCHMARKS])
+    assert sorted(places) == sorted([*(make.__name__ for make in report.TABLES), *report.BENCHMARKS, "methods"])
 
 
 def test_fill():

@@ -170,6 +170,28 @@ class Shuffled(nn.Module):
         return self.linear(F.silu(x).mean((2, 3)))
 
 
+class Viewed(nn.Module):
+    """A map that is viewed as a vector, and a vector as a map of one pixel; a SiLU in place, whose input is read before
+    that; an Identity that runs twice, after functions; arguments that nothing reads."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.branch, self.act, self.drop = nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True), nn.Identity()
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8)
+        self.squeeze, self.expand = nn.Linear(8, 12), nn.Conv2d(12, 8, 1)
+        self.linear = nn.Linear(8 * 4 * 4, num_classes)
+
+    def forward(self, x, *more, **options):
+        x = self.bn1(self.conv1(x))
+        y = F.relu(self.branch(x))
+        x = self.drop(self.act(x)) + y
+        x = self.drop(F.silu(self.bn2(self.conv2(x))))
+        gate = F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)))
+        x = x * torch.sigmoid(self.expand(gate.view(gate.size(0), -1, 1, 1)))
+        return self.linear(x.view(x.size(0), -1))
+
+
 class Wrapped(nn.Module):
     """A network called `module`, as DataParallel calls it; a buffer that nothing reads; an argument with a default."""
 

@@ -121,6 +121,8 @@ class Exporter:
         name, (first, *others) = value.point.name, value.terms
         if first.branch.kind == "pixels":
             step, bits = self.steps[name], self.network.formats.activations[name].bits
+            if value.point.activation != "none":
+                raise BadInput(f"{name} clips the image before any layer, which has no ONNX model here")
             if step != 1 / cifar100.STD or bits != 8:
                 raise BadInput(f"the image has {bits} bits and the step {step}: expected 8, and 1/{cifar100.STD}, the "
                                "pixels' own")

@@ -4,6 +4,7 @@ layers_figure     sparsity and bits of every weight tensor
 cost_figure       where storage and operations go
 training_figure   loss and accuracy by epoch, stage after stage
 sparsity_figure   zeros by epoch of reweighted stages, the path that they follow, and lambda
+methods_figure    hold-out accuracy of pruning methods at equal training
 board_figure      accuracy against score, of what is shipped here and the challenge's entries
 """
 from compressed import environment
@@ -114,6 +115,21 @@ def sparsity_figure(stages: dict[str, list[dict]]) -> Figure:
     right.set(title="λ, adjusted by feedback", xlabel="epoch")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     grid(left, right)
+    return figure
+
+
+def methods_figure(means: dict[float, dict[str, tuple[float, float]]]) -> Figure:
+    """Plot the hold-out accuracy of pruning methods, {target: {method: (mean, standard deviation)}}."""
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    methods = list(dict.fromkeys(method for found in means.values() for method in found))
+    for i, (target, found) in enumerate(means.items()):
+        places = [methods.index(method) + 0.16 * (i - (len(means) - 1) / 2) for method in found]
+        values, deviations = ([100 * pair[k] for pair in found.values()] for k in (0, 1))
+        axes.errorbar(places, values, deviations, fmt="o", capsize=4, color=COLOURS[i], label=f"{target:.0%} zeros")
+    axes.set(title="Hold-out accuracy after equal training", ylabel="%")
+    axes.set_xticks(range(len(methods)), methods)
+    axes.legend(frameon=False)
+    grid(axes, axis="y")
     return figure
 
 

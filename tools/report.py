@@ -27,7 +27,7 @@ STORED = {"weights": "weights that are stored", "masks": "masks, one bit for eac
           "batchnorm": "BatchNorm scales and shifts", "biases": "biases of the linear layer",
           "steps": "steps of all grids, at 32 bits", "total": "total"}
 ROOT = shipping.ROOT
-PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md")
+PAGES = ("README.md", "ACCOUNT.md", "benchmarks/README.md", "record/README.md", "training/METHOD.md")
 # the challenge's published entries for CIFAR-100: name and rank (a team may have several entries), network, accuracy
 # (the first belongs to the score), and the scores under the three accumulator conventions
 BOARD = (
@@ -348,6 +348,36 @@ def inference_table(measured: dict) -> str:
     return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
 
+def methods_means(measured: dict) -> dict[float, dict[str, tuple[float, float]]]:
+    """Return {target: {method: (mean accuracy, standard deviation over the seeds)}} of benchmarks/sparsity_methods.py.
+    """
+    values = {}
+    for row in sorted(measured["rows"], key=lambda row: row["target"]):
+        values.setdefault(row["target"], {}).setdefault(row["method"], []).append(row["accuracy"])
+    return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
+                     for method, each in found.items()} for target, found in values.items()}
+
+
+def methods_table(measured: dict | None) -> str:
+    """Return the table of pruning methods: hold-out accuracy by target, and how many of the zeros the mask added."""
+    command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
+    if measured is None:
+        return f"{command} compares them; it has not been run yet."
+    means, rows = methods_means(measured), []
+    for method in dict.fromkeys(row["method"] for row in measured["rows"]):
+        rows.append([method])
+        for target, found in means.items():
+            same = [row for row in measured["rows"] if (row["method"], row["target"]) == (method, target)]
+            added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
+            rows[-1] += [f"{found[method][0]:.2%} ± {found[method][1]:.2%} ({len(same)})", f"{added:.1%}"] if same \
+                else ["-", "-"]
+    head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
+                                                              "deviation (seeds)", "of the zeros, made by the mask"))]
+    return table(head, rows) + f"\n\n{command}; the methods are described in its `--help`.\n\n" \
+        "![hold-out accuracy of pruning methods](../figures/methods.png)"
+
+
+METHODS = "sparsity_methods.json"  # takes hours, so it may be missing
 BENCHMARKS = {"speed": ("training_speed.json", training_table),
               "speed_avx2": ("training_speed_avx2.json", training_table),
               "fine_tuning": ("fine_tuning_speed.json", training_table),
@@ -362,10 +392,16 @@ def table(head, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def found_methods() -> dict | None:
+    file = ROOT / "benchmarks" / METHODS
+    return load_json(file) if file.is_file() else None
+
+
 def tables(shipped: Shipped) -> dict[str, str]:
     """Return {NAME: table}."""
     return {make.__name__: make(shipped) for make in TABLES} | {
-        name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()}
+        name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()} | {
+        "methods": methods_table(found_methods())}
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
@@ -414,6 +450,8 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
         made["training"] = figures.training_figure([load_lines(log) for log in found])
     if found := feedback_stages(logs):
         made["sparsity"] = figures.sparsity_figure(found)
+    if found := found_methods():
+        made["methods"] = figures.methods_figure(methods_means(found))
     return made
 
 
