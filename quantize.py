@@ -302,6 +302,8 @@ def main(argv=None) -> int:
         "accuracy_by_step": accuracies.steps,
         "made_by": {"command": shlex.join(["python", "quantize.py", *(sys.argv[1:] if argv is None else argv)]),
                     "commit": commit,
+                    "options": {name: value for name, value in dataclasses.asdict(chosen).items()
+                                if name not in ("table", "activation_bits")},  # these are those of tensors, activations
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
                     "training": args.trained + tuned}}, args.out, args.network)

@@ -80,8 +80,10 @@ def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, monkeypatch):
     assert already >= 0.98 * pruned
 
 
-@pytest.mark.parametrize("kind, optimizer, schedule", (("column", "sgd", "cosine"), ("kernel", "muon", "cooldown"),
-                                                       ("filter", "sgd", "constant")))
+@pytest.mark.parametrize("kind, optimizer, schedule", (
+    ("column", "sgd", "cosine"), ("column", "adam", "constant"), ("column", "muon", "cooldown"),
+    ("kernel", "sgd", "constant"), ("kernel", "adam", "cosine"), ("kernel", "muon", "cooldown"),
+    ("filter", "sgd", "constant"), ("filter", "adam", "cooldown"), ("filter", "muon", "cosine")))
 def test_groups_go_whole_and_as_many(tmp_path, kind, optimizer, schedule):
     """What the mask prunes and the penalty did not is 2%, or the one group by which the mask goes beyond the target."""
     model, penalty, lines = stage(tmp_path, optimizer, schedule, kind, target=0.6)
@@ -90,7 +92,8 @@ def test_groups_go_whole_and_as_many(tmp_path, kind, optimizer, schedule):
     total, pruned, already = already_zero(model, target_masks(model, LAYERS, 0.6, kind))
     assert pruned - already <= max(0.02 * pruned, largest)
     assert penalty.zeros_share() <= 0.63 + largest / total
-    assert max(line["zeros_share"] - line["zeros_path"] for line in lines) < 0.15
+    # from a quarter of the stage on: in the first 64 steps whole layers of similar norms can become zero at once
+    assert max(line["zeros_share"] - line["zeros_path"] for line in lines[2:]) < 0.15
     gone = sum(int((group_norms(weight, kind) == 0).sum()) for weight in penalty.weights)
     assert (lines[-1]["zero_groups"], lines[-1]["kind"]) == (gone, kind)
     assert f"{gone:,} of {lines[-1]['groups']:,} {kind}s" in zeros(lines[-1])

@@ -109,6 +109,7 @@ def test_from_a_masked_checkpoint_to_a_shipped_one(small_checkpoint, runs, schem
     zeros = sum(int((weight == 0).sum()) for weight in conv)
     assert claim["counts"]["weights"]["conv"]["zeros"] == zeros >= 0.74 * sum(weight.numel() for weight in conv)
     assert claim["made_by"]["command"] == shlex.join(["python", "quantize.py", *argv])
+    assert {"scheme", "ranges", "calibration", "renew", "seed"} < claim["made_by"]["options"].keys()
     assert claim["made_by"]["source_sha256"] == sha256(small_checkpoint) and claim["made_by"]["training"] == []
 
 

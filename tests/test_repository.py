@@ -254,6 +254,16 @@ def test_the_row_of_the_dense_baseline(measured):
 
 
 @shipped
+def test_the_accuracy_without_near_duplicates_has_a_row_where_it_was_measured(measured):
+    claim = copy.deepcopy(measured.claim)
+    claim["accuracy"]["without_duplicates"] = {"correct": 7400, "images": 9109}
+    row = "near-duplicate in the train set | 81.24% (7,400 of 9,109) | - | `python testers.py` |"
+    known = measured.claim["accuracy"].get("without_duplicates") is not None
+    for page in (report.summary, report.results):
+        assert row in page(dataclasses.replace(measured, claim=claim)) and ("near-duplicate" in page(measured)) == known
+
+
+@shipped
 def test_the_images_of_all_stages_are_those_of_the_logs():
     stages = load_json(ROOT / "cifar100_mobilenetv2.json")["made_by"]["training"]
     images = sum(stage.images(stage.lines[-1]) for stage in read_stages(ROOT / "record"))

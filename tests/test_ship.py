@@ -124,6 +124,15 @@ def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
     assert capsys.readouterr().out == f"ship.py: shipped {root / CHECKPOINT}\n"
 
 
+@pytest.mark.parametrize("words, kept", (([], b"of the run"), (["--recipe", "small"], None)))
+def test_the_recipe_is_in_the_record(commands, root, words, kept):
+    """The one that quantize.py took."""
+    write(root, run__recipe_toml="of the run")
+    assert ship.main(["run", *words]) == 0
+    expected = kept or (ship.recipes.FOLDER / "small.toml").read_bytes()
+    assert (root / "record/recipe.toml").read_bytes() == expected
+
+
 @pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False)))
 def test_a_dense_baseline_that_was_the_shipped_network_goes_with_it(commands, root, start, stays):
     """One from scratch stays, and is in the folder that the tables are made from."""

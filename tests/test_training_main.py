@@ -566,6 +566,8 @@ def test_a_proximal_penalty_in_the_submissions_command_makes_zeros_of_its_own(sm
 def test_a_teacher_changes_what_is_learnt(small):
     assert run(QUICK + " --pretrain") == 0
     assert run(QUICK + " --pretrain --teacher run/pretrain.pt", "taught") == 0
+    (stage,) = training_record("taught/pretrain.pt")
+    assert stage["teachers_sha256"] == [files.sha256("run/pretrain.pt")]
     assert run(QUICK + " --pretrain --teacher run/pretrain.pt --distill 0 --smooth-eps 0.1", "alone") == 0
     assert_same(Path("run/pretrain.pt"), Path("alone/pretrain.pt"))
     with pytest.raises(AssertionError):

@@ -25,6 +25,7 @@ from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_record, sha256
+from training import recipes
 from training.runs import stage_logs
 
 ROOT = shipping.ROOT
@@ -76,7 +77,14 @@ def misplaced(network: str, data: str, data_set: dict | None, into: Path) -> str
     return None
 
 
-def copy_record(run: Path, claim: dict, record: Path) -> None:
+def recipe_of(run: Path, words: list[str]) -> Path | None:
+    """Return the path of the recipe that quantize.py takes: that of --recipe in `words`, else the run's; or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    return recipes.of_run(parser.parse_known_args(words)[0].recipe, run)
+
+
+def copy_record(run: Path, claim: dict, recipe: Path | None, record: Path) -> None:
     """Copy logs, options, recipe and masked weights of a run into a new folder `record`.
 
     The log of a fine-tuning is copied only if the claim names that stage: it may be left over from another attempt.
@@ -85,9 +93,11 @@ def copy_record(run: Path, claim: dict, record: Path) -> None:
     record.mkdir()
     stages = {stage["stage"] for stage in claim["made_by"]["training"]}
     logs = [log for log in stage_logs(run) if log.stem != "quantized" or "quantized" in stages]
-    for path in (*logs, *(log.with_suffix(".options.json") for log in logs), run / "recipe.toml"):
+    for path in (*logs, *(log.with_suffix(".options.json") for log in logs)):
         if path.is_file():
             shutil.copyfile(path, record / path.name)
+    if recipe:
+        shutil.copyfile(recipe, record / "recipe.toml")
     shutil.copyfile(run / "masked.average.pt", record / "masked.pt")  # what further training starts from
     if sha256(record / "masked.pt") != claim["made_by"]["source_sha256"]:
         raise BadInput(f"{run / 'masked.average.pt'} was replaced while it was quantized; ship it again")
@@ -115,7 +125,7 @@ def build(args, words: list[str], new: Path) -> str | None:
     shipping.run("-m", "tools.pack", *checkpoint)
     shipping.run("-m", "tools.integer", "--record", *checkpoint, *data)
     shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)
-    copy_record(args.run, claim, new / "record")
+    copy_record(args.run, claim, recipe_of(args.run, words), new / "record")
     shipping.run("-m", "tools.verify", *checkpoint, *data)
     return why
 

@@ -55,11 +55,6 @@ class Tuning:
         """The network that fine-tuning starts from, kept until that is finished: its grids take minutes."""
         return self.folder / "quantized.start.pt"
 
-    @property
-    def teacher_sums(self) -> list[str | None]:
-        """The SHA-256 of each teacher's file; None where it is not there (KAIST AI's are known by name)."""
-        return [sha256(path) if Path(path).is_file() else None for path in self.teachers]
-
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
         return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen,
@@ -86,8 +81,8 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         file.unlink(missing_ok=True)  # of other options
         tuning.start.unlink(missing_ok=True)
         record = new_record("quantized", train_data, settings, tuning.options(chosen))
-        save_record(record | {"source_sha256": sha256(tuning.source), "teachers_sha256": tuning.teacher_sums,
-                              "accuracy_by_step": list(steps_before)}, file.with_suffix(".options.json"))
+        save_record(record | {"source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before),
+                              "teachers_sha256": teachers.digests(tuning.teachers)}, file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
 
     start = {name: value.clone() for name, value in with_steps(model).items()}
@@ -145,7 +140,7 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
         return None
     record = load_record(tuning.file.with_suffix(".options.json"), "--no-resume fine-tunes again")
     teachers_differ = any(None not in pair and pair[0] != pair[1]
-                          for pair in zip(record.get("teachers_sha256", ()), tuning.teacher_sums))
+                          for pair in zip(record.get("teachers_sha256", ()), teachers.digests(tuning.teachers)))
     if (record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen)
             or teachers_differ):
         raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options or teachers; --no-resume "

@@ -329,6 +329,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 
     before, file = starting_file(stage, args), job.file(f"{stage}.options.json")
     start = {"start_sha256": sha256(before)} if before and before.is_file() else {}
+    taught = {"teachers_sha256": teachers.digests(args.teacher)} if args.teacher else {}
     options = vars(args)
     if args.resume and state.exists and file.is_file():  # it started from what was given then
         earlier = options_of(file, "give --no-resume")
@@ -337,7 +338,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 
     def began():
         if job.processes.first:
-            save_record(new_record(stage, job.data, settings, options, job.processes.count) | start, file)
+            save_record(new_record(stage, job.data, settings, options, job.processes.count) | start | taught, file)
             if stage == stages[0]:
                 if args.recipe:
                     save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))

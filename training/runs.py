@@ -78,6 +78,7 @@ class Stage:
     machine: str
     train_images: int | None
     data: str | None  # digest of the train images
+    teachers_sha256: list | None = None  # of their files, None in a record of an older version
 
     def images(self, line: dict) -> int:
         """Return the number of images that the stage had been trained on at a line of its log."""
@@ -100,7 +101,7 @@ def read_stage(log: Path) -> Stage | None:
         return None
     record = options_of(options)
     return Stage(log.stem, lines, record["settings"], record["options"], record.get("machine"),
-                 record.get("train_images"), record.get("data"))
+                 record.get("train_images"), record.get("data"), record.get("teachers_sha256"))
 
 
 def read_stages(folder) -> list[Stage]:
@@ -112,6 +113,7 @@ def stage_record(log: Path) -> list[dict]:
     """Return [options, settings, hardware and last line of a stage's log]; [] for a log that `read_stage` passes by."""
     return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
+            | ({} if stage.teachers_sha256 is None else {"teachers_sha256": stage.teachers_sha256})
             for stage in (read_stage(log),) if stage]
 
 
