@@ -121,7 +121,7 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
     assert compare.main([str(tmp_path), "--layers", "--figure", str(tmp_path / "f.svg")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["conv", "75.00%"]
     state = State(tmp_path / "rew.state")
-    state.save({"step": 1, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []},
+    state.save({"step": 1, "since": 0, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []},
                {"weights": {"conv.weight": torch.zeros(1, 1, 1, 1)}})
     assert compare.last_weights(tmp_path, "rew").keys() == {"conv.weight"} and not compare.last_weights(tmp_path, "x")
     log = tmp_path / "rew.jsonl"

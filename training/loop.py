@@ -440,14 +440,12 @@ class Stage:
             with refused(f"{self.state.folder} holds the state of another network", f"; {AGAIN}",
                          (KeyError, RuntimeError, ValueError)):
                 for key, part in self.parts.items():
-                    if key in contents or key != "watch":  # a state of an older version lacks it
-                        part.load_state_dict(contents[key])
+                    part.load_state_dict(contents[key])
         else:
             self.updates.add(self.progress["step"])  # a stage that begins at a later epoch needs the alphas, too
             if self.progress["step"] and log.is_file():
                 self.progress["log"] = [line for line in load_lines(log) if line["step"] <= self.progress["step"]]
         step, epochs = self.progress["step"], self.settings.epochs
-        self.progress.setdefault("since", step - step % steps)  # a state of an older version lacks it
         # all steps may have been made without the last log line: then what is left is to evaluate
         if step > self.plan.steps or step == self.plan.steps and not self.summed():
             raise BadInput(f"{self.name}: cannot resume at epoch {step / steps:g}: the stage has {epochs}")

@@ -289,12 +289,9 @@ class GradualMagnitude(Penalty):
         torch._foreach_mul_(self.weights, list(self.masks.values()))
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a state; of an older version, which began at no zeros and has the whole stage's sum, by inversion."""
-        for name, mask in (state["masks"] or {}).items():
-            self.masks[name].copy_(mask)
-        self.share, self.start = state["share"], state.get("start", 0.0)
-        self.spent = state["spent"] if "spent" in state else (
-            (state["all_lr"] or 0.0) * (1 - (1 - self.share / self.target) ** (1 / 3)))
+        self.spent, self.start, self.share = state["spent"], state["start"], state["share"]
+        for name, mask in state["masks"].items():
+            self.masks[name].copy_(mask)  # the optimizer has these tensors
 
     def record(self) -> dict:
         return super().record() | {"zeros_path": self.share}

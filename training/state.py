@@ -79,7 +79,7 @@ class State:
         record = load_record(self.file, AGAIN)
         with refused(f"{self.file}: not the state.json of a stage", f"; {AGAIN}"):
             progress, files = record["progress"], record["files"]
-            numbers = [progress[key] for key in ("step", "loss", "correct", "seconds")]
+            numbers = [progress[key] for key in ("step", "since", "loss", "correct", "seconds")]
             if not (type(progress["step"]) is int and isinstance(record["settings"], dict)
                     and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
                     and isinstance(progress["log"], list) and all(isinstance(line, dict) for line in progress["log"])
