@@ -30,11 +30,12 @@ from torch import nn
 
 from compressed import cifar100, claims, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, number, run_script, some_file, some_path
+from compressed.command_line import command_line, number, option_name, run_script, some_file, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, check_input, exact_network, quantize_activations
 from compressed.files import check_outputs, git_commit, sha256
+from compressed.formats import listed
 from compressed.graph import prepare, read
 from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
@@ -124,7 +125,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.replace = "out" in given
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
-        parser.error(f"--{min(idle).replace('_', '-')} belongs to the fine-tuning: give --epochs, too")
+        parser.error(f"{option_name(min(idle))} belongs to the fine-tuning: give --epochs, too")
     return args
 
 
@@ -144,11 +145,6 @@ class Accuracies:
         lost = f", {(correct - self.steps[-1]['correct']) / images:+.2%}" if self.steps else ""
         print(f"{step:<52} {correct}/{images} ({correct / images:.2%}{lost}), loss {loss:.4f}", flush=True)
         self.steps.append({"step": step, "correct": correct, "loss": loss})
-
-
-def listed(widths) -> str:
-    """Return the different ones of some widths, as in "6/8"."""
-    return "/".join(map(str, sorted(set(widths))))
 
 
 def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, accuracies: Accuracies) -> None:

@@ -37,6 +37,11 @@ def number(kind: type, low, high):
     return convert
 
 
+def option_name(dest: str) -> str:
+    """Return an option as it is written on a command line: "--lr-max" for lr_max; lambda is a keyword of Python."""
+    return "--lambda" if dest == "lam" else "--" + dest.replace("_", "-")
+
+
 def some_path(text: str) -> Path:
     """Return the path: an argparse type that refuses an empty one, which would mean the current folder."""
     if not text.strip() or "\0" in text:

@@ -22,6 +22,11 @@ def power_of_two_step(largest: float, bits: int, signed: bool = True) -> float:
     return 2.0 ** (math.ceil(math.log2(largest)) - bits + signed)
 
 
+def listed(widths) -> str:
+    """Return the different ones of some widths, as in "6/8"."""
+    return "/".join(map(str, sorted(set(widths))))
+
+
 def code_range(bits: int, signed: bool = True) -> tuple[int, int]:
     """Return the smallest and the largest code: -2^(b-1) and 2^(b-1) - 1, or 0 and 2^b - 1."""
     return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)

@@ -18,6 +18,7 @@ from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
+from compressed.formats import listed
 from compressed.graph import trace, weight_layers
 from training.runs import images_trained, options_of, stage_logs
 
@@ -115,10 +116,9 @@ class Shipped:
         width = networks.width(self.spec)  # None for another network than the submission's
         name = self.spec.partition(":")[2] if width is None else f"MobileNetV2 x{width:g}"
         weights = self.claim["counts"]["weights"]["all"]
-        bits = ["/".join(map(str, sorted(set(each)))) for each in (
-            self.weight_bits(), [entry["bits"] for entry in self.claim["activations"]])]
-        return (f"{name}, {weights['total']:,} weights, {weights['sparsity']:.0%} sparse, {bits[0]}-bit weights, "
-                f"{bits[1]}-bit activations")
+        activations = listed(entry["bits"] for entry in self.claim["activations"])
+        return (f"{name}, {weights['total']:,} weights, {weights['sparsity']:.0%} sparse, "
+                f"{listed(self.weight_bits())}-bit weights, {activations}-bit activations")
 
     @property
     def stages(self) -> dict[str, dict]:

@@ -33,7 +33,7 @@ from torch import nn
 
 from compressed import datasets, environment, networks, threads
 from compressed.cifar100 import DataSet, Images
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, option_name, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, held, save_record, save_text, sha256, try_to_write
 from compressed.graph import prepare, read
@@ -262,8 +262,7 @@ def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
             if stage in DECISIVE.get(name, STAGES) and not there}
     if alone:
         idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
-    return [f"--{'lambda' if name == 'lam' else name.replace('_', '-')} {why}" for name, why in idle.items()
-            if name in job.args.given]
+    return [f"{option_name(name)} {why}" for name, why in idle.items() if name in job.args.given]
 
 
 def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from compressed.cifar100 import IMAGE_SIZE
-from compressed.command_line import number
+from compressed.command_line import number, option_name
 from compressed.errors import BadInput
 from training.replicas import Processes, shares
 
@@ -98,7 +98,7 @@ def add_options(parser, names, **defaults) -> None:
     """Add the options of these settings. One that is not given is None, or its value in `defaults`."""
     for name in FIELDS:
         if name in names:
-            add_option(parser, "--" + name.replace("_", "-"), name, defaults.get(name))
+            add_option(parser, option_name(name), name, defaults.get(name))
 
 
 def add_option(parser, option: str, name: str, default=None, text: str | None = None) -> None:

@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from compressed.command_line import number
+from compressed.command_line import number, option_name
 from compressed.errors import BadInput, refused
 from compressed.files import load_record
 from compressed.graph import first_layer, weight_layers
@@ -59,8 +59,7 @@ def check(args, stage: str, parser: argparse.ArgumentParser) -> None:
         parser.error("--penalty magnitude prunes between its first and last update: give --updates 2 or more")
     for option in not_taken(args.penalty) if args.penalty else ():
         if getattr(args, option) != parser.get_default(option):
-            shown = "lambda" if option == "lam" else option.replace("_", "-")
-            parser.error(f"--penalty {args.penalty} has no --{shown}")
+            parser.error(f"--penalty {args.penalty} has no {option_name(option)}")
 
 
 def updates(args) -> int:
@@ -138,7 +137,7 @@ def of_run(args, say=lambda line: None) -> argparse.Namespace:
     for name, value in given.items():
         before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
         if before not in (None, value):
-            say(f"masked: --{name.replace('_', '-')} {value} as given, though {path} has {before}")
+            say(f"masked: {option_name(name)} {value} as given, though {path} has {before}")
     if args.target_sparsity is None and (args.sparsity_type == "threshold" or args.sparsity_type and args.config_file):
         return args
     args = argparse.Namespace(**vars(args) | theirs | given)
