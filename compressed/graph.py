@@ -33,7 +33,8 @@ from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, REWR
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
-RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point
+RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point; the exporter
+# calls the image "image"
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -217,10 +218,11 @@ class _Walk:
 
     def point(self, op: Operation, branches: tuple[Branch, ...], own: bool) -> Point:
         """Return a new point after an operation; own: its module can round, otherwise one has to be inserted."""
-        name = op.name if own else "points." + ("image" if branches[0].kind == "pixels" else op.name.replace(".", "_"))
+        what = "image" if branches[0].kind == "pixels" else op.name.replace(".", "_")
+        name = op.name if own else unused(f"points.{what}", self.found)
         activation = op.kind if op.kind in CLIPS else "none"
         signed = op.kind not in CLIPS and not all(self.unsigned(branch) for branch in branches)
-        if name in RESERVED:
+        if name in RESERVED or name == "image" and branches[0].kind != "pixels":
             raise BadInput(f"{name} rounds a value, and this is the name of another one: call the module otherwise")
         if not own:
             self.lacking.append((op, name))
@@ -237,6 +239,13 @@ class _Walk:
         if branch.kind == "function":
             return branch.function in UNSIGNED
         return branch.kind not in ("layer", "norm", "pixels") and not any(self.found[s].signed for s in branch.sources)
+
+
+def unused(name: str, taken) -> str:
+    """Return a name that is not taken: as given, or with "_1" appended as often as needed."""
+    while name in taken:
+        name += "_1"
+    return name
 
 
 def moves_again(op: Operation, value) -> bool:
@@ -312,7 +321,8 @@ def prepare(model: nn.Module) -> nn.Module:
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
     graph, modules = copy.deepcopy(traced(model)), {}
-    rewritten = [node for node in graph.nodes if node.op != "call_module" and node.target in REWRITTEN]
+    rewritten = [node for node in graph.nodes if node.op.startswith("call_") and node.target in REWRITTEN
+                 and node.op != "call_module"]
     if not walk.lacking and not loose and not rewritten:
         _keep(model, walk)
         return model
@@ -334,7 +344,7 @@ def prepare(model: nn.Module) -> nn.Module:
             inserted = graph.create_node("call_module", name, (node,))
         node.replace_all_uses_with(inserted, lambda user, inserted=inserted: user is not inserted)
     for op in loose:
-        becomes_a_module(op, "functions." + op.name.replace(".", "_"))
+        becomes_a_module(op, unused("functions." + op.name.replace(".", "_"), modules))
     for node in rewritten:
         node.target = REWRITTEN[node.target]
     network = copy.deepcopy(model)

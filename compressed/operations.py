@@ -121,11 +121,13 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """Only the image is followed: what else forward() takes has its default, on which a branch may depend."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for i, parameter in enumerate(inspect.signature(root_fn).parameters.values()):
-            # after the module and the image
-            if i > 1 and parameter.default is not inspect.Parameter.empty and isinstance(args[i], fx.Proxy):
-                self.graph.erase_node(args[i].node)
-                args[i] = parameter.default
+        parameters = inspect.signature(root_fn).parameters
+        for i, arg in enumerate(args):  # the module, the image, and the rest: not in the order of the signature
+            default = parameters[arg.node.target].default if isinstance(arg, fx.Proxy) and i > 1 and (
+                arg.node.target in parameters) else inspect.Parameter.empty  # *more is not the name of a parameter
+            if default is not inspect.Parameter.empty:
+                self.graph.erase_node(arg.node)
+                args[i] = default
         return function, args
 
     def followed(self, model: nn.Module) -> fx.Graph:
@@ -158,15 +160,12 @@ def traced(model: nn.Module) -> fx.Graph:
     name = type(model).__name__
     if hasattr(type(model), "prepared_graph"):
         return type(model).prepared_graph
-    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:  # torch.fx follows the class's
+    own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
+    if "forward" in vars(model) or own_call:  # torch.fx follows the class's
         raise BadInput(f"{name} is called by a function that is not its class's forward(): make that its forward pass")
     twin = copied(model)
     with refused(f"the forward pass of {name} cannot be followed"):  # whatever it raises on a torch.fx.Proxy
-        graph = Tracer().followed(twin)
-    for node in graph.nodes:  # torch.fx keeps a tensor that the forward pass makes in the module, here in the copy
-        if node.op == "get_attr" and node.target in vars(twin).keys() - vars(model).keys():
-            raise BadInput(f"the forward pass of {name} makes a tensor of constants: use a number, or make it a buffer")
-    return graph
+        return Tracer().followed(twin)
 
 
 class _Run(fx.Interpreter):
@@ -431,6 +430,10 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     with refused(f"{type(model).__name__} cannot be followed without its data"):
         twin.to("meta").eval()
     graph = traced(twin)
+    for node in graph.nodes:  # torch.fx keeps a tensor that the forward pass makes in the module that it follows
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(twin, node.target):
+            raise BadInput(f"the forward pass of {type(model).__name__} makes a tensor of constants: use a number, or "
+                           "make it a buffer")
     run = _Run(fx.GraphModule(twin, graph))
     with refused(f"{type(model).__name__} does not take an image of {'x'.join(map(str, shape))}"), torch.no_grad():
         run.run(torch.empty(1, *shape, device="meta"))

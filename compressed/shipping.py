@@ -31,10 +31,12 @@ def in_folders(root: Path) -> list[Path]:
 def freed(record: Path) -> bool:
     """Return True if the dense baseline in a record/ folder is the shipped network, trained further without its mask.
 
-    It is then of no use for the next network that is shipped; a dense network from scratch is.
+    It is then of no use for the next network that is shipped; a dense network from scratch is, whose --start, if it had
+    one, was a dense stage.
     """
     options = record / "dense.options.json"
-    return options.is_file() and load_json(options).get("options", {}).get("start") is not None
+    start = load_json(options).get("options", {}).get("start") if options.is_file() else None
+    return start is not None and Path(start).name.split(".")[0] != "pretrain"
 
 
 def of_a_run(record: Path) -> list[Path]:

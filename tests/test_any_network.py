@@ -406,6 +406,7 @@ REFUSED = (
     (Called(lambda s, x: s.c(x), c=conv(padding=1)), "Called is called by a function that is not its class's"),
     (Several(lambda s, x: s.c(x), c=conv(padding=1)), "the forward pass of Several reads .more: expected an image"),
     (nn.Sequential(conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 10, 1)), "returns 10x1x1 values"),
+    (Lone(lambda s, x: s.image(s.c(x)), c=conv(padding=1), image=nn.ReLU()), "image rounds a value, and this is"),
     (Lone(lambda s, x: s.logits(s.c(x)), c=conv(padding=1), logits=nn.ReLU()), "logits rounds a value, and this is"),
     (Auxiliary(lambda s, x: s.c(x), c=conv(padding=1), aux=nn.Linear(10, 2)), "linear is returned as the logits, but"),
     (Lone(lambda s, x: (s.c(x), s.d(x))[0], c=conv(padding=1), d=conv()), "d is computed, but read by nothing"),
@@ -454,6 +455,41 @@ def test_a_view_of_a_map_is_refused_in_training():
     """Maps are channels-last there as everywhere; elsewhere graph.prepare makes it a reshape."""
     with pytest.raises(BadInput, match=r"its forward pass fails for images .* Use \.reshape\(\.\.\.\) instead"):
         networks.check_outputs(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
+
+
+class Odd(nn.Module):
+    """Names that a point, or what is inserted, could have; arguments in an order that is not that of torch.fx."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.a_b, self.view = nn.Module(), nn.Conv2d(4, 4, 3, 2, 1), nn.Buffer(torch.ones(1))
+        self.a.b, self.linear = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 10)
+
+    def forward(self, image, *more, flag=False):
+        x = self.a.b(image * self.view)
+        x = self.a_b(x if flag else nn.functional.silu(x))
+        return self.linear(nn.functional.silu(x).mean((2, 3)))
+
+
+def test_what_is_inserted_has_a_name_of_its_own():
+    model = Odd().eval()
+    names = list(read(prepare(model)).activation_points)
+    assert names == ["points.image", "points.a_b", "points.silu", "points.a_b_1", "points.silu_1", "points.mean"]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(prepare(model)(x), model(x))
+
+
+def test_a_graph_of_torch_fx_is_a_network():
+    plain = nn.Sequential(conv(padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10))
+    model = prepare(torch.fx.symbolic_trace(plain).eval())
+    assert list(read(model).activation_points) == ["points.image", "1", "points.2"]
+
+
+def test_training_follows_a_network_that_makes_constants():
+    """Which cannot be counted: the parts that its normalisation follows are known all the same."""
+    net = Lone(lambda s, x: s.d(s.b(s.c(x - torch.tensor(0.5)))), c=conv(padding=1), b=nn.BatchNorm2d(4),
+               d=nn.Conv2d(4, 4, 1))
+    assert graph.scale_free_weights(net) == [net.c.weight]
 
 
 def test_every_branch_has_a_name_of_its_own():

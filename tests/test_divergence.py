@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from compressed import cifar100, networks
+from compressed.errors import BadInput
 from mobilenet_v2 import MobileNetV2
 from small import NARROW
 from tools import divergence
@@ -43,6 +44,13 @@ def test_checkpoints_of_another_network(tmp_path, capsys):
     torch.save(networks.make(NARROW).state_dict(), path)
     words = ["--made-up", "40", "--images", "4", "--teacher", str(path), "--network", NARROW, "--", str(path)]
     assert divergence.main(words) == 0 and "0.0000 +- 0.0000" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_other_classes_than_the_teachers(files, tmp_path):
+    torch.save(networks.make(NARROW, 10).state_dict(), tmp_path / "ten.pt")
+    with pytest.raises(BadInput, match="ten.pt has 10 classes, and the teachers 100"):
+        divergence.main([*"--made-up 40 --images 10 --teacher".split(), str(files[0]), "--network", NARROW, "--",
+                         str(tmp_path / "ten.pt")])
 
 
 def test_other_draws_give_other_images():

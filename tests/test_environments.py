@@ -23,7 +23,7 @@ from compressed.command_line import run_script
 from compressed.errors import BadInput
 from compressed.evaluation import answers
 from compressed.files import save_tensors
-from tools import divergence, integer, layers, pack, report
+from tools import compare, divergence, integer, layers, pack, report
 from training import main as training
 from training import plan, replicas, teachers
 from training.progress import Progress
@@ -221,8 +221,10 @@ def test_a_package_that_does_not_work_is_named(stand_in, monkeypatch, capsys, tm
             command_line.needed("onnx")
         line = str(raised.value)
     else:
-        status, out, line = ended(report.main, ["--to", str(tmp_path / "to")], capsys)
-        assert (status, out, len(line.splitlines())) == (2, "", 1)
+        for main, words in ((compare.main, [str(tmp_path), "--figure", "f.png"]),
+                            (report.main, ["--to", str(tmp_path / "to")])):
+            status, out, line = ended(main, words, capsys)
+            assert (status, out, len(line.splitlines())) == (2, "", 1)
     assert "does not work here" in line and said in line and "pip install" in line
     assert not (tmp_path / "to").exists()
 

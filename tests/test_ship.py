@@ -133,7 +133,7 @@ def test_the_recipe_is_in_the_record(commands, root, words, kept):
     assert (root / "record/recipe.toml").read_bytes() == expected
 
 
-@pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False)))
+@pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False), ("runs/dense/pretrain.state", True)))
 def test_a_dense_baseline_that_was_the_shipped_network_goes_with_it(commands, root, start, stays):
     """One from scratch stays, and is in the folder that the tables are made from."""
     save_record({"settings": {}, "options": {"start": start}}, root / "record/dense.options.json")
@@ -338,7 +338,8 @@ def test_two_at_once_are_refused(commands, root):
     assert commands.names == ["quantize.py"]
 
 
-@pytest.mark.parametrize("words", ("--checkpoint x.pt", "--out x.pt", "--ou=x.pt", "--made 5", "--if"))
+@pytest.mark.parametrize("words", ("--checkpoint x.pt", "--out x.pt", "--ou=x.pt", "--made 5", "--if", "--rec small",
+                                   "--into run/candidate", "--into run/candidate/deeper"))
 def test_options_that_would_lead_elsewhere(commands, root, words, capsys):
     with pytest.raises(SystemExit):
         ship.main(["run", *words.split()])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+import user_networks
 from compressed import cifar100, kaist
 from compressed.errors import BadInput
 from compressed.files import save_tensors, sha256
 from compressed.graph import prepare, read
-from compressed.networks import fill, load_checkpoint
+from compressed.networks import fill, load_checkpoint, make
 from mobilenet_v2 import KaistMobileNetV2
 from small import NARROW
 from tools import kaist_checkpoint
@@ -147,6 +148,17 @@ def test_ours_is_a_teacher_too(narrow_checkpoint):
     with torch.no_grad():
         assert torch.allclose(teachers.load(narrow_checkpoint, NARROW)(x),
                               load_checkpoint(narrow_checkpoint, NARROW)(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_takes_maps_that_are_channels_last(tmp_path):
+    """Of its own network, too, whose forward pass has views of maps."""
+    spec, path = f"{user_networks.__file__}:Viewed", tmp_path / "viewed.pt"
+    torch.manual_seed(0)
+    model = make(spec, 100).eval()
+    save_tensors(model.state_dict(), path)
+    x = torch.randn(2, 3, 32, 32)
+    teacher = teachers.load(path, spec)
+    assert torch.allclose(teacher(x.contiguous(memory_format=torch.channels_last)), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("change, said", (

@@ -1,6 +1,7 @@
 """Make the dense network of a run the dense baseline, with which the shipped network is compared.
 
-    python -m tools.baseline RUN      (default: runs/default)
+    python training/main.py --recipe dense --pretrain --run runs/dense
+    python -m tools.baseline runs/dense       (the default)
 
 record/ gets its weights (dense.pt), log, options and the result of testers.py; the tables of the pages are updated.
 Nothing is replaced before all of this is made.
@@ -31,7 +32,7 @@ def make_record(run: Path, record: Path) -> None:
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("run", nargs="?", type=some_path, default=Path("runs/default"), metavar="RUN",
+    parser.add_argument("run", nargs="?", type=some_path, default=Path("runs/dense"), metavar="RUN",
                         help="run folder (%(default)s)")
     run = parser.parse_args(argv).run
     for name in ("pretrain.pt", *FILES.values()):  # the first is written when the stage has ended

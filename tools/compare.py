@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 
 from compressed import claims
-from compressed.command_line import command_line, run_script, some_path
+from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
@@ -171,8 +171,7 @@ def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
 
 def save_figure(runs: dict[Path, list[Stage]], path: Path) -> None:
     """Draw loss, accuracy and zeros of every run against the images that it was trained on, in the path's format."""
-    from tools.figures import plt  # here: the tables need no matplotlib
-    drawn, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    drawn, panels = needed("tools.figures").plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     titles = {"loss": "training loss", "accuracy": "accuracy where measured", "zeros": "zeros; dashed: wanted"}
     for (name, title), axes in zip(titles.items(), panels):
         for run, stages in runs.items():
@@ -194,6 +193,8 @@ def save_figure(runs: dict[Path, list[Stage]], path: Path) -> None:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    if args.figure:
+        needed("tools.figures")  # before any work: matplotlib may be missing
     check_outputs([path for path in (args.csv, args.figure) if path])
     runs = {run: read_stages(run) for run in dict.fromkeys(args.runs)}
     found = {run: rows_of(run, stages) for run, stages in runs.items()}

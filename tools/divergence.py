@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 from compressed import checkpoints, cifar100, claims, datasets, networks, threads
 from compressed.command_line import command_line, number, run_script, some_path
+from compressed.errors import BadInput
 from compressed.evaluation import answers
 from compressed.exact_network import exact_network
+from compressed.graph import prepare
 from training import augmentation, teachers
 
 
@@ -30,7 +32,7 @@ def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) 
 def read(path, network: str | None):
     """Return the network of a checkpoint: quantized if there is a claim, else in float32. network: specification."""
     if not claims.claim_path(path).exists():
-        return networks.load_checkpoint(path, network or networks.DEFAULT)
+        return prepare(networks.load_checkpoint(path, network or networks.DEFAULT))
     model, claim = checkpoints.load(path, network=network)
     return exact_network(model, claim["activations"])
 
@@ -55,6 +57,8 @@ def main(argv=None) -> int:
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, model in models.items():
         found = answers(model, mixed, 16).double().log_softmax(1)
+        if found.shape != expected.shape:
+            raise BadInput(f"{path} has {found.shape[1]} classes, and the teachers {expected.shape[1]}")
         apart = F.kl_div(found, expected, reduction="none").sum(1)
         print(f"{apart.mean():.4f} +- {apart.std() / len(apart) ** 0.5:.4f}, same prediction for "
               f"{(found.argmax(1) == expected.argmax(1)).double().mean():.2%}: {path}", flush=True)

@@ -89,7 +89,7 @@ class Shipped:
 
     def dense_row(self) -> tuple[str, ...]:
         if self.dense is None:
-            return "dense; ours: not trained yet", "-", "81.92%", "`bash run.sh baseline`"
+            return "dense; ours: not trained yet", "-", "81.92%", "`bash run.sh baseline runs/dense`"
         label = "dense; ours: the masked network, trained further without mask" if self.dense["freed"] else "dense"
         return label, self.percent(self.dense["correct"]), "81.92%", "`python testers.py --checkpoint record/dense.pt`"
 
@@ -212,11 +212,20 @@ def results(m: Shipped) -> str:
         (f"non-zeros, {by}", f"{theirs['nonzeros']:,}", "900,109", TEST),
         (f"sparsity, {by}", f"{theirs['sparsity']:.4f}", "0.7695", TEST),
         (f"compression rate, {by}", f"{theirs['compression']:.4f}", "4.3391", TEST),
-        ("bits of weights", f"6 in {bits.count(6)} layers, 8 in {bits.count(8)}", "6 in 9 layers, 8 in 49", TEST),
+        ("bits of weights", ", ".join(f"{width} in {count}" + " layers" * (i == 0) for i, (width, count) in
+                                      enumerate(sorted(Counter(bits).items()))), "6 in 9 layers, 8 in 49", TEST),
         ("parameter storage (32-bit parameters)", f"{counts['storage']['total'] / 32e6:.4f}M", "not given", TEST),
         (f"operations, {by}", f"{operations['bits'] / 32e6:.2f}M", "231.25M", CHECK),
         ("operations of all kinds, on non-zero weights", f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "-",
          CHECK)])
+
+
+def dense(m: Shipped) -> str:
+    """Return a sentence on what the dense network is."""
+    if m.dense is None or m.dense["freed"]:
+        what = "There is no dense network here" if m.dense is None else "The dense network here is no training"
+        return f"{what} from scratch ([record](record/README.md)), so what compression costs is not known."
+    return "The dense network was trained from scratch, on as many images ([record](record/README.md))."
 
 
 def steps(m: Shipped) -> str:
@@ -306,7 +315,7 @@ def board(m: Shipped) -> str:
                  [*made, *BOARD]) + m.notes()
 
 
-TABLES = (summary, results, steps, stages, score, storage, account, dead, executed, accumulators, board)
+TABLES = (summary, results, dense, steps, stages, score, storage, account, dead, executed, accumulators, board)
 LATER = {"packed", "integer", "onnx"}  # what other tools add to the claim after quantize.py
 
 
@@ -381,6 +390,14 @@ def methods_table(measured: dict | None) -> str:
         "![hold-out accuracy of pruning methods](../figures/methods.png)"
 
 
+def compared(measured: dict | None) -> str:
+    """Return the item of the README's limits on what pruning methods were compared."""
+    if measured is None:
+        return "- Reweighted L1 has not been compared with magnitude pruning ([METHOD.md](training/METHOD.md))."
+    return (f"- Reweighted L1 was compared with magnitude pruning in short runs of one network alone: "
+            f"`{measured['about']['network']}` ([METHOD.md](training/METHOD.md)).")
+
+
 METHODS = "sparsity_methods.json"  # takes hours, so it may be missing
 BENCHMARKS = {"speed": ("training_speed.json", training_table),
               "speed_avx2": ("training_speed_avx2.json", training_table),
@@ -405,7 +422,7 @@ def tables(shipped: Shipped) -> dict[str, str]:
     """Return {NAME: table}."""
     return {make.__name__: make(shipped) for make in TABLES} | {
         name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()} | {
-        "methods": methods_table(found_methods())}
+        make.__name__.removesuffix("_table"): make(found_methods()) for make in (methods_table, compared)}
 
 
 def fill(page: str, contents: dict[str, str]) -> str:

@@ -28,7 +28,7 @@ from compressed.files import load_record, sha256
 from training import recipes
 from training.runs import stage_logs
 
-ROOT = shipping.ROOT
+ROOT, CANDIDATE = shipping.ROOT, "candidate"
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -38,12 +38,17 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--into", type=some_path, default=ROOT, metavar="DIR",
                         help="where the files are shipped to (default: the repository's root)")
     parser.add_argument("--if-better", action="store_true", help="ship it only if it is more accurate on the test set")
+    parser.add_argument("--recipe", metavar="NAME", help="as for quantize.py (default: the run's own)")
     parser.add_argument("--checkpoint", "--out", "--tuning-folder", dest="refused", help=argparse.SUPPRESS)
     datasets.add_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     run = argv.pop(0) if argv and not argv[0].startswith("-") else "runs/default"
     args, words = parse_own(parser, argv)
     args.run = Path(run)
+    words = [*(["--recipe", args.recipe] if args.recipe else []), *words]
+    candidate = (args.run / CANDIDATE).resolve()
+    if candidate in (args.into.resolve(), *args.into.resolve().parents):
+        parser.error(f"--into {args.into}: what cannot be shipped is kept there; give another folder")
     if args.refused is not None:
         parser.error("RUN and --into choose what quantize.py reads and writes: no --checkpoint, --out, --tuning-folder")
     if not (args.run / "masked.average.pt").is_file():
@@ -75,13 +80,6 @@ def misplaced(network: str, data: str, data_set: dict | None, into: Path) -> str
     if network != networks.DEFAULT and into.resolve() == ROOT:
         return f"the pages at the repository's root are about {networks.DEFAULT}: give --into FOLDER for {network}"
     return None
-
-
-def recipe_of(run: Path, words: list[str]) -> Path | None:
-    """Return the path of the recipe that quantize.py takes: that of --recipe in `words`, else the run's; or None."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    return recipes.of_run(parser.parse_known_args(words)[0].recipe, run)
 
 
 def copy_record(run: Path, claim: dict, recipe: Path | None, record: Path) -> None:
@@ -125,7 +123,7 @@ def build(args, words: list[str], new: Path) -> str | None:
     shipping.run("-m", "tools.pack", *checkpoint)
     shipping.run("-m", "tools.integer", "--record", *checkpoint, *data)
     shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)
-    copy_record(args.run, claim, recipe_of(args.run, words), new / "record")
+    copy_record(args.run, claim, recipes.of_run(args.recipe, args.run), new / "record")
     shipping.run("-m", "tools.verify", *checkpoint, *data)
     return why
 
@@ -143,7 +141,7 @@ def main(argv=None) -> int:
         try:
             why = build(args, words, new)
             if args.if_better and (objection := why or shipping.objection(shipping.shipped_accuracy(new), shipped)):
-                kept = keep(new, args.run / "candidate")
+                kept = keep(new, args.run / CANDIDATE)
                 again = shlex.join(word for word in (sys.argv[1:] if argv is None else argv) if word != "--if-better")
                 print(f"ship.py: not shipped, {objection}; it is in {kept}, and bash run.sh ship {again} ships it")
                 return 0

@@ -275,7 +275,8 @@ def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
     job.say(f"{job.by_stage[next(iter(plans))].network} on {machine['processes']} x {machine['device']} "
             f"({machine['cores']} cores, torch {machine['torch']}); {len(job.data):,} train images "
             f"({job.data.data_set.name}); run folder {job.args.run}{recipe}")
-    tuning = recipes.read(job.args.recipe)["quantized"].get("epochs", 0) if job.args.recipe else 0
+    recipe = recipes.read(job.args.recipe) if job.args.recipe and "masked" in plans else {"quantized": {}}
+    tuning = recipe["quantized"].get("epochs", 0)
     job.say("to train: " + ", ".join(parts) + f"; then quantize.py fine-tunes for {tuning} epochs" * bool(tuning))
 
 
