@@ -194,8 +194,12 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     with fine_tune.alone(tuning):
         found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
         if found is None:
-            # settings and teachers with which it cannot begin are refused before the long work
-            plan.Plan(tuning.settings, len(train_data), loop.Processes())
+            # what it cannot begin with is refused before the long work
+            steps = plan.Plan(tuning.settings, len(train_data), loop.Processes())
+            least = min(2, *(share.stop - share.start for share in steps.shares))
+            plain = prepare(networks.make(tuning.network, train_data.data_set.classes))
+            networks.check_outputs(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
+            loop.try_network(plain, tuning.network, steps, least, train_data.labels.device)
             for path in tuning.teachers:
                 teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)

@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 
 from compressed import datasets
+from compressed.cifar100 import Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json
@@ -96,9 +97,8 @@ class Runs:
                        *["--no-cuda"] * args.no_cuda, *datasets.option_words(args)]
 
     @functools.cached_property
-    def images(self) -> int:
-        """The number of held-out images."""
-        return len(datasets.chosen(self.args, "test")[0])
+    def held_out(self) -> Images:
+        return datasets.chosen(self.args, "test")[0]
 
     def train(self, stage: str, folder: Path, epochs: int, *options: str) -> Path:
         """Train a stage unless it is there; return its weights. Raises BadInput if it was made with other options."""
@@ -136,7 +136,7 @@ class Runs:
         last, before = load_lines(own / "masked.jsonl")[-1], load_lines(second / "rew.jsonl")[-1]
         machine = load_record(own / "masked.options.json", "remove the run folder")["machine"]
         return {"method": method, "target": target, "seed": seed, "accuracy": last["test_accuracy"],
-                "images": self.images, "zeros": last["zeros"], "zeros_made": before["zeros"],
+                "images": len(self.held_out), "zeros": last["zeros"], "zeros_made": before["zeros"],
                 "dense": load_lines(folder / "pretrain.jsonl")[-1]["test_accuracy"], "machine": machine}
 
 
@@ -155,13 +155,14 @@ def means(rows: list[dict]) -> list[tuple[str, float, float, float, int]]:
 def main(argv=None) -> int:
     args = parse(argv)
     about = {"network": args.network, "epochs": list(args.epochs), "batch_size": args.batch_size,
-             "sizes": args.sizes, "updates": UPDATES, "workers": args.workers, "made_up": args.made_up,
-             **({"data": str(args.data)} if args.data else {})}
+             "sizes": args.sizes, "updates": UPDATES, "workers": args.workers, "made_up": args.made_up}
+    runs = Runs(args)
+    about["data"] = runs.held_out.data_set.digest
     results = load_json(args.json) if args.json.is_file() else {"about": about, "rows": []}
     if results.get("about") != about:
         raise BadInput(f"{args.json} holds results of other options ({results.get('about')}); give another file")
     save_json(results, args.json)  # before the first row, too: so that the stages go on with the same options
-    runs, done = Runs(args), {(row["method"], row["target"], row["seed"]) for row in results["rows"]}
+    done = {(row["method"], row["target"], row["seed"]) for row in results["rows"]}
     for seed, target, method in itertools.product(range(args.seeds), args.targets, args.methods):
         if (method, target, seed) in done:
             continue
@@ -172,8 +173,9 @@ def main(argv=None) -> int:
     found = means(results["rows"])
     for method, target, mean, deviation, seeds in found:
         print(f"{target:.0%} zeros, {method}: {mean:.2%} +- {deviation:.2%} ({seeds} seeds)")
-    error = max(math.sqrt(mean * (1 - mean) / runs.images) for _, _, mean, *_ in found)
-    print(f"+- is the standard deviation over seeds, which are all measured on the same {runs.images:,} images; the "
+    images = len(runs.held_out)
+    error = max(math.sqrt(mean * (1 - mean) / images) for _, _, mean, *_ in found)
+    print(f"+- is the standard deviation over seeds, which are all measured on the same {images:,} images; the "
           f"standard error from the choice of these images, up to {100 * error:.1f} points, is not in it")
     return 0
 

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
 from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, REWRITTEN, SPELLINGS, Operation,
-                                   RoundsValues, Window, trace, traced)
+                                   RoundsValues, Window, has_hooks, trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
@@ -360,16 +360,25 @@ def prepare(model: nn.Module) -> nn.Module:
     return network
 
 
-def sole_readers(model: nn.Module) -> dict[str, str] | None:
-    """Return {module: the only module that reads its output} of any network; both run once.
+def sole_readers(model: nn.Module, training: bool = False) -> dict[str, str] | None:
+    """Return {module: the only module that reads its output} of any network; both run once, and without hooks.
 
-    Return None if the forward pass cannot be followed.
+    It is so in eval mode and, with `training`, in the modules' own modes as well, in which a pass may leave out some at
+    random. Return None if the forward pass cannot be followed.
     """
+    if training:
+        now, readers = _sole_readers(model, True), _sole_readers(model, False)
+        return None if None in (now, readers) else dict(now.items() & readers.items())
+    return _sole_readers(model, False)
+
+
+def _sole_readers(model: nn.Module, training: bool) -> dict[str, str] | None:
     try:
-        nodes = list(traced(model).nodes)
+        nodes = list(traced(model, training).nodes)
     except BadInput:
         return None
-    times = Counter(node.target for node in nodes if node.op == "call_module")
+    times = Counter(node.target for node in nodes if node.op == "call_module"
+                    and not has_hooks(model.get_submodule(node.target)))
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
             if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
 

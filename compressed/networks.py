@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from compressed.cifar100 import CLASSES, IMAGE_SIZE
 from compressed.errors import BadInput, refused
@@ -113,6 +114,8 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
         network = constructor(**arguments)
     if not isinstance(network, nn.Module):
         raise BadInput(f"--network {spec}: returns {type(network).__name__}, expected an nn.Module")
+    if any(isinstance(each, UninitializedTensorMixin) for each in (*network.parameters(), *network.buffers())):
+        raise BadInput(f"--network {spec}: has lazy modules, whose weights do not exist yet: give them their sizes")
     return network
 
 

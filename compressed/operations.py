@@ -152,9 +152,10 @@ def copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
 
 
-def traced(model: nn.Module) -> fx.Graph:
-    """Return the torch.fx graph of a network's forward pass; of a prepared network (see graph.prepare) its own.
+def traced(model: nn.Module, training: bool = False) -> fx.Graph:
+    """Return the torch.fx graph of a network's forward pass in eval mode; of a prepared one (graph.prepare) its own.
 
+    training: in the modes that its modules have instead; what a pass leaves out at random is then left out here, too.
     Raises BadInput if the forward pass cannot be followed, because it depends on values, or is not that of the class.
     """
     name = type(model).__name__
@@ -163,7 +164,7 @@ def traced(model: nn.Module) -> fx.Graph:
     own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
     if "forward" in vars(model) or own_call:  # torch.fx follows the class's
         raise BadInput(f"{name} is called by a function that is not its class's forward(): make that its forward pass")
-    twin = copied(model)
+    twin = copied(model) if training else copied(model).eval()
     with refused(f"the forward pass of {name} cannot be followed"):  # whatever it raises on a torch.fx.Proxy
         return Tracer().followed(twin)
 

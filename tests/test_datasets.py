@@ -174,6 +174,9 @@ def test_five_classes_through_all_scripts(tmp_path, capsys):
     status, out, err = ended(training.main, train.replace("--run run", "--run new --start run/pretrain.pt --rew")
                              + "four.npz", capsys)
     assert status == 2 and "pretrain.pt is of a network with 5 classes, expected 4: give --data" in err
+    status, out, err = ended(training.main, train.replace("--run run", "--run new --pretrain --teacher run/pretrain.pt")
+                             + "four.npz", capsys)
+    assert status == 2 and "--teacher run/pretrain.pt is of a network with 5 classes, expected 4: give --data" in err
 
     line = f"--network {TINY} --checkpoint run/masked.pt"
     status, out, err = ended(testers.main, f"{line} --data five.npz --summary", capsys)

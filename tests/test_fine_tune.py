@@ -1,15 +1,16 @@
 """Fine-tuning on the grids, by quantize.py's command line."""
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import quantize
-from compressed import cifar100, grids, normalisation
+from compressed import cifar100, grids, networks, normalisation
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
-from compressed.files import load_json, sha256
+from compressed.files import load_json, save_tensors, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, calibrate
 from compressed.networks import load_checkpoint
@@ -64,6 +65,23 @@ def test_a_fine_tuning_that_cannot_begin_is_refused_before_the_grids(small_check
     with pytest.raises((BadInput, SystemExit)) as error:
         quantize.main(options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE, *words))
     assert said in f"{error.value} {capsys.readouterr().err}" and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_size_at_which_the_network_does_not_run_is_refused_before_the_grids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantize, "on_grids", None)
+    Path("mine.py").write_text("""
+from torch import nn
+
+class Flat(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))
+""")
+    save_tensors(networks.make("mine.py:Flat", 10).state_dict(), Path("flat.pt"))
+    words = [*TUNE, "--network", "mine.py:Flat", "--sizes", "24:0.5,32", "--made-up", "100"]
+    with pytest.raises(BadInput, match=r"mine.py:Flat: its forward pass fails for images .1, 3, 24, 24. .*--sizes 32"):
+        quantize.main(["--checkpoint", "flat.pt", "--out", "out.pt", *words])
+    assert not list(tmp_path.glob("out*.pt"))
 
 
 def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypatch):

@@ -81,6 +81,34 @@ def test_a_value_that_two_read_has_no_sole_reader():
     assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))
 
 
+class Dropping(nn.Module):
+    """A block is left out in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2 = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 1, 1)
+        self.bn2, self.linear = nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x))
+        x = x if self.training else x + self.bn2(self.conv2(x))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_what_is_left_out_in_training_has_readers_too():
+    """What follows from the graph is decided without chance; what is merged into one function must hold in training."""
+    model = Dropping()
+    assert model.training and graph.sole_readers(model) == {"conv1": "bn1", "conv2": "bn2"}
+    assert graph.sole_readers(model, training=True) == {"conv1": "bn1"}
+    assert graph.scale_free_weights(model) == [model.conv1.weight, model.conv2.weight] and model.training
+
+
+def test_a_module_with_a_hook_has_no_sole_reader():
+    model = Dropping()
+    model.bn2.register_forward_hook(lambda module, inputs, out: out - 1)
+    assert graph.sole_readers(model) == {"conv1": "bn1"}
+
+
 def test_a_module_alone_has_its_name():
     """Whatever operation before it would be called the same."""
     class Sum(nn.Module):

@@ -909,6 +909,23 @@ def test_constants_stay_and_a_block_may_get_its_first_gradient_late(tmp_path, op
     assert not torch.equal(result.block.weight, before) and result.block.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("optimizer", ("sgd", "muon", "adam"))
+def test_a_weight_with_gaps_in_memory_is_trained_as_any_other(tmp_path, optimizer):
+    """Such as one that was cut out of a larger one; torch's fused SGD is wrong for it."""
+    settings, models = dataclasses.replace(SETTINGS, optimizer=optimizer), [tiny(), tiny()]
+    weight = models[1].linear.weight
+    larger = torch.zeros(len(weight), 2 * weight.shape[1])
+    models[1].linear.weight = nn.Parameter(larger[:, ::2].copy_(weight.detach()))
+    assert not models[1].linear.weight.is_contiguous()
+    assert_same(*(stage(tmp_path / str(i), model=model, settings=settings)[0] for i, model in enumerate(models)))
+
+
+def test_a_number_that_is_no_weight_is_not_averaged(tmp_path):
+    model = tiny()
+    model.steps = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    assert stage(tmp_path, model=model)[0].steps == 3
+
+
 def test_a_state_with_weights_that_are_not_finite_replaces_none(tmp_path, monkeypatch):
     """The loss was still finite in the step that spoilt them."""
     model, watch = tiny(), types.SimpleNamespace(record=dict, state_dict=dict, step=lambda: None)

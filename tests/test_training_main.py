@@ -363,6 +363,89 @@ class Auxiliary(Excited):
     assert run(QUICK + " --pretrain --network mine.py:Excited --epochs 1") == 0
 
 
+@pytest.mark.parametrize("name, said", (
+    ("Viewed", r"a training step fails for 2 images of 32x32 in float32 .*Use .reshape"),
+    ("Constant", "its weights cannot be saved: mask holds values that are not finite; a constant can be a buffer with"),
+    ("Normed", "cannot be copied .*; of weight_norm and spectral_norm, those in torch.nn.utils.parametrizations can"),
+    ("Lazy", "has lazy modules, whose weights do not exist yet")))
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_network_that_cannot_be_trained_replaces_nothing(small, name, said):
+    """What its forward pass alone does not show."""
+    Path("mine.py").write_text("""
+import torch
+from torch import nn
+
+class Constant(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, num_classes))
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    def forward(self, x):
+        return super().forward(x) + self.mask.exp().sum()
+
+class Viewed(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.c, self.b, self.l = nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Linear(256, num_classes)
+    def forward(self, x):
+        x = x.contiguous()  # but the weights are channels-last in training, and so is what is computed with them
+        return self.l(self.b(self.c(x)).view(x.size(0), -1))
+
+class Normed(nn.Sequential):
+    def __init__(self, num_classes=10):
+        conv = nn.utils.weight_norm(nn.Conv2d(3, 4, 3, 4))
+        super().__init__(conv, nn.Flatten(), nn.Linear(256, num_classes))
+
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.Flatten(), nn.LazyLinear(num_classes))
+""")
+    assert run(QUICK + " --pretrain") == 0
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(BadInput, match=f"--network mine.py:{name}.*{said}"):
+        run(f"{QUICK} --pretrain --no-resume --network mine.py:{name}")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_the_average_is_of_the_finished_weights_wherever_a_stage_is_killed(small, monkeypatch):
+    """Not that of a stop before: tools.ship takes it."""
+    assert run(QUICK + " --pretrain --max-minutes 0") == 0
+    for name in ("pretrain.average.pt", "pretrain.pt"):
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            def full(state, path, name=name, save=training.save_state):
+                if path.name == name:
+                    raise OSError(28, "No space left on device")
+                return save(state, path)
+            patch.setattr(training, "save_state", full)
+            run(QUICK + " --pretrain")
+        assert not Path("run/pretrain.pt").exists() and Path("run/pretrain.state").exists()
+    assert run(QUICK + " --pretrain") == 0
+    ended, average = (networks.load_state(f"run/pretrain{kind}.pt") for kind in ("", ".average"))
+    assert all(torch.equal(value, average[key]) for key, value in networks.half_state(ended).items())
+    assert not Path("run/pretrain.state").exists()
+
+
+def test_a_penalty_on_other_layers_is_another_run(small):
+    Path("a.toml").write_text("[prune_ratios]\nconv2 = 0.5\n")
+    Path("b.toml").write_text("[prune_ratios]\nlinear = 0.5\n")
+    rew = QUICK + " --rew --target-sparsity 0.5 --config-file "
+    assert run(rew + "a.toml --max-minutes 0") == 0
+    with pytest.raises(BadInput, match="other settings .penalty"):
+        run(rew + "b.toml")
+
+
+def test_statistics_of_one_image_are_those_of_two():
+    """The values of one image, averaged over its positions, have no variance."""
+    Path("mine.py").write_text("""
+from torch import nn
+
+class Excited(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+""")
+    assert run(QUICK + " --pretrain --refresh 1 --network mine.py:Excited") == 0
+
+
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
     """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
     Path("mine.py").write_text("""

@@ -20,6 +20,7 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
     62% with those of crops. Images are not mixed, and what is random in the network, such as dropout, is off, as it is
     when these statistics are used.
     """
+    count = max(count, 2)  # the values of one image may have no variance
     chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)
     equal = chosen.tensor_split(-(-len(chosen) // 250))  # no rest of one image, which would have no variance
     batches = [(index, augmentation.draw(len(index), generator, augment)) for index in equal]

@@ -177,7 +177,7 @@ def chains(model: nn.Module, functions=tuple(FUNCTIONS)) -> dict[nn.Module, tupl
 
     By the network's graph, nothing else reads the values between the modules.
     """
-    found, readers = {}, sole_readers(model) or {}  # if the graph cannot be read, the modules stay separate
+    found, readers = {}, sole_readers(model, training=True) or {}  # if the graph cannot be read, they stay separate
     for name, norm in model.named_modules():
         if type(norm) is nn.BatchNorm2d:
             behind = []

@@ -387,7 +387,7 @@ def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, ty
             if ratios[title] > 1:
                 chosen[layer.example[0]] = layer, {"sizes": inputs, "dtype": layer.dtype}
     followed = {model.get_submodule(name): model.get_submodule(reader)
-                for name, reader in (sole_readers(model) or {}).items()}
+                for name, reader in (sole_readers(model, training=True) or {}).items()}
     for module, (layer, attributes) in chosen.items():
         if layer.kind == "BatchNorm":
             attributes["seen"] = seen

@@ -26,7 +26,7 @@ from compressed.errors import BadInput, refused
 from compressed.evaluation import evaluate
 from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
-from compressed.networks import half_state, save_state
+from compressed.networks import fault, half_state, save_state
 from training import augmentation
 from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
@@ -124,7 +124,7 @@ class Together:
 
 def averaged(model: nn.Module) -> list:
     """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics."""
-    return [*model.parameters(), *running_statistics(model)]
+    return [*(p for p in model.parameters() if p.is_floating_point()), *running_statistics(model)]
 
 
 def update_average(average: list, model: list, decay: float) -> None:
@@ -143,6 +143,32 @@ def average_decay(settings: Settings, step: int) -> float:
 
 
 LOWER = "give a lower --lr, with --no-resume or in another folder (the last state is kept)"
+
+
+# ---- Before a stage -----------------------------------------------------------------------------------------------
+
+def try_network(model: nn.Module, spec: str, plan: Plan, least: int, device) -> None:
+    """Raise BadInput if a network cannot be trained by a plan: its passes fail, or it cannot be copied or saved.
+
+    Forward and backward pass are as in training: channels-last, in its precision, with the functions of cpu_kernels.
+    spec: its specification, for the message. least: the fewest images of a share. The model is changed.
+    """
+    if faults := [f"{name} {why}" for name, value in model.state_dict().items() if (why := fault(name, value))]:
+        raise BadInput(f"--network {spec}: its weights cannot be saved: {faults[0]}; a constant can be a buffer with "
+                       "persistent=False")
+    model.to(device, memory_format=torch.channels_last).train()
+    for size in sorted(set(plan.sizes)):
+        images = torch.zeros(least, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        with refused(f"--network {spec}: a training step fails for {least} images of {size}x{size} in "
+                     f"{plan.settings.precision}"), contextlib.ExitStack() as at_end:
+            if images.device.type == "cpu":
+                at_end.enter_context(fast_on_a_cpu(model))
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.settings.precision == "bfloat16"):
+                logits = model(images).float()
+            logits.logsumexp(1).sum().backward()
+    with refused(f"--network {spec} cannot be copied", "; of weight_norm and spectral_norm, those in "
+                 "torch.nn.utils.parametrizations can"):
+        copy.deepcopy(model)
 
 
 # ---- A stage ------------------------------------------------------------------------------------------------------
@@ -179,6 +205,10 @@ class Stage:
 
     def __post_init__(self):
         model, settings, penalty = self.model, self.settings, self.penalty
+        for weight in model.parameters():  # torch's fused SGD is wrong for tensors with gaps, as parts of others have
+            layouts = (torch.contiguous_format, *([torch.channels_last] if weight.dim() == 4 else ()))
+            if not any(weight.is_contiguous(memory_format=layout) for layout in layouts):
+                weight.data = weight.data.contiguous()
         self.penalty_in_loss = penalty is not None and penalty.in_loss
         self.device = self.data.labels.device
         self.plan = Plan(settings, len(self.data), self.processes)

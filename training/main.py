@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import random
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 if __name__ == "__main__":
     import compressed.interrupt  # noqa: F401
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -210,6 +212,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
         least = min(share.stop - share.start for share in plans[stage].shares)
         networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
+        loop.try_network(model, args.network, plans[stage], min(2, least), job.device)
         if stage == stages[0] and job.processes.first:
             try:
                 read(prepare(model))
@@ -304,7 +307,8 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
         if job.processes.first and not (args.resume and State(args.run / f"{stage}.state").exists):
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
-    torch.manual_seed(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # a network may use any of them
+        seed(args.seed % 2**32)
     return networks.make(args.network, classes)
 
 
@@ -317,6 +321,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     settings, state, stages = job.settings(stage), State(job.file(f"{stage}.state")), list(plans)
     later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
     model = model.to(job.device, memory_format=torch.channels_last)
+    job.processes.share([*model.parameters(), *model.buffers()])
     if args.start and args.resume and state.exists:
         job.say(f"{stage}: the weights are those of {state.folder}, and --start has no effect")
     penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
@@ -360,9 +365,10 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
         return False
     if job.processes.first:
         weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
+        # in this order: what is there after a kill between two of them belongs together
+        save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
         save_state(weights, job.file(f"{stage}.pt"))
         state.remove()
-        save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
         job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
         if penalty is not None and penalty.feedback and (zeros := float(penalty.zeros_share())) > penalty.target + 0.05:
             job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}: lambda could not be adjusted in so "

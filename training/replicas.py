@@ -32,6 +32,12 @@ class Processes:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value)
 
+    def share(self, tensors: list[torch.Tensor]) -> None:
+        """Replace every tensor by that of the first process, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
     def add(self, tensors: list[torch.Tensor]) -> None:
         """Replace every tensor by its sum over all processes, in place."""
         if self.count > 1:

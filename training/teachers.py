@@ -90,7 +90,7 @@ def ours(path, network: str, classes: int) -> nn.Module:
             model = prepare(model)
         return model
     except BadInput as error:
-        if network == networks.DEFAULT:
+        if network == networks.DEFAULT or "classes, expected" in str(error):
             raise BadInput(f"--teacher {error}") from error
     try:
         return ours(path, networks.DEFAULT, classes)
