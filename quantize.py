@@ -196,7 +196,8 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         if found is None:
             # what it cannot begin with is refused before the long work
             steps = plan.Plan(tuning.settings, len(train_data), loop.Processes())
-            least = min(2, *(share.stop - share.start for share in steps.shares))
+            # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
+            least = 2 if tuning.frozen == 1 else min(2, *(share.stop - share.start for share in steps.shares))
             plain = prepare(networks.make(tuning.network, train_data.data_set.classes))
             networks.check_outputs(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
             loop.try_network(plain, tuning.network, steps, least, train_data.labels.device)

@@ -355,9 +355,18 @@ def prepare(model: nn.Module) -> nn.Module:
         network.get_submodule(holder).add_module(own, module)
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
-    network.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "prepared_graph": graph})
+    base = nn.Module if isinstance(model, fx.GraphModule) else type(model)  # copies of that have a class of their own
+    network.__class__ = type(type(model).__name__, (base,), {"forward": forward, "prepared_graph": graph})
     read(network)
     return network
+
+
+def prepare_if_possible(model: nn.Module) -> nn.Module:
+    """Return `prepare` of a network or, if that cannot be followed or has an operation without a rule, itself."""
+    try:
+        return prepare(model)
+    except BadInput:
+        return model
 
 
 def sole_readers(model: nn.Module, training: bool = False) -> dict[str, str] | None:

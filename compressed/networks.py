@@ -120,17 +120,26 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
 
 
 @torch.no_grad()
+def some_images(count: int, size: int) -> torch.Tensor:
+    """Return random values in the shape of images, float32 [count, 3, size, size], channels-last as everywhere."""
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), least: int = 2) -> None:
     """Raise BadInput if a network does not have one output for each of the data's classes, in evaluation or training.
 
+    Raises it, too, if the network's state can never be saved.
     sizes: of the square images. least: the fewest that one worker trains on. The BatchNorm statistics change.
     """
+    if faults := [f"{name} {why}" for name, value in model.state_dict().items() if (why := fault(name, value))]:
+        raise BadInput(f"--network {spec}: its state cannot be saved: {faults[0]}; a constant can be a buffer with "
+                       "persistent=False")
     for size, training in itertools.product(sorted(sizes, reverse=True), (False, True)):
         wanted = [least if training else 1, 3, size, size]
         with refused(f"--network {spec}: its forward pass {'in training ' * training}fails for images {wanted}",
                      "" if size == IMAGE_SIZE else f"; give --sizes {IMAGE_SIZE}"):
-            images = torch.zeros(wanted).contiguous(memory_format=torch.channels_last)  # as everywhere
-            shape = list(model.train(training)(images).shape)
+            shape = list(model.train(training)(some_images(wanted[0], size)).shape)
         if shape != [wanted[0], classes]:
             raise BadInput(f"--network {spec}: its outputs for images {wanted} are {shape}, and the data have "
                            f"{classes} classes: let the network take an argument num_classes, or give other --data")
@@ -240,7 +249,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def fault(key: str, value: torch.Tensor) -> str | None:
     """Return why a tensor cannot be part of a network, or None; the same for reading and for writing."""
-    if not is_plain(value):
+    if not isinstance(value, torch.Tensor) or not is_plain(value):
         return "is no dense tensor of real numbers"
     if not torch.isfinite(value.float()).all():
         return "holds values that are not finite" + " in float32" * (value.dtype == torch.float64)

@@ -36,7 +36,7 @@ def freed(record: Path) -> bool:
     """
     options = record / "dense.options.json"
     start = load_json(options).get("options", {}).get("start") if options.is_file() else None
-    return start is not None and Path(start).name.split(".")[0] != "pretrain"
+    return start is not None and Path(start).name.split(".")[0] not in ("pretrain", "dense")
 
 
 def of_a_run(record: Path) -> list[Path]:

@@ -483,6 +483,8 @@ def test_a_graph_of_torch_fx_is_a_network():
     plain = nn.Sequential(conv(padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10))
     model = prepare(torch.fx.symbolic_trace(plain).eval())
     assert list(read(model).activation_points) == ["points.image", "1", "points.2"]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(copy.deepcopy(model)(x), plain(x))
 
 
 def test_training_follows_a_network_that_makes_constants():

@@ -53,6 +53,20 @@ def test_a_checkpoint_with_other_classes_than_the_teachers(files, tmp_path):
                          str(tmp_path / "ten.pt")])
 
 
+def test_a_network_that_cannot_be_counted_has_a_divergence(files, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("""
+from torch import nn
+
+class Tanh(nn.Sequential):
+    def __init__(self, num_classes=100):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(256, num_classes))
+""")
+    spec = f"{tmp_path / 'mine.py'}:Tanh"
+    torch.save(networks.make(spec).state_dict(), tmp_path / "tanh.pt")
+    assert divergence.main([*"--made-up 40 --images 10 --teacher".split(), str(files[0]), "--network", spec, "--",
+                            str(tmp_path / "tanh.pt")]) == 0
+
+
 def test_other_draws_give_other_images():
     data = cifar100.made_up(40, 0)
     one, two, other = (divergence.mixed_images(data, 10, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))

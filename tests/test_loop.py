@@ -977,6 +977,28 @@ def test_two_workers_by_hand(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ several processes
 
+def shared(rank, folder):
+    """Save what a process has after it took over the first one's tensors."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    larger = torch.rand(4, 6)
+    tensors = {"gaps": larger[:, ::2], "short": torch.tensor([rank, 7], dtype=torch.int16),
+               "flag": torch.tensor(not rank), "none": torch.rand(0),
+               "maps": torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last),
+               "half": torch.rand(3).bfloat16(), "number": torch.tensor(rank)}
+    Processes(rank, 2).share([*tensors.values()])
+    save_tensors({name: value.clone() for name, value in tensors.items()} | {"between": larger[:, 1::2].clone()},
+                 folder / f"{rank}.pt")
+
+
+def test_all_processes_begin_with_the_weights_of_the_first(tmp_path):
+    """Of any type and layout; a network may have drawn its own from numpy, say."""
+    assert [wait(process) for process in [start(shared, rank, tmp_path) for rank in (0, 1)]] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first.pop("between"), second.pop("between"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def in_two(rank, folder, variant, changes, kwargs):
     """One of two processes on gloo, which meet at a file; the first writes what came out."""
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from compressed import threads
-from training import replicas
 from training.cpu_kernels import fast_on_a_cpu
 from training.replicas import Processes, Replicas, shares
 
@@ -74,17 +73,6 @@ def test_replicas_share_weights_and_nothing_else():
     replicas.gather(Processes())
     assert (model[0].weight.grad == 111).all()
     assert all((each[1].running_mean == 3).all() for each in replicas.models)
-
-
-def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch):
-    """A network may have drawn its own from numpy, say."""
-    first, other = nn.Linear(2, 3), nn.Linear(2, 3)
-    theirs = iter([*first.parameters()])
-    monkeypatch.setattr(replicas.dist, "broadcast", lambda tensor, source: tensor.copy_(next(theirs).detach()))
-    replicas.Processes(0, 1).share([*other.parameters()])
-    assert not torch.equal(first.weight, other.weight)
-    replicas.Processes(1, 2).share([*other.parameters()])
-    assert torch.equal(first.weight, other.weight) and torch.equal(first.bias, other.bias)
 
 
 def test_a_block_that_a_share_leaves_out():

@@ -225,7 +225,7 @@ def test_report_into_a_folder(tmp_path):
     """All that it reads of a record is read from --logs, and nothing else is written."""
     shutil.copytree(ROOT / "record", tmp_path / "record", ignore=shutil.ignore_patterns("*.pt", "*.md"))
     (tmp_path / "record/dense.tested.json").write_text('{"correct": 1234, "images": 10000}')
-    save_record({"settings": {}, "options": {}}, tmp_path / "record/dense.options.json")
+    save_record({"settings": {"batch_size": 128}, "options": {}}, tmp_path / "record/dense.options.json")
     before = (ROOT / "figures/board.png").stat().st_mtime_ns
     assert report.main(["--logs", str(tmp_path / "record"), "--to", str(tmp_path / "to")]) == 0
     for name in ("layers", "cost", "training", "board", "sparsity"):
@@ -241,13 +241,15 @@ def test_report_into_a_folder(tmp_path):
 def test_the_row_of_the_dense_baseline(measured):
     """By where it comes from; without one the comparison is left out."""
     for dense, label in ((None, "dense; ours: not trained yet | - | "),
-                         ({"correct": 8200, "images": 10_000, "freed": False}, "dense | 82.00% | "),
+                         ({"correct": 8200, "images": 10_000, "freed": False, "images_trained": 5 * 10**6},
+                          "dense | 82.00% | "),
                          ({"correct": 8200, "images": 10_000, "freed": True},
                           "dense; ours: the masked network, trained further without mask | 82.00% | ")):
         network = dataclasses.replace(measured, dense=dense)
         for page in (report.summary(network), report.results(network)):
             assert f"| {label}81.92% |" in page
         assert ("what compression costs is not known" in report.dense(network)) == (label != "dense | 82.00% | ")
+        assert ("on 5.00M images, the shipped one on " in report.dense(network)) == (label == "dense | 82.00% | ")
         assert ("| difference to this dense network |" in report.results(network)) == (dense is not None)
 
 

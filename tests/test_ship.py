@@ -133,7 +133,8 @@ def test_the_recipe_is_in_the_record(commands, root, words, kept):
     assert (root / "record/recipe.toml").read_bytes() == expected
 
 
-@pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False), ("runs/dense/pretrain.state", True)))
+@pytest.mark.parametrize("start, stays", ((None, True), ("masked.pt", False), ("runs/dense/pretrain.state", True),
+                                          ("record/dense.pt", True)))
 def test_a_dense_baseline_that_was_the_shipped_network_goes_with_it(commands, root, start, stays):
     """One from scratch stays, and is in the folder that the tables are made from."""
     save_record({"settings": {}, "options": {"start": start}}, root / "record/dense.options.json")
@@ -176,7 +177,7 @@ def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     after = tree(root)
     kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
     assert after == before
-    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 12)
+    assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 13)
 
 
 def test_an_obsolete_file_that_cannot_be_removed_undoes_the_move(commands, root, monkeypatch):

@@ -365,8 +365,8 @@ class Auxiliary(Excited):
 
 @pytest.mark.parametrize("name, said", (
     ("Viewed", r"a training step fails for 2 images of 32x32 in float32 .*Use .reshape"),
-    ("Constant", "its weights cannot be saved: mask holds values that are not finite; a constant can be a buffer with"),
-    ("Normed", "cannot be copied .*; of weight_norm and spectral_norm, those in torch.nn.utils.parametrizations can"),
+    ("Constant", "its state cannot be saved: mask holds values that are not finite; a constant can be a buffer with"),
+    ("Normed", "cannot be copied .*; torch.nn.utils.parametrizations.weight_norm can"),
     ("Lazy", "has lazy modules, whose weights do not exist yet")))
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_a_network_that_cannot_be_trained_replaces_nothing(small, name, said):
@@ -404,6 +404,24 @@ class Lazy(nn.Sequential):
     with pytest.raises(BadInput, match=f"--network mine.py:{name}.*{said}"):
         run(f"{QUICK} --pretrain --no-resume --network mine.py:{name}")
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_network_that_keeps_what_it_computed_is_trained(small):
+    """And one that standardises each image."""
+    Path("mine.py").write_text("""
+from torch import nn
+
+class Kept(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, num_classes))
+    def forward(self, x):
+        x = (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True)
+        self.features = self[2](self[1](self[0](x)))
+        return self[3](self.features)
+""")
+    assert run(QUICK.replace("--workers 1", "--workers 2") + " --pretrain --network mine.py:Kept") == 0
+    with pytest.raises(BadInput, match="--network mine.py:Kept cannot be copied"):
+        run(QUICK + " --pretrain --network mine.py:Kept --average 0", "other")
 
 
 def test_the_average_is_of_the_finished_weights_wherever_a_stage_is_killed(small, monkeypatch):

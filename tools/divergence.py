@@ -18,7 +18,7 @@ from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import answers
 from compressed.exact_network import exact_network
-from compressed.graph import prepare
+from compressed.graph import prepare_if_possible
 from training import augmentation, teachers
 
 
@@ -32,7 +32,7 @@ def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) 
 def read(path, network: str | None):
     """Return the network of a checkpoint: quantized if there is a claim, else in float32. network: specification."""
     if not claims.claim_path(path).exists():
-        return prepare(networks.load_checkpoint(path, network or networks.DEFAULT))
+        return prepare_if_possible(networks.load_checkpoint(path, network or networks.DEFAULT))
     model, claim = checkpoints.load(path, network=network)
     return exact_network(model, claim["activations"])
 

@@ -20,7 +20,7 @@ from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
-from training.runs import images_trained, options_of, stage_logs
+from training.runs import images_trained, options_of, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -54,7 +54,8 @@ class Shipped:
     """Hold a shipped network: its folder ("" for the root), its model and its claim.
 
     Only the one at the root has others, the networks in their own folders, and dense, the result of testers.py --json
-    for record/dense.pt (None without one) with "freed": whether it is the shipped network, trained further.
+    for record/dense.pt (None without one) with "freed": whether it is the shipped network, trained further, and
+    "images_trained", in its last stage.
     """
     folder: str
     model: nn.Module
@@ -127,14 +128,19 @@ class Shipped:
     def percent(self, correct: int) -> str:
         return f"{100 * correct / self.claim['accuracy']['images']:.2f}%"
 
+    def images_by_device(self) -> Counter:
+        """Return the images on which all stages were trained by their logs, for each kind of device."""
+        images = Counter()
+        for stage in self.stages.values():
+            images[device(machine(stage["machine"]))] += images_trained(
+                stage["last_epoch"], stage["settings"], stage.get("options", {}), stage.get("train_images"))
+        return images
+
     def effort(self) -> str:
         """Return the images and the time of all stages by their logs, summed for each kind of device."""
-        seconds, images = Counter(), Counter()
+        seconds, images = Counter(), self.images_by_device()
         for stage in self.stages.values():
-            where = device(machine(stage["machine"]))
-            seconds[where] += stage["last_epoch"]["seconds"]
-            images[where] += images_trained(stage["last_epoch"], stage["settings"], stage.get("options", {}),
-                                            stage.get("train_images"))
+            seconds[device(machine(stage["machine"]))] += stage["last_epoch"]["seconds"]
         parts = [f"{images[where] / 1e6:.2f}M in " + (f"{x / 3600:.1f} h" if x > 3600 else f"{x / 60:.0f} min")
                  + f" on {where}" for where, x in seconds.items()]
         return f"{sum(images.values()) / 1e6:.2f}M: " * (len(parts) > 1) + ", ".join(parts)
@@ -225,7 +231,9 @@ def dense(m: Shipped) -> str:
     if m.dense is None or m.dense["freed"]:
         what = "There is no dense network here" if m.dense is None else "The dense network here is no training"
         return f"{what} from scratch ([record](record/README.md)), so what compression costs is not known."
-    return "The dense network was trained from scratch, on as many images ([record](record/README.md))."
+    images = [f"{count / 1e6:.2f}M" for count in (m.dense["images_trained"], sum(m.images_by_device().values()))]
+    return (f"The dense network was trained from scratch on {images[0]} images, the shipped one on {images[1]} "
+            "([record](record/README.md)).")
 
 
 def steps(m: Shipped) -> str:
@@ -482,8 +490,10 @@ def measure(checkpoint: Path, network: str | None, logs: Path) -> Shipped:
     if missing := LATER - claim.keys():
         raise BadInput(f"{claims.claim_path(checkpoint)} holds no {', '.join(sorted(missing))}: tools.ship records it")
     others = tuple(Shipped(path.parent.name, *checkpoints.load(path)) for path in shipping.in_folders(ROOT))
-    tested = logs / "dense.tested.json"
-    dense = load_json(tested) | {"freed": shipping.freed(logs)} if tested.is_file() else None
+    tested, dense = logs / "dense.tested.json", None
+    if tested.is_file():
+        stage = read_stage(logs / "dense.jsonl")
+        dense = load_json(tested) | {"freed": shipping.freed(logs), "images_trained": stage.images(stage.lines[-1])}
     return Shipped("", model, claim, others, dense)
 
 

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressed import threads
+from compressed import networks, threads
 from compressed.cifar100 import IMAGE_SIZE, Images
 from compressed.errors import BadInput, refused
 from compressed.evaluation import evaluate
 from compressed.files import load_lines, save_text, to_json
 from compressed.graph import weight_layers
-from compressed.networks import fault, half_state, save_state
+from compressed.networks import half_state, save_state
 from training import augmentation
 from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
@@ -148,27 +148,27 @@ LOWER = "give a lower --lr, with --no-resume or in another folder (the last stat
 # ---- Before a stage -----------------------------------------------------------------------------------------------
 
 def try_network(model: nn.Module, spec: str, plan: Plan, least: int, device) -> None:
-    """Raise BadInput if a network cannot be trained by a plan: its passes fail, or it cannot be copied or saved.
+    """Raise BadInput if a network cannot be trained by a plan: its passes fail, or it cannot be copied.
 
     Forward and backward pass are as in training: channels-last, in its precision, with the functions of cpu_kernels.
-    spec: its specification, for the message. least: the fewest images of a share. The model is changed.
+    spec: its specification, for the message. least: the fewest images of a share. The model stays as it is.
     """
-    if faults := [f"{name} {why}" for name, value in model.state_dict().items() if (why := fault(name, value))]:
-        raise BadInput(f"--network {spec}: its weights cannot be saved: {faults[0]}; a constant can be a buffer with "
-                       "persistent=False")
-    model.to(device, memory_format=torch.channels_last).train()
+    def copied(network):
+        with refused(f"--network {spec} cannot be copied", "; torch.nn.utils.parametrizations.weight_norm can"):
+            return copy.deepcopy(network)
+
     for size in sorted(set(plan.sizes)):
-        images = torch.zeros(least, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        tried = copied(model).to(device, memory_format=torch.channels_last).train()
+        images = networks.some_images(least, size).to(device)
         with refused(f"--network {spec}: a training step fails for {least} images of {size}x{size} in "
                      f"{plan.settings.precision}"), contextlib.ExitStack() as at_end:
             if images.device.type == "cpu":
-                at_end.enter_context(fast_on_a_cpu(model))
+                at_end.enter_context(fast_on_a_cpu(tried))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.settings.precision == "bfloat16"):
-                logits = model(images).float()
+                logits = tried(images).float()
             logits.logsumexp(1).sum().backward()
-    with refused(f"--network {spec} cannot be copied", "; of weight_norm and spectral_norm, those in "
-                 "torch.nn.utils.parametrizations can"):
-        copy.deepcopy(model)
+        if plan.settings.average == 0:  # then the trained weights themselves are copied for an evaluation
+            copied(tried)
 
 
 # ---- A stage ------------------------------------------------------------------------------------------------------

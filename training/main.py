@@ -307,8 +307,9 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
         if job.processes.first and not (args.resume and State(args.run / f"{stage}.state").exists):
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # a network may use any of them
-        seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)  # a network may use any of them
+    np.random.seed(args.seed % 2**32)
     return networks.make(args.network, classes)
 
 

@@ -42,7 +42,7 @@ class Penalty:
         if target is not None and type(self).shrink is Penalty.shrink:
             raise BadInput("a penalty in the loss makes no exact zeros, so it cannot be led to a target sparsity: give "
                            "it a --lambda, or take --penalty proximal")
-        self.layers, self.weights = list(layers), plain_weights(model, layers)
+        self._layers, self.weights = list(layers), plain_weights(model, layers)  # a subclass may have layers of its own
         if frozen := [name for name, weight in zip(layers, self.weights) if not weight.requires_grad]:
             raise BadInput(f"{frozen[0]} is not trained (requires_grad is False): select layers by --config-file")
         scale_free = set(scale_free_weights(model))
@@ -156,7 +156,7 @@ class Penalty:
     def options(self) -> dict:
         """Return what decides the penalty's effect as plain values: a state is resumed only if they are equal."""
         return {"kind": self.kind, "form": self.form, "lambda": self.given, "target": self.target,
-                "layers": self.layers}
+                "layers": self._layers}
 
     def state_dict(self) -> dict:
         led = {} if self.feedback is None else {"norms": self.norms, "feedback": dict(vars(self.feedback))}

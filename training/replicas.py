@@ -35,8 +35,10 @@ class Processes:
     def share(self, tensors: list[torch.Tensor]) -> None:
         """Replace every tensor by that of the first process, in place."""
         if self.count > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+            for tensor in tensors:  # as bytes: not every backend knows every type, or gaps between the values
+                flat = tensor.detach().contiguous().flatten()
+                dist.broadcast(flat.view(torch.uint8), 0)
+                tensor.detach().copy_(flat.view_as(tensor))
 
     def add(self, tensors: list[torch.Tensor]) -> None:
         """Replace every tensor by its sum over all processes, in place."""

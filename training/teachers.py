@@ -11,7 +11,6 @@ given, they are downloaded to the last.
 A teacher takes the same images as the student, always of 32x32 pixels, in the normalisation that it was trained with:
 ours (cifar100.normalise), KAIST's, or for one from elsewhere what quantize.py --normalise says.
 """
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -30,7 +29,7 @@ from compressed.command_line import command_line, run_script, say_once, some_pat
 from compressed.errors import BadInput, refused
 from compressed.evaluation import logits
 from compressed.files import sha256
-from compressed.graph import normalised_convolutions, prepare
+from compressed.graph import normalised_convolutions, prepare_if_possible
 from compressed.kaist import load_micronet
 from compressed.normalisation import Renormalised
 from training.runs import training_record
@@ -85,10 +84,7 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
 def ours(path, network: str, classes: int) -> nn.Module:
     """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
     try:
-        model = networks.load_checkpoint(path, network, classes)
-        with contextlib.suppress(BadInput):  # it need not be countable; but then it may have views that do not exist
-            model = prepare(model)
-        return model
+        return prepare_if_possible(networks.load_checkpoint(path, network, classes))
     except BadInput as error:
         if network == networks.DEFAULT or "classes, expected" in str(error):
             raise BadInput(f"--teacher {error}") from error
