@@ -198,9 +198,9 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
             steps = plan.Plan(tuning.settings, len(train_data), loop.Processes())
             # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
             least = 2 if tuning.frozen == 1 else min(2, *(share.stop - share.start for share in steps.shares))
-            plain = prepare(networks.make(tuning.network, train_data.data_set.classes))
+            plain, other = (prepare(networks.make(tuning.network, train_data.data_set.classes)) for _ in range(2))
             networks.check_outputs(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
-            loop.try_network(plain, tuning.network, steps, least, train_data.labels.device)
+            loop.try_network(other, tuning.network, steps, least, train_data.labels.device)
             for path in tuning.teachers:
                 teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)

@@ -212,6 +212,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
         least = min(share.stop - share.start for share in plans[stage].shares)
         networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
+        model = networks.make(args.network, data_set.classes)  # as it is made: a pass may leave its results in it
         loop.try_network(model, args.network, plans[stage], min(2, least), job.device)
         if stage == stages[0] and job.processes.first:
             try:
