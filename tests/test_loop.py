@@ -872,7 +872,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole):
 
 def test_a_second_save_at_the_same_step_leaves_the_first_whole(tmp_path):
     """As when the time of an evaluation at the end runs out again, with statistics that it had changed."""
-    state, progress = loop.State(tmp_path, SETTINGS), {"step": 7, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []}
+    state = loop.State(tmp_path, SETTINGS)
+    progress = {"step": 7, "since": 0, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []}
     state.save(progress, {"weights": {"w": torch.zeros(1)}, "average": {"w": torch.zeros(1)}})
     with pytest.raises((AttributeError, pickle.PicklingError)):
         state.save(progress, {"weights": {"w": torch.ones(1)}, "average": {"w": lambda: 0}})
@@ -985,7 +986,8 @@ def shared(rank, folder):
     tensors = {"gaps": larger[:, ::2], "short": torch.tensor([rank, 7], dtype=torch.int16),
                "flag": torch.tensor(not rank), "none": torch.rand(0),
                "maps": torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last),
-               "half": torch.rand(3).bfloat16(), "number": torch.tensor(rank)}
+               "half": torch.rand(3).bfloat16(), "number": torch.tensor(rank),
+               "both": torch.rand(4, 1, 3, 3).to(memory_format=torch.channels_last)}
     Processes(rank, 2).share([*tensors.values()])
     save_tensors({name: value.clone() for name, value in tensors.items()} | {"between": larger[:, 1::2].clone()},
                  folder / f"{rank}.pt")

@@ -36,7 +36,7 @@ class Processes:
         """Replace every tensor by that of the first process, in place."""
         if self.count > 1:
             for tensor in tensors:  # as bytes: not every backend knows every type, or gaps between the values
-                flat = tensor.detach().contiguous().flatten()
+                flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
                 dist.broadcast(flat.view(torch.uint8), 0)
                 tensor.detach().copy_(flat.view_as(tensor))
 
