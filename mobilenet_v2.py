@@ -26,7 +26,7 @@ class Table:
     multiple: int = 8
 
     def scaled(self, base: int, width: float) -> int:
-        """Channels of a layer of `base` channels at a width multiplier."""
+        """Return the number of channels at a width multiplier of a layer that has `base` at multiplier 1."""
         return max(self.multiple, int(width * base + self.multiple / 2) // self.multiple * self.multiple)
 
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         hidden = int(expansion * in_channels)
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.relu1 = activation()  # so called whatever it is: every claim has these names
+        self.relu1 = activation()  # this name for any activation: claims name the activation points by it
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.relu2 = activation()

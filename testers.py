@@ -4,8 +4,9 @@
     python testers.py --checkpoint F    another one, a state dict or a packed .mnet; a state dict without a claim is
                                         evaluated as a float network
 
-Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see quantize.py), so the
-number of correct images must be the claimed one to the image. Exit status 0: everything was verified. 2: something
+Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see
+compressed/exact_network.py), so the claimed number of correct images must be reached exactly. Exit status 0: everything
+was verified. 2: something
 contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
 """
 import dataclasses
@@ -57,9 +58,10 @@ def layer_terms(layer: nn.Module, grid: Grid, source: Activation, step: float, b
 def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
     """Return how large a sum in float32 can become, counted in the smallest step of its terms: it is exact up to 2^24.
 
-    Such sums are those of a convolution and of a mean, and the value of a point, but for terms in float64: BatchNorms,
-    convolutions with a bias, linear layers. It is sys.maxsize if the step of a weight is no power of two, because even
-    products are then rounded, or if a linear layer's sum may exceed 2^53, up to which float64 is exact.
+    Summed in float32 are convolutions, means, and the terms of an activation point. Terms that are computed in float64
+    are left out: BatchNorms, convolutions with a bias, linear layers. It is sys.maxsize if a weight's step is no power
+    of two, because even products are then rounded, or if a linear layer's sum may exceed 2^53, up to which float64 is
+    exact.
     """
     sums = [0]
     for point in read_graph(model).points:
@@ -143,7 +145,7 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
              f"possible sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
     if unchecked := claims.unchecked(claim):
-        lines.append("not checked here, but as they were written: " + ", ".join(unchecked))
+        lines.append("not checked here (in brackets, the command that computes it again): " + ", ".join(unchecked))
     return network, lines
 
 
@@ -176,13 +178,13 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
         name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
     if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
-        problems.append(f"the accuracy was not verified: tested were {len(data)} {name} images, claimed is {claimed}")
+        problems.append(f"the accuracy was not verified: tested on {len(data)} {name} images, the claim has {claimed}")
     elif data_set not in (None, dataclasses.asdict(data.data_set)):
-        problems.append(f"the accuracy was not verified: tested was {data.data_set}, claimed is {data_set}")
+        problems.append(f"the accuracy was not verified: tested on {data.data_set}, the claim is about {data_set}")
     elif claimed.get("correct") != correct:
-        problems.append(f"claimed are {claimed.get('correct')} correct images, found {correct}")
+        problems.append(f"the claim has {claimed.get('correct')} correct images, but {correct} were found")
     elif not same_loss(claimed.get("loss", loss), loss):
-        problems.append(f"claimed is the loss {claimed['loss']}, found {loss:.4f}")
+        problems.append(f"the claim has the loss {claimed['loss']}, but {loss:.4f} was found")
     elif name == "test":
         part = without_duplicates(right, args.data)
         if (stated := claimed.get("without_duplicates", part)) != part:

@@ -7,8 +7,9 @@
    as a CUDA graph, against PyTorch's, and the distance between their results.
 3. Whole training steps of both networks as CUDA graphs, with and without these kernels: images/s.
 
-The file is written after every part, so that it holds what was found even if a later part fails. No part begins after
---seconds.
+The file is written after every part, so that it holds what was found even if a later part fails. Once --seconds have
+passed, no layer or network is begun; tests that are left are stopped after a second each. The layers stop earlier, to
+leave time for the steps.
 """
 import importlib
 import math

@@ -26,7 +26,7 @@ WARM_UP = 4  # steps: compile, record, replay
 @contextlib.contextmanager
 def stage_on_made_up_images(network: str, batch_size: int, size: int, steps: int, device: torch.device, *options: str,
                             taught: bool = False):
-    """Give a stage that can make this many steps, with its kernels in use. options: of training/main.py."""
+    """Yield a stage that can make this many steps, with its kernels in use. options: of training/main.py."""
     words = ["--epochs", "1", "--batch-size", str(batch_size), "--optimizer", "muon", "--average", "0.999"]
     words += ["--sizes", "32" if size == 32 else f"{size}:0.999999,32"]
     settings = training_main.settings_for("pretrain", training_main.parse([*words, *options]), device)

@@ -10,10 +10,11 @@ one retrains under the mask. All methods see the same images in the same order:
     magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
     one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
 
-Both forms of reweighted L1 update alpha 20 times. Muon keeps the norms of all convolutions but the depthwise ones,
-which keep theirs with proximal alone. Muon's steps have a given length: under masks and gradual magnitude pruning
-over the weights that are left, and over all with proximal, whose zeros may become non-zero again. So with proximal
-the other weights move less in the second stage, at 90% zeros about a third as far.
+Both forms of reweighted L1 update alpha 20 times. Two differences remain. Muon keeps the norms of the convolutions
+except for depthwise ones, whose norms only proximal keeps. And a Muon step has a given length: with masks and gradual
+magnitude pruning it is spent on the weights that are left; with proximal it is spent on all weights, because its zeros
+may become non-zero again. So with proximal the non-zero weights move less in the second stage: about a third as far at
+90% zeros.
 
 For every method the mask prunes the target share of smallest weights over all layers but the stem (more, if the second
 stage made more zeros: each row has both). Training uses 45,000 images and 5,000 are held out; the accuracy is that of

@@ -1,5 +1,6 @@
 """Read and write the claim of a checkpoint (F.json next to F.pt), and check the checkpoint's values against it.
 
+    checkpoint           name of the checkpoint file
     sha256               SHA-256 of the checkpoint file
     network              {"spec", "classes", "mean", "std" of the input, "graph": Graph.digest}; if it is missing, the
                          submission's network. A spec in a FILE.py is code, which is only run if --network names it, too
@@ -41,9 +42,9 @@ CHECKED = {**dict.fromkeys(("sha256", "data_set", "counts", "probe_logits", "dig
            "network": {"spec", "classes", "mean", "std", "graph"},
            "accuracy": {"data", "correct", "images", "loss", "without_duplicates"},
            "tensors": {"name", "bits", "step", "kind"}, "activations": {"name", "bits", "signed", "step"}}
-# parts that it does not check, and the command that measured them
+# parts that it does not check, each with the command that computes it again
 RECORDED = {"accuracy_by_step": "python quantize.py", "dead_weight_removed": "python quantize.py",
-            "checkpoint": "its word alone", "made_by": "its word alone",
+            "checkpoint": "cannot be checked", "made_by": "cannot be checked",
             "packed": "python -m tools.pack", "integer": "python -m tools.integer",
             "onnx": "python -m tools.export_onnx --verify"}
 
@@ -59,7 +60,7 @@ def read(path) -> dict:
 
 
 def unchecked(claim: dict) -> list[str]:
-    """Return the keys of a claim that testers.py compares with nothing, each with the command that measured it."""
+    """Return the keys of a claim that testers.py compares with nothing, each with what computes it again."""
     found = [f"{key} ({RECORDED.get(key, 'unknown')})" for key in claim if key not in CHECKED]
     for key, known in CHECKED.items():
         parts = claim.get(key) if isinstance(claim.get(key), list) else [claim.get(key)]
@@ -79,7 +80,7 @@ def recordable(checkpoint) -> None:
 def write(claim: dict, checkpoint: Path, spec: str = networks.DEFAULT) -> None:
     """Write a claim, with what follows from the checkpoint as it was written: digest, counts and logits.
 
-    claim: "tensors", "activations", and whatever else is known. spec: of the network.
+    claim: must hold "tensors" and "activations"; all other keys are kept. spec: specification of the network.
     """
     model = prepare(networks.load_checkpoint(checkpoint, spec))
     formats = stated_formats(model, claim)

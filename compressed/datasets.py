@@ -79,7 +79,7 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
 # ---- Data sets -----------------------------------------------------------------------------------
 
 def load(path=None, split: str = "train", device="cpu") -> Images:
-    """Return the images of a split (train, test, fit, holdout) of the data set in `path`, see this file's head.
+    """Return the images of a split (train, test, fit, holdout) of the data set in `path` (see this module's docstring).
 
     Raises BadInput if there is no data set, or if it is damaged.
     """
@@ -109,7 +109,7 @@ def load(path=None, split: str = "train", device="cpu") -> Images:
 def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return {"train" or "test": (images uint8 [N, 3, 32, 32], labels int64 [N])} of an .npz file.
 
-    Executes nothing in the file. Raises BadInput for whatever is not as this file's head says.
+    Executes nothing in the file. Raises BadInput if an array is not as this module's docstring says.
     """
     names = [f"{part}_{kind}" for part in BATCHES for kind in ("images", "labels")]
     try:

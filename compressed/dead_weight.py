@@ -53,9 +53,9 @@ def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
 
 
 def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
-    """Return (the channels that nothing but zeros reaches, bool; what a branch adds there: its shift).
+    """Return (bool [C]: output channels of a branch that only zeros reach; the constant that the branch adds to them).
 
-    zero: of each point, the channels that are always zero; weights that read them are set to zero.
+    zero: {activation point: its channels that are always zero}. Weights that read those are set to zero.
     """
     if branch.kind == "layer":
         layer = model.get_submodule(branch.name)

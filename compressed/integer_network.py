@@ -237,7 +237,7 @@ class IntegerNetwork:
         return bn.weight.double(), bn.bias.double()
 
     def _term(self, branch: graph.Branch, point: graph.Point) -> Term:
-        """Return the term of a branch that is no layer. low, high: of its sums; scale, shift: of all channels."""
+        """Return the term of a branch that is no layer; all its channels have the same range of sums."""
         kind, sums, shift = branch.kind, lambda codes: codes, 0.0  # of "unchanged"
         source, scale = self.formats.activations.get(branch.source), self.steps.get(branch.source)
         if kind == "pixels":

@@ -1,4 +1,4 @@
-"""KAIST AI's published networks: the challenge's 2nd and 3rd place on CIFAR-100, and how their authors count them.
+"""KAIST AI's ver2 networks, 3rd place of the challenge on CIFAR-100, and how their authors count them.
 
 Repository Kthyeon/micronet_neurips_challenge, MIT licence (Copyright (c) 2019 Kthyeon).
 """

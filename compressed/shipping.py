@@ -24,7 +24,7 @@ BASELINE = ("dense.pt", "dense.jsonl", "dense.options.json", "dense.tested.json"
 
 
 def in_folders(root: Path) -> list[Path]:
-    """Return the checkpoints that are shipped into folders of their own, such as small/, directly under `root`."""
+    """Return the checkpoints that are shipped into folders directly under `root`, such as kaist/."""
     return sorted(root.glob(f"*/{CHECKPOINT}"))
 
 

@@ -50,7 +50,7 @@ class Paused:
         self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
 
     def finish(self) -> Tensor:
-        """The logits [N, classes]; the network stays where it is."""
+        """Return the logits [N, classes]; the network stays paused before the same module."""
         return torch.cat([values[self.nodes[-1]] for values in self._run(self.nodes)])
 
 

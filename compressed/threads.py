@@ -1,7 +1,8 @@
 """Use the cores of a CPU with one Python thread each, and keep freed memory in the process.
 
 torch splits every operation over its OpenMP threads, and each of them busy-waits until the slowest is done. If another
-job takes a core, all threads wait for the one without: two such jobs on two cores run at a fifteenth of their speed.
+job takes a core, all threads wait for the one that lost it: next to a job of two threads, a plain training loop on two
+cores keeps about a third of its speed (benchmarks/README.md).
 Here every worker is a Python thread that computes its own images, with single-threaded operations, so it shares a core
 with other processes as usual. torch releases the interpreter's lock while it computes, so the workers run in parallel.
 """

@@ -196,7 +196,7 @@ def test_five_classes_through_all_scripts(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other.npz").rename("other/five.npz")  # as many images under the same name
     status, _, err = ended(testers.main, f"{line} other/five.npz", capsys)
-    assert status == 2 and "not verified: tested was five.npz (5 classes, digest" in err
+    assert status == 2 and "not verified: tested on five.npz (5 classes, digest" in err
 
 
 def test_cifar_10_is_trained_with_ten_outputs(tmp_path, capsys):

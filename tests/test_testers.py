@@ -215,7 +215,7 @@ def test_without_data_everything_else_is_checked(original, run, tmp_path, monkey
 
 def test_other_data_than_the_claims_do_not_verify_it(original, run):
     status, out, err = run("--checkpoint", original, "--made-up", "600")
-    assert status == 2 and "the accuracy was not verified: tested were 120 made up images, claimed is {'data'" in err
+    assert status == 2 and "the accuracy was not verified: tested on 120 made up images, the claim has {'data'" in err
     assert re.search(r"Accuracy: \d+/120", out)
 
 
@@ -232,7 +232,7 @@ def test_a_data_set_is_known_by_its_images_and_not_by_the_name_of_its_file(narro
     assert run("--checkpoint", out, "--data", tmp_path / "renamed.npz")[0] == 0
     np.savez(tmp_path / "mine.npz", **arrays | {"test_labels": arrays["test_labels"][::-1]})
     status, _, err = run("--checkpoint", out, "--data", tmp_path / "mine.npz")
-    assert status == 2 and "the accuracy was not verified: tested was mine.npz (100 classes" in err
+    assert status == 2 and "the accuracy was not verified: tested on mine.npz (100 classes" in err
 
 
 # ------------------------------------------------------------------------------------------------- a tampered claim
@@ -247,7 +247,7 @@ def test_whatever_is_altered_by_hand_is_refused(shipped, run):
 
 def test_what_is_not_checked_here_is_named(original, run):
     """Every key of a claim is compared with something or named, whoever wrote it."""
-    line = "not checked here, but as they were written: checkpoint (its word alone), dead_weight_removed (python quanti"
+    line = "not checked here (in brackets, the command that computes it again): checkpoint (cannot be checked), dead_w"
     assert line in run("--checkpoint", original, *MADE_UP)[1]
     claim = load_json(original.with_suffix(".json"))
     assert all(key in claims.CHECKED or key in claims.RECORDED for key in claim)
@@ -266,11 +266,12 @@ TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.p
     "bits too low": (lambda claim: entry(claim, "layers.4.conv1.weight").update(bits=7),
                      ["layers.4.conv1.weight: the values need 8 bits"]),
     "correct count": (lambda claim: claim["accuracy"].update(correct=claim["accuracy"]["correct"] + 1),
-                      [r"claimed are \d+ correct images, found \d+"]),
-    "loss": (lambda claim: claim["accuracy"].update(loss=claim["accuracy"]["loss"] - 1e-4), ["claimed is the loss 4."]),
-    "no loss": (lambda claim: claim["accuracy"].update(loss=None), ["claimed is the loss None, found "]),
+                      [r"the claim has \d+ correct images, but \d+ were found"]),
+    "loss": (lambda claim: claim["accuracy"].update(loss=claim["accuracy"]["loss"] - 1e-4),
+             ["the claim has the loss 4."]),
+    "no loss": (lambda claim: claim["accuracy"].update(loss=None), ["the claim has the loss None, but "]),
     "another set": (lambda claim: claim["accuracy"].update(data="test"),
-                    ["the accuracy was not verified: tested were 100 made up"]),
+                    ["the accuracy was not verified: tested on 100 made up"]),
     "accuracy is a number": (lambda claim: claim.update(accuracy=0.9), ["the accuracy was not verified"]),
     "counts": (lambda claim: claim["counts"]["weights"]["all"].update(zeros=1),
                ["the counts in the claim are not those of the file"]),

@@ -200,7 +200,8 @@ def main(argv=None) -> int:
     found = {run: rows_of(run, stages) for run, stages in runs.items()}
     for run, rows in found.items():
         if not rows:
-            raise BadInput(f"{run}: there is no run, whose logs training/main.py or quantize.py --epochs writes")
+            raise BadInput(f"{run}: there is no run here: no log of training/main.py or of quantize.py --epochs, and "
+                           "no checkpoint with a claim")
     rows = list(itertools.chain(*found.values()))
     print(table(COLUMNS, rows))
     if averaged := over_seeds(rows):

@@ -42,7 +42,7 @@ def layers_figure(rows: list[dict], bits: dict[str, int]) -> Figure:
     top.legend(loc="upper left", ncols=3, frameon=False)
     bottom.bar([row["index"] for row in rows], [bits[row["name"]] for row in rows],
                color=[RED if bits[row["name"]] < 8 else GREY for row in rows])
-    bottom.set(ylabel="bits (red: 6)", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)",
+    bottom.set(ylabel="bits (red: below 8)", xlabel="index of the layer (0 the stem, 56 the head, 57 the linear layer)",
                ylim=(0, 9), yticks=(0, 4, 6, 8), xlim=(-0.8, len(rows) - 0.2))
     grid(top, bottom, axis="y")
     return figure

@@ -4,8 +4,8 @@
     python -m tools.pack --checkpoint F --out F.mnet    packs another one
 
 What was packed is unpacked and compared value by value. Then a table shows the bytes of every section next to those
-that the challenge's rules count for it. Size and SHA-256 are written into the checkpoint's claim, and new counts, if
-the current counting rules give others.
+that the challenge's rules count for it. If F.mnet is written next to F.pt, its size and SHA-256 are recorded in the
+claim, F.json, and so are new counts if the counting rules have changed since.
 """
 from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, run_script, some_file

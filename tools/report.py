@@ -53,9 +53,9 @@ OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
 class Shipped:
     """Hold a shipped network: its folder ("" for the root), its model and its claim.
 
-    Only the one at the root has others, the networks in their own folders, and dense, the result of testers.py --json
-    for record/dense.pt (None without one) with "freed": whether it is the shipped network, trained further, and
-    "images_trained", in its last stage.
+    The last two fields are set only for the network at the root. others: the networks in folders of their own. dense:
+    the result of testers.py --json for record/dense.pt, or None if there is none, and two more keys: "freed", whether
+    it is the shipped network trained further without its mask, and "images_trained", the images of its last stage.
     """
     folder: str
     model: nn.Module

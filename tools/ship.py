@@ -4,7 +4,8 @@
     python -m tools.ship RUN --epochs 6 ...     another run; further options go to quantize.py
     python -m tools.ship RUN --into small       into the folder small/ instead of the repository's root; bash run.sh
                                                 verifies every folder of the repository that holds a shipped network.
-                                                Code and data of your own: into a folder elsewhere, or deeper
+                                                For a network or data of your own, give a folder outside the
+                                                repository or deeper in it, such as shipped/mine
     python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the network that it
                                                 would replace
 
@@ -155,7 +156,7 @@ def main(argv=None) -> int:
         except (BadInput, OSError) as error:
             if not (new / CHECKPOINT).is_file():
                 raise
-            raise BadInput(f"{error}; what was made is in {keep(new, args.run / 'candidate')}") from error
+            raise BadInput(f"{error}; what was made is in {keep(new, args.run / CANDIDATE)}") from error
     print(f"ship.py: shipped {args.into / CHECKPOINT}")
     if args.into.resolve().parent == ROOT:
         print("ship.py: python -m tools.report adds it to the tables and the board")

@@ -4,8 +4,9 @@
     python -m tools.train --run DIR ...        another run; further options go to training/main.py (see its --help)
     python -m tools.train --ship               ship the network whatever its accuracy
 
-A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another. Only the
-shipped network's kind on CIFAR-100 is shipped here; for others the command that does it is printed.
+A new run uses the recipe training/recipes/default.toml, if that exists, unless --recipe names another. Only a network
+of the default architecture that was tested on CIFAR-100's test set replaces the shipped one; for any other, the command
+that ships it into a folder of its own is printed.
 """
 import argparse
 import shlex

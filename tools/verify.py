@@ -1,7 +1,7 @@
 """Verify checkpoints: run testers.py, then check_model_operations.py, and see whether both agree with the claim.
 
     python -m tools.verify                   every shipped network: that at the repository's root, and those in folders
-                                             of their own, such as small/
+                                             of their own, such as kaist/
     python -m tools.verify --checkpoint F    another checkpoint; further options go to testers.py
 
 Exit status 0: everything was verified. 2: something contradicts a claim, or could not be verified.

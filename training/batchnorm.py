@@ -50,7 +50,11 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 
 
 def renew_means(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
-    """Re-estimate the means alone, as renew_statistics does: the variances are part of scales already shortened."""
+    """Re-estimate the means as renew_statistics does, and keep the variances.
+
+    quantize.py calls it when the scales of the BatchNorms are already rounded to few bits (grids.shorten_scales), and
+    new variances would change them.
+    """
     norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     renew_statistics(model, data, count, augment, generator)
     for norm, variance in norms:

@@ -40,7 +40,7 @@ class Graphs:
         before.wait_stream(self.stream)
 
     def forget(self) -> None:
-        """Record all graphs anew: those of before repeat what a step did when they were recorded."""
+        """Delete all graphs, so that `step` records new ones: a graph repeats what was done when it was recorded."""
         self.graphs.clear()
 
     def record(self, kind) -> torch.cuda.CUDAGraph:
@@ -75,7 +75,7 @@ class Streams:
 
     @contextlib.contextmanager
     def beside(self, k: int):
-        """Run the block's work on the k-th stream, or modulo their number, after the work so far."""
+        """Run the block on stream k (modulo their number), after all work already queued on the current stream."""
         stream = self.streams[k % len(self.streams)]
         stream.wait_stream(torch.cuda.current_stream())
         self.busy.append(stream)

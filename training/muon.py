@@ -40,9 +40,10 @@ def norms(matrices: Tensor) -> Tensor:
 
 
 def turned_weights(model: nn.Module) -> list[Tensor]:
-    """Return the weights that Muon updates: [out, in, height, width], of convolutions that mix channels.
+    """Return the weights that Muon updates, [out, in, height, width]: of convolutions that mix channels.
 
-    Where no normalisation follows, as after the linear layer, the norm of the weights matters: SGD updates them.
+    A normalisation must follow, so that the norm of the weights, which Muon keeps, has no effect on the output. Where
+    none follows, as after the linear layer, SGD updates the weights.
     """
     return [weight for weight in scale_free_weights(model) if weight.shape[1] > 1]
 
@@ -86,11 +87,12 @@ class Muon(torch.optim.SGD):
 
     @contextlib.contextmanager
     def made_early(self):
-        """Within the block, make the step of a group as soon as the backward pass has its gradients, on a CUDA stream.
+        """Within the block, update a group of weights as soon as the backward pass has computed all its gradients.
 
-        It is for a GPU, and for a loss whose gradients come from one backward pass, in which nothing reads a weight
-        after its gradient was made. The late layers' matrices, which are large, are then turned while the early layers'
-        maps, which are larger, pass through the memory.
+        The updates run on CUDA streams of their own and overlap with the rest of the backward pass: the large matrices
+        of the late layers are updated (which needs arithmetic) while the large feature maps of the early layers are
+        read and written (which needs memory bandwidth). Requires a GPU, and a loss whose gradients come from one
+        backward pass that reads no weight after its gradient is complete.
         """
         self.streams = self.streams or Streams()
 

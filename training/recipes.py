@@ -6,9 +6,10 @@
     [pretrain]                                    then a table for each stage: pretrain, rew, masked (training/main.py)
     epochs = 240                                  and quantized (quantize.py)
 
-Options have the names of the command line. `true` gives --option, `false` --no-option, a list an option's several
-values. The command line overrides the recipe, and an option there removes those of the recipe that it excludes. Options
-that select images or device must be common to all stages. Those of one command, such as --start, are refused.
+Options have the names of the command line. `true` means --option; `false` means --no-option, or nothing if there is no
+such option; a list holds the values of an option that takes several. The command line overrides the recipe, and an
+option there removes the options of the recipe that it excludes. Options that select the images or the device must be
+common to all stages. Options of a single command, such as --start, are refused.
 """
 import argparse
 from pathlib import Path
@@ -93,8 +94,8 @@ def given(parser: argparse.ArgumentParser, argv=None) -> dict:
 def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
     """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
 
-    An option of ours removes those of the recipe that it excludes. Adam's learning rate is none for SGD and Muon, and
-    the other way round.
+    An option of ours removes the recipe's options that it excludes. If ours changes the optimizer from Adam to SGD or
+    Muon, or back, the recipe's learning rate is dropped, too: it would be wrong by orders of magnitude.
     """
     excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
     def refuse(message):

@@ -110,7 +110,7 @@ def read_stages(folder) -> list[Stage]:
 
 
 def stage_record(log: Path) -> list[dict]:
-    """Return [options, settings, hardware and last line of a stage's log]; [] for a log that `read_stage` passes by."""
+    """Return a list of one dict, what a claim records of a stage; [] for a log of which `read_stage` returns None."""
     return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
             | ({} if stage.teachers_sha256 is None else {"teachers_sha256": stage.teachers_sha256})

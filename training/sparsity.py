@@ -100,7 +100,7 @@ def say_ratios_are_idle(args, stage: str, say) -> None:
 
 
 def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
-    """Return the penalty that the options select, on the model. say(line) gets what has no effect."""
+    """Return the penalty that the options select, on the model. say(line) is called for what has no effect."""
     spec, lam, target = strength(args)
     say_ratios_are_idle(args, "rew", say)
     options = {"kind": args.sparsity_type, "lam": lam, "target": target,
@@ -154,7 +154,7 @@ def of_run(args, say=lambda line: None) -> argparse.Namespace:
 
 
 def make_masks(args, model, say=lambda line: None) -> masks.Masks:
-    """Return the masks that the options select, on the model. say(line) gets how many of their zeros existed before."""
+    """Return the masks that the options select, on the model. say(line) is called with their number of zeros."""
     layers = pruned_layers(args, model)
     if args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"

@@ -26,14 +26,14 @@ AGAIN = "--no-resume starts the stage again"
 
 
 class State:
-    """A state in a folder: one file per part (weights, average, optimizer, penalty) and state.json.
+    """A state in a folder: one file per part (weights, average, optimizer, penalty, watch) and state.json.
 
     state.json names the files that belong together, with their SHA-256, and holds a digest of itself. It is renamed
     into place after they are written. A file that it does not name was left by a killed process, and the next save
     removes it.
 
-    settings (a dataclass) and others: all that decides the result. A state is resumed only if they are equal; those in
-    MACHINE are exempt. To read or remove a state needs none.
+    settings (a dataclass) and others: all that decides the result. A state is resumed only if they are equal, except
+    for those in MACHINE, and those in LENGTH as `load` says. Reading or removing a state needs no settings.
     """
 
     def __init__(self, folder: Path, settings=None, **others):
@@ -85,7 +85,7 @@ class State:
                     and isinstance(progress["log"], list) and all(isinstance(line, dict) for line in progress["log"])
                     and files.keys() == record["sums"].keys()
                     and all(name == Path(name).name for name in files.values())):
-                raise ValueError("some value cannot be")
+                raise ValueError("a value has another type than it must have, or is out of range")
         return record
 
     def save(self, progress: dict, parts: dict) -> None:

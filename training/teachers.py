@@ -62,10 +62,11 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normalise=None) -> nn.Module:
     """Return the teacher in a checkpoint file, in eval mode, with its BatchNorms folded.
 
-    A file with the suffix .t7 is one of KAIST's networks; a name in KAIST that is not there is looked for by `find`.
-    Any other is read as the network of this specification and, if it does not fit, as the default network; normalise:
-    the (means, deviations) of its input, as in normalisation.add_option, if it was trained elsewhere: there is neither
-    a claim nor a log next to it. Raises BadInput if the teacher was not trained for the classes of the data set.
+    A file with the suffix .t7 is one of KAIST's networks; if it does not exist and its name is in KAIST, it is taken
+    from the folder of `find`. Any other file is read as the network of this specification or, if it does not fit, as
+    the default network. normalise: the (means, deviations) of its input, as in normalisation.add_option; used only if
+    neither a claim nor a training log is next to the file, which was then trained elsewhere. Raises BadInput if the
+    teacher was not trained for the classes of the data set.
     """
     path = Path(path)
     theirs = path.suffix == ".t7"
