@@ -35,9 +35,8 @@ from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, check_input, exact_network, quantize_activations
 from compressed.files import check_outputs, git_commit, sha256
-from compressed.formats import listed
+from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
-from compressed.mnet import stored_exponent
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics

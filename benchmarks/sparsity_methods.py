@@ -28,7 +28,6 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from compressed.cifar100 import Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json
+from tools.report import methods_means
 from training import main as training
 from training.state import stop_noted
 
@@ -141,18 +141,6 @@ class Runs:
                 "dense": load_lines(folder / "pretrain.jsonl")[-1]["test_accuracy"], "machine": machine}
 
 
-def means(rows: list[dict]) -> list[tuple[str, float, float, float, int]]:
-    """Return (method, target, mean accuracy, standard deviation, seeds) of the results."""
-    found = []
-    methods = dict.fromkeys(row["method"] for row in rows)
-    for target, method in itertools.product(sorted({row["target"] for row in rows}), methods):
-        values = [row["accuracy"] for row in rows if (row["method"], row["target"]) == (method, target)]
-        if values:
-            found.append((method, target, statistics.mean(values),
-                          statistics.stdev(values) if len(values) > 1 else 0.0, len(values)))
-    return found
-
-
 def main(argv=None) -> int:
     args = parse(argv)
     about = {"network": args.network, "epochs": list(args.epochs), "batch_size": args.batch_size,
@@ -171,11 +159,11 @@ def main(argv=None) -> int:
         results["rows"].append(row)
         save_json(results, args.json)
         print(f"seed {seed}, {target:.0%} zeros, {method}: {row['accuracy']:.2%} of the hold-out", flush=True)
-    found = means(results["rows"])
-    for method, target, mean, deviation, seeds in found:
-        print(f"{target:.0%} zeros, {method}: {mean:.2%} +- {deviation:.2%} ({seeds} seeds)")
-    images = len(runs.held_out)
-    error = max(math.sqrt(mean * (1 - mean) / images) for _, _, mean, *_ in found)
+    images, error = len(runs.held_out), 0.0
+    for target, found in methods_means(results["rows"]).items():
+        for method, (mean, deviation, seeds) in found.items():
+            print(f"{target:.0%} zeros, {method}: {mean:.2%} +- {deviation:.2%} ({seeds} seeds)")
+            error = max(error, math.sqrt(mean * (1 - mean) / images))
     print(f"+- is the standard deviation over seeds, which are all measured on the same {images:,} images; the "
           f"standard error from the choice of these images, up to {100 * error:.1f} points, is not in it")
     return 0

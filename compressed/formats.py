@@ -88,6 +88,14 @@ def exponent(step) -> int | None:
     return e - 1 if fraction == 0.5 else None
 
 
+def stored_exponent(step, name: str) -> int:
+    """Return the exponent e of a step 2^e, from -128 to 127. Raises BadInput for any other step."""
+    e = exponent(step)
+    if e is None:
+        raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
+    return e
+
+
 def signed_bits(low: int, high: int) -> int:
     """Return the bits of a two's-complement number that can hold every integer from `low` to `high`; at least 1."""
     return max(max(high, 0).bit_length(), max(~low, 0).bit_length()) + 1  # ~low = -low - 1: one more code below 0

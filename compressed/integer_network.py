@@ -35,9 +35,8 @@ from compressed.claims import stated_formats
 from compressed.counting import reach
 from compressed.errors import BadInput
 from compressed.exact_network import RELU6, table
-from compressed.formats import Activation, is_folded
+from compressed.formats import Activation, is_folded, stored_exponent
 from compressed.graph import Window
-from compressed.mnet import stored_exponent
 
 # ---- Sums of products of codes -------------------------------------------------------------------
 # Codes are uint8 (unsigned) or int8 (signed), [N, H, W, channels] or [N, channels]; sums are int32.

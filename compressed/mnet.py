@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from compressed import cifar100, claims, counting, networks
 from compressed.errors import BadInput, refused
 from compressed.files import replacing
-from compressed.formats import Grid, exponent
+from compressed.formats import Grid, stored_exponent
 from compressed.graph import prepare, read
 
 MAGIC, VERSIONS = b"MNET", (1, 2)
@@ -61,14 +61,6 @@ HEADER, WIDTH, LENGTH, INPUT = (struct.Struct(form) for form in ("<4sBBH", "<d",
 FORMAT = struct.Struct("<Bb")
 BITS, SIGNED, HALF, MASKED = 0x1F, 0x20, 0x40, 0x80
 CHECKSUM = 32
-
-
-def stored_exponent(step, name: str) -> int:
-    """Return the exponent e of a step 2^e, from -128 to 127. Raises BadInput for any other step."""
-    e = exponent(step)
-    if e is None:
-        raise BadInput(f"{name} has the step {step}, expected a power of two from 2^-128 to 2^127")
-    return e
 
 
 # ------------------------------------------------------------------------------------------------------- bit streams

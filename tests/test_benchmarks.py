@@ -156,8 +156,8 @@ def test_a_signal_in_a_last_step_ends_the_comparison(tmp_path, monkeypatch):
 
 def test_means_of_seeds():
     rows = [{"method": "loss", "target": 0.8, "accuracy": accuracy} for accuracy in (0.5, 0.7)]
-    (method, target, mean, deviation, seeds), = sparsity_methods.means(rows)
-    assert (method, target, seeds) == ("loss", 0.8, 2) and mean == pytest.approx(0.6)
+    mean, deviation, seeds = sparsity_methods.methods_means(rows)[0.8]["loss"]
+    assert seeds == 2 and mean == pytest.approx(0.6)
     assert deviation == pytest.approx(0.02**0.5)
 
 

@@ -334,7 +334,7 @@ def test_the_comparison_of_pruning_methods():
     table = report.methods_table({"rows": rows}).splitlines()
     assert table[2:4] == ["| proximal | 60.00% ± 0.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |",
                           "| one-shot | - | - | 40.00% ± 0.00% (1) | 100.0% |"]
-    axes, = needed("tools.figures").methods_figure(report.methods_means({"rows": rows})).axes
+    axes, = needed("tools.figures").methods_figure(report.methods_means(rows)).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]
     assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [51, 40]

@@ -118,8 +118,8 @@ def sparsity_figure(stages: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def methods_figure(means: dict[float, dict[str, tuple[float, float]]]) -> Figure:
-    """Plot the hold-out accuracy of pruning methods, {target: {method: (mean, standard deviation)}}."""
+def methods_figure(means: dict[float, dict[str, tuple]]) -> Figure:
+    """Plot the hold-out accuracy of pruning methods, {target: {method: (mean, standard deviation, ...)}}."""
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     methods = list(dict.fromkeys(method for found in means.values() for method in found))
     for i, (target, found) in enumerate(means.items()):

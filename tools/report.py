@@ -369,13 +369,12 @@ def inference_table(measured: dict) -> str:
     return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
 
-def methods_means(measured: dict) -> dict[float, dict[str, tuple[float, float]]]:
-    """Return {target: {method: (mean accuracy, standard deviation over the seeds)}} of benchmarks/sparsity_methods.py.
-    """
+def methods_means(rows: list[dict]) -> dict[float, dict[str, tuple[float, float, int]]]:
+    """Return {target: {method: (mean accuracy, standard deviation over the seeds, seeds)}} of the comparison's rows."""
     values = {}
-    for row in sorted(measured["rows"], key=lambda row: row["target"]):
+    for row in sorted(rows, key=lambda row: row["target"]):
         values.setdefault(row["target"], {}).setdefault(row["method"], []).append(row["accuracy"])
-    return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
+    return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0, len(each))
                      for method, each in found.items()} for target, found in values.items()}
 
 
@@ -384,14 +383,14 @@ def methods_table(measured: dict | None) -> str:
     command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
     if measured is None:
         return f"{command} compares them; it has not been run yet."
-    means, rows = methods_means(measured), []
+    means, rows = methods_means(measured["rows"]), []
     for method in dict.fromkeys(row["method"] for row in measured["rows"]):
         rows.append([method])
         for target, found in means.items():
             same = [row for row in measured["rows"] if (row["method"], row["target"]) == (method, target)]
             added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
-            rows[-1] += [f"{found[method][0]:.2%} ± {found[method][1]:.2%} ({len(same)})", f"{added:.1%}"] if same \
-                else ["-", "-"]
+            mean, deviation, seeds = found.get(method, (0, 0, 0))
+            rows[-1] += [f"{mean:.2%} ± {deviation:.2%} ({seeds})", f"{added:.1%}"] if seeds else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
     return table(head, rows) + f"\n\n{command}; the methods are described in its `--help`.\n\n" \
@@ -480,7 +479,7 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
     if found := feedback_stages(logs):
         made["sparsity"] = figures.sparsity_figure(found)
     if found := found_methods():
-        made["methods"] = figures.methods_figure(methods_means(found))
+        made["methods"] = figures.methods_figure(methods_means(found["rows"]))
     return made
 
 
