@@ -323,6 +323,20 @@ def test_the_figure_of_sparsity_has_zeros_and_path_of_the_pruned_layers(tmp_path
     assert list(right.lines[0].get_ydata()) == [1e-6, 2e-6]
 
 
+def test_the_page_of_the_small_network_is_that_of_its_files():
+    folder = ROOT / "record/small"
+    page, claim = (folder / "README.md").read_text(), load_json(folder / "net.json")
+    last = {log.stem: load_lines(log)[-1] for log in stage_logs(folder)}
+    assert claim["sha256"] == sha256(folder / "net.pt")
+    assert claim["made_by"]["source_sha256"] == sha256(folder / "masked.average.pt")
+    for stage in ("pretrain", "rew", "masked", "quantized"):
+        assert f"{last[stage]['test_accuracy']:.2%}" in page
+    assert f"{last['rew']['zeros_share']:.2%} of the pruned weights are zero" in page
+    accuracy, scores = claim["accuracy"], claim["counts"]["score"]
+    assert f"its accuracy, {accuracy['correct'] / accuracy['images']:.2%}, is below" in page
+    assert " / ".join(f"{scores[name]['score']:.4f}" for name in counting.CONVENTIONS) in page
+
+
 def test_the_comparison_of_pruning_methods():
     """Mean and deviation over seeds for each target, and the share of the zeros that the mask added; and the figure."""
     assert "it has not been run yet" in report.methods_table(None)
