@@ -321,8 +321,8 @@ def prepare(model: nn.Module) -> nn.Module:
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
     graph, modules = copy.deepcopy(traced(model)), {}
-    rewritten = [node for node in graph.nodes if node.op.startswith("call_") and node.target in REWRITTEN
-                 and node.op != "call_module"]
+    rewritten = [node for node in graph.nodes if node.op in ("call_function", "call_method")
+                 and node.target in REWRITTEN]
     if not walk.lacking and not loose and not rewritten:
         _keep(model, walk)
         return model
