@@ -886,9 +886,9 @@ def test_the_script_says_one_line_and_exits_2():
 
 # ------------------------------------------------------------------------------------------------- several processes
 
-def torchrun(options, folder):
+def torchrun(options, folder, script=SCRIPT):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
          *shlex.split(options),
          "--run-folder", str(folder)], capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -902,6 +902,20 @@ def test_one_process_of_several_warns(small, capsys):
         job = SimpleNamespace(processes=training.loop.Processes(rank, 2), data=cifar100.made_up(2, 0))
         training.starting_point("rew", args, job)
         assert capsys.readouterr().err.count("warning: ") == 1 - rank
+
+
+def test_the_threads_of_the_processes_group_end_with_it(small):
+    """A thread that is left may abort the process while the interpreter ends."""
+    Path("driver.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from training.main import main
+main(sys.argv[1:])
+left = [open(f"/proc/self/task/{{each}}/comm").read().strip() for each in os.listdir("/proc/self/task")]
+print("left:", [each for each in left if "gloo" in each])
+""")
+    out = torchrun(f"{QUICK} --pretrain --network {TINY}", "two", "driver.py")
+    assert out.count("left: []") == 2
 
 
 def test_torchrun_trains_what_one_process_of_two_workers_trains(small):
