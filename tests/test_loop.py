@@ -991,6 +991,7 @@ def shared(rank, folder):
     Processes(rank, 2).share([*tensors.values()])
     save_tensors({name: value.clone() for name, value in tensors.items()} | {"between": larger[:, 1::2].clone()},
                  folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_all_processes_begin_with_the_weights_of_the_first(tmp_path):

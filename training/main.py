@@ -17,7 +17,6 @@ If a run was stopped, the same command resumes it.
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import math
 import random
@@ -444,9 +443,6 @@ def join_processes(args) -> tuple[loop.Processes, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if count > 1 and not dist.is_initialized():
-        # torch.compile imports it later, and its default arguments keep the group that there is by then: the group's
-        # threads would outlive destroy_process_group(), and might abort the process while the interpreter ends
-        importlib.import_module("torch.distributed.nn")
         with refused(f"the {count} processes do not find each other", "; start them with torchrun"):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return loop.Processes(rank, count), device

@@ -9,6 +9,9 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
+# Imported before there is a group, because its default arguments keep the one that they find: the group's threads would
+# outlive destroy_process_group(), and might abort the process while the interpreter ends.
+import torch.distributed.nn  # noqa: F401
 from torch import nn
 
 from compressed import threads
