@@ -49,6 +49,7 @@ class Graphs:
         # graphs are replayed one at a time, and their temporary tensors are not read afterwards: they share memory
         pool = next((each.pool() for each in self.graphs.values() if each is not None), None)
         collected = gc.isenabled()
+        gc.collect()  # autograd nodes that are left in cycles remember the stream on which they were made
         gc.disable()  # it could find an older graph, and destroying one breaks a recording
         failed = None
         try:

@@ -13,6 +13,7 @@ constants: a dozen variants are compiled for all layers of the default network.
 import functools
 
 import torch
+import torch._dynamo  # noqa: F401 - else the first operator imports it, and keeps its own autograd graph in a cycle
 import triton
 import triton.language as tl
 from torch import Tensor
