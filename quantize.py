@@ -33,7 +33,7 @@ from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, number, option_name, run_script, some_file, some_path
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
-from compressed.exact_network import Quantizer, check_input, exact_network, quantize_activations
+from compressed.exact_network import Quantizer, exact_network, quantize_activations
 from compressed.files import check_outputs, git_commit, sha256
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
@@ -63,8 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
         "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
         "channel (%(default)s)")
-    add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all, or a "
-        "TOML file like --table's (%(default)s)")
+    add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all but "
+        "the image, which has 8, or a TOML file like --table's (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
         help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
     add("--shift-bits", type=bits, default=grids.SHIFT_BITS, metavar="B", help="bits of a BatchNorm's shift, a "
@@ -276,8 +276,7 @@ def main(argv=None) -> int:
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
     if args.normalise:
         model = normalisation.fold(model, *args.normalise)
-    check_input(read(model))
-    grids.check_used(model)
+    grids.check_quantizable(model)
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
     warn_of_seen_images(args)

@@ -142,7 +142,7 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     if not same:
         problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
     lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest "
-             f"possible sum of products of codes is {bound:,}, and float32 is exact to {2**24:,}",
+             f"sum that float32 may have to hold is {bound:,} steps, and it is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
     if unchecked := claims.unchecked(claim):
         lines.append("not checked here (in brackets, the command that computes it again): " + ", ".join(unchecked))

@@ -93,9 +93,11 @@ def load(path=None, split: str = "train", device="cpu") -> Images:
         for part, files in BATCHES.items():
             images, labels = zip(*(cifar100.read(folder / file, "labels", 10) for file in files))
             parts[part] = np.concatenate(images), np.concatenate(labels)
+    elif not path.exists():
+        raise BadInput(f"{path} (--data): no such file or folder")
     else:
         raise BadInput(f"{path} (--data) holds no CIFAR-100 (files train and test) and no CIFAR-10 (data_batch_1 to "
-                       "data_batch_5, test_batch), and is no .npz file")
+                       "data_batch_5, test_batch); other images belong into an .npz file (see compressed/datasets.py)")
     keys = {part: digests(*arrays) for part, arrays in parts.items()}
     data_set = DataSet.of(name, classes or int(parts["train"][1].max()) + 1,
                           {part: fingerprint(each) for part, each in keys.items()})

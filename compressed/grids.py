@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressed import cifar100
 from compressed.errors import BadInput
+from compressed.exact_network import check_input
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, folded, power_of_two_step
 from compressed.graph import layer_kind, read, weight_layers
@@ -73,23 +74,25 @@ def activation_table(option: str, model: nn.Module) -> dict[str, int]:
     """Return {activation point: its bits}. option: see `chosen_bits`.
 
     The kinds of points say what is stored there: the "image"; a "sum" of branches, as after a residual block; or else
-    the output of a "layer", a "function" such as hard swish, a "mean", and so on.
+    the output of a "layer", a "function" such as hard swish, a "mean", and so on. The image has 8 bits, which hold
+    its pixels exactly, unless a table names it.
     """
     def kind(branches) -> str:
         first = branches[0].kind
         return "image" if first == "pixels" else "sum" if len(branches) > 1 and first != "moved" else first
 
     kinds = {point.name: kind(point.branches) for point in read(model).points[:-1]}
-    return chosen_bits(option, "activation point", kinds, POINT_KINDS)
+    return chosen_bits(option, "activation point", kinds, POINT_KINDS, exempt="image")
 
 
-def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str, ...], places=()) -> dict[str, int]:
+def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str, ...], places=(),
+                exempt=None) -> dict[str, int]:
     """Return the bits of each name in `kinds`, {name: its kind}.
 
     option: a number: that many for all; else a TOML file with `default = 8` and a table [bits] of names (in quotes) or
     kinds to bits; a name takes precedence over its kind. known: all existing kinds. places: names that may also
-    be given by their index. Raises BadInput for anything else in the file, for an unknown name, and for widths outside
-    2 to 8 (wider values would not be summed exactly).
+    be given by their index. exempt: a kind that has 8 bits unless it is named. Raises BadInput for anything else in the
+    file, for an unknown name, and for widths outside 2 to 8 (wider values would not be summed exactly).
     """
     if option.isdecimal() and len(option) < 9:
         content = {"default": int(option)}
@@ -104,7 +107,8 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
     if unknown := [key for key in bits if key not in kinds and key not in known]:
         raise BadInput(f"{option}: the network has no {what} {unknown[0]!r} (names with dots need quotes)")
     default = content.get("default", 8)
-    chosen = {name: bits.get(name, bits.get(kind, default)) for name, kind in kinds.items()}
+    by_kind = {exempt: 8} | bits
+    chosen = {name: bits.get(name, by_kind.get(kind, default)) for name, kind in kinds.items()}
     for name, width in chosen.items():
         if type(width) is not int or not 2 <= width <= 8:
             raise BadInput(f"{width!r} bits for {name}: expected 2 to 8")
@@ -246,12 +250,19 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
 
 # ---- What is stored -------------------------------------------------------------------------------
 
-def check_used(model: nn.Module) -> None:
-    """Raise BadInput for a parameter that the forward pass does not read: nothing says how it is stored."""
-    used = {name for branch in read(model).layers for name in (branch.name, branch.norm)}
+def check_quantizable(model: nn.Module) -> None:
+    """Raise BadInput if a prepared network's values cannot all be put on grids.
+
+    That is a network that scales or shifts its input itself, or has a parameter that its forward pass does not read:
+    nothing says how that is stored.
+    """
+    graph = read(model)
+    check_input(graph)
+    used = {name for branch in graph.layers for name in (branch.name, branch.norm)}
     for name, _ in model.named_parameters():
         if name.rpartition(".")[0] not in used:
-            raise BadInput(f"{name} is not used by the forward pass: take it out of the network")
+            raise BadInput(f"{name} is not used by the forward pass: take it out of the network, and its values out of "
+                           "a trained checkpoint")
 
 
 @torch.no_grad()
@@ -261,7 +272,7 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
 
     network: of the model's kind; its values are replaced. scale_bits, shift_bits: of its BatchNorms.
     """
-    check_used(network)
+    check_quantizable(network)
     network.load_state_dict(model.state_dict())
     network.eval()
     ours = {}

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_setup(item):
+    torch.manual_seed(0)  # the same draws whatever ran before
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
 

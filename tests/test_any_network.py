@@ -504,7 +504,7 @@ def test_every_branch_has_a_name_of_its_own():
 def test_a_parameter_that_nothing_reads_is_refused_at_once():
     net = Lone(lambda s, x: s.c(x), c=conv(padding=1), d=conv())
     with pytest.raises(BadInput, match="d.weight is not used by the forward pass"):
-        grids.check_used(prepare(net))
+        grids.check_quantizable(prepare(net))
 
 
 def test_a_prepared_network_changes_nothing_in_place():

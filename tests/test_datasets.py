@@ -97,8 +97,10 @@ def test_cifar_10(tmp_path, folder):
     with pytest.raises(BadInput, match="data_batch_4: cannot be read as a file of CIFAR-10 .*integers from 0 to 9"):
         datasets.load(folder)
     (folder / "data_batch_4").unlink()
-    with pytest.raises(BadInput, match=r"\(--data\) holds no CIFAR-100 .* and no CIFAR-10"):
+    with pytest.raises(BadInput, match=r"\(--data\) holds no CIFAR-100 .* and no CIFAR-10 .* \.npz file"):
         datasets.load(folder)
+    with pytest.raises(BadInput, match=r"mine.npz \(--data\): no such file"):
+        datasets.load(folder / "mine.npz")
 
 
 IMAGES = arrays()["train_images"]

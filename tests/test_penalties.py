@@ -417,6 +417,7 @@ def test_a_penalty_from_a_file(own):
     assert ridge.in_loss and ridge.loss().item() == pytest.approx(
         0.5 * sum(weight.square().sum().item() for weight in ridge.weights))
     assert penalties.takes("own.py:Soft", "kind") and not penalties.takes("own.py:Ridge", "kind")
+    assert not penalties.takes("own.py:Soft", "cost_power")  # what it passes on, its base class refuses
     assert [penalties.takes("magnitude", name) for name in ("target", "lam", "kind")] == [True, False, False]
 
 

@@ -129,6 +129,14 @@ def test_the_second_documented_command_means_what_it_meant():
         assert module.weight.view(-1)[1] == torch.tensor(-1.01e-4)
 
 
+def test_a_layer_without_any_weight_left_is_named(capsys):
+    model = MobileNetV2(width=0.25)
+    with torch.no_grad():
+        model.linear.weight.mul_(1e-4)
+    sparsity.make_masks(training.parse(["--masked-retrain", "--target-sparsity", "0.5"]), model, print)
+    assert capsys.readouterr().out.endswith("masked: all weights of linear are zero\n")
+
+
 def test_the_tricks_are_on_without_no_tricks():
     args = training.parse(REW.replace("--no-tricks ", "").split())
     settings = training.settings_for("rew", args, CPU)
@@ -465,7 +473,10 @@ class Excited(nn.Sequential):
 
 
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
-    """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse."""
+    """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse.
+
+    Trained on two workers, also without a BatchNorm.
+    """
     Path("mine.py").write_text("""
 import torch
 from torch import nn
@@ -478,6 +489,17 @@ class Flat(nn.Sequential):
 class Group(nn.Sequential):
     def __init__(self, num_classes=10):
         super().__init__(nn.Conv2d(3, 4, 3, 4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(256, num_classes))
+
+class Spare(Flat):
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes)
+        self.spare = nn.Conv2d(3, 4, 1)
+    def forward(self, x):
+        return self[4](self[3](self[2](self[1](self[0](x)))))
+
+class Scaled(Flat):
+    def forward(self, x):
+        return super().forward(x * 2)
 
 class Half(Penalty):
     def __init__(self, *args, p=0.5, **options):
@@ -493,9 +515,10 @@ class Half(Penalty):
         run(quick + " --network mine.py:Flat --rew --penalty mine.py:Half?p=half --lambda 1")
     assert not Path("run/pretrain.options.json").exists() and not Path("run/rew.options.json").exists()
     capsys.readouterr()
-    assert run(quick + " --network mine.py:Group --pretrain --refresh 0") == 0  # also on two workers, without BatchNorm
-    assert "warning: this network can be trained, but not quantized or counted: 1: no counting rule for GroupNorm" in \
-        capsys.readouterr().err
+    for network, reason in (("Group", "1: no counting rule for GroupNorm"), ("Scaled", "the network scales or shifts"),
+                            ("Spare", "spare.weight is not used by the forward pass")):
+        assert run(quick + f" --network mine.py:{network} --pretrain --refresh 0 --no-resume") == 0
+        assert f"warning: this network can be trained, but not quantized: {reason}" in capsys.readouterr().err
 
 
 def test_what_is_said_of_sparsity_that_is_not_as_asked_for(capsys):

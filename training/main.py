@@ -38,7 +38,8 @@ from compressed.cifar100 import DataSet, Images
 from compressed.command_line import command_line, number, option_name, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, held, save_record, save_text, sha256, try_to_write
-from compressed.graph import prepare, read
+from compressed.graph import prepare
+from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
 from training.runs import DECISIVE, STAGES, new_record, options_of, other_start
@@ -216,9 +217,9 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         loop.try_network(model, args.network, plans[stage], min(2, least), job.device)
         if stage == stages[0] and job.processes.first:
             try:
-                read(prepare(model))
+                check_quantizable(prepare(model))
             except BadInput as error:
-                print(f"warning: this network can be trained, but not quantized or counted: {error}", file=sys.stderr)
+                print(f"warning: this network can be trained, but not quantized: {error}", file=sys.stderr)
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":

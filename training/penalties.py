@@ -321,9 +321,15 @@ def find(spec: str) -> tuple[type[Penalty], dict]:
 
 
 def takes(spec: str, name: str) -> bool:
-    """Return True if a penalty's constructor has an argument of this name."""
-    parameters = inspect.signature(find(spec)[0]).parameters
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    """Return True if a penalty's constructor has an argument of this name, or passes it on to one that has."""
+    for kind in find(spec)[0].__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind.__init__).parameters
+            if name in parameters:
+                return True
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                break
+    return False
 
 
 def make(spec: str, model: nn.Module, layers, **options) -> Penalty:

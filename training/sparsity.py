@@ -6,6 +6,7 @@ from compressed.command_line import number, option_name
 from compressed.errors import BadInput, refused
 from compressed.files import load_record
 from compressed.graph import first_layer, weight_layers
+from compressed.networks import brief
 from training import masks, penalties
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
@@ -170,4 +171,6 @@ def make_masks(args, model, say=lambda line: None) -> masks.Masks:
     total, pruned, already = masks.already_zero(model, kept)
     say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
         f"{already / max(1, pruned):.2%} of them were zero already")
+    if empty := [name for name, mask in kept.items() if not mask.any()]:
+        say(f"masked: all weights of {brief(empty)} are zero")
     return masks.Masks(model, kept)
