@@ -164,6 +164,9 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         grids.shorten_scales(model, chosen.scale_bits)
         short = f"{grids.SIGNIFICANT_BITS} significant" if chosen.scale_bits == grids.FLOAT_BITS else chosen.scale_bits
         accuracies.after(f"steps moved for scales of {short} bits", model)
+        if chosen.renew:  # now: the activation steps are chosen for these means
+            renew_means(*renewing())
+            accuracies.after("BatchNorm means re-estimated, variances kept", model)
     start = "mse" if chosen.ranges == "logits" else chosen.ranges
     widths = dict(zip(read(model).activation_points, chosen.activation_bits, strict=True))
     quantize_activations(model, grids.calibrate(model, images, widths, start))
@@ -171,9 +174,9 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     if chosen.ranges == "logits":
         choose_steps(model, images, reference)
         accuracies.after("activation steps chosen by their effect on the logits", model)
-    if chosen.renew:
+    elif chosen.renew:
         renew_means(*renewing())
-        accuracies.after("BatchNorm means re-estimated, variances kept", model)
+        accuracies.after("BatchNorm means re-estimated for rounded activations", model)
 
 
 def warn_of_seen_images(args) -> None:

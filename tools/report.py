@@ -378,6 +378,11 @@ def methods_means(rows: list[dict]) -> dict[float, dict[str, tuple[float, float,
                      for method, each in found.items()} for target, found in values.items()}
 
 
+def of_seeds(mean: float, deviation: float, seeds: int) -> str:
+    """Return the text of an accuracy; one seed has no deviation."""
+    return f"{mean:.2%} ± {deviation:.2%} ({seeds})" if seeds > 1 else f"{mean:.2%} (1)"
+
+
 def methods_table(measured: dict | None) -> str:
     """Return the table of pruning methods: hold-out accuracy by target, and how many of the zeros the mask added."""
     command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
@@ -389,8 +394,7 @@ def methods_table(measured: dict | None) -> str:
         for target, found in means.items():
             same = [row for row in measured["rows"] if (row["method"], row["target"]) == (method, target)]
             added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
-            mean, deviation, seeds = found.get(method, (0, 0, 0))
-            rows[-1] += [f"{mean:.2%} ± {deviation:.2%} ({seeds})", f"{added:.1%}"] if seeds else ["-", "-"]
+            rows[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
     return table(head, rows) + f"\n\n{command}; the methods are described in its `--help`.\n\n" \
