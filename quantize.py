@@ -45,7 +45,7 @@ from training.runs import stage_record, training_record
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
 TUNING_LR = 0.01  # but of adam
-OF_TUNING = {*TUNING, "teacher", "frozen", "precision"} - {"seed"}  # of no effect without one
+OF_TUNING = {*TUNING, "teacher", "frozen", "precision", "graphs"} - {"seed"}  # of no effect without one
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
                       help="share of the epochs, at the end, with frozen BatchNorm statistics (%(default)s)")
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "
                       f"with the suffix .run, such as {Path(CHECKPOINT).with_suffix('.run')})")
-    plan.add_precision(tune)
+    plan.add_machine(tune)
     tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
     add("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "

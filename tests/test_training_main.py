@@ -150,6 +150,11 @@ def test_the_tricks_are_on_without_no_tricks():
     assert training.settings_for("rew", args, CPU).cooldown == 0
 
 
+def test_steps_are_recorded_as_graphs_unless_told_otherwise():
+    assert [training.settings_for("rew", training.parse(words), CPU).graphs for words in ([], ["--no-graphs"])] == [
+        True, False]
+
+
 def test_defaults_of_the_stages():
     args = training.parse([])
     for stage in training.STAGES:

@@ -8,6 +8,8 @@ import gc
 
 import torch
 
+from compressed.errors import BadInput, one_line
+
 
 class Graphs:
     """Record and replay one CUDA graph for each kind of step.
@@ -44,7 +46,7 @@ class Graphs:
         self.graphs.clear()
 
     def record(self, kind) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step of this kind; recording does not execute it."""
+        """Return the graph of a step of this kind; recording does not execute it. Raises BadInput if it fails."""
         graph = torch.cuda.CUDAGraph()
         # graphs are replayed one at a time, and their temporary tensors are not read afterwards: they share memory
         pool = next((each.pool() for each in self.graphs.values() if each is not None), None)
@@ -60,7 +62,8 @@ class Graphs:
                     failed = error
                     raise
         except Exception as error:  # the end of a recording that failed raises an error of its own
-            raise failed or error
+            raise BadInput(f"a training step cannot be recorded as a CUDA graph ({one_line(failed or error)}); "
+                           "--no-graphs trains without") from (failed or error)
         finally:
             if collected:
                 gc.enable()

@@ -231,8 +231,8 @@ class Stage:
         # A CUDA graph records work on one device, at fixed addresses. So the learning rate is read from a tensor, and
         # there is no graph with several processes, AdamW (whose step counts are not on the device), or a penalty in the
         # loss (whose alphas are new tensors after an update).
-        recordable = (self.device.type == "cuda" and self.processes.count == 1 and not self.penalty_in_loss
-                      and settings.optimizer != "adam")
+        recordable = (settings.graphs and self.device.type == "cuda" and self.processes.count == 1
+                      and not self.penalty_in_loss and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
         # on a GPU the teachers compute beside the student, whose kernels alone do not fill the device
         self.beside, self.ahead, self.fast_teachers = None, None, self.teachers

@@ -80,7 +80,7 @@ def stage_options(group) -> None:
 
 def machine_options(group) -> None:
     group.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    plan.add_precision(group)
+    plan.add_machine(group)
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
                        help="threads of a process on a CPU, among which its batch is divided (default: one per core)")
 

@@ -71,6 +71,7 @@ class Settings:
                                "peak learning rate of Adam for trained quantization steps: for their base-2 exponents")
     precision: str = "float32"  # of the forward pass: float32 or bfloat16
     workers: int = 1  # threads of a process, each of which computes a share of its batch
+    graphs: bool = True  # steps are recorded as CUDA graphs, where that is possible
 
     def __post_init__(self):
         for name, field in FIELDS.items():
@@ -86,6 +87,13 @@ def add_precision(parser) -> None:
     """Add --precision to a parser."""
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="precision of the forward pass; auto: bfloat16 on CUDA and on CPUs that support it")
+
+
+def add_machine(parser) -> None:
+    """Add --precision and --no-graphs to a parser."""
+    add_precision(parser)
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="on CUDA: do not record the steps as "
+                        "CUDA graphs, for networks that wait for the device, or decide in Python what a step does")
 
 
 def precision(option: str, cuda: bool) -> str:

@@ -18,7 +18,7 @@ from training.plan import constant_so_far
 
 # Settings of where and how a stage is computed. A resume may change them. The result then differs by rounding, and with
 # other `workers` also because each worker's share of a batch is normalised by its own statistics.
-MACHINE = ("precision", "workers")
+MACHINE = ("precision", "workers", "graphs")
 # Settings of a stage's length. A resume may change them as long as the learning rate is still constant. The warm-up is
 # a quarter of the epochs at most, so it may change with them.
 LENGTH = ("epochs", "cooldown", "sizes", "warmup_epochs")
