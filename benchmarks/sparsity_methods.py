@@ -6,7 +6,8 @@ For each seed one dense network is trained. From it, for each method and target,
 one retrains under the mask. All methods see the same images in the same order:
 
     proximal    reweighted L1 as a soft threshold after every step, lambda by feedback towards the target
-    loss-L      reweighted L1 added to the loss, for every fixed lambda L of --lambda; no lambda is chosen for it
+    loss-L      reweighted L1 added to the loss, for every fixed lambda L of --lambda; no lambda is chosen for it (with
+                1e-3 the network stayed at chance)
     magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
     one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
 
@@ -66,8 +67,8 @@ def parse(argv=None) -> argparse.Namespace:
                         help="shares of zeros (0.8 0.9)")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=3, metavar="N", help="(%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(all)")
-    parser.add_argument("--lambda", dest="lam", nargs="+", type=number(float, 0, 10**6), default=(1e-5, 1e-4, 1e-3),
-                        metavar="L", help="of the penalty in the loss, each a method of its own (1e-5 1e-4 1e-3)")
+    parser.add_argument("--lambda", dest="lam", nargs="+", type=number(float, 0, 10**6), default=(1e-6, 1e-5, 1e-4),
+                        metavar="L", help="of the penalty in the loss, each a method of its own (1e-6 1e-5 1e-4)")
     parser.add_argument("--max-minutes", type=number(float, 0, 10**6), metavar="M", help="stop after that time")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     datasets.add_options(parser)
