@@ -8,8 +8,9 @@ What is stored                                               width
   BatchNorm shift, bias   code * step, step a power of two                                                    16 bits
   activations             code * step, step a power of two   8 bits: unsigned after a ReLU, signed elsewhere
 BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
-or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it, w = s q and
-a (s q * x) + b = (a s) (q * x) + b. The linear layer has none after it, so its step is always a power of two.
+or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it. With w = s q (s: step,
+q: codes) and the BatchNorm's scale a and shift b, a (s q * x) + b = (a s) (q * x) + b. The linear layer has none after
+it, so its step is always a power of two.
 Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
 shift is a whole number of the accumulator's units: what still differs in an 8-bit engine that computes in float32
 after its accumulators is too rare to be seen (see tools/export_onnx.py).
@@ -40,7 +41,7 @@ from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import stage_record, training_record
+from training.runs import stage_records, training_record
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -75,7 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
         help="train images that set the ranges (%(default)s)")
     add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
-        "statistics are re-estimated once weights are quantized, and means once activations are; 0: keep (%(default)s)")
+        "statistics are re-estimated once the weights are quantized, and then the means: after steps were moved for "
+        "short scales, and by --ranges max and mse after activations are quantized; 0: keep (%(default)s)")
     networks.add_option(parser, "the options of the checkpoint's last stage")
     normalisation.add_option(parser)
     datasets.add_options(parser)
@@ -92,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--tuning-folder", type=some_path, metavar="DIR", help="where fine-tuning writes (default: --out "
                       f"with the suffix .run, such as {Path(CHECKPOINT).with_suffix('.run')})")
     plan.add_machine(tune)
-    tune.add_argument("--no-resume", dest="resume", action="store_false", help="start the fine-tuning again")
+    tune.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                      help="resume the fine-tuning (default)")
     add("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
                     "(default: as the checkpoint was trained, by its run folder; else plain)")
@@ -201,7 +204,7 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
             # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
             least = 2 if tuning.frozen == 1 else min(2, *(share.stop - share.start for share in steps.shares))
             plain, other = (prepare(networks.make(tuning.network, train_data.data_set.classes)) for _ in range(2))
-            networks.check_outputs(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
+            networks.check_forward(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
             loop.try_network(other, tuning.network, steps, least, train_data.labels.device)
             for path in tuning.teachers:
                 teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
@@ -296,7 +299,7 @@ def main(argv=None) -> int:
     accuracies.data = dataclasses.replace(test_data, images=test_data.images.cpu(), labels=test_data.labels.cpu())
     plain = prepare(networks.make(args.network, train_data.data_set.classes))
     network, formats = ship(model, plain, chosen, accuracies)
-    tuned = stage_record(tuning.folder / "quantized.jsonl") if tuning else []
+    tuned = stage_records([tuning.folder / "quantized.jsonl"]) if tuning else []
     networks.save_state(network.state_dict(), args.out)
     claims.write(formats | {
         "data_set": dataclasses.asdict(test_data.data_set),

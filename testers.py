@@ -6,8 +6,8 @@
 
 Weights and activations are quantized as claimed, in arithmetic that is exact on every machine (see
 compressed/exact_network.py), so the claimed number of correct images must be reached exactly. Exit status 0: everything
-was verified. 2: something
-contradicts the claim, or could not be verified, such as the accuracy without the data; every such thing is named.
+was verified. 2: something contradicts the claim, or could not be verified, such as the accuracy without the data; every
+such thing is named.
 """
 import dataclasses
 import functools
@@ -30,7 +30,6 @@ from compressed.files import to_json
 from compressed.formats import Activation, Formats, Grid, exponent, found_formats
 from compressed.graph import read as read_graph
 from compressed.integer_network import lowest_bit
-
 
 REORDERED = "not known, the images of this copy are not in the published order"
 

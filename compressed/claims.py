@@ -77,7 +77,7 @@ def recordable(checkpoint) -> None:
         raise BadInput(f"{checkpoint} has no claim next to it to record anything in; quantize.py writes one")
 
 
-def write(claim: dict, checkpoint: Path, spec: str = networks.DEFAULT) -> None:
+def write(claim: dict, checkpoint: Path, spec: str) -> None:
     """Write a claim, with what follows from the checkpoint as it was written: digest, counts and logits.
 
     claim: must hold "tensors" and "activations"; all other keys are kept. spec: specification of the network.

@@ -25,8 +25,6 @@ from compressed.graph import read
 CIFAR10 = "cifar-10-batches-py"  # the name of the folder inside the published archive
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 MOST_CLASSES = 2**16 - 1  # what a claim and a packed file can state
-FIRST_IMAGES = ("use only N of the test images: the first in the order of their SHA-256, which is the same for every "
-                "copy of the data set, and mixes the classes")
 
 
 # ---- The options of a command line ---------------------------------------------------------------

@@ -8,7 +8,7 @@ tensors keep their shapes: a channel or filter of zeros is not cut out of the ne
 import torch
 from torch import Tensor, nn
 
-from compressed.exact_network import FUNCTIONS
+from compressed.exact_network import FORMULAS
 from compressed.graph import Branch, Point, read
 
 
@@ -72,7 +72,7 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
     if branch.kind == "product":
         return zero[branch.source] | zero[branch.other], 0.0
     if branch.kind == "function":
-        return zero[branch.source], float(FUNCTIONS[branch.function](torch.zeros(1)))
+        return zero[branch.source], float(FORMULAS[branch.function](torch.zeros(1)))
     if branch.kind == "moved":
         empty = torch.cat((zero[branch.source], torch.ones(1, dtype=torch.bool)))  # the last: no channel
         return empty[origins(branch, len(empty) - 1)].view(len(branch.index), -1).all(1), 0.0

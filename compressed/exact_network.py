@@ -19,7 +19,7 @@ from compressed import kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.evaluation import logits
-from compressed.formats import Activation, code_range, codes, exponent, fake_quantize, folded
+from compressed.formats import Activation, code_range, codes, exponent, folded
 from compressed.graph import Graph, read
 from compressed.operations import RoundsValues
 
@@ -28,15 +28,16 @@ from compressed.operations import RoundsValues
 # On a grid whose step is a power of two, x clip(x + 3, 0, 6) is exact in float64, and its sixth is rounded once. The
 # last bits of the others depend on the machine. Rounded to float32 they decide no code (tested for 8 bits); without,
 # SiLU and GELU of a large x, which differ from x by some 2^-53, could lie on either side of a half of a step.
-FUNCTIONS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
-             "sigmoid": lambda x: torch.sigmoid(x).float(), "silu": lambda x: F.silu(x).float(),
-             "gelu": lambda x: F.gelu(x).float()}
+FORMULAS = {"hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6, "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
+            "sigmoid": lambda x: torch.sigmoid(x).float(), "silu": lambda x: F.silu(x).float(),
+            "gelu": lambda x: F.gelu(x).float()}
 RELU6 = 6.0
 
 
 class Quantizer(RoundsValues):
     """Round an activation to its grid. Without a sign the lower clip at 0 is the ReLU. Has no keys in the state dict.
 
+    It has no gradient: training replaces it by a LearnedQuantizer (training/learned_steps.py), except at the image.
     most: an upper clip in units of the values, such as 6 for a ReLU6.
     """
 
@@ -51,10 +52,6 @@ class Quantizer(RoundsValues):
 
     def forward(self, x):
         low, high = self.range()
-        if x.dtype == torch.bfloat16:
-            x = x.float()  # autocast's bfloat16 can hold the resulting codes, but is too coarse to compute them
-        if torch.is_grad_enabled() and x.requires_grad:
-            return fake_quantize(x, self.step, low, high)
         if compiled(x):
             y = torch.empty_like(x)  # laid out as x is
             kernels.call("quantize", x, x.numel(), self.step, float(low), float(high), y)
@@ -83,9 +80,9 @@ class ScaleShift(nn.Module):
 def table(function: str, source: Activation, step: float, target: Activation, target_step: float) -> Tensor:
     """Return a function as a table of codes: for each code of the source, from the lowest on, that of the target.
 
-    function: a key of FUNCTIONS. step, target_step: of the codes. The entries are int32.
+    function: a key of FORMULAS. step, target_step: of the codes. The entries are int32.
     """
-    values = FUNCTIONS[function](torch.arange(source.low, source.high + 1).double() * step)
+    values = FORMULAS[function](torch.arange(source.low, source.high + 1).double() * step)
     return codes(values, target_step, target.low, target.high).int()
 
 

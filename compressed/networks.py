@@ -119,14 +119,14 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     return network
 
 
-@torch.no_grad()
 def some_images(count: int, size: int) -> torch.Tensor:
     """Return random values in the shape of images, float32 [count, 3, size, size], channels-last as everywhere."""
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def check_outputs(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), least: int = 2) -> None:
+@torch.no_grad()
+def check_forward(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), least: int = 2) -> None:
     """Raise BadInput if a network does not have one output for each of the data's classes, in evaluation or training.
 
     Raises it, too, if the network's state can never be saved.

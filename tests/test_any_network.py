@@ -21,7 +21,7 @@ from compressed import normalisation, operations, step_search
 from compressed.claims import stated_formats
 from compressed.errors import BadInput
 from compressed.evaluation import logits
-from compressed.exact_network import FUNCTIONS, Quantizer, exact_network, quantize_activations, table
+from compressed.exact_network import FORMULAS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
 from compressed.graph import UNSIGNED, prepare, read, weight_layers
@@ -211,7 +211,7 @@ def test_the_family_of_the_small_network(monkeypatch):
 
 # ---- Pointwise functions -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FORMULAS)
 def test_a_function_is_a_table_of_codes(function):
     """Every code through the exact network's float64 and through the table, for steps far apart."""
     for step, target_step in ((2.0**-5, 2.0**-6), (2.0, 2.0**-3), (2.0**-9, 2.0**-8)):
@@ -219,7 +219,7 @@ def test_a_function_is_a_table_of_codes(function):
         entries = table(function, source, step, target, target_step)
         assert len(entries) == 256 and target.low <= entries.min() and entries.max() <= target.high
         x = torch.arange(-128, 128).float() * step
-        found = Quantizer(8, target.signed, target_step)(FUNCTIONS[function](x.double()))
+        found = Quantizer(8, target.signed, target_step)(FORMULAS[function](x.double()))
         assert torch.equal(found, entries * target_step)
         theirs = getattr(torch.nn.functional, function)(x.double())
         assert (entries * target_step - theirs).abs()[(entries < target.high)].max() <= target_step * (0.5 + 1e-9)
@@ -454,7 +454,7 @@ def test_a_clip_of_the_image_is_not_taken_for_the_image():
 def test_a_view_of_a_map_is_refused_in_training():
     """Maps are channels-last there as everywhere; elsewhere graph.prepare makes it a reshape."""
     with pytest.raises(BadInput, match=r"its forward pass fails for images .* Use \.reshape\(\.\.\.\) instead"):
-        networks.check_outputs(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
+        networks.check_forward(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
 
 
 class Odd(nn.Module):

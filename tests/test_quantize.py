@@ -25,7 +25,7 @@ from compressed.graph import weight_layers
 from compressed.grids import SCHEMES
 from compressed.networks import load_checkpoint
 from small import SPEC, integer_logits, layer_neighbours
-from training.runs import stage_record, training_record
+from training.runs import stage_records, training_record
 
 
 def ladder(scheme):
@@ -268,7 +268,7 @@ def test_the_training_record(tmp_path):
     for name, stages in (("masked", 4), ("masked-10", 3), ("rew.average", 1), ("other", 4)):  # what came before it
         assert [stage["stage"] for stage in training_record(tmp_path / f"{name}.pt")] == [
             "rew", "masked-9", "masked-10", "masked"][:stages]
-    assert stage_record(tmp_path / "quantized.jsonl")[0]["stage"] == "quantized"
+    assert stage_records([tmp_path / "quantized.jsonl"])[0]["stage"] == "quantized"
     for wrong in ("{}\n", "garbage\n"):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):

@@ -114,6 +114,13 @@ def test_the_first_documented_command_means_what_it_meant():
     assert updates == {0, 60, 120, 180, 240}
 
 
+def test_a_target_of_the_reweighted_stage_in_a_recipe_is_the_masks_too():
+    """Before the reweighted stage has written its options."""
+    Path("mine.toml").write_text("[rew]\ntarget-sparsity = 0.5\n")
+    assert run(f"{QUICK} --network {TINY} --recipe mine.toml --sparsity-type filter") == 0
+    assert lines("run/masked.jsonl")[-1]["zeros"] > 0
+
+
 def test_the_second_documented_command_means_what_it_meant():
     args = training.parse(MASKED.split())
     assert args.masked_retrain and not args.rew and args.epochs == 300

@@ -13,7 +13,9 @@ def option_parser(text: str) -> argparse.ArgumentParser:
     checkpoints.add_option(parser)
     networks.add_option(parser, networks.CLAIM)
     datasets.add_options(parser)
-    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help=datasets.FIRST_IMAGES)
+    parser.add_argument("--images", type=number(int, 1, 10**6), metavar="N", help="use only N of the test images: the "
+                        "first in the order of their SHA-256, which is the same for every copy of the data set, and "
+                        "mixes the classes")
     parser.add_argument("--record", action="store_true", help="write the result into the checkpoint's claim")
     return parser
 

@@ -42,6 +42,7 @@ def main(argv=None) -> int:
     parser.add_argument("checkpoints", nargs="+", type=some_path, metavar="CHECKPOINT")
     parser.add_argument("--teacher", nargs="+", type=some_path, metavar="F", default=list(map(Path, teachers.KAIST)),
                         help="teachers, as for training/main.py (default: KAIST AI's four)")
+    # not args.images, by which datasets.chosen would cut the data
     parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
                         help="number of images (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="random seed (%(default)s)")

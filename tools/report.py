@@ -343,9 +343,9 @@ def training_table(measured: dict) -> str:
 
 
 def depthwise_table(measured: dict) -> str:
-    """Return the table of depthwise convolutions: milliseconds of those with a stride and of the others."""
+    """Return the table of depthwise convolutions: milliseconds by stride."""
     rows = []
-    for what, stride in (("14 without a stride", 1), ("3 with a stride", 2)):
+    for what, stride in (("14 with stride 1", 1), ("3 with stride 2", 2)):
         chosen = [row for row in measured["shapes"] if row["stride"] == stride]
         rows.append((what, *(f"{1000 * sum(row[name][part] for row in chosen):.1f}"
                              for name in ("bfloat16", "float32", "bfloat16 compiled")

@@ -52,7 +52,7 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 def renew_means(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
     """Re-estimate the means as renew_statistics does, and keep the variances.
 
-    quantize.py calls it when the scales of the BatchNorms are already rounded to few bits (grids.shorten_scales), and
+    quantize.py calls it when the scales of the BatchNorms may already be rounded to few bits (grids.shorten_scales):
     new variances would change them.
     """
     norms = [(module, module.running_var.clone()) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -73,8 +73,8 @@ class Graphs:
 class Streams:
     """Run work on several CUDA streams, so that kernels too small to fill the device overlap, at least in a graph."""
 
-    def __init__(self, count: int = 16):
-        self.streams = [torch.cuda.Stream() for _ in range(count)]
+    def __init__(self):
+        self.streams = [torch.cuda.Stream() for _ in range(16)]
         self.busy = []  # those that later work has to wait for
 
     @contextlib.contextmanager

@@ -57,8 +57,8 @@ class Tuning:
 
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
-        return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen,
-                                      "settings": dataclasses.asdict(self.settings) | dict.fromkeys(MACHINE),
+        settings = {key: value for key, value in dataclasses.asdict(self.settings).items() if key not in MACHINE}
+        return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen, "settings": settings,
                                       "teachers": [Path(path).name for path in self.teachers]} | self.others))
 
 

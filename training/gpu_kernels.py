@@ -357,6 +357,18 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
             for module, (*counts, stride, activation, example) in kinds.items()}
 
 
+def variants(layers: list[Layer]) -> list[Layer]:
+    """Return the largest layer of each alignment, for which a kernel is compiled anew; the largest of all is last."""
+    largest = {alignment(layer.channels): layer for layer in sorted(layers, key=Layer.values)}
+    return sorted(largest.values(), key=Layer.values)
+
+
+def speedup(tried: list[Layer]) -> float:
+    """Return PyTorch's time / ours of the last layer; 0.0 if ours fails for one of them."""
+    times = [measured(layer) for layer in tried]
+    return 0.0 if any(each["ours"] == math.inf for each in times) else times[-1]["pytorch"] / times[-1]["ours"]
+
+
 def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, type]:
     """Return {module: class to give it} where the kernels are faster, and print how much. See fast_on_a_gpu.
 
@@ -367,25 +379,19 @@ def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, ty
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
     began, classes, ratios, kinds = time.monotonic(), {}, {}, defaultdict(list)
     for several in layers_of(model, sizes, **options).values():
-        for layer in several[:1]:
-            kinds[layer.title].append(several)
+        if several:  # the module runs
+            kinds[several[0].title].append(several)
     chosen, gains = {}, {}  # {module: (its layer, attributes)}; {"statistics of TITLE": gain}
     for title, layers in kinds.items():
-        tried = {}  # {the power of two that divides its channels: the largest layer}
-        for layer in sorted(sum(layers, []), key=Layer.values):
-            tried.pop(alignment(layer.channels), None)
-            tried[alignment(layer.channels)] = layer
-        largest = list(tried.values())[-1]
-        ratios[title] = measured(largest)["pytorch"] / measured(largest)["ours"]
-        if any(measured(layer)["ours"] == math.inf for layer in tried.values()):
-            ratios[title] = 0.0
-        if largest.kind == "depthwise" and ratios[title] > 1:
-            gains[f"statistics of {title}"] = statistics_gain(largest) if all(map(statistics_gain, tried.values())) \
-                else 0.0
-        for several in layers:
-            layer, inputs = several[0], tuple((each.height, each.width) for each in several)
-            if ratios[title] > 1:
-                chosen[layer.example[0]] = layer, {"sizes": inputs, "dtype": layer.dtype}
+        tried = variants(sum(layers, []))
+        ratios[title] = speedup(tried)
+        if ratios[title] <= 1:
+            continue
+        if tried[-1].kind == "depthwise":
+            gains[f"statistics of {title}"] = statistics_gain(tried[-1]) if all(map(statistics_gain, tried)) else 0.0
+        for layer, *others in layers:
+            inputs = tuple((each.height, each.width) for each in (layer, *others))
+            chosen[layer.example[0]] = layer, {"sizes": inputs, "dtype": layer.dtype}
     followed = {model.get_submodule(name): model.get_submodule(reader)
                 for name, reader in (sole_readers(model, training=True) or {}).items()}
     for module, (layer, attributes) in chosen.items():

@@ -111,11 +111,12 @@ def make_parser() -> argparse.ArgumentParser:
                        help="checkpoints to distil from: ours, or KAIST AI's (see teachers.py), such as "
                             + next(iter(teachers.KAIST)) + "; without a value none, whatever the recipe has")
     plan.add_options(group, TEACHING)
-    group = parser.add_argument_group("training; epochs and lr by stage: " + ", ".join(
-        f"{stage} {EPOCHS[stage]}, {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {plan.ADAM_LR}")
+    group = parser.add_argument_group("training; defaults: " + "; ".join(
+        f"{stage} {EPOCHS[stage]} epochs, lr {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {plan.ADAM_LR}")
     names = [field.name for field in dataclasses.fields(loop.Settings)
-             if field.metadata and field.name not in (*TEACHING, "step_rate")]
+             if field.metadata and field.name not in (*TEACHING, "lr", "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
+    plan.add_option(group, "--lr", "lr", text="peak learning rate (default: by stage, see above)")
     machine_options(parser.add_argument_group("machine"))
     submission_options(parser.add_argument_group("option names of the submission, so that its commands still work"))
     return parser
@@ -212,7 +213,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         model = networks.make(args.network, data_set.classes)
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
         least = min(share.stop - share.start for share in plans[stage].shares)
-        networks.check_outputs(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
+        networks.check_forward(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
         model = networks.make(args.network, data_set.classes)  # as it is made: a pass may leave its results in it
         loop.try_network(model, args.network, plans[stage], min(2, least), job.device)
         if stage == stages[0] and job.processes.first:
@@ -225,7 +226,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         if stage == "rew":
             sparsity.try_penalty(sparsity.make_penalty(args, model))
         elif stage == "masked":
-            sparsity.make_masks(args if "rew" in stages else sparsity.of_run(args), model)
+            sparsity.make_masks(sparsity.of_run(args, planned=job.by_stage["rew"] if "rew" in stages else None), model)
     return plans
 
 

@@ -90,10 +90,11 @@ def add_precision(parser) -> None:
 
 
 def add_machine(parser) -> None:
-    """Add --precision and --no-graphs to a parser."""
+    """Add --precision and --graphs to a parser."""
     add_precision(parser)
-    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="on CUDA: do not record the steps as "
-                        "CUDA graphs, for networks that wait for the device, or decide in Python what a step does")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record the "
+                        "steps as CUDA graphs (default); --no-graphs is for networks that wait for the device, or "
+                        "decide in Python what a step does")
 
 
 def precision(option: str, cuda: bool) -> str:

@@ -75,7 +75,7 @@ class Stage:
     lines: list[dict]
     settings: dict
     options: dict
-    machine: str
+    machine: dict | str  # text in a record of an older version
     train_images: int | None
     data: str | None  # digest of the train images
     teachers_sha256: list | None = None  # of their files, None in a record of an older version
@@ -86,7 +86,9 @@ class Stage:
 
     def apart_from_seed(self) -> dict:
         """Return what decides the stage's result but for its seed and rounding, as far as its folder records it."""
-        kept = {key: value for key, value in self.settings.items() if key not in ("precision", "seed", "compile")}
+        # precision and graphs change the rounding alone; "compile" is in records of older versions
+        apart = ("seed", "precision", "graphs", "compile")
+        kept = {key: value for key, value in self.settings.items() if key not in apart}
         kept["data"] = self.data
         for key, value in self.options.items():
             if key in DECISIVE:
@@ -109,16 +111,17 @@ def read_stages(folder) -> list[Stage]:
     return [stage for stage in map(read_stage, stage_logs(folder)) if stage]
 
 
-def stage_record(log: Path) -> list[dict]:
-    """Return a list of one dict, what a claim records of a stage; [] for a log of which `read_stage` returns None."""
+def stage_records(logs) -> list[dict]:
+    """Return what a claim records of the stages of these logs; those of which `read_stage` returns None are left out.
+    """
     return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
             | ({} if stage.teachers_sha256 is None else {"teachers_sha256": stage.teachers_sha256})
-            for stage in (read_stage(log),) if stage]
+            for stage in map(read_stage, logs) if stage]
 
 
 def training_record(checkpoint) -> list[dict]:
-    """Return what `stage_record` does of every stage recorded in a checkpoint's folder, in the order of training.
+    """Return `stage_records` of all stages recorded in a checkpoint's folder, in the order of training.
 
     If the checkpoint has the name of a stage, as in rew.average.pt, they end with that stage.
     """
@@ -130,4 +133,4 @@ def training_record(checkpoint) -> list[dict]:
         if other_start(folder, log.stem):
             raise BadInput(f"{folder}: the stage {log.stem} was trained from other weights than those that are there "
                            "now; train it again")
-    return [record for log in logs for record in stage_record(log)]
+    return stage_records(logs)

@@ -120,19 +120,20 @@ def try_penalty(penalty: penalties.Penalty) -> None:
         penalty.after_step(1e-6)
 
 
-def of_run(args, say=lambda line: None) -> argparse.Namespace:
+def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
 
     That is the run's, or else the one in the folder of --start. say(line) is called for what was taken, and for every
     given option that differs. Nothing is taken if the options select the submission's rule: without a target,
-    --sparsity-type threshold, or any type with --config-file.
+    --sparsity-type threshold, or any type with --config-file. planned: the options of a reweighted stage that this call
+    trains before, instead of those of the run's.
     """
     path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
     if args.start and not path.is_file() and (beside := Path(args.start).parent / path.name).is_file():
         path = beside
-    if path.is_file():
-        options = argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
-                                     | load_record(path, "give another --run folder")["options"])
+    if planned is not None or path.is_file():
+        options = planned or argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
+                                                | load_record(path, "give another --run folder")["options"])
         theirs = {name: getattr(options, name) for name in OPTIONS} | {"target_sparsity": strength(options)[2]}
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name, value in given.items():
