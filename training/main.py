@@ -252,6 +252,37 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
     return changed
 
 
+def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[str], dict[str, str]]:
+    """Return (the finished stages, those of `stages` to train, {finished stage: text of the options that differ now}).
+
+    Raises BadInput if the run folder does not go with the options.
+    """
+    args, by_stage, chosen = job.args, job.by_stage, chosen_stages(job.args)
+    again = [] if args.resume else stages
+    there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
+    missing = [stage for stage in stages if stage not in there]
+    for before, after in itertools.combinations(STAGES, 2):
+        if before in missing and after in there and not chosen:
+            raise BadInput(f"{job.file(f'{after}.pt')} is there, and {before}.pt, which comes before it, is not: bring "
+                           "that back, or name the stage to train, or give --no-resume to train all stages again")
+    for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
+        check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
+                      filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
+    for stage in missing if args.resume else ():
+        if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
+            raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
+                           "before it: bring those back, or give --no-resume")
+    others = {}
+    for stage in there:
+        if changed := changed_options(stage, job):
+            others[stage] = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+            asked = stage in chosen or not missing and args.given & changed.keys()
+            if asked or changed.keys() & {"data_set", "start_sha256"}:
+                raise BadInput(f"{job.file(f'{stage}.pt')} was trained with other options ({others[stage]}): give the "
+                               "same, or --no-resume to train it again, or another --run folder")
+    return there, missing, others
+
+
 def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
     """Return, as text, which options of the command line have no effect on a stage.
 
@@ -384,32 +415,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 
 def run_stages(job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
-    args, by_stage, chosen = job.args, job.by_stage, chosen_stages(job.args)
+    by_stage, chosen = job.by_stage, chosen_stages(job.args)
     stages = chosen or list(STAGES)
     for stage in stages[1:]:  # --start is for the first stage only
         by_stage[stage].start, by_stage[stage].start_epoch = None, 0
-    again = [] if args.resume else stages
-    there = [stage for stage in STAGES if job.file(f"{stage}.pt").is_file() and stage not in again]
-    missing = [stage for stage in stages if stage not in there]
-    for before, after in itertools.combinations(STAGES, 2):
-        if before in missing and after in there and not chosen:
-            raise BadInput(f"{job.file(f'{after}.pt')} is there, and {before}.pt, which comes before it, is not: bring "
-                           "that back, or name the stage to train, or give --no-resume to train all stages again")
-    for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
-        check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
-                      filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
-    for stage in missing if args.resume else ():
-        if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
-            raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
-                           "before it: bring those back, or give --no-resume")
-    others = {}  # {finished stage: what differs now}
-    for stage in there:
-        if changed := changed_options(stage, job):
-            others[stage] = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-            asked = stage in chosen or not missing and args.given & changed.keys()
-            if asked or changed.keys() & {"data_set", "start_sha256"}:
-                raise BadInput(f"{job.file(f'{stage}.pt')} was trained with other options ({others[stage]}): give the "
-                               "same, or --no-resume to train it again, or another --run folder")
+    there, missing, others = compare_with_folder(stages, job)
     plans = make_plans(missing, job)
     if job.processes.count > 1:
         dist.barrier()  # all processes have found the same files
