@@ -341,13 +341,17 @@ def test_the_comparison_of_pruning_methods():
     """Mean and deviation over seeds for each target, and the share of the zeros that the mask added; and the figure."""
     assert "it has not been run yet" in report.methods_table(None)
     assert "not been compared" in report.compared(None)
-    assert "`m:Mine`" in report.compared({"about": {"network": "m:Mine"}})
     rows = [{"method": method, "target": target, "accuracy": accuracy, "zeros": 100, "zeros_made": made}
             for method, target, accuracy, made in (("proximal", 0.9, 0.5, 100), ("proximal", 0.9, 0.52, 110),
                                                    ("one-shot", 0.9, 0.4, 0), ("proximal", 0.8, 0.6, 75))]
-    table = report.methods_table({"rows": rows}).splitlines()
+    about = {"network": "m:Mine", "epochs": [3, 2, 1]}
+    assert "not been compared" in report.compared({"about": about, "rows": rows})
+    assert "`m:Mine`" in report.compared({"about": about, "rows": [rows[0] | {"method": "magnitude"}]})
+    table = report.methods_table({"about": about, "rows": rows}).splitlines()
     assert table[2:4] == ["| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |",
                           "| one-shot | - | - | 40.00% (1) | 100.0% |"]
+    assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "not finished: 4 runs so far" in table[5]
+    assert "not finished" not in report.methods_table({"about": about, "rows": 3 * rows})
     axes, = needed("tools.figures").methods_figure(report.methods_means(rows)).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]

@@ -388,22 +388,26 @@ def methods_table(measured: dict | None) -> str:
     command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
     if measured is None:
         return f"{command} compares them; it has not been run yet."
-    means, rows = methods_means(measured["rows"]), []
-    for method in dict.fromkeys(row["method"] for row in measured["rows"]):
-        rows.append([method])
+    rows, lines = measured["rows"], []
+    means = methods_means(rows)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append([method])
         for target, found in means.items():
-            same = [row for row in measured["rows"] if (row["method"], row["target"]) == (method, target)]
+            same = [row for row in rows if (row["method"], row["target"]) == (method, target)]
             added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
-            rows[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
+            lines[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
-    return table(head, rows) + f"\n\n{command}; the methods are described in its `--help`.\n\n" \
-        "![hold-out accuracy of pruning methods](../figures/methods.png)"
+    about, fewest = measured["about"], min(seeds for found in means.values() for *_, seeds in found.values())
+    unfinished = f" It is not finished: {len(rows)} runs so far, of three seeds for each number." * (fewest < 3)
+    epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
+    return table(head, lines) + f"\n\n{command}: `{about['network']}`, {epochs}; its `--help` describes the methods." \
+        f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)"
 
 
 def compared(measured: dict | None) -> str:
     """Return the item of the README's limits on what pruning methods were compared."""
-    if measured is None:
+    if measured is None or "magnitude" not in {row["method"] for row in measured["rows"]}:
         return "- Reweighted L1 has not been compared with magnitude pruning ([METHOD.md](training/METHOD.md))."
     return (f"- Reweighted L1 was compared with magnitude pruning in short runs of one network alone: "
             f"`{measured['about']['network']}` ([METHOD.md](training/METHOD.md)).")
