@@ -348,14 +348,16 @@ def test_the_comparison_of_pruning_methods():
     assert "not been compared" in report.compared({"about": about, "rows": rows})
     assert "were compared" in report.compared({"about": about, "rows": [rows[0] | {"method": "magnitude"}]})
     table = report.methods_table({"about": about, "rows": rows}).splitlines()
-    assert table[2:4] == ["| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |",
-                          "| one-shot | - | - | 40.00% (1) | 100.0% |"]
+    assert table[2:4] == ["| one-shot | - | - | 40.00% (1) | 100.0% |",
+                          "| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |"]
+    assert sorted(["one-shot", "loss-0.0001", "magnitude", "loss-1e-05"], key=report.by_lambda) == [
+        "loss-1e-05", "loss-0.0001", "magnitude", "one-shot"]
     assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "not finished: 4 runs so far" in table[5]
     assert "not finished" not in report.methods_table({"about": about, "rows": 3 * rows})
     axes, = needed("tools.figures").methods_figure(report.methods_means(rows)).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]
-    assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [51, 40]
+    assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [40, 51]
 
 
 @shipped

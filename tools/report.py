@@ -369,10 +369,16 @@ def inference_table(measured: dict) -> str:
     return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
 
+def by_lambda(method: str) -> tuple[str, float]:
+    """Return what methods are sorted by: the name, and then the lambda of loss-LAMBDA."""
+    name, _, rest = method.partition("-")
+    return name, float(rest) if name == "loss" and rest else 0.0
+
+
 def methods_means(rows: list[dict]) -> dict[float, dict[str, tuple[float, float, int]]]:
     """Return {target: {method: (mean accuracy, standard deviation over the seeds, seeds)}} of the comparison's rows."""
     values = {}
-    for row in sorted(rows, key=lambda row: row["target"]):
+    for row in sorted(rows, key=lambda row: (row["target"], *by_lambda(row["method"]))):
         values.setdefault(row["target"], {}).setdefault(row["method"], []).append(row["accuracy"])
     return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0, len(each))
                      for method, each in found.items()} for target, found in values.items()}
@@ -390,7 +396,7 @@ def methods_table(measured: dict | None) -> str:
         return f"{command} compares them; it has not been run yet."
     rows, lines = measured["rows"], []
     means = methods_means(rows)
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in sorted({row["method"] for row in rows}, key=by_lambda):
         lines.append([method])
         for target, found in means.items():
             same = [row for row in rows if (row["method"], row["target"]) == (method, target)]
