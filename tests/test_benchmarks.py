@@ -143,6 +143,20 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
         sparsity_methods.main([*options, "--json", str(tmp_path / "other.json")])
 
 
+def test_only_the_first_seed_tries_every_lambda(tmp_path, monkeypatch):
+    """The others train the best one for each target."""
+    accuracies = {("loss-1e-05", 0.5): 0.3, ("loss-0.001", 0.5): 0.2, ("loss-1e-05", 0.7): 0.1, ("loss-0.001", 0.7): 0.2}
+    monkeypatch.setattr(sparsity_methods.Runs, "measure", lambda self, method, target, seed: {
+        "method": method, "target": target, "seed": seed, "accuracy": accuracies.get((method, target), 0.4) - 0.2 * seed})
+    file = tmp_path / "methods.json"
+    assert sparsity_methods.main(["--made-up", "60", "--seeds", "3", "--targets", "0.5", "0.7", "--json", str(file),
+                                  "--methods", "loss", "one-shot", "--lambda", "1e-5", "1e-3"]) == 0
+    rows = [(row["seed"], row["target"], row["method"]) for row in load_json(file)["rows"]]
+    assert len(rows) == 2 * 3 + 2 * 2 * 2
+    assert rows[6:] == [(seed, target, method) for seed in (1, 2) for target, best in ((0.5, "1e-05"), (0.7, "0.001"))
+                        for method in (f"loss-{best}", "one-shot")]
+
+
 def test_a_signal_in_a_last_step_ends_the_comparison(tmp_path, monkeypatch):
     """The stage is finished, and no other one is begun."""
     def train(words):

@@ -404,8 +404,10 @@ def methods_table(measured: dict | None) -> str:
             lines[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
-    about, fewest = measured["about"], min(seeds for found in means.values() for *_, seeds in found.values())
-    unfinished = f" It is not finished: {len(rows)} runs so far, of three seeds for each number." * (fewest < 3)
+    about, fewest = measured["about"], min(
+        max(seeds for method, (*_, seeds) in found.items() if method.startswith(kind))  # of loss-L, one L has all seeds
+        for found in means.values() for kind in {method.partition("-")[0] for method in found})
+    unfinished = f" It is not finished: {len(rows)} runs so far; each method is to have three seeds." * (fewest < 3)
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     return table(head, lines) + f"\n\n{command}: `{about['network']}`, {epochs}; its `--help` describes the methods." \
         f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)"
