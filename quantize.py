@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="train images that set the ranges (%(default)s)")
     add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
         "statistics are re-estimated once the weights are quantized, and then the means: after steps were moved for "
-        "short scales, and by --ranges max and mse after activations are quantized; 0: keep (%(default)s)")
+        "short scales, and with --ranges mse or max again after activations are quantized; 0: keep them (%(default)s)")
     networks.add_option(parser, "the options of the checkpoint's last stage")
     normalisation.add_option(parser)
     datasets.add_options(parser)

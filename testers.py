@@ -25,7 +25,7 @@ from compressed.cifar100 import DataSet
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
-from compressed.exact_network import exact_network, probe_logits
+from compressed.exact_network import exact_network, is_wide, probe_logits
 from compressed.files import to_json
 from compressed.formats import Activation, Formats, Grid, exponent, found_formats
 from compressed.graph import read as read_graph
@@ -58,9 +58,9 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
     """Return how large a sum in float32 can become, counted in the smallest step of its terms: it is exact up to 2^24.
 
     Summed in float32 are convolutions, means, and the terms of an activation point. Terms that are computed in float64
-    are left out: BatchNorms, convolutions with a bias, linear layers. It is sys.maxsize if a weight's step is no power
-    of two, because even products are then rounded, or if a linear layer's sum may exceed 2^53, up to which float64 is
-    exact.
+    are left out: BatchNorms, convolutions with a bias or with larger sums, linear layers. It is sys.maxsize if a
+    weight's step is no power of two, because even products are then rounded, or if one of these sums may exceed 2^53,
+    up to which float64 is exact.
     """
     sums = [0]
     for point in read_graph(model).points:
@@ -79,12 +79,13 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
             if not grid.steps or None in map(exponent, grid.steps):
                 return sys.maxsize
             linear = isinstance(layer, nn.Linear)
-            terms = layer_terms(layer, grid, sources[0], step, biased=linear or branch.norm)
-            if not linear:
+            wide = linear or is_wide(layer, sources[0])
+            terms = layer_terms(layer, grid, sources[0], step, biased=wide or branch.norm)
+            if not wide:
                 sums.append(largest_sum(terms))
             elif largest_sum(terms) > 2**53:
                 return sys.maxsize
-            if not linear and not branch.norm and layer.bias is None:
+            if not wide and not branch.norm and layer.bias is None:
                 value += terms
         if value:
             sums.append(largest_sum(value))

@@ -6,9 +6,9 @@ For each seed one dense network is trained. From it, for each method and target,
 one retrains under the mask. All methods see the same images in the same order:
 
     proximal    reweighted L1 as a soft threshold after every step, lambda by feedback towards the target
-    loss-L      reweighted L1 added to the loss, with a fixed lambda L. The first seed tries every L of --lambda (with
-                1e-3 the network stayed at chance); the other seeds train only the best one for each target. It is chosen
-                by the hold-out that is reported, which is in favor of this method
+    loss-L      reweighted L1 added to the loss, with a fixed lambda L. The first seed tries every L of --lambda; the
+                other seeds train only the best one for each target. It is chosen by the hold-out that is reported,
+                which is in favor of this method. With 1e-3 the network stayed at chance (that run was not kept)
     magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
     one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
 
@@ -23,7 +23,7 @@ stage made more zeros: each row has both). Training uses 45,000 images and 5,000
 the last epoch's weight average. A batch is divided among two workers on any CPU, and not on a GPU: results or a run
 folder with other options, on the other kind of device too, are refused.
 
-By default that is at most 53 stages of 324 epochs in all: seven hours on two free Zen 5 cores.
+By default that is at most 53 stages of 324 epochs in all: seven hours on two free CPU cores.
 """
 import argparse
 import functools

@@ -197,7 +197,7 @@ def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: 
     match op.kind:
         case "batchnorm":  # a float16 scale counts its 16 bits, although its significand, which multiplies, has 11
             scale, shift = (formats.tensors[f"{op.name}.{part}"].bits for part in ("weight", "bias"))
-            bits = min(WORD, max(x + scale, shift))
+            bits = WORD if convention == "32-bit" else min(WORD, max(x + scale, shift))
             multiplications, additions = [max(x, scale)], [bits]
         case "relu" | "sigmoid":  # at full width, before rounding; a transcendental function is one operation
             multiplications = [x]

@@ -61,6 +61,8 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
         layer = model.get_submodule(branch.name)
         for rows, dead in zip(in_groups(layer), zero[branch.source].view(getattr(layer, "groups", 1), -1)):
             rows[:, dead] = 0
+        if branch.norm:
+            layer.weight[model.get_submodule(branch.norm).weight == 0] = 0  # its sums are multiplied by zero
         bias = model.get_submodule(branch.norm).bias if branch.norm else layer.bias
         return ~(layer.weight != 0).flatten(1).any(1), 0.0 if bias is None else bias
     if branch.kind == "norm":

@@ -2,8 +2,8 @@
 
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
-summation, on any machine (convolution algorithms that do not sum products are switched off). Scales and shifts, and the
-linear layer's longer sums, are computed in float64, which holds those exactly. A pointwise function, such as hard
+summation, on any machine (convolution algorithms that do not sum products are switched off). Scales and shifts, linear
+layers, and convolutions whose sums may be larger, are computed in float64, which holds those exactly. A pointwise function, such as hard
 swish, is a table: for every code the function's value, computed in float64 and rounded to the grid of the next point.
 So a claim is verified to the image, the recorded logits to the last bit, and tools/integer.py computes the same logits
 without a float.
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from compressed import kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
+from compressed.counting import reach
 from compressed.evaluation import logits
-from compressed.formats import Activation, code_range, codes, exponent, folded
+from compressed.formats import Activation, code_range, codes, exponent, folded, found_grid
 from compressed.graph import Graph, read
 from compressed.operations import RoundsValues
 
@@ -142,6 +143,19 @@ class ExactConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, None).double().add_(self.bias.double()[:, None, None])
 
 
+class WideConv2d(nn.Conv2d):
+    """Compute a convolution in float64, for the few whose sums may exceed what float32 holds exactly."""
+
+    def forward(self, x):
+        return self._conv_forward(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
+
+
+def is_wide(layer: nn.Conv2d, source: Activation) -> bool:
+    """Return True if a convolution of codes may have sums beyond 2^24 steps; its weights are multiples of a step."""
+    grid = found_grid(layer.weight)
+    return bool(grid.steps) and max(max(-low, high) for low, high in reach(grid.codes(layer.weight), source)) > 2**24
+
+
 def check_input(graph: Graph) -> None:
     """Raise BadInput for a network that scales or shifts its input itself."""
     if graph.normalised:
@@ -182,13 +196,16 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     torch.backends.nnpack.set_flags(False)
     network, graph = copy.deepcopy(model).eval(), read(model)
     quantize_activations(network, activations)
+    sources = {entry["name"]: Activation(entry["bits"], entry["signed"]) for entry in activations}
     for branch in graph.layers:
         layer = network.get_submodule(branch.name)
         if branch.norm:
             network.set_submodule(branch.norm, ScaleShift(network.get_submodule(branch.norm)))
-        elif isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear):
             layer.__class__ = ExactLinear
-        elif layer.bias is not None:
+        elif branch.kind == "layer" and is_wide(layer, sources[branch.source]):
+            layer.__class__ = WideConv2d
+        elif branch.kind == "layer" and layer.bias is not None and not branch.norm:
             layer.__class__ = ExactConv2d
     for point in graph.points:
         first = point.branches[0]
@@ -196,7 +213,7 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
             source, behind = (network.get_submodule(name) for name in (first.source, point.name))
             network.set_submodule(first.name, nn.Identity())
             network.set_submodule(point.name, Lookup(first.function, source, behind))
-        elif len(point.branches) == 1 and first.norm and point.name != "logits":
+        elif len(point.branches) == 1 and first.norm and point.name != "logits" and len(point.shape) == 3:
             both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
             network.set_submodule(first.norm, nn.Identity())
             network.set_submodule(point.name, both)

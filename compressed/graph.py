@@ -389,11 +389,14 @@ def _sole_readers(model: nn.Module, training: bool) -> dict[str, str] | None:
     times = Counter(node.target for node in nodes if node.op == "call_module"
                     and not has_hooks(model.get_submodule(node.target)))
     return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
-            if node.op == "call_module" and len(node.users) == 1 and times[node.target] == times[reader.target] == 1}
+            if node.op == reader.op == "call_module" and len(node.users) == 1
+            and times[node.target] == times[reader.target] == 1}
 
 
 def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[str, str] | None:
     """Return {convolution: the normalisation that alone reads its output} of any network; None as `sole_readers` does.
+
+    norms: the classes of normalisations.
     """
     readers = sole_readers(model)
     return None if readers is None else {
@@ -418,9 +421,11 @@ def scale_free_weights(model: nn.Module) -> list[Tensor]:
     """Return the weights of any network that can be scaled without a change of its output in training.
 
     They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
-    pass cannot be followed.
+    pass cannot be followed. A bias must be normalised away, too, which groups of several channels do not do.
     """
-    names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
-    if names is None:
-        names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
-    return [model.get_submodule(name).weight for name in names]
+    norms = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
+    if norms is None:
+        return [layer.weight for _, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
+    pairs = [(model.get_submodule(name), model.get_submodule(norm)) for name, norm in norms.items()]
+    return [layer.weight for layer, norm in pairs if layer.bias is None
+            or not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels]

@@ -253,8 +253,10 @@ class IntegerNetwork:
             def sums(codes):
                 return functools.reduce(torch.maximum, windows(codes, branch.window, source.low))
         elif kind == "product":
-            def sums(codes, factor):  # of one factor for each element, or one for each channel
-                return codes.int() * (factor[:, None, None] if factor.dim() < codes.dim() else factor)
+            def sums(codes, factor):  # of one factor for each element, or one for each channel; maps of 1x1 may be flat
+                channels = [1] * (codes.dim() - 2) + [codes.shape[-1]]
+                return codes.int() * factor.reshape(len(factor), *(
+                    channels if factor[0].numel() == codes.shape[-1] else codes.shape[1:]))
             other = self.formats.activations[branch.other]
             ends = [a * b for a in (low, high) for b in (other.low, other.high)]
             low, high, scale = min(ends), max(ends), scale * self.steps[branch.other]

@@ -34,6 +34,8 @@ SPELLINGS = {  # kind: the modules, functions and methods that compute it; graph
               "view", "expand", "expand_as"),
     "split": (torch.chunk, torch.split, "chunk", "split"),
     "nothing": (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")}
+# torchvision's function, which torch.fx does not follow; by name, because nothing else here needs torchvision
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 # {what graph.prepare replaces: by what}: a rounded value, in float32, does not hold a sum; and maps are channels-last,
 # so that some views of them are impossible
@@ -237,6 +239,8 @@ class _Node:
     def found_kind(self) -> str:
         """Return the kind. Raises BadInput, naming the node, if it has none."""
         node, kind = self.node, KINDS.get(self.spelling)
+        if kind is None and self.is_stochastic_depth():
+            kind = "nothing"
         if node.op in ("placeholder", "get_attr"):
             return {"placeholder": "input", "get_attr": "constant"}[node.op]
         several = self.run.is_tuple(node)
@@ -252,6 +256,10 @@ class _Node:
         if node.target is operator.getitem and not node.users and self.run.is_tuple(node.args[0]):
             return "size"  # a part of a split that nobody reads
         return kind
+
+    def is_stochastic_depth(self) -> bool:
+        function = self.node.target
+        return callable(function) and f"{function.__module__}.{function.__qualname__}" == STOCHASTIC_DEPTH
 
     def arguments(self, **defaults) -> dict:
         """Return the parameters by name, in the order in which the function takes them."""
@@ -288,12 +296,16 @@ class _Node:
             shapes = sorted((tuple(each.shape) for each in self.inputs), key=lambda shape: -sum(shape))
             gate = len(shapes) == 2 and kind == "product" and shapes[1] == (*shapes[0][:2], 1, 1)
             plain = all(isinstance(each, fx.Node) for each in (*node.args, *node.kwargs.values()))  # without alpha
-            if not plain or not (gate or len(shapes) == 2 and shapes[0] == shapes[1]):
+            if not plain:
+                yield f"no counting rule for {kind} with a number (sum([a, b]) begins with 0 + a: write a + b)"
+            elif not (gate or len(shapes) == 2 and shapes[0] == shapes[1]):
                 yield f"no counting rule for {kind} of {shapes}"
         if kind == "gelu" and self.arguments(approximate="none")["approximate"] != "none":
             yield "the tanh approximation of GELU has no rule; expected approximate='none'"
         if self.spelling in (F.dropout, F.dropout2d) and self.arguments(p=0.5, training=True)["training"]:
             yield "a dropout that is switched on in eval mode, too; pass training=self.training"
+        if self.is_stochastic_depth() and self.arguments(p=0.5, mode="row", training=True)["training"]:
+            yield "it leaves out blocks in eval mode, too; pass training=self.training"
         if node.kwargs.get("out") is not None:
             yield "it writes its result over another tensor: leave out=... away"
         if self.in_place():
@@ -306,12 +318,13 @@ class _Node:
 
     def normalises(self, parameters: set[str]) -> bool:
         """Return True if this combines what it reads with numbers, or buffers of at most one value for each channel."""
-        value, *constants = self.inputs
+        (value,) = [each for each, node in zip(self.inputs, self.read) if node.op != "get_attr"]
         channels = value.shape[1]
         return self.result.shape == value.shape and all(
-            node.op == "get_attr" and node.target not in parameters
+            node.target not in parameters
             and (constant.numel() == 1 or constant.numel() == channels == constant.shape[-3:].numel()
-                 and constant.shape[-2:] == (1, 1)) for node, constant in zip(self.read[1:], constants))
+                 and constant.shape[-2:] == (1, 1))
+            for constant, node in zip(self.inputs, self.read) if node.op == "get_attr")
 
     def in_place(self) -> bool:
         """Return True if the node writes its result over the tensor that it reads first."""
@@ -329,7 +342,8 @@ class _Node:
         size, out = tuple(self.inputs[0].shape[2:]), tuple(self.result.shape[2:])
         window = self.pooled(size) if len(size) == 2 else None
         if window is None:
-            raise self.refused("a mean is over both dimensions of a map, or over windows without padding")
+            raise self.refused(f"a mean is over both dimensions of a map, or over equal windows without padding; the map "
+                               f"is {'x'.join(map(str, size))}")
         floor = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
                       zip(size, window.kernel, window.stride, window.padding, window.dilation))
         if out not in (floor, ()):
@@ -358,18 +372,21 @@ class _Node:
     def index(self) -> tuple[tuple[Tensor, ...], list[fx.Node]]:
         """Return (Operation.index, the nodes that it indexes): the operation is run on the numbers of their elements.
 
-        A tensor that is read twice has one index, and one whose shape alone is read has none.
+        A tensor that is read twice has one index, and one whose shape alone is read has none. float64, which holds
+        the numbers exactly, also holds any number with which a tensor is padded.
         """
-        nothing = {each: torch.zeros(self.run.env[each].shape, dtype=torch.int64) for each in self.read}
+        nothing = {each: torch.zeros(self.run.env[each].shape, dtype=torch.float64) for each in self.read}
         empty = self.run.gives(self.node, nothing)
         if empty.any():
             raise self.refused("it adds elements that are not zero")
         if empty.shape[0] != 1:
-            raise self.refused("it moves elements between images")
-        counted = {each: nothing | {each: torch.arange(1, zeros.numel() + 1).view(zeros.shape)}
+            raise self.refused("it moves elements between images, or drops their dimension: flatten(1) keeps it")
+        counted = {each: nothing | {each: torch.arange(1.0, zeros.numel() + 1, dtype=torch.float64).view(zeros.shape)}
                    for each, zeros in nothing.items()}
         found = {each: self.run.gives(self.node, values) for each, values in counted.items()}
-        moved = {each: numbers[0].contiguous() for each, numbers in found.items() if numbers.any()}
+        moved = {each: numbers[0].long().contiguous() for each, numbers in found.items() if numbers.any()}
+        if not moved:
+            raise self.refused("it takes no element of what it reads")
         return tuple(moved.values()), list(moved)
 
     def operation(self, name: str) -> Operation:
@@ -442,11 +459,12 @@ def trace(model: nn.Module, shape: tuple[int, int, int] = (3, IMAGE_SIZE, IMAGE_
     *computed, output = graph.nodes
     for node in computed:
         nodes[node] = found = _Node(node, run, model)
-        if (found.kind in NORMALISATIONS and nodes[found.read[0]].kind in ("input", *NORMALISATIONS.values())
+        values = [nodes[each].kind for each in found.read if each.op != "get_attr"]
+        if (found.kind in NORMALISATIONS and len(values) == 1 and values[0] in ("input", *NORMALISATIONS.values())
                 and found.normalises(parameters)):
             found.kind = NORMALISATIONS[found.kind]
     if len(run.read(output)) != 1 or not isinstance(run.env[output], Tensor):
-        raise BadInput("the network returns more than its logits")
+        raise BadInput(f"the network returns {type(run.env[output]).__name__}, expected one tensor, the logits")
     own = parameters | {name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
     for each, name in _named(nodes.values()):
         if each.kind not in NOT_LISTED:

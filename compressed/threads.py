@@ -61,7 +61,8 @@ def in_threads(function, parts) -> list:
     """Return [function(part) for part in parts], computed in parallel: one thread for each part, this one included.
 
     Autocast, inference mode and the like are set per thread, so `function` must enter them itself. The first error is
-    raised when all threads have ended. Long work calls `go_on` between batches, to end soon after an error or Ctrl-C.
+    raised when all threads have ended. Long work calls `go_on` between batches, to end soon after Ctrl-C, or an
+    error in this thread (one in another thread is raised when this thread's part is done).
     """
     first, *others = parts
     waiting = [_pool.submit(function, part) for part in others]

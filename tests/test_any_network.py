@@ -33,7 +33,7 @@ from training import teachers
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
     "ResNet?option='A'": 10, "ResNet?option='B'&width=4": 7, "Mobile": 10, "Mobile?six=True": 10, "Excited": 10,
-    "VGG": 10, "Dense": 10, "Shuffled": 10, "Viewed": 10}.items()}
+    "VGG": 10, "Dense": 10, "Shuffled": 10, "Viewed": 10, "Flat": 10}.items()}
 
 
 @functools.cache
@@ -341,6 +341,11 @@ class Several(Lone):
         return super().forward(x + more[0])
 
 
+class Returning(Lone):
+    def forward(self, x):
+        return super().forward(x), 1
+
+
 def computed(layer):
     """As torch.nn.utils.weight_norm leaves a layer: its weight is no parameter."""
     weight = nn.Parameter(layer.weight.detach())
@@ -371,6 +376,13 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x).transpose(0, 1), c=conv(padding=1)), "does not take an image|between images"),
     (Lone(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=nn.BatchNorm2d(4, affine=False)), "b: a BatchNorm without"),
     (Lone(lambda s, x: s.c(x) - s.c.weight.sum(), c=conv(padding=1)), "sum .* no counting rule for this operation"),
+    (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=0.5), c=conv(padding=1)), "pad .* not zero"),
+    (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=-torch.inf), c=conv(padding=1)), "pad .* not zero"),
+    (Lone(lambda s, x: torch.cat([s.c(x), s.c(x)[:, 4:]], 1), c=conv(padding=1)), "c: it is used several times"),
+    (Lone(lambda s, x: s.c(torch.cat([x, x[:, 3:]], 1)), c=conv(padding=1)), "it takes no element of what it reads"),
+    (Lone(lambda s, x: sum([s.c(x), s.d(x)]), c=conv(padding=1), d=conv(padding=1)), "add .* with a number"),
+    (nn.Sequential(conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(3)), "map is 32x32"),
+    (Returning(lambda s, x: s.c(x), c=conv(padding=1)), "the network returns tuple, expected one tensor"),
     (Lone(lambda s, x: s.c(x) * s.c.bias.view(1, -1, 1, 1), c=conv(padding=1)), "view .* it reads a constant"),
     (Lone(lambda s, x: s.c(x) * s.scale, c=conv(padding=1), scale=nn.Parameter(torch.ones(1, 4, 1, 1))),
      "mul .* it reads a constant"),
@@ -523,7 +535,7 @@ def test_a_prepared_network_changes_nothing_in_place():
 
 
 @pytest.mark.parametrize("name, points", (("mobilenet_v3_small", 101), ("shufflenet_v2_x0_5", 88),
-                                          ("squeezenet1_1", 38)))
+                                          ("efficientnet_b0", 180), ("squeezenet1_1", 38)))
 def test_torchvisions_networks_are_counted_and_quantized(name, points):
     plain, network, claim = shipped(f"torchvision.models:{name}?num_classes=10", 10)
     x = torch.randn(1, 3, 32, 32)

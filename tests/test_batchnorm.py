@@ -1,8 +1,11 @@
+import copy
+
+import pytest
 import torch
 from torch import nn
 
 from compressed import cifar100, threads
-from training import batchnorm
+from training import augmentation, batchnorm, cpu_kernels
 
 
 def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
@@ -19,6 +22,36 @@ def test_renewed_statistics_do_not_depend_on_the_threads(monkeypatch):
     assert not found[0].training and found[0].running_mean.abs().max() > 1e-3
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("augment", ("none", "plain"))
+def test_statistics_are_those_of_augmented_images(augment):
+    data, norm = cifar100.made_up(200, 0), nn.BatchNorm2d(3)
+    batchnorm.renew_statistics(nn.Sequential(norm), data, 200, augment, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(200, generator=generator)
+    seen = augmentation.augment(data.images[chosen], data.labels[chosen], augmentation.draw(200, generator, augment))[0]
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)), rtol=1e-3, atol=0)
+    same = torch.allclose(norm.running_mean, cifar100.normalise(data.images).mean((0, 2, 3)), atol=1e-3)
+    assert same == (augment == "none")
+
+
+def test_statistics_are_the_mean_over_all_batches(monkeypatch):
+    """Two batches of one thread, of a BatchNorm in a convolution's output, whichever function computes it."""
+    monkeypatch.setattr(threads, "cores", lambda: 1)
+    data, model = cifar100.made_up(500, 0), nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    found = []
+    for fast in (False, True):
+        each = copy.deepcopy(model)
+        if fast:
+            each[1].__class__ = cpu_kernels.BatchNorm
+        batchnorm.renew_statistics(each, data, 500, "none", torch.Generator().manual_seed(0))
+        found.append(each[1].running_mean)
+    with torch.no_grad():
+        wanted = model[0](cifar100.normalise(data.images)).mean((0, 2, 3))
+    for each in found:
+        torch.testing.assert_close(each, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_random_is_off(monkeypatch):

@@ -357,11 +357,16 @@ def test_an_input_that_the_network_scales_itself_is_counted():
             x *= 2
             return self.layer(x).flatten(1)
 
-    model = prepare(Scaled().eval())
-    assert storage(model, read(model).operations, float_formats(model))["batchnorm"] == 3 * 3 * 32
-    rows = count(read(model).operations, float_formats(model), "tree")
-    assert [(row.kind, row.multiplications, row.additions) for row in rows[:3]] == [
-        ("scale", {32: 3072}, {}), ("shift", {}, {32: 3072}), ("scale", {32: 3072}, {})]
+    class Turned(Scaled):
+        def forward(self, x):
+            return self.layer(2 * (self.shift + self.scale * x)).flatten(1)
+
+    for network in Scaled(), Turned():
+        model = prepare(network.eval())
+        assert storage(model, read(model).operations, float_formats(model))["batchnorm"] == 3 * 3 * 32
+        rows = count(read(model).operations, float_formats(model), "tree")
+        assert [(row.kind, row.multiplications, row.additions) for row in rows[:3]] == [
+            ("scale", {32: 3072}, {}), ("shift", {}, {32: 3072}), ("scale", {32: 3072}, {})]
 
 
 def test_other_rules_by_hand():
@@ -398,6 +403,21 @@ def test_other_rules_by_hand():
     assert rows["mean"].additions == {8: 8, 9: 4, 10: 2, 11: 1} and rows["mean"].multiplications == {12: 1}
     rows = {row.name: row for row in count(trace(model, (1, 4, 4)), Formats(grids, eight), "32-bit")}
     assert all(set(row.additions) <= {32} for row in rows.values())
+
+
+def test_what_follows_a_sum_is_as_wide_as_that():
+    """A BatchNorm that reads 8-bit codes, and the ReLU behind it; a ReLU behind a bias, which is added at 32 bits."""
+    model = folded(nn.Sequential(nn.Identity(), nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 1, 1), nn.ReLU()))
+    model[3].weight.data.fill_(1.0), model[3].bias.data.fill_(0.5)
+    eight = {"0": Activation(8), "2": Activation(8, False), "4": Activation(8, False)}
+    grids = {"1.weight": Grid(10, (1.0,)), "1.bias": Grid(10, (1.0,)), "3.weight": Grid(4, (1.0,)),
+             "3.bias": Grid(16, (0.5,))}
+    for convention in CONVENTIONS:
+        norm, first, layer, last = count(trace(model, (1, 4, 4)), Formats(grids, eight), convention)
+        wide = 32 if convention == "32-bit" else 18
+        assert norm.multiplications == {10: 16} and norm.additions == {wide: 16}
+        assert first.multiplications == {wide: 16} and +layer.additions == {32: 16}
+        assert last.multiplications == {32: 16}
 
 
 def test_unknown_operations_raise_and_are_named():

@@ -89,6 +89,14 @@ def test_a_constant_channel_is_not_dead():
     assert dead_weight.remove(model, ONES) == {"weights": 0, "scales and shifts": 0}
 
 
+def test_what_a_scale_of_zero_cuts_off():
+    model = dense()
+    block = model.layers[3]
+    block.bn1.weight.data[7] = 0  # what is left is a constant
+    assert dead_weight.remove(model, ONES)["weights"] == block.conv1.in_channels
+    assert not block.conv1.weight[7].any() and block.conv2.weight[7].all() and block.bn1.bias[7] == 0.5
+
+
 def test_the_channels_of_a_residual_stream():
     """A channel of a stream is dead only if nobody down the stream reads it."""
     model = dense()

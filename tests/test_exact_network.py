@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressed import cifar100, kernels
@@ -87,6 +88,24 @@ def test_the_linear_layers_sums_are_exact_beyond_float32():
     linear.__class__ = exact_module.ExactLinear
     sums = (x @ weight.T) * 16 + bias  # int64, in units of 2^-17
     assert sums.min() > 2**26 and torch.equal(linear(x * 2.0**-6), sums.double() * 2.0**-17)
+
+
+@torch.no_grad()
+def test_a_convolutions_sums_are_exact_beyond_float32():
+    """9 x 64 products of 8-bit codes stay below 2^24; 9 x 1024 do not, and the result is that of integers."""
+    generator = torch.Generator().manual_seed(0)
+    for channels, wide in ((64, False), (1024, True)):
+        model = prepare(nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU(), nn.Conv2d(channels, 4, 3, bias=False),
+                                      nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 900, 10)))
+        codes = torch.randint(100, 128, (4, channels, 3, 3), generator=generator)
+        model[0].weight.fill_(1.0), model[0].bias.fill_(64.0), model[2].weight.copy_(codes * 2.0**-7)
+        activations = [{"name": name, "bits": 8, "signed": signed, "step": 2.0**-6 if name == "points.image" else 1.0}
+                       for name, signed in read(model).activation_points.items()]
+        network = exact_module.exact_network(model, activations)
+        assert (type(network[2]) is exact_module.WideConv2d) == wide
+        hidden = torch.randint(200, 256, (2, channels, 5, 5), generator=generator)
+        sums = F.conv2d(hidden.double(), codes.double())  # below 2^53
+        assert torch.equal(network[2](hidden.float()).double() * 2.0**7, sums) and (sums.max() > 2**24) == wide
 
 
 def test_a_network_that_scales_its_input_itself_is_refused():

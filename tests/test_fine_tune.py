@@ -1,6 +1,7 @@
 """Fine-tuning on the grids, by quantize.py's command line."""
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,12 @@ from compressed.grids import SCHEMES, calibrate
 from compressed.networks import load_checkpoint
 from small import SPEC
 from test_quantize import ladder, options, short_and_whole
-from training import fine_tune, learned_steps
+from training import fine_tune, learned_steps, loop
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run says how it was trained
+
 
 TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
 
@@ -169,6 +175,41 @@ def test_the_learning_rate_of_adam_is_another():
                                      torch.device("cpu")).settings.lr
              for words in ([], ["--optimizer", "adam"], ["--optimizer", "adam", "--lr", "0.5"])]
     assert rates == [0.01, 0.001, 0.5]
+
+
+def test_labels_are_smoothed_where_no_teacher_is():
+    found = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
+                                     torch.device("cpu")).settings.smoothing for words in ([], ["--teacher", "t.pt"])]
+    assert found == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("frozen, moving", ((0.0, [True, True]), (0.5, [True, False]), (1.0, [False, False])))
+def test_statistics_are_frozen_for_the_last_part(small_checkpoint, tmp_path, monkeypatch, frozen, moving):
+    seen, step = [], loop.Stage.step
+
+    def noted(self, *args):
+        before = next(value.clone() for name, value in self.model.named_buffers() if name.endswith("running_mean"))
+        done = step(self, *args)
+        after = next(value for name, value in self.model.named_buffers() if name.endswith("running_mean"))
+        seen.append(not torch.equal(before, after))
+        return done
+    monkeypatch.setattr(loop.Stage, "step", noted)
+    assert quantize.main(options(small_checkpoint, tmp_path / "out.pt", "layer", *TUNE, "--epochs", "2", "--batch-size",
+                                 "100", "--frozen", str(frozen))) == 0
+    assert seen == moving
+
+
+def test_the_gradients_of_roundings():
+    """Of a power of two, d 2^x / dx at the rounded exponent; of a value that is rounded, the gradient of the value."""
+    x = torch.tensor([-2.3, 0.6, 1.0], requires_grad=True)
+    y = learned_steps.power_of_two(x)
+    assert y.tolist() == [0.25, 2.0, 2.0]
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() * math.log(2))
+    latent = torch.tensor([0.3, 0.9], requires_grad=True)
+    rounded = learned_steps.straight_through(torch.tensor([0.0, 1.0]), latent)
+    (rounded * torch.tensor([2.0, 3.0])).sum().backward()
+    assert rounded.tolist() == [0.0, 1.0] and latent.grad.tolist() == [2.0, 3.0]
 
 
 def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint, tmp_path):

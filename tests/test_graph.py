@@ -81,6 +81,31 @@ def test_a_value_that_two_read_has_no_sole_reader():
     assert "bn1" not in graph.sole_readers(Shared(nn.ReLU()))
 
 
+def test_a_method_is_no_module_of_its_name():
+    class Named(Odd):
+        def forward(self, x):
+            y = self.bn1(self.conv1(x)).relu()
+            return self.relu(y + y[:, :, ::1])
+
+    model = Named(nn.ReLU())
+    model.relu = nn.ReLU()
+    assert graph.sole_readers(model) == {"conv1": "bn1"}
+
+
+def test_what_can_be_scaled_has_no_bias_that_stays():
+    """A GroupNorm of several channels does not remove a channel's constant."""
+    norms = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.GroupNorm(4, 4), nn.InstanceNorm2d(4)
+    for bias in (False, True):
+        for norm in norms:
+            model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=bias), norm, nn.Conv2d(4, 2, 1)).train()
+            x = torch.randn(2, 3, 8, 8)
+            before = norm(model[0](x))
+            free = [weight is model[0].weight for weight in graph.scale_free_weights(model)] == [True]
+            with torch.no_grad():
+                model[0].weight.mul_(3)
+            assert torch.allclose(norm(model[0](x)), before, atol=1e-3) == free
+
+
 class Dropping(nn.Module):
     """A block is left out in training."""
 

@@ -291,7 +291,7 @@ def test_the_course_of_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(augmentation, "augment", augmented)
     monkeypatch.setattr(augmentation, "draw", drawn)
     monkeypatch.setattr(ReweightedL1, "update", updated)
-    stage(tmp_path, "proximal", settings=dataclasses.replace(SETTINGS, refresh=0), eval_every=2)
+    result, _ = stage(tmp_path, "proximal", settings=dataclasses.replace(SETTINGS, refresh=0), eval_every=2)
     assert [len(batch) for batch in seen] == [16] * 9
     epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
     assert all(len(set(epoch)) == 48 for epoch in epochs) and len(set(map(tuple, epochs))) == 3
@@ -303,6 +303,10 @@ def test_the_course_of_a_stage(tmp_path, monkeypatch):
     assert [("test_accuracy" in line) for line in lines] == [False, True, True]
     assert all(line["lambda"] > 0 and 0 <= line["accuracy"] <= 1 for line in lines)
     assert lines[0]["lr"] == pytest.approx(0.05) and lines[2]["zeros"] > 0
+    with torch.no_grad():
+        logits = result(cifar100.normalise(TEST.images))
+    assert lines[2]["test_accuracy"] == (logits.argmax(1) == TEST.labels).sum() / len(TEST)
+    assert lines[2]["test_loss"] == pytest.approx(float(F.cross_entropy(logits, TEST.labels)), rel=1e-4)
 
 
 def test_the_proximal_form_reaches_its_target(tmp_path):
@@ -312,9 +316,16 @@ def test_the_proximal_form_reaches_its_target(tmp_path):
 
 
 def test_bfloat16_and_odd_batches_train(tmp_path):
-    result, _ = stage(tmp_path, settings=dataclasses.replace(SETTINGS, batch_size=13, precision="bfloat16"))
-    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in result.state_dict().values())
-    assert log(tmp_path)[-1]["step"] == 12
+    dtypes = {}
+    for precision in ("bfloat16", "float32"):
+        model, found = tiny(), set()
+        model.conv1.register_forward_hook(lambda module, inputs, out: found.add(out.dtype) if module.training else None)
+        result, _ = stage(tmp_path / precision, model=model, settings=dataclasses.replace(
+            SETTINGS, batch_size=13, precision=precision))
+        assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in result.state_dict().values())
+        assert log(tmp_path / precision)[-1]["step"] == 12
+        dtypes[precision] = found
+    assert dtypes == {"bfloat16": {torch.bfloat16}, "float32": {torch.float32}}
 
 
 @pytest.mark.parametrize("optimizer", ("sgd", "adam", "muon"))
@@ -688,6 +699,23 @@ def test_trained_quantization_steps_move_between_gpu_and_cpu(tmp_path):
     _, gpu = new(True)  # no step: it needs a GPU
     gpu.load_state_dict(there.state_dict())
     assert gpu.param_groups[1]["capturable"] and "capturable" not in gpu.param_groups[0]
+
+
+class Stepping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tiny, self.log_step = tiny(), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.tiny(x) * self.log_step.mean()
+
+
+def test_steps_are_trained_at_a_rate_of_their_own(tmp_path):
+    """Adam's first step is as long as its rate, whatever the gradient; that of the weights does not matter."""
+    settings = dataclasses.replace(SETTINGS, epochs=1, batch_size=52, schedule="constant", warmup_epochs=0, average=0.0,
+                                   step_rate=0.002)
+    result, _ = stage(tmp_path, model=Stepping(), settings=settings)
+    torch.testing.assert_close((result.log_step - 1).abs(), torch.full((3,), 0.002), rtol=1e-2, atol=0)
 
 
 CONSTANT = dataclasses.replace(SETTINGS, schedule="constant", epochs=4, cooldown=1, warmup_epochs=0.5)

@@ -92,9 +92,6 @@ def test_a_checkpoint_comes_back(small):
     model = small.load(small())
     assert all(torch.equal(value, small.state[key]) for key, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
-    path = small(lambda state: {f"module.{key}": value for key, value in state.items()})
-    assert all(torch.equal(value, small.state[key]) for key, value in small.load(path).state_dict().items())
-    assert set(load_state(path)) == set(small.state)
 
 
 def test_float16_becomes_float32(small):
@@ -153,6 +150,7 @@ def test_a_key_with_and_without_its_prefix(small):
 @pytest.mark.parametrize("wrap", [
     lambda state: {"net": state, "acc": 71.2, "epoch": 3}, lambda state: {"state_dict": state, "optimizer": {"lr": 1}},
     lambda state: {"model_state_dict": state, "epoch": 3}, lambda state: {"model": state},
+    lambda state: {f"module.{key}": value for key, value in state.items()},
     lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
     lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
     lambda state: {key.replace("layers.", "layers._orig_mod."): value for key, value in state.items()},

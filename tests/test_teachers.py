@@ -18,7 +18,8 @@ from small import NARROW
 from tools import kaist_checkpoint
 from training import teachers
 
-THERE = os.environ.get("TEACHERS_DIR")
+THERE, REAL = (os.environ.get(name) and str(Path(os.environ[name]).absolute())
+               for name in ("TEACHERS_DIR", "CIFAR100_DIR"))
 NAMES = list(teachers.KAIST)
 
 
@@ -49,14 +50,14 @@ def random_state() -> dict:
     return state
 
 
-real_files = pytest.mark.skipif(not THERE or not os.environ.get("CIFAR100_DIR"),
+real_files = pytest.mark.skipif(not THERE or not REAL,
                                 reason="TEACHERS_DIR and CIFAR100_DIR do not name real files")
 
 
 @real_files
 def test_the_script_finds_all_four_and_their_mean(capsys, monkeypatch):
     """On the first 400 test images; on all it is `python -m training.teachers`."""
-    test = cifar100.load(os.environ["CIFAR100_DIR"], "test")
+    test = cifar100.load(REAL, "test")
     some = cifar100.Images(test.images[:400], test.labels[:400])
     monkeypatch.setattr(cifar100, "load", lambda folder, split: some)
     wanted = [328, 327, 325, 314, 332]

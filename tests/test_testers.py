@@ -281,7 +281,7 @@ TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.p
                           ["the logits of the fixed", "the counts in the claim are not those of the file"]),
     "activation's sign": (lambda claim: entry(claim, "layers.16.out", "activations").update(signed=False),
                           ["activation layers.16.out: signed is False, expected True"]),
-    "inexact sums": (lambda claim: [a.update(bits=16) for a in claim["activations"]],
+    "inexact sums": (lambda claim: entry(claim, "features", "activations").update(step=2.0**-100),
                      [r"sums of products may exceed 2\^24"]),
 }
 
@@ -379,7 +379,7 @@ def test_the_largest_sum(original):
         formats = Formats(grids, activations | {"relu2": Activation(width, False), "relu1": Activation(width, False)})
         assert testers.exactness(model, formats, steps) == largest(formats) < 2**24
     formats = Formats(grids, dict.fromkeys(activations, Activation(16, False)))
-    assert testers.exactness(model, formats, steps) == largest(formats) > 2**24
+    assert testers.exactness(model, formats, steps) <= 2**24 < largest(formats)  # the largest are not in float32
     for grid in (Grid(8, (0.3,), "even"), Grid(16, kind="float16")):
         for name in ("conv2.weight", "linear.weight"):
             assert testers.exactness(model, Formats(grids | {name: grid}, activations), steps) == sys.maxsize

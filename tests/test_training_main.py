@@ -23,7 +23,7 @@ from mobilenet_v2 import MobileNetV2
 from tiny import SPEC as TINY
 from training import augmentation
 from training import main as training
-from training import sparsity
+from training import runs, sparsity
 from training.masks import group_norms, prune_ratios
 from training.runs import training_record
 from training.state import State
@@ -166,7 +166,10 @@ def test_defaults_of_the_stages():
     args = training.parse([])
     for stage in training.STAGES:
         settings = training.settings_for(stage, args, CPU)
-        assert settings.epochs == training.EPOCHS[stage] and settings.lr == training.PEAK_LR[stage]
+        assert (settings.epochs, settings.lr, settings.smoothing) == {
+            "pretrain": (300, 0.4, 0.1), "rew": (120, 0.1, 0.1), "masked": (200, 0.2, 0.1)}[stage]
+        taught = training.settings_for(stage, training.parse(["--teacher", "t.pt"]), CPU)
+        assert dataclasses.replace(taught, smoothing=0.1) == settings and taught.smoothing == 0
         assert settings.mixing == "both" and settings.average is None
         muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
@@ -708,6 +711,28 @@ def test_a_teacher_changes_what_is_learnt(small):
     assert_same(Path("run/pretrain.pt"), Path("alone/pretrain.pt"))
     with pytest.raises(AssertionError):
         assert_same(Path("run/pretrain.pt"), Path("taught/pretrain.pt"))
+
+
+def test_the_reweighted_stage_starts_from_the_dense_one(small, capsys):
+    assert run(QUICK + " --pretrain") == 0
+    assert run(QUICK + " --rew --penalty proximal --lambda 0 --lr 1e-9 --average 0") == 0
+    dense, result = load("run/pretrain.pt"), load("run/rew.pt")
+    for (_, before), (_, after) in zip(weight_layers(dense), weight_layers(result)):
+        assert torch.allclose(before.weight, after.weight, atol=1e-6)
+    record, = (stage for stage in training_record("run/rew.pt") if stage["stage"] == "rew")
+    assert record["start_sha256"] == files.sha256("run/pretrain.pt") and "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, words", (
+    ("teacher", "--teacher other.pt"), ("lam", "--lambda 0.5"), ("eps", "--eps 0.01"), ("cost_power", "--cost-power 0.5"),
+    ("updates", "--updates 3"), ("sparsity_type", "--sparsity-type filter"),
+    ("config_file", "--config-file other.toml"), ("target_sparsity", "--target-sparsity 0.6")))
+def test_what_decides_the_result_is_no_other_run(small, name, words):
+    Path("other.toml").write_text("[prune_ratios]\nlinear = 0.5\n")
+    save(networks.make(TINY), Path("other.pt"))
+    assert name in runs.DECISIVE and run(QUICK + " --rew") == 0
+    with pytest.raises(BadInput, match=f"trained with other options .*{name}.* -> "):
+        run(f"{QUICK} --rew {words}")
 
 
 def test_a_cooldown_branches_off_a_running_stage(small):

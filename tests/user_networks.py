@@ -192,6 +192,23 @@ class Viewed(nn.Module):
         return self.linear(x.view(x.size(0), -1))
 
 
+class Flat(nn.Module):
+    """Maps of 1x1 that are flattened between BatchNorm and ReLU; a BatchNorm of a linear layer's output; a flat gate."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.hidden, self.bn3, self.gate = nn.Linear(12, 12, bias=False), nn.BatchNorm2d(12), nn.Conv2d(8, 12, 1)
+        self.last, self.linear = nn.Linear(12, 12), nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        mean = F.adaptive_avg_pool2d(F.relu(self.bn1(self.conv1(x))), 1)
+        x = F.relu(self.bn2(self.conv2(mean)).flatten(1))
+        x = F.relu(self.bn3(self.hidden(x)[:, :, None, None]).flatten(1))
+        return self.linear(F.relu(self.last(x)) * torch.sigmoid(self.gate(mean)).flatten(1))
+
+
 class Wrapped(nn.Module):
     """A network called `module`, as DataParallel calls it; a buffer that nothing reads; an argument with a default."""
 

@@ -250,10 +250,11 @@ def stages(m: Shipped) -> str:
         last, settings, where = stage["last_epoch"], stage["settings"], machine(stage["machine"])
         planned = settings["epochs"]
         epochs = planned if last["epoch"] == planned else f"{last['epoch']} of {planned}"
-        rows.append((name, epochs, *(settings[key] for key in ("batch_size", "optimizer", "lr", "sizes")),
+        rows.append((name, epochs, settings["batch_size"], settings["optimizer"], settings["lr"],
+                     settings["turn"] if settings["optimizer"] == "muon" else "-", settings["sizes"],
                      f"{last['zeros']:,}", f"{last['test_accuracy']:.2%}" if "test_accuracy" in last else "-",
                      f"{last['seconds'] / 60:.0f} min", f"{device(where)}, torch {where['torch']}"))
-    return table(("stage", "epochs", "batch", "optimizer", "peak lr", "image sizes", "zeros", "test accuracy", "time",
+    return table(("stage", "epochs", "batch", "optimizer", "peak lr", "turn", "image sizes", "zeros", "test accuracy", "time",
                   "machine"), rows)
 
 
@@ -404,20 +405,28 @@ def methods_table(measured: dict | None) -> str:
             lines[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
-    about, fewest = measured["about"], min(
-        max(seeds for method, (*_, seeds) in found.items() if method.startswith(kind))  # of loss-L, one L has all seeds
-        for found in means.values() for kind in {method.partition("-")[0] for method in found})
-    unfinished = f" It is not finished: {len(rows)} runs so far; each method is to have three seeds." * (fewest < 3)
+    about = measured["about"]
+    unfinished = "" if is_finished(rows) else \
+        f" It is not finished: {len(rows)} runs so far; each method is to have three seeds."
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
-    return table(head, lines) + f"\n\n{command}: `{about['network']}`, {epochs}; its `--help` describes the methods." \
+    where = device(machine(rows[0]["machine"]))
+    return table(head, lines) + f"\n\n{command}: `{about['network']}`, {epochs}, without teachers, on {where}. `loss-L` is " \
+        "the penalty in the loss with λ = L; `one-shot` trains densely, and prunes all at once; more in its `--help`." \
         f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)"
+
+
+def is_finished(rows: list[dict]) -> bool:
+    """Return whether every method has three seeds at every target; of the penalty in the loss, one lambda has."""
+    return all(max(seeds for method, (*_, seeds) in found.items() if method.startswith(kind)) >= 3
+               for found in methods_means(rows).values() for kind in {method.partition("-")[0] for method in found})
 
 
 def compared(measured: dict | None) -> str:
     """Return the item of the README's limits on what pruning methods were compared."""
     if measured is None or "magnitude" not in {row["method"] for row in measured["rows"]}:
         return "- Reweighted L1 has not been compared with magnitude pruning ([METHOD.md](training/METHOD.md))."
-    return "- Pruning methods were compared in short runs of one network ([METHOD.md](training/METHOD.md))."
+    what = "in short runs of one network" if is_finished(measured["rows"]) else "in short runs, not finished"
+    return f"- Pruning methods were compared {what} ([METHOD.md](training/METHOD.md))."
 
 
 METHODS = "sparsity_methods.json"  # takes hours, so it may be missing

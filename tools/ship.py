@@ -10,9 +10,9 @@
                                                 would replace
 
 Everything is made and verified in a new folder, and then replaces the shipped files. If anything fails, the old files
-stay, and what was made so far is kept in RUN/candidate. It takes about twelve minutes on two cores. The tables and
-figures of the pages describe the network at the root, and are renewed when it is replaced; two tables and the board's
-figure show the others, too.
+stay, and what was made so far is kept in RUN/candidate. It takes about twelve minutes on two cores, besides the
+fine-tuning. The tables and figures of the pages describe the network at the root, and are renewed when it is replaced;
+two tables and the board's figure show the others, too.
 """
 import argparse
 import dataclasses
