@@ -410,6 +410,13 @@ def tensor_rows(model: nn.Module, formats: Formats) -> list[dict]:
 
 # ---- By the submission's convention --------------------------------------------------------------
 
+def has_submissions_layers(model: nn.Module) -> bool:
+    """Return True if a network has the 58 layers of the submission's, at any width."""
+    names = [name for name, _ in weight_layers(model)]
+    return len(names) == 58 and names[3] == "layers.0.conv3" and names[55:] == [
+        "layers.16.shortcut.0", "conv2", "linear"]
+
+
 def submission_operations(operations: list[Operation], sparsity=0) -> dict[str, int]:
     """Return the operations as the submission counted them, with the keys of `totals`.
 
@@ -431,7 +438,7 @@ def weight_summary(model: nn.Module) -> dict:
     {"tensors": [{"index", "name", "shape", "kind": conv|depthwise|linear, "total", "zeros", "nonzeros"}],
      "conv", "linear", "all": {"total", "zeros", "nonzeros", "sparsity", "compression" (None if all are zero)},
      "submission": the same, with a linear layer of 1280 x classes weights and zeros counted in convolutions alone; None
-     for a network without the submission's head, the convolution conv2 before that layer}
+     for a network without the submission's layers}
     """
     def sums(rows: list[dict], more: int = 0) -> dict:
         total, zeros = more + sum(row["total"] for row in rows), sum(row["zeros"] for row in rows)
@@ -443,8 +450,7 @@ def weight_summary(model: nn.Module) -> dict:
                for index, (name, layer) in enumerate(weight_layers(model))]
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
-    headed = {"conv2.weight", "linear.weight"} <= {row["name"] for row in tensors}
-    submission = sums(convolutions, SUBMISSION_HEAD * tensors[-1]["shape"][0]) if headed else None
+    submission = sums(convolutions, SUBMISSION_HEAD * tensors[-1]["shape"][0]) if has_submissions_layers(model) else None
     return {"tensors": tensors, "conv": sums(convolutions), "linear": sums(linear), "all": sums(tensors),
             "submission": submission}
 

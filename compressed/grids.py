@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressed import cifar100
+from compressed.counting import has_submissions_layers
 from compressed.errors import BadInput
 from compressed.exact_network import check_input
 from compressed.files import load_toml
@@ -21,11 +22,9 @@ from compressed.formats import code_range, codes, fake_quantize, folded, power_o
 from compressed.graph import layer_kind, read, weight_layers
 from compressed.operations import RoundsWeightsAlone
 
-# the submission's 6-bit layers, by index among its 58 layers; every other has 8 bits
-SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
-            11: "layers.2.conv3", 14: "layers.3.conv3", 16: "layers.4.conv2", 19: "layers.5.conv2",
-            55: "layers.16.shortcut.0"}
-LAYERS = 58
+# the submission's 6-bit layers, those with the indices 3, 5, 8, 10, 11, 14, 16, 19 and 55; every other has 8 bits
+SIX_BITS = {"layers.0.conv3", "layers.1.conv1", "layers.1.shortcut.0", "layers.2.conv2", "layers.2.conv3",
+            "layers.3.conv3", "layers.4.conv2", "layers.5.conv2", "layers.16.shortcut.0"}
 LAYER_KINDS = "conv", "depthwise", "linear"
 POINT_KINDS = "image", "layer", "sum", "norm", "function", "mean", "max", "product", "moved"
 SCHEMES = ("power-of-two", "layer", "channel")
@@ -64,9 +63,9 @@ def bit_table(option: str | None, model: nn.Module) -> list[int]:
     """
     kinds = {name: layer_kind(layer) for name, layer in weight_layers(model)}
     names = list(kinds)
-    submissions = len(names) == LAYERS and all(names[place] == name for place, name in SIX_BITS.items())
+    submissions = has_submissions_layers(model)
     if option is None:
-        return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
+        return [6 if submissions and name in SIX_BITS else 8 for name in names]
     return list(chosen_bits(option, "layer", kinds, LAYER_KINDS, names if submissions else ()).values())
 
 
@@ -103,7 +102,14 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
     bits = content.get("bits", {})
     if content.keys() - {"default", "bits"} or not isinstance(bits, dict):
         raise BadInput(f"{option}: expected nothing but `default = 8` and a table [bits]")
-    bits = {places[int(key)] if key.isdecimal() and int(key) < len(places) else key: bits[key] for key in bits}
+    named = [places[int(key)] if key.isdecimal() and int(key) < len(places) else key for key in bits]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise BadInput(f"{option}: {twice[0]} is there twice, by its name and by its index")
+    bits = dict(zip(named, bits.values()))
+    for key in bits.keys() & kinds.keys() & set(known):
+        if others := [name for name, kind in kinds.items() if kind == key and name != key]:
+            raise BadInput(f"{option}: {key!r} is the name of one {what} and the kind of others, such as {others[0]}: "
+                           "give these by their names, or rename that one")
     if unknown := [key for key in bits if key not in kinds and key not in known]:
         raise BadInput(f"{option}: the network has no {what} {unknown[0]!r} (names with dots need quotes)")
     default = content.get("default", 8)

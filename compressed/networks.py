@@ -142,7 +142,8 @@ def check_forward(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,)
             shape = list(model.train(training)(some_images(wanted[0], size)).shape)
         if shape != [wanted[0], classes]:
             raise BadInput(f"--network {spec}: its outputs for images {wanted} are {shape}, and the data have "
-                           f"{classes} classes: let the network take an argument num_classes, or give other --data")
+                           f"{classes} classes: let the network take an argument num_classes, or state "
+                           f"?num_classes={classes}, or give other --data")
 
 
 def width(spec: str) -> float | None:
@@ -205,13 +206,23 @@ def load_state(path, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path}: not a plain state dict of tensors; save `model.state_dict()` and nothing around it")
     plain = {}
     for key, value in state.items():
-        name = key if key in own else re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
+        name = bare(key, own)
         if name not in own and name.rpartition(".")[2] in COUNTERS:
             continue
         if name in plain:
             raise BadInput(f"{path}: holds the same key with and without the prefix 'module.' ({name})")
         plain[name] = value
     return plain
+
+
+def bare(key: str, own) -> str:
+    """Return a key without the names that wrappers put in it; as soon as it is one of `own`, nothing more is removed."""
+    while key not in own:
+        shorter = key.replace("_orig_mod.", "", 1) if "_orig_mod." in key else key.removeprefix("module.")
+        if shorter == key:
+            break
+        key = shorter
+    return key
 
 
 def save_state(state: dict[str, torch.Tensor], path) -> str:
@@ -302,4 +313,4 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
             raise BadInput(f"{path} is of a network with {found} classes, expected {num_classes}: give --data with as "
                            "many classes, or another checkpoint")
         model, classes = make(network, found), found
-    return fill(model, state, f"{path} does not fit {network} ({classes} classes)")
+    return fill(model, state, f"{path} does not fit {network}" + f" ({classes} classes)" * ("num_classes=" not in network))

@@ -2,6 +2,7 @@
 import copy
 import math
 import re
+from collections import OrderedDict
 from fractions import Fraction
 
 import numpy as np
@@ -232,12 +233,23 @@ def test_small_scales_lose_nothing_in_a_shipped_network(fake):
     ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
     ("[bits", "not readable as TOML"), ("[bits]\nconv1 = 6\nconv1 = 7", "not readable as TOML"),
+    ("a = " + 10_000 * "[", "not readable as TOML"), ("[bits]\n0 = 4\nconv1 = 8", "conv1 is there twice"),
 ])
 def test_bit_tables_that_are_wrong(submission, tmp_path, content, message):
     path = tmp_path / "t.toml"
     path.write_text(content)
     with pytest.raises(BadInput, match=message):
         bit_table(str(path), submission)
+
+
+def test_a_name_that_is_a_kind_of_others(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text("[bits]\nlinear = 4")
+    model = prepare(nn.Sequential(OrderedDict(flat=nn.Flatten(), first=nn.Linear(3072, 8), linear=nn.Linear(8, 10))))
+    with pytest.raises(BadInput, match="'linear' is the name of one layer and the kind of others, such as first"):
+        bit_table(str(path), model)
+    alone = prepare(nn.Sequential(OrderedDict(flat=nn.Flatten(), linear=nn.Linear(3072, 10))))
+    assert bit_table(str(path), alone) == [4]
 
 
 @pytest.mark.parametrize("option, message", [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mobilenet_v2
+import user_networks
 from compressed import networks
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
@@ -92,6 +93,16 @@ def test_a_checkpoint_comes_back(small):
     model = small.load(small())
     assert all(torch.equal(value, small.state[key]) for key, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
+
+
+def test_a_network_that_has_a_wrappers_name(tmp_path):
+    """As many prefixes go as its own keys do not have."""
+    spec = f"{user_networks.__file__}:Wrapped"
+    state = networks.make(spec, 10).state_dict()
+    for wrap in ("", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        torch.save({f"{wrap}{key}": value for key, value in state.items()}, tmp_path / "f.pt")
+        found = networks.load_checkpoint(tmp_path / "f.pt", spec, 10).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in found.items()), wrap
 
 
 def test_float16_becomes_float32(small):

@@ -1,11 +1,14 @@
 """KAIST's network by its facts, its files where they are there, and what happens where they are not."""
 import copy
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import user_networks
 from compressed import cifar100, kaist
@@ -40,6 +43,31 @@ def random_micronet() -> kaist.Micronet:
                 nn.init.uniform_(value, low, high)
     model.layers[3].conv3.weight[2] = 0
     return model
+
+
+@torch.no_grad()
+def test_the_authors_way_of_counting():
+    """From the operations that torch executes: with n terms and a bias a sum has n additions."""
+    class Executed(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if (name := function.overloadpacket.__name__.rstrip("_")) in ("hardswish", "sigmoid", "mean"):
+                found[name].append((args[0].numel(), out.numel()))
+            return out
+
+    torch.manual_seed(0)
+    model, found = prepare(kaist.Micronet().eval()), defaultdict(list)
+    with FlopCounterMode(display=False) as flops, Executed():
+        model(torch.zeros(1, 3, 32, 32))
+    macs = flops.get_total_flops() / 2
+    (_, swishes), (_, sigmoids), (averaged, means) = (
+        map(sum, zip(*found[name])) for name in ("hardswish", "sigmoid", "mean"))
+    counted = kaist.authors_count(model)
+    assert counted["operations"] == (macs + 4 * swishes + sigmoids + means) / 2 + macs + swishes + averaged - means
+    weights = sum(value.numel() for value in model.parameters() if value.dim() > 1)  # those that never run, too
+    biases = sum(len(value) for name, value in model.named_parameters() if name.endswith("bias"))
+    assert counted["parameters"] == weights * (1 / 2 + 1 / 32) + biases / 2
+    assert counted["score"] == counted["parameters"] / 36.5e6 + counted["operations"] / 10.49e9
 
 
 def random_state() -> dict:
