@@ -208,11 +208,9 @@ def main(argv=None) -> int:
             source["authors"] = AUTHORS.format(**kaist.authors_count(model))
         source["widths"] = "found in the stored values; there is no claim"
         if claim is not None:
-            claim_file = claims.claim_path(path)
             if not problems and claim.get("counts") not in (None, counting.summary(model, formats)):  # it is optional
-                problems.append(f"the counts that {claim_file} claims are not those of {path}")
-            stated = claim_file if claim_file.exists() else path
-            source["widths"] = f"claimed by {stated}, held against the stored values"
+                problems.append(f"the counts that {found.claim_file} claims are not those of {path}")
+            source["widths"] = f"claimed by {found.claim_file}, held against the stored values"
         weights = {"weights": counting.weight_summary(model)}
     if args.weight_bits or args.activation_bits:
         formats = what_if(formats, model, args.weight_bits, args.activation_bits)

@@ -35,7 +35,7 @@ from compressed.command_line import command_line, number, option_name, run_scrip
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
-from compressed.files import check_outputs, git_commit, sha256
+from compressed.files import check_outputs, git_commit, load_json, sha256
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
@@ -124,7 +124,7 @@ def parse(argv=None) -> argparse.Namespace:
     if args.as_trained:
         args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
-    args.replace = "out" in given
+    args.replace, args.given = "out" in given, given.keys()
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
         parser.error(f"{option_name(min(idle))} belongs to the fine-tuning: give --epochs, too")
@@ -226,6 +226,7 @@ def ship(model: nn.Module, network: nn.Module, chosen: grids.Options, accuracies
     network, tensors = grids.shipped(model, network, chosen.scale_bits, chosen.shift_bits)
     activations = [{"name": name, "bits": module.bits, "signed": module.signed, "step": module.step}
                    for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    grids.drop_negligible(network, tensors, activations)
     widths = listed((chosen.scale_bits, chosen.shift_bits, grids.SHIFT_BITS))
     accuracies.after(f"BatchNorm folded, scales, shifts, biases at {widths} bits", exact_network(network, activations))
     if chosen.scheme == "channel" and chosen.shift_bits == grids.SHIFT_BITS:  # fewer bits cannot hold whole units
@@ -273,14 +274,20 @@ def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
-    if args.out.exists() and not args.replace:  # the default is the name of the shipped network
-        raise BadInput(f"{args.out} exists: give --out {args.out} to replace it, or another name")
+    claim_file = claims.claim_path(args.out)
+    for file in (args.out, claim_file) if not args.replace else ():  # the default is the name of the shipped network
+        if file.exists():
+            raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
     tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
-    check_outputs([args.out, claims.claim_path(args.out), *(tuned_files if args.epochs else ())],
+    check_outputs([args.out, claim_file, *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
+    if claim_file.is_file() and "digest" not in load_json(claim_file):
+        raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
-    if args.normalise:
+    if args.normalise and args.trained:
+        print(f"{args.checkpoint} was trained here: --normalise has no effect on it, but on teachers from elsewhere")
+    elif args.normalise:
         model = normalisation.fold(model, *args.normalise)
     grids.check_quantizable(model)
     model.to(device, memory_format=torch.channels_last)
@@ -293,6 +300,9 @@ def main(argv=None) -> int:
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
     tuning = tuning_options(args, train_data.data_set, device)
+    for name, need in plan.without_effect(tuning.settings, tuning.teachers).items() if tuning else ():
+        if name in args.given:
+            print(f"{option_name(name)} has no effect without {need}")
     accuracies = Accuracies(test_data)
     model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
@@ -312,7 +322,7 @@ def main(argv=None) -> int:
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
                     "training": args.trained + tuned}}, args.out, args.network)
-    print(f"wrote {args.out} and {claims.claim_path(args.out)}")
+    print(f"wrote {args.out} and {claim_file}")
     return 0
 
 

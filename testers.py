@@ -134,16 +134,18 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     """
     claim, problems = read.claim, read.problems
     network = exact_network(read.model, claim["activations"])
-    steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
+    steps = {entry["name"]: float(entry["step"]) for entry in claim["activations"]}
     bound = exactness(read.model, read.formats, steps)
     if bound > 2**24:
         problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
-    same = probe_logits(network) == claim.get("probe_logits")
-    if not same:
+    recorded = claim.get("probe_logits", [] if read.claim_file == read.path else None)  # a packed file records none
+    same = probe_logits(network) == recorded
+    if not same and recorded != []:
         problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
-    lines = [f"weights and activations quantized as claimed by {claims.claim_path(read.path).name}; the largest "
+    said = "as recorded, to the last bit" if same else "not recorded" if recorded == [] else "NOT as recorded"
+    lines = [f"weights and activations quantized as claimed by {read.claim_file.name}; the largest "
              f"sum that float32 may have to hold is {bound:,} steps, and it is exact to {2**24:,}",
-             f"logits of the fixed made-up batch: {'as recorded, to the last bit' if same else 'NOT as recorded'}"]
+             f"logits of the fixed made-up batch: {said}"]
     if unchecked := claims.unchecked(claim):
         lines.append("not checked here (in brackets, the command that computes it again): " + ", ".join(unchecked))
     return network, lines
@@ -177,7 +179,9 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
     if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
         name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
-    if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
+    if claimed is None:
+        problems.append(f"the accuracy was not verified: {read.claim_file} claims none")
+    elif not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
         problems.append(f"the accuracy was not verified: tested on {len(data)} {name} images, the claim has {claimed}")
     elif data_set not in (None, dataclasses.asdict(data.data_set)):
         problems.append(f"the accuracy was not verified: tested on {data.data_set}, the claim is about {data_set}")
@@ -229,7 +233,7 @@ def main(argv=None) -> int:
     found = measured(network, args, read)
     tensors = counting.tensor_rows(read.model, found_formats(read.model))
     summary = counting.summary(read.model, read.formats)
-    if claim is not None and claim.get("counts") != summary:
+    if claim is not None and claim.get("counts", summary if read.claim_file == read.path else None) != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
         print(to_json({"checkpoint": str(read.path), "sha256": read.sha256} | found

@@ -36,6 +36,12 @@ class Checkpoint:
     formats: Formats
     problems: list[str]
 
+    @property
+    def claim_file(self) -> Path:
+        """The file that holds the claim: the .json or, where there is none, the packed file itself."""
+        file = claims.claim_path(self.path)
+        return file if file.exists() else self.path
+
 
 def _stated(claim: dict | None, claim_file: Path, network: str | None) -> tuple[str, int | None]:
     """Return (specification, number of classes) of a state dict's network, by its claim.

@@ -58,6 +58,10 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
     classes = None if network is None else read(network).points[-1].shape[0]
     if args.made_up and args.data:
         raise BadInput("--made-up and --data exclude each other: give one of them")
+    misfit = "the network has {} outputs, and the data {} classes: give the --data that it was trained on, or a " \
+             "checkpoint that was trained on these"
+    if classes not in (None, cifar100.CLASSES) and not args.made_up and args.data is None:  # before a download
+        raise BadInput(misfit.format(classes, cifar100.CLASSES))
     if args.made_up:
         count, seed = (args.made_up, 0) if split == "train" else (max(100, args.made_up // 5), 1)
         data, name = cifar100.made_up(count, seed, classes or cifar100.CLASSES, device), "made up"
@@ -66,8 +70,7 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
     else:
         data, name = load(args.data, split, device), split
     if classes not in (None, data.data_set.classes):
-        raise BadInput(f"the network has {classes} outputs, and the data {data.data_set.classes} classes: give the "
-                       "--data that it was trained on, or a checkpoint that was trained on these")
+        raise BadInput(misfit.format(classes, data.data_set.classes))
     if data.data_set.digest and data.data_set != cifar100.CIFAR100:
         name = f"{data.data_set.name} {name}"
     few = getattr(args, "images", None)

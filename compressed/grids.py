@@ -22,9 +22,10 @@ from compressed.formats import code_range, codes, fake_quantize, folded, power_o
 from compressed.graph import layer_kind, read, weight_layers
 from compressed.operations import RoundsWeightsAlone
 
-# the submission's 6-bit layers, those with the indices 3, 5, 8, 10, 11, 14, 16, 19 and 55; every other has 8 bits
-SIX_BITS = {"layers.0.conv3", "layers.1.conv1", "layers.1.shortcut.0", "layers.2.conv2", "layers.2.conv3",
-            "layers.3.conv3", "layers.4.conv2", "layers.5.conv2", "layers.16.shortcut.0"}
+# the submission's 6-bit layers, by index among its 58 layers; every other has 8 bits
+SIX_BITS = {3: "layers.0.conv3", 5: "layers.1.conv1", 8: "layers.1.shortcut.0", 10: "layers.2.conv2",
+            11: "layers.2.conv3", 14: "layers.3.conv3", 16: "layers.4.conv2", 19: "layers.5.conv2",
+            55: "layers.16.shortcut.0"}
 LAYER_KINDS = "conv", "depthwise", "linear"
 POINT_KINDS = "image", "layer", "sum", "norm", "function", "mean", "max", "product", "moved"
 SCHEMES = ("power-of-two", "layer", "channel")
@@ -32,6 +33,7 @@ RANGES = ("max", "mse", "logits")
 FLOAT_BITS = 16  # a scale of this width is a float16, one of fewer bits a fixed-point number
 SHIFT_BITS = 16
 SIGNIFICANT_BITS = 5  # of a short float16 scale, which could have 11
+MOST_UNITS = 2**31 - 2**27  # of a shift in an accumulator of 32 bits, which must hold sums, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def bit_table(option: str | None, model: nn.Module) -> list[int]:
     names = list(kinds)
     submissions = has_submissions_layers(model)
     if option is None:
-        return [6 if submissions and name in SIX_BITS else 8 for name in names]
+        return [6 if submissions and name in SIX_BITS.values() else 8 for name in names]
     return list(chosen_bits(option, "layer", kinds, LAYER_KINDS, names if submissions else ()).values())
 
 
@@ -382,6 +384,22 @@ def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
         if branch.kind == "layer" and branch.norm:
             conv, (scale, _) = model.get_submodule(branch.name), folded(model.get_submodule(branch.norm))
             conv.step = short_step(conv.step, scale.view_as(conv.step), bits).float()
+
+
+@torch.no_grad()
+def drop_negligible(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
+    """Set to zero the scales of a shipped network beside whose shifts nothing that is scaled can be seen, in place.
+
+    An accumulator of 32 bits that begins with the shift, as 8-bit engines have it, must hold shift and sum in units of
+    scale x weight step x input step. If it cannot, a sum up to 2^24 is a hundredth of the shift at most. Such channels,
+    as strong weight decay leaves them, become constants.
+    """
+    steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
+    for branch in read(network).layers:
+        if branch.kind == "layer" and branch.norm:
+            norm = network.get_submodule(branch.norm)
+            units = norm.weight.double().abs() * steps[f"{branch.name}.weight"] * steps[branch.source]
+            norm.weight[norm.bias.double().abs() >= MOST_UNITS * units] = 0
 
 
 @torch.no_grad()

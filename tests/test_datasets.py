@@ -140,6 +140,12 @@ def test_a_damaged_npz_file_is_refused(tmp_path, damage):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_network_of_other_classes_needs_no_download(monkeypatch):
+    monkeypatch.setattr(cifar100, "load", lambda *args: pytest.fail("CIFAR-100 was looked for"))
+    with pytest.raises(BadInput, match="the network has 7 outputs, and the data 100 classes: give the --data that"):
+        datasets.chosen(options(), "test", network=prepare(networks.make(TINY, 7)))
+
+
 def test_made_up_images_have_the_classes_of_the_network():
     network = prepare(networks.make(TINY, 7))
     assert datasets.chosen(options(made_up=20), "test", network=network)[0].data_set.classes == 7

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from compressed import cifar100, networks
+from compressed import cifar100, mnet, networks
 from compressed.errors import BadInput
 from mobilenet_v2 import MobileNetV2
 from small import NARROW
@@ -37,6 +37,15 @@ def test_it_is_zero_from_oneself_and_that_of_a_plain_computation_from_another(fi
         ours, theirs = (networks.load_checkpoint(path)(images).double().softmax(1) for path in files)
     expected = float((ours * (ours / theirs).log()).sum(1).mean())
     assert expected > 0.01 and found[str(files[1])][0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_packed_file_alone(narrow, tmp_path, capsys):
+    path, model, claim = narrow
+    mnet.pack(model, claim, tmp_path / "alone.mnet")
+    words = ["--made-up", "40", "--images", "4", "--network", NARROW, "--teacher", str(path), "--"]
+    assert divergence.main([*words, str(path), str(tmp_path / "alone.mnet")]) == 0
+    first, second = re.findall(r"^([\d.]+) \+-", capsys.readouterr().out, re.M)
+    assert first == second
 
 
 def test_checkpoints_of_another_network(tmp_path, capsys):

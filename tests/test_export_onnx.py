@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import quantize
 from compressed import checkpoints, cifar100, claims
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network
-from compressed.files import load_json, save_record, sha256
+from compressed.files import load_json, save_record, save_tensors, sha256
 from compressed.graph import read, weight_layers
-from small import NARROW
+from compressed.networks import load_state
+from small import NARROW, SPEC
 from tools import report
 
 onnx = pytest.importorskip("onnx")
@@ -224,6 +226,26 @@ def test_formats_that_8_bit_kernels_do_not_have(shipped):
     graph = Exporter(tiny, claim)
     with pytest.raises(BadInput, match="layers.5.conv2: a shift of .* units does not fit 32 bits"):
         graph.finished({})
+
+
+@torch.no_grad()
+def test_a_channel_that_weight_decay_has_left(small_checkpoint, tmp_path):
+    """Its scale is so small that the shift, in units of the sums, has more than 32 bits: it becomes a constant."""
+    state = load_state(small_checkpoint)
+    for channel, gamma in enumerate((1e-5, 1e-8, 1e-20)):
+        state["layers.3.bn1.weight"][channel], state["layers.3.bn1.bias"][channel] = gamma, 0.3
+    save_tensors(state, tmp_path / "masked.pt")
+    out = tmp_path / "out.pt"
+    assert quantize.main(["--checkpoint", str(tmp_path / "masked.pt"), "--out", str(out), "--made-up", "40", "--renew",
+                          "0", "--ranges", "mse", "--network", SPEC]) == 0
+    model, claim = checkpoints.load(out, network=SPEC)
+    block = model.layers[3]
+    gone = block.bn1.weight == 0
+    assert gone[1] and gone[2] and not block.conv1.weight[gone].any() and (block.bn1.bias[:3] > 0.29).all()
+    data = cifar100.made_up(10, 1)
+    engine = session(Exporter(model, claim).finished({}).SerializeToString())
+    exact = exact_network(model, claim["activations"])
+    assert torch.equal(export_onnx.run(engine, data.images), exact(cifar100.normalise(data.images)))
 
 
 def test_benchmark(checkpoint, tmp_path, capsys):

@@ -177,6 +177,15 @@ def test_the_learning_rate_of_adam_is_another():
     assert rates == [0.01, 0.001, 0.5]
 
 
+def test_what_has_no_effect_on_the_fine_tuning_is_named(small_checkpoint, tmp_path, capsys):
+    words = options(small_checkpoint, tmp_path / "out.pt", "layer", *TUNE, "--distill", "0.5", "--turn", "0.1",
+                    "--clean", "0.4", "--lr", "0.001")
+    assert quantize.main(words) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert said == ["--turn has no effect without --optimizer muon", "--distill has no effect without --teacher",
+                    "--clean has no effect without mixing"]
+
+
 def test_labels_are_smoothed_where_no_teacher_is():
     found = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
                                      torch.device("cpu")).settings.smoothing for words in ([], ["--teacher", "t.pt"])]

@@ -20,7 +20,7 @@ from compressed import cifar100, claims
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.evaluation import logits
-from compressed.files import load_json, save_record, sha256
+from compressed.files import load_json, save_json, save_record, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES
 from compressed.networks import load_checkpoint
@@ -244,6 +244,30 @@ def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
         assert list(map(str, quantize.parse([*command, *words]).teacher)) == expected
 
 
+def test_a_json_that_is_no_claim_is_not_replaced(small_checkpoint, tmp_path, monkeypatch):
+    save_json({"lr": 0.1}, tmp_path / "out.json")
+    with pytest.raises(BadInput, match="out.json, which would be replaced, is no claim: give another --out"):
+        quantize.main(options(small_checkpoint, tmp_path / "out.pt", "channel"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100_mobilenetv2.json").touch()
+    with pytest.raises(BadInput, match="cifar100_mobilenetv2.json exists: give --out cifar100_mobilenetv2.pt to"):
+        quantize.main(["--checkpoint", str(small_checkpoint)])
+
+
+def test_a_network_that_was_trained_here_keeps_its_input(small_checkpoint, tmp_path, capsys):
+    """--normalise is for its teachers then; --distill and others are said to be without effect where they are."""
+    checkpoint = shutil.copy(small_checkpoint, tmp_path / "masked.pt")
+    save_record({"settings": {"augment": "none"}, "options": {"network": SPEC}}, tmp_path / "masked.options.json")
+    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    plain, other = (tmp_path / f"{name}.pt" for name in ("plain", "other"))
+    words = options(checkpoint, plain, "layer")
+    assert [quantize.parse(["--checkpoint", str(path)]).augment for path in (checkpoint, small_checkpoint)] == [
+        "none", "plain"]
+    assert quantize.main(words) == 0
+    assert quantize.main(options(checkpoint, other, "layer", "--normalise", "0.5,0.5,0.5/0.2,0.2,0.2")) == 0
+    assert "--normalise has no effect on it" in capsys.readouterr().out and sha256(plain) == sha256(other)
+
+
 @pytest.mark.parametrize("trained", (False, True))
 def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained):
     save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")
@@ -273,6 +297,34 @@ def test_the_training_record(tmp_path):
         (tmp_path / "rew.jsonl").write_text(wrong)
         with pytest.raises(BadInput, match="rew"):
             training_record(tmp_path / "masked.pt")
+
+
+@torch.no_grad()
+def test_by_default_steps_are_chosen_by_the_logits_of_renewed_means(small_checkpoint, tmp_path, monkeypatch):
+    """Each of these makes the network more like the float one on the images by which it was done."""
+    data = cifar100.made_up(200, 0)
+    args = quantize.parse(["--checkpoint", str(small_checkpoint), "--network", SPEC, "--calibration", "200", "--renew",
+                           "200", "--table", "4"])
+    found, means = {}, {}
+    reference = logits(load_checkpoint(small_checkpoint, SPEC), data.images)
+    for what in ("all", "no choice", "no means"):
+        with monkeypatch.context() as without:
+            if what == "no choice":
+                without.setattr(quantize, "choose_steps", lambda *args: None)
+            if what == "no means":
+                without.setattr(quantize, "renew_means", lambda *args: None)
+            model = load_checkpoint(small_checkpoint, SPEC)
+            accuracies = quantize.Accuracies(data)
+            quantize.on_grids(model, data, quantize.grid_options(args, model), accuracies)
+            found[what] = F.kl_div(logits(model, data.images).log_softmax(1), reference.log_softmax(1),
+                                   reduction="batchmean", log_target=True)
+            means[what] = model.layers[3].bn2.running_mean.clone()
+            steps = [step["step"] for step in accuracies.steps]
+    assert steps[2:] == ["BatchNorm statistics re-estimated", "steps moved for scales of 5 significant bits",
+                         "BatchNorm means re-estimated, variances kept", "activations at 8 bits, mse",
+                         "activation steps chosen by their effect on the logits"]
+    assert found["all"] < found["no choice"]
+    assert torch.equal(means["all"], means["no choice"]) and not torch.equal(means["all"], means["no means"])
 
 
 def test_a_claim_that_contradicts_its_file_is_not_made(exact, tmp_path):

@@ -532,6 +532,8 @@ def test_every_shipped_network_is_verified(commands, root, monkeypatch, capsys):
     (root / "small" / CLAIM).unlink()  # nothing contradicts a claim that is not there
     monkeypatch.setattr(verify, "run_python", lambda *words: 0)
     assert verify.main([]) == 2 and f"{found[1]} has no claim" in capsys.readouterr().err
+    for name, status in (("alone.pth", 2), ("alone", 2), ("alone.mnet", 0)):  # a packed file holds its own
+        assert verify.main(["--checkpoint", str(root / name)]) == status
 
 
 def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):

@@ -15,7 +15,7 @@ from torch import nn
 import check_model_operations
 import quantize
 import testers
-from compressed import cifar100, claims, grids, networks, shipping
+from compressed import checkpoints, cifar100, claims, grids, mnet, networks, shipping
 from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.errors import BadInput
@@ -211,6 +211,30 @@ def test_without_data_everything_else_is_checked(original, run, tmp_path, monkey
     status, out, err = run("--checkpoint", original, "--json")
     report = json.loads(out)
     assert status == 2 and "correct" not in report and len(report["problems"]) == 1 and "NOT" not in out
+
+
+def test_a_packed_file_alone_is_said_to_record_nothing(original, run, tmp_path):
+    """Its accuracy cannot be compared with any, and nothing is said to differ."""
+    mnet.pack(*checkpoints.load(original), tmp_path / "alone.mnet")
+    status, out, err = run("--checkpoint", tmp_path / "alone.mnet", "--network", NARROW, *MADE_UP)
+    assert status == 2 and "quantized as claimed by alone.mnet" in out and "made-up batch: not recorded" in out
+    assert err == f"testers.py: the accuracy was not verified: {tmp_path / 'alone.mnet'} claims none\n"
+    assert run("--checkpoint", original, *MADE_UP)[1].split("\n\n")[1:] == out.split("\n\n")[1:]
+
+
+@pytest.mark.parametrize("key", ("probe_logits", "counts", "accuracy"))
+def test_what_is_taken_out_of_a_claim_is_missed(shipped, run, key):
+    claim = load_json(shipped.with_suffix(".json"))
+    del claim[key]
+    save_record(claim, shipped.with_suffix(".json"))
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_a_json_of_somebody_else_is_no_altered_claim(shipped, run):
+    save_json({"lr": 0.1}, shipped.with_suffix(".json"))
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and "network.json: not written by a script of this repository" in err and "altered" not in err
 
 
 def test_other_data_than_the_claims_do_not_verify_it(original, run):

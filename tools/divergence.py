@@ -31,7 +31,7 @@ def mixed_images(data: cifar100.Images, count: int, generator: torch.Generator) 
 
 def read(path, network: str | None):
     """Return the network of a checkpoint: quantized if there is a claim, else in float32. network: specification."""
-    if not claims.claim_path(path).exists():
+    if path.suffix != ".mnet" and not claims.claim_path(path).exists():
         return prepare_if_possible(networks.load_checkpoint(path, network or networks.DEFAULT))
     model, claim = checkpoints.load(path, network=network)
     return exact_network(model, claim["activations"])

@@ -25,7 +25,7 @@ def verify(checkpoint: Path, words: list[str], network: list[str]) -> int:
     if status in (0, 2):  # with any other status it came to no verdict
         print(flush=True)
         status = run_python(ROOT / "check_model_operations.py", *options) or status
-    if not status and checkpoint.suffix == ".pt" and not checkpoint.with_suffix(".json").is_file():
+    if not status and checkpoint.suffix != ".mnet" and not checkpoint.with_suffix(".json").is_file():
         print(f"verify.py: {checkpoint} has no claim: {checkpoint.with_suffix('.json')} is missing", file=sys.stderr)
         status = 2
     if status:

@@ -48,7 +48,6 @@ from training.state import MACHINE, State, stop_noted
 # defaults that differ between the stages; all others are in plan.Settings
 EPOCHS = {"pretrain": 300, "rew": 120, "masked": 200}
 PEAK_LR = {"pretrain": 0.4, "rew": 0.1, "masked": 0.2}  # of SGD, also for what Muon leaves to it
-TEACHING = ("distill", "temperature", "teaching")
 FLAG = argparse.BooleanOptionalAction
 
 
@@ -110,11 +109,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--teacher", nargs="*", type=some_path, default=[], metavar="F",
                        help="checkpoints to distil from: ours, or KAIST AI's (see teachers.py), such as "
                             + next(iter(teachers.KAIST)) + "; without a value none, whatever the recipe has")
-    plan.add_options(group, TEACHING)
+    plan.add_options(group, plan.TEACHING)
     group = parser.add_argument_group("training; defaults: " + "; ".join(
         f"{stage} {EPOCHS[stage]} epochs, lr {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {plan.ADAM_LR}")
     names = [field.name for field in dataclasses.fields(loop.Settings)
-             if field.metadata and field.name not in (*TEACHING, "lr", "step_rate")]
+             if field.metadata and field.name not in (*plan.TEACHING, "lr", "step_rate")]
     plan.add_options(group, names, seed=loop.Settings.seed)
     plan.add_option(group, "--lr", "lr", text="peak learning rate (default: by stage, see above)")
     machine_options(parser.add_argument_group("machine"))
@@ -289,14 +288,11 @@ def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
     alone: True if a single stage was chosen; then options that affect only other stages are listed, too. What
     --no-tricks overrides is not listed: its help says so.
     """
-    args, settings = job.by_stage[stage], job.settings(stage)
-    needs = {"turn": ("--optimizer muon", settings.optimizer == "muon"),
-             **dict.fromkeys(TEACHING, ("--teacher", args.teacher)),
-             "alpha": ("mixup", args.no_tricks or settings.mixing in ("both", "mixup")),
-             "clean": ("mixing", args.no_tricks or settings.mixing != "none"),
-             "threshold": ("--sparsity-type threshold", args.sparsity_type == "threshold")}
-    idle = {name: f"without {need}" for name, (need, there) in needs.items()
-            if stage in DECISIVE.get(name, STAGES) and not there}
+    args = job.by_stage[stage]
+    idle = {name: f"without {need}" for name, need in plan.without_effect(job.settings(stage), args.teacher).items()
+            if not (args.no_tricks and name in ("alpha", "clean"))}
+    if stage == "masked" and args.sparsity_type != "threshold":
+        idle["threshold"] = "without --sparsity-type threshold"
     if alone:
         idle |= {name: "on this stage" for name, stages in DECISIVE.items() if stage not in stages}
     return [f"{option_name(name)} {why}" for name, why in idle.items() if name in job.args.given]

@@ -14,6 +14,7 @@ from training.replicas import Processes, shares
 # {option of the submission: the same setting here}
 SUBMISSIONS = {"epoch": "epochs", "optmzr": "optimizer", "lr-scheduler": "schedule", "smooth-eps": "smoothing"}
 ADAM_LR = 1e-3  # default of --lr with --optimizer adam
+TEACHING = ("distill", "temperature", "teaching")  # settings of distillation
 STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
 
 
@@ -95,6 +96,13 @@ def add_machine(parser) -> None:
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record the "
                         "steps as CUDA graphs (default); --no-graphs is for networks that wait for the device, or "
                         "decide in Python what a step does")
+
+
+def without_effect(settings: Settings, teachers) -> dict[str, str]:
+    """Return {option: what it needs, in words} of the settings that have no effect beside the others."""
+    needs = {"turn": ("--optimizer muon", settings.optimizer == "muon"), **dict.fromkeys(TEACHING, ("--teacher", teachers)),
+             "alpha": ("mixup", settings.mixing in ("both", "mixup")), "clean": ("mixing", settings.mixing != "none")}
+    return {name: need for name, (need, there) in needs.items() if not there}
 
 
 def precision(option: str, cuda: bool) -> str:
