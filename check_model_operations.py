@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressed import checkpoints, claims, counting, kaist, networks
+from compressed import checkpoints, counting, kaist, networks
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import command_line, number, run_script
 from compressed.counting import CONVENTIONS, NO_THOP, thop_counts

@@ -41,7 +41,7 @@ from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import stage_records, training_record
+from training.runs import stage_records, training_record, warn_of_seen_images
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -182,14 +182,6 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         accuracies.after("BatchNorm means re-estimated for rounded activations", model)
 
 
-def warn_of_seen_images(args) -> None:
-    """Print a warning if the hold-out is one on which some stage of the network was trained."""
-    stages = [stage["stage"] for stage in args.trained if not stage["options"].get("holdout")]
-    if args.holdout and stages:
-        print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
-              file=sys.stderr)
-
-
 def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Options, tuning: fine_tune.Tuning | None,
              accuracies: Accuracies) -> nn.Module:
     """Return the model with weights and activations on their grids; its BatchNorms are still its own."""
@@ -283,6 +275,8 @@ def main(argv=None) -> int:
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
     if claim_file.is_file() and "digest" not in load_json(claim_file):
         raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
+    if args.holdout:
+        warn_of_seen_images(args.trained)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
     if args.normalise and args.trained:
@@ -292,7 +286,6 @@ def main(argv=None) -> int:
     grids.check_quantizable(model)
     model.to(device, memory_format=torch.channels_last)
     chosen = grid_options(args, model)
-    warn_of_seen_images(args)
     if args.epochs and args.as_trained:
         print("teachers as in the last stage: " + (", ".join(map(str, args.teacher)) or "none"))
     print(f"{args.checkpoint}: the data are read; then the test accuracy is printed after every step of quantization",

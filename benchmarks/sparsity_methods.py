@@ -28,7 +28,6 @@ By default that is at most 53 stages of 324 epochs in all: seven hours on two fr
 import argparse
 import functools
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -48,10 +47,6 @@ METHODS = ("proximal", "loss", "magnitude", "one-shot")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
           "--clean 0 --eval-every 0 --refresh 5000").split()
 UPDATES = "20"  # of alpha
-
-# options of training/main.py in which an existing stage must agree
-SAME = ("network", "epochs", "batch_size", "sizes", "penalty", "lam", "updates", "target_sparsity", "seed", "made_up",
-        "data", "workers")
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -115,14 +110,11 @@ class Runs:
         """Train a stage unless it is there; return its weights. Raises BadInput if it was made with other options."""
         words = [*self.common, "--run", str(folder), "--epochs", str(epochs), *options]
         weights = folder / f"{stage}.pt"
-        if weights.is_file():
-            theirs = load_record(weights.with_suffix(".options.json"), "remove the run folder")["options"]
-            ours = json.loads(json.dumps(vars(training.parse(words)), default=str))
-            for name in SAME:
-                if theirs.get(name) != ours[name]:
-                    raise BadInput(f"{weights} was trained with {name} {theirs.get(name)} instead of {ours[name]}: "
-                                   "give another folder for --runs")
-            return weights
+        if weights.is_file():  # training/main.py compares its options, but not the workers
+            workers = load_record(weights.with_suffix(".options.json"), "remove the run folder")["settings"]["workers"]
+            if workers != self.args.workers:
+                raise BadInput(f"{weights} was trained by {workers} workers, and not by {self.args.workers}: give "
+                               "another folder for --runs")
         if self.args.max_minutes is not None:
             left = self.args.max_minutes - (time.monotonic() - self.started) / 60
             words += ["--max-minutes", str(max(0.0, left))]

@@ -450,7 +450,9 @@ def weight_summary(model: nn.Module) -> dict:
                for index, (name, layer) in enumerate(weight_layers(model))]
     convolutions = [row for row in tensors if row["kind"] != "linear"]
     linear = [row for row in tensors if row["kind"] == "linear"]
-    submission = sums(convolutions, SUBMISSION_HEAD * tensors[-1]["shape"][0]) if has_submissions_layers(model) else None
+    submission = None
+    if has_submissions_layers(model):
+        submission = sums(convolutions, SUBMISSION_HEAD * tensors[-1]["shape"][0])
     return {"tensors": tensors, "conv": sums(convolutions), "linear": sums(linear), "all": sums(tensors),
             "submission": submission}
 

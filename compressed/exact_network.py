@@ -3,10 +3,10 @@
 Steps of activations, and of what is shipped, are powers of two: products and sums of codes are whole numbers times a
 power of two. While they stay below 2^24 (testers.py checks the bound) float32 holds them exactly, in any order of
 summation, on any machine (convolution algorithms that do not sum products are switched off). Scales and shifts, linear
-layers, and convolutions whose sums may be larger, are computed in float64, which holds those exactly. A pointwise function, such as hard
-swish, is a table: for every code the function's value, computed in float64 and rounded to the grid of the next point.
-So a claim is verified to the image, the recorded logits to the last bit, and tools/integer.py computes the same logits
-without a float.
+layers, and convolutions whose sums may be larger, are computed in float64, which holds those exactly. A pointwise
+function, such as hard swish, is a table: for every code the function's value, computed in float64 and rounded to the
+grid of the next point. So a claim is verified to the image, the recorded logits to the last bit, and tools/integer.py
+computes the same logits without a float.
 """
 import copy
 import math

@@ -206,7 +206,8 @@ def load_record(path, remedy: str) -> dict:
     """Return what `save_record` wrote. Raises BadInput, with `remedy` at its end, if the file was altered since."""
     record = load_json(path)
     if "digest" not in record:
-        raise BadInput(f"{path}: not written by a script of this repository, as it has no digest; rename it, or {remedy}")
+        raise BadInput(f"{path}: not written by a script of this repository, as it has no digest; rename it, or "
+                       + remedy)
     if record["digest"] != digest(record):
         raise BadInput(f"{path}: altered since it was written (its digest is {record['digest']}, that of its "
                        f"content {digest(record)}); {remedy}")

@@ -216,7 +216,7 @@ def load_state(path, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
 
 
 def bare(key: str, own) -> str:
-    """Return a key without the names that wrappers put in it; as soon as it is one of `own`, nothing more is removed."""
+    """Return a key without the names that wrappers put in it, removed one by one until it is one of `own`."""
     while key not in own:
         shorter = key.replace("_orig_mod.", "", 1) if "_orig_mod." in key else key.removeprefix("module.")
         if shorter == key:
@@ -313,4 +313,5 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
             raise BadInput(f"{path} is of a network with {found} classes, expected {num_classes}: give --data with as "
                            "many classes, or another checkpoint")
         model, classes = make(network, found), found
-    return fill(model, state, f"{path} does not fit {network}" + f" ({classes} classes)" * ("num_classes=" not in network))
+    made_for = f" ({classes} classes)" * ("num_classes=" not in network)
+    return fill(model, state, f"{path} does not fit {network}{made_for}")

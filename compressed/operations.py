@@ -342,8 +342,8 @@ class _Node:
         size, out = tuple(self.inputs[0].shape[2:]), tuple(self.result.shape[2:])
         window = self.pooled(size) if len(size) == 2 else None
         if window is None:
-            raise self.refused(f"a mean is over both dimensions of a map, or over equal windows without padding; the map "
-                               f"is {'x'.join(map(str, size))}")
+            raise self.refused("a mean is over both dimensions of a map, or over equal windows without padding; the "
+                               f"map is {'x'.join(map(str, size))}")
         floor = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
                       zip(size, window.kernel, window.stride, window.padding, window.dilation))
         if out not in (floor, ()):

@@ -11,7 +11,7 @@ import torch
 from benchmarks import depthwise_shapes, gpu_check, profile_step, sparsity_methods, training_speed
 from compressed import cifar100, kernels
 from compressed.errors import BadInput
-from compressed.files import load_json
+from compressed.files import load_json, load_record, save_record
 from tiny import tiny
 from tools import report
 from training import loop
@@ -138,16 +138,21 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
     assert sparsity_methods.main(options) == 0 and file.read_bytes() == before
     with pytest.raises(BadInput, match="holds results of other options"):
         sparsity_methods.main([*options, "--sizes", "32"])
-    monkeypatch.setattr(sparsity_methods, "UPDATES", "5")
-    with pytest.raises(BadInput, match="loss-1e-05/rew.pt was trained with updates 20 instead of 5"):
-        sparsity_methods.main([*options, "--json", str(tmp_path / "other.json")])
+    with monkeypatch.context() as changed:
+        changed.setattr(sparsity_methods, "UPDATES", "5")
+        with pytest.raises(BadInput, match="loss-1e-05/rew.pt was trained with other options .updates 20 -> 5"):
+            sparsity_methods.main([*options, "--json", str(tmp_path / "other.json")])
+    record = load_record(seeds / "pretrain.options.json", "")
+    save_record(record | {"settings": record["settings"] | {"workers": 1}}, seeds / "pretrain.options.json")
+    with pytest.raises(BadInput, match="pretrain.pt was trained by 1 workers, and not by 2"):
+        sparsity_methods.main([*options, "--json", str(tmp_path / "third.json")])
 
 
 def test_only_the_first_seed_tries_every_lambda(tmp_path, monkeypatch):
     """The others train the best one for each target."""
-    accuracies = {("loss-1e-05", 0.5): 0.3, ("loss-0.001", 0.5): 0.2, ("loss-1e-05", 0.7): 0.1, ("loss-0.001", 0.7): 0.2}
+    found = {("loss-1e-05", 0.5): 0.3, ("loss-0.001", 0.5): 0.2, ("loss-1e-05", 0.7): 0.1, ("loss-0.001", 0.7): 0.2}
     monkeypatch.setattr(sparsity_methods.Runs, "measure", lambda self, method, target, seed: {
-        "method": method, "target": target, "seed": seed, "accuracy": accuracies.get((method, target), 0.4) - 0.2 * seed})
+        "method": method, "target": target, "seed": seed, "accuracy": found.get((method, target), 0.4) - 0.2 * seed})
     file = tmp_path / "methods.json"
     assert sparsity_methods.main(["--made-up", "60", "--seeds", "3", "--targets", "0.5", "0.7", "--json", str(file),
                                   "--methods", "loss", "one-shot", "--lambda", "1e-5", "1e-3"]) == 0

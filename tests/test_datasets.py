@@ -207,6 +207,17 @@ def test_five_classes_through_all_scripts(tmp_path, capsys):
     assert status == 2 and "not verified: tested on five.npz (5 classes, digest" in err
 
 
+def test_a_hold_out_that_the_start_was_trained_on_is_no_hold_out(capsys):
+    npz("many.npz", **arrays(train=200))
+    train = (f"--network {TINY} --batch-size 30 --epochs 1 --no-cuda --precision float32 --lr 0.01 --workers 1 "
+             "--refresh 0 --data many.npz --run ")
+    for words, warned in (("all --pretrain", False), ("part --pretrain --holdout", False),
+                          ("all --rew --holdout", True), ("part --rew --holdout", False),
+                          ("new --rew --holdout --start all/pretrain.pt", True)):
+        status, _, err = ended(training.main, train + words, capsys)
+        assert status == 0 and ("the stage pretrain was trained without --holdout" in err) == warned, words
+
+
 def test_cifar_10_is_trained_with_ten_outputs(tmp_path, capsys):
     line = (f"--pretrain --network {TINY} --batch-size 50 --epochs 1 --no-cuda --precision float32 --refresh 0 "
             f"--workers 1 --run run --data {cifar10(tmp_path / 'set')}")

@@ -393,6 +393,16 @@ class Soft(Penalty):
         for weight in self.weights:
             weight.sub_(weight.clamp(-strength, strength))
 
+class Rule(Penalty):
+    def update(self, lr_to_come):
+        pass
+    def after_step(self, lr):
+        for weight in self.weights:
+            weight.mul_(weight.abs() >= weight.abs().flatten().quantile(self.target))
+
+class Idle(Penalty):
+    pass
+
 class Ridge(Penalty):
     def __init__(self, model, layers, lam):
         super().__init__(model, layers, lam=lam)
@@ -421,6 +431,14 @@ def test_a_penalty_from_a_file(own):
     assert [penalties.takes("magnitude", name) for name in ("target", "lam", "kind")] == [True, False, False]
 
 
+def test_a_rule_of_ones_own_reaches_its_target_by_itself(own):
+    rule = penalties.make("own.py:Rule", Net(), LAYERS, target=0.5)
+    with torch.no_grad():  # as the loop calls it
+        rule.update(1.0)
+        rule.after_step(0.1)
+    assert rule.feedback is None and 0.45 < rule.zeros_share() < 0.55 and rule.record()["lambda"] == 0
+
+
 def test_the_first_lambda_of_a_penalty_of_ones_own(own):
     """That of plain L1, q / rate, for the zeros that are wanted a twentieth of the stage later (see above)."""
     penalty = penalties.make("own.py:Soft", Net(3), LAYERS, target=0.6)
@@ -435,6 +453,7 @@ def test_the_first_lambda_of_a_penalty_of_ones_own(own):
     ("own.py:function", {}, "expected a subclass of Penalty"), ("none.py:Soft", {}, "there is no file none.py"),
     ("own.py:Soft?speed=1", {"lam": 1.0}, "Soft refuses its arguments"), ("own.py:Soft?9", {}, "expected NAME=VALUE"),
     ("own.py:Ridge", {"target": 0.5}, "Ridge refuses its arguments"),
+    ("own.py:Idle", {"target": 0.5}, "Idle does nothing: it defines neither"),
     ("loss", {"target": 0.5}, "cannot be led to a target")))
 def test_a_penalty_that_cannot_be_is_refused_in_a_line(own, spec, options, said):
     with pytest.raises(BadInput, match=said) as error:

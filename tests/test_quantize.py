@@ -273,7 +273,8 @@ def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained
     save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")
     (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
     for words in ([], ["--holdout"]):
-        quantize.warn_of_seen_images(quantize.parse(["--checkpoint", str(tmp_path / "masked.pt"), *words]))
+        with pytest.raises(BadInput, match="no such checkpoint file"):
+            quantize.main(["--checkpoint", str(tmp_path / "masked.pt"), "--out", str(tmp_path / "out.pt"), *words])
         warned = "the network has seen these images" in capsys.readouterr().err
         assert warned == (bool(words) and not trained)
 

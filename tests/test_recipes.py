@@ -65,6 +65,7 @@ COOLDOWN = recipes.read(recipes.FOLDER / "default.toml")["masked"]["cooldown"]
     ("--schedule constant", "masked", {"cooldown": COOLDOWN}),
     ("--masked-retrain --cooldown 9", "masked", {"cooldown": 9}),
     ("--made-up 32", "rew", {"made_up": 32, "holdout": False}), ("--smoothing 0.2", "masked", {"smooth": True}),
+    ("--mixing cutmix", "rew", {"mixing": "cutmix", "no_tricks": False}), ("", "rew", {"no_tricks": True}),
     ("--warmup-epochs 3", "pretrain", {"warmup": True}), ("--mixup --no-tricks", "masked", {"cooldown": COOLDOWN}),
     ("--penalty magnitude", "rew", {"cost_power": 0.0, "target_sparsity": 0.803}),
     ("--optimizer adam", "masked", {"lr": None}), ("--optimizer sgd", "masked", {"lr": 0.1}),
@@ -73,13 +74,13 @@ COOLDOWN = recipes.read(recipes.FOLDER / "default.toml")["masked"]["cooldown"]
 def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words, stage, expected):
     path = tmp_path / "mine.toml"
     text = "holdout = true\nwarmup = false\nsmooth = false\n" + (recipes.FOLDER / "default.toml").read_text("utf-8")
-    path.write_text(text.replace("[rew]", "[rew]\ncost-power = 0.5")
+    path.write_text(text.replace("[rew]", "[rew]\ncost-power = 0.5\nno-tricks = true")
                     .replace("[masked]", '[masked]\nsparsity-type = "threshold"'), "utf-8")
     _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), *words.split()])
     assert {name: getattr(by_stage[stage], name) for name in expected} == expected
     steps = training.plan.Plan(training.settings_for(stage, by_stage[stage], training.torch.device("cpu")), 256,
                                training.loop.Processes())
-    assert steps.settings.cooldown == (0 if "no-tricks" in words else by_stage[stage].cooldown or 0)
+    assert steps.settings.cooldown == (0 if by_stage[stage].no_tricks else by_stage[stage].cooldown or 0)
 
 
 def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
@@ -107,6 +108,10 @@ def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
     assert (run / "recipe.toml").read_text() == text
     assert training.main(["--recipe", str(path), "--run", str(run), "--masked-retrain", "--no-resume"]) == 0
     assert "; then quantize.py fine-tunes for 3 epochs\n" in capsys.readouterr().out
+    path.write_text(text)  # its one epoch is quantize.py's, too
+    assert quantize.parse(["--checkpoint", str(run / "masked.pt"), "--recipe", str(path)]).epochs == 1
+    assert training.main(["--recipe", str(path), "--run", str(run), "--masked-retrain", "--no-resume"]) == 0
+    assert "; then quantize.py fine-tunes for 1 epochs\n" in capsys.readouterr().out
     assert (run / "recipe.toml").read_text() == path.read_text()
 
 

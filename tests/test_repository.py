@@ -341,7 +341,8 @@ def test_the_comparison_of_pruning_methods():
     """Mean and deviation over seeds for each target, and the share of the zeros that the mask added; and the figure."""
     assert "it has not been run yet" in report.methods_table(None)
     assert "not been compared" in report.compared(None)
-    rows = [{"method": method, "target": target, "accuracy": accuracy, "zeros": 100, "zeros_made": made}
+    rows = [{"method": method, "target": target, "accuracy": accuracy, "zeros": 100, "zeros_made": made,
+             "machine": {"device": "CPU", "cores": 2, "processes": 1, "torch": "2.14"}}
             for method, target, accuracy, made in (("proximal", 0.9, 0.5, 100), ("proximal", 0.9, 0.52, 110),
                                                    ("one-shot", 0.9, 0.4, 0), ("proximal", 0.8, 0.6, 75))]
     about = {"network": "m:Mine", "epochs": [3, 2, 1]}
@@ -352,8 +353,9 @@ def test_the_comparison_of_pruning_methods():
                           "| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |"]
     assert sorted(["one-shot", "loss-0.0001", "magnitude", "loss-1e-05"], key=report.by_lambda) == [
         "loss-1e-05", "loss-0.0001", "magnitude", "one-shot"]
-    assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "not finished: 4 runs so far" in table[5]
-    tried = [rows[0] | {"method": method} for method in ("loss-1e-06", *3 * ["loss-1e-05"])]  # by the first seed, by all
+    assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "on 2 CPU cores" in table[5]
+    assert "not finished: 4 runs so far" in table[5]
+    tried = [rows[0] | {"method": method} for method in ("loss-1e-06", *3 * ["loss-1e-05"])]  # by one seed, by all
     assert "not finished" not in report.methods_table({"about": about, "rows": 3 * rows + tried})
     assert "not finished" in report.methods_table({"about": about, "rows": 3 * rows + tried[:3]})
     axes, = needed("tools.figures").methods_figure(report.methods_means(rows)).axes

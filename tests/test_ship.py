@@ -1,4 +1,5 @@
 """Shipping: what is made, in which order files are replaced, and that a failure anywhere replaces none."""
+import dataclasses
 import os
 import re
 import shlex
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from compressed import claims, networks, shipping
+from compressed import cifar100, claims, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import run_python
 from compressed.errors import BadInput
-from compressed.files import load_json, save_record, save_text, sha256
+from compressed.files import load_json, load_record, save_record, save_text, sha256
 from compressed.networks import save_state
 from tools import baseline, quick, ship, train, verify
 
@@ -82,6 +83,9 @@ def commands(monkeypatch):
     return found
 
 
+DENSE = {"settings": {}, "options": {"holdout": False}, "data_set": dataclasses.asdict(cifar100.CIFAR100)}
+
+
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository with a shipped network, and a run folder in it, which is the current folder."""
@@ -96,8 +100,9 @@ def root(tmp_path, monkeypatch):
           record__README_md="page",
           run__masked_average_pt="weights", run__masked_jsonl="log",
           run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
-          run__pretrain_average_pt="dense", run__pretrain_jsonl="log", run__pretrain_options_json="{}")
+          run__pretrain_average_pt="dense", run__pretrain_jsonl="log")
     save_record({"options": {}}, tmp_path / "run/masked.options.json")
+    save_record(DENSE, tmp_path / "run/pretrain.options.json")
     (tmp_path / "record/masked-1.jsonl").write_text("of the network before")
     return tmp_path
 
@@ -124,10 +129,10 @@ def test_everything_is_made_and_then_replaced(commands, root, capsys, tuned):
     assert capsys.readouterr().out == f"ship.py: shipped {root / CHECKPOINT}\n"
 
 
-@pytest.mark.parametrize("words, kept", (([], b"of the run"), (["--recipe", "small"], None)))
+@pytest.mark.parametrize("words, kept", (([], b"# of the run"), (["--recipe", "small"], None)))
 def test_the_recipe_is_in_the_record(commands, root, words, kept):
     """The one that quantize.py took."""
-    write(root, run__recipe_toml="of the run")
+    write(root, run__recipe_toml="# of the run")
     assert ship.main(["run", *words]) == 0
     expected = kept or (ship.recipes.FOLDER / "small.toml").read_bytes()
     assert (root / "record/recipe.toml").read_bytes() == expected
@@ -400,6 +405,22 @@ def test_training_on_other_images_ships_nothing(commands, root, capsys):
             train.main(["--ship", *data.split()])
 
 
+@pytest.mark.parametrize("text, words", (("holdout = true\n", "--holdout"), ("made-up = 100\n", "--made-up 100"),
+                                         ('data = "mine.npz"\nholdout = true\n', "--data mine.npz --holdout")))
+def test_the_images_of_a_recipe_are_those_of_all_commands(commands, root, capsys, text, words):
+    write(root, runs__default__masked_pt="", runs__default__masked_average_pt="weights")
+    save_text(text, root / "mine.toml")
+    assert train.main(["--recipe", "mine.toml"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing shipped is going to be replaced" in said and f"--into FOLDER {words}\n" in said
+    with pytest.raises(SystemExit):
+        train.main(["--recipe", "mine.toml", "--ship"])
+    args, _ = ship.parse(["runs/default", "--recipe", "mine.toml", "--into", "shipped/mine"])
+    assert datasets.option_words(args) == words.split()
+    args = train.parse(["--recipe", "mine.toml", "--made-up", "40"])[0]
+    assert datasets.option_words(args) == ["--made-up", "40"]
+
+
 def test_training_another_network_ships_nothing(commands, root, capsys):
     commands.does["main.py"] = lambda: save_text("", root / "runs/x y/masked.pt")
     save_text('network = "my.py:Net"\n', root / "mine.toml")
@@ -439,9 +460,11 @@ def test_a_new_run_has_the_default_recipe(commands, root, monkeypatch):
     assert train.parse([])[0].recipe == "default"
     save_text("", root / "small.toml")
     assert train.parse(["--recipe", "small"])[0].recipe == "small"
-    save_text("{}", root / "runs/default/pretrain.options.json")
-    assert train.parse([])[0].recipe is None  # training/main.py goes on with what the run was begun with
-    assert train.main([]) == 0 and "--recipe" not in commands.lines[0]
+    for name in ("recipe.toml", "pretrain.options.json"):
+        save_text("", root / "runs/default" / name)
+        assert train.parse([])[0].recipe is None  # training/main.py takes what is there
+        assert train.main([]) == 0 and "--recipe" not in commands.lines[-1]
+        (root / "runs/default" / name).unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- baseline, quick
@@ -452,10 +475,20 @@ def test_the_baseline_is_a_runs_dense_network(commands, root):
     assert commands.names == ["testers.py", "tools.report"]
     record = tree(root / "record")
     assert record["dense.pt"] == b"another" and record["dense.jsonl"] == b"log"
-    assert record["dense.options.json"] == b"{}"
+    assert load_record(root / "record/dense.options.json", "")["options"] == {"holdout": False}
     assert load_json(root / "record/dense.tested.json") == {"checkpoint": "record/dense.pt", "correct": 8}
     assert record["masked.pt"] == b"old" and record["README.md"] == b"page"
     assert (root / "README.md").read_text() == "new tables"
+
+
+@pytest.mark.parametrize("change", ({"options": {"holdout": True}}, {"data_set": {"name": "made up"}}))
+def test_a_baseline_of_other_images_is_none(commands, root, change):
+    (root / "run/pretrain.pt").write_text("its end")
+    save_record(DENSE | change, root / "run/pretrain.options.json")
+    before = tree(root)
+    with pytest.raises(BadInput, match="run was not trained on all train images of CIFAR-100"):
+        baseline.main(["run"])
+    assert tree(root) == before
 
 
 @pytest.mark.parametrize("name", ("testers.py", "tools.report"))

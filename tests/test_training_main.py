@@ -182,10 +182,33 @@ def test_magnitude_takes_the_penaltys_place():
     pruning = sparsity.make_penalty(args, MobileNetV2(width=0.25))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100) and "conv1" not in pruning.layers
     assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
-    assert training.parse("--penalty magnitude --updates 9".split()).updates == 9
-    for wrong in ("--lambda 1", "--sparsity-type filter"):
+    assert training.parse("--penalty magnitude --updates 10".split()).updates == 10
+    for wrong in ("--lambda 1", "--sparsity-type filter", "--updates 9"):
         with pytest.raises(SystemExit):
             training.parse(["--penalty", "magnitude", *wrong.split()])
+    penalty = sparsity.make_penalty(training.parse("--rew --penalty proximal --sparsity-type filter".split()),
+                                    MobileNetV2(width=0.25))
+    assert (penalty.form, penalty.kind, penalty.target) == ("proximal", "filter", 0.8)
+
+
+def test_a_rule_of_ones_own_is_called_without_gradients(small):
+    Path("own.py").write_text("from training.penalties import Penalty\nclass Rule(Penalty):\n"
+                              "    def after_step(self, lr):\n"
+                              "        for weight in self.weights:\n"
+                              "            weight.mul_(weight.abs() >= weight.abs().flatten().quantile(self.target))\n")
+    assert run(QUICK + " --rew --penalty own.py:Rule --target-sparsity 0.7 --average 0") == 0
+    assert 0.6 < lines("run/rew.jsonl")[-1]["zeros_share"] < 0.75
+
+
+def test_a_target_is_not_dropped(capsys):
+    Path("own.py").write_text("from training.penalties import Penalty\nclass Ridge(Penalty):\n"
+                              "    def __init__(self, model, layers, lam=1e-4):\n"
+                              "        super().__init__(model, layers, lam=lam)\n"
+                              "    def loss(self):\n        return self.lam * self.weights[0].square().sum()\n")
+    training.parse(["--rew", "--penalty", "own.py:Ridge"])
+    with pytest.raises(SystemExit):
+        training.parse(["--rew", "--penalty", "own.py:Ridge", "--target-sparsity", "0.9"])
+    assert "--penalty own.py:Ridge has no --target-sparsity" in capsys.readouterr().err
 
 
 def test_the_penalty_of_the_page_runs(small):
@@ -554,7 +577,7 @@ def test_what_is_said_of_sparsity_that_is_not_as_asked_for(capsys):
     ("--rew --start start.pt --start-epoch 9", "epoch 9: the stage has 1"), ("--start run/rew.pt", "which is read"),
     ("--masked-retrain --start run/pretrain.pt --teacher run/masked.pt", "which is read"),
     ("--teacher run/masked.pt", "which is read"), ("--rew --penalty loss --target-sparsity 0.5", "target sparsity"),
-    ("--rew --penalty magnitude --updates 1", "--updates 2"),
+    ("--rew --penalty magnitude --updates 9", "--updates 10"),
     ("--cooldown 1", "belongs to --schedule constant"), ("--schedule constant --cooldown 2", "the stage has 1")))
 def test_finished_stages_survive_what_is_refused(small, options, said, capsys):
     """Before the first stage to be trained begins, everything has been checked."""
@@ -581,16 +604,16 @@ def test_a_cooldown_changes_where_other_stages_are_shorter(small):
 
 def test_no_option_is_dropped_without_a_word(small, capsys):
     """What has no effect is named, and a finished run with other options is refused rather than passed by."""
+    assert run(QUICK + " --pretrain --lambda 1 --eps 0.1 --mixing none --clean 0.5") == 0
+    out = capsys.readouterr().out
+    assert all(f"pretrain: --{option} has no effect\n" in out
+               for option in ("lambda on this stage", "eps on this stage", "clean without mixing"))
     assert run(QUICK + " --rew --turn 0.1 --threshold 0.5 --teaching mean --mixing cutmix --alpha 2") == 0
     out = capsys.readouterr().out
     for option in ("turn without --optimizer muon", "teaching without --teacher", "alpha without mixup",
                    "threshold on this stage"):
         assert f"rew: --{option} has no effect\n" in out
     assert "--lr" not in out
-    assert run(QUICK + " --pretrain --lambda 1 --eps 0.1 --mixing none --clean 0.5") == 0
-    out = capsys.readouterr().out
-    assert all(f"pretrain: --{option} has no effect\n" in out
-               for option in ("lambda on this stage", "eps on this stage", "clean without mixing"))
     assert run(QUICK) == 0
     assert re.search(r"rew: run/rew.pt exists, trained with other options \(.*mixing cutmix -> both",
                      capsys.readouterr().out)
@@ -719,13 +742,59 @@ def test_the_reweighted_stage_starts_from_the_dense_one(small, capsys):
     dense, result = load("run/pretrain.pt"), load("run/rew.pt")
     for (_, before), (_, after) in zip(weight_layers(dense), weight_layers(result)):
         assert torch.allclose(before.weight, after.weight, atol=1e-6)
-    record, = (stage for stage in training_record("run/rew.pt") if stage["stage"] == "rew")
+    record = files.load_json("run/rew.options.json")
     assert record["start_sha256"] == files.sha256("run/pretrain.pt") and "warning" not in capsys.readouterr().err
 
 
+def test_a_finished_stages_own_command_says_that_it_is_there(small, capsys):
+    """Each stage has its own options in the submission's script, which is repeated if it was stopped."""
+    for words in ("--pretrain --lr 0.01", "--rew --lr 0.02", "--masked-retrain --lr 0.03 --max-minutes 0"):
+        assert run(f"{QUICK} {words}") == 0
+    capsys.readouterr()
+    for words in ("--pretrain --lr 0.01", "--rew --lr 0.02"):
+        assert run(f"{QUICK} {words}") == 0
+        assert "exists" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="rew.pt was trained with other options .lr 0.02 -> 0.01"):
+        run(QUICK + " --rew --lr 0.01")
+    assert run(f"{QUICK} --masked-retrain --lr 0.03") == 0
+
+
+def test_a_stage_that_began_from_random_weights_is_no_other(small):
+    assert run(QUICK + " --rew --max-minutes 0") == 0 and run(QUICK + " --pretrain") == 0
+    with pytest.raises(BadInput, match="rew.state was trained from other weights than those of the stage before it"):
+        run(QUICK + " --rew")
+    Path("run/pretrain.pt").rename("kept.pt")
+    assert run(QUICK + " --rew") == 0
+    Path("kept.pt").rename("run/pretrain.pt")
+    with pytest.raises(BadInput, match="rew.pt was trained with other options .start_sha256 random weights -> "):
+        run(QUICK)
+
+
+def test_nothing_begins_before_the_dense_stage_is_finished(small):
+    assert run(QUICK + " --pretrain --max-minutes 0") == 0
+    with pytest.raises(BadInput, match="pretrain.pt is missing, because the dense stage is not finished: repeat"):
+        run(QUICK + " --rew")
+    assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew") == 0
+
+
+@pytest.mark.parametrize("words", ("--rew --target-sparsity 0.5", "--masked-retrain --target-sparsity 0.5",
+                                   "--masked-retrain --sparsity-type threshold --threshold 0.05"))
+def test_a_branch_goes_on_when_its_start_is_gone(small, words):
+    """Or has moved on; to the same bits."""
+    trunk = QUICK + " --pretrain --epochs 3 --schedule constant"
+    branch = f"{QUICK} {words} --start trunk/pretrain.state"
+    assert run(trunk + " --max-minutes 0", "trunk") == 0
+    assert run(branch, "whole") == 0 and run(branch + " --max-minutes 0") == 0
+    assert run(trunk + " --max-minutes 0", "trunk") == 0 and run(branch + " --max-minutes 0") == 0
+    assert run(trunk, "trunk") == 0 and not Path("trunk/pretrain.state").exists()
+    assert run(branch) == 0
+    stage = "rew" if "--rew" in words else "masked"
+    assert_same(Path(f"run/{stage}.pt"), Path(f"whole/{stage}.pt"))
+
+
 @pytest.mark.parametrize("name, words", (
-    ("teacher", "--teacher other.pt"), ("lam", "--lambda 0.5"), ("eps", "--eps 0.01"), ("cost_power", "--cost-power 0.5"),
-    ("updates", "--updates 3"), ("sparsity_type", "--sparsity-type filter"),
+    ("teacher", "--teacher other.pt"), ("lam", "--lambda 0.5"), ("eps", "--eps 0.01"), ("updates", "--updates 3"),
+    ("cost_power", "--cost-power 0.5"), ("sparsity_type", "--sparsity-type filter"),
     ("config_file", "--config-file other.toml"), ("target_sparsity", "--target-sparsity 0.6")))
 def test_what_decides_the_result_is_no_other_run(small, name, words):
     Path("other.toml").write_text("[prune_ratios]\nlinear = 0.5\n")

@@ -193,7 +193,7 @@ class Viewed(nn.Module):
 
 
 class Flat(nn.Module):
-    """Maps of 1x1 that are flattened between BatchNorm and ReLU; a BatchNorm of a linear layer's output; a flat gate."""
+    """Maps of 1x1 that are flattened between BatchNorm and ReLU; a BatchNorm behind a linear layer; a flat gate."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__()

@@ -6,13 +6,16 @@
 record/ gets its weights (dense.pt), log, options and the result of testers.py; the tables of the pages are updated.
 Nothing is replaced before all of this is made.
 """
+import dataclasses
 import shutil
 from pathlib import Path
 
 from compressed import shipping
+from compressed.cifar100 import CIFAR100
 from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, save_json
+from training.runs import options_of
 
 ROOT = shipping.ROOT
 FILES = {"dense.pt": "pretrain.average.pt", "dense.jsonl": "pretrain.jsonl",
@@ -38,6 +41,9 @@ def main(argv=None) -> int:
     for name in ("pretrain.pt", *FILES.values()):  # the first is written when the stage has ended
         if not (run / name).is_file():
             raise BadInput(f"{run / name} is not there: this run has no dense network yet")
+    record = options_of(run / "pretrain.options.json")
+    if record["options"].get("holdout") or record.get("data_set") != dataclasses.asdict(CIFAR100):
+        raise BadInput(f"{run} was not trained on all train images of CIFAR-100, as the shipped network was")
     with shipping.staging(ROOT) as new:
         make_record(run, new / "record")
         shipping.run("-m", "tools.report", "--logs", new / "record", "--to", new)

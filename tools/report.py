@@ -254,8 +254,8 @@ def stages(m: Shipped) -> str:
                      settings["turn"] if settings["optimizer"] == "muon" else "-", settings["sizes"],
                      f"{last['zeros']:,}", f"{last['test_accuracy']:.2%}" if "test_accuracy" in last else "-",
                      f"{last['seconds'] / 60:.0f} min", f"{device(where)}, torch {where['torch']}"))
-    return table(("stage", "epochs", "batch", "optimizer", "peak lr", "turn", "image sizes", "zeros", "test accuracy", "time",
-                  "machine"), rows)
+    return table(("stage", "epochs", "batch", "optimizer", "peak lr", "turn", "image sizes", "zeros", "test accuracy",
+                  "time", "machine"), rows)
 
 
 def score(m: Shipped) -> str:
@@ -410,9 +410,10 @@ def methods_table(measured: dict | None) -> str:
         f" It is not finished: {len(rows)} runs so far; each method is to have three seeds."
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
-    return table(head, lines) + f"\n\n{command}: `{about['network']}`, {epochs}, without teachers, on {where}. `loss-L` is " \
-        "the penalty in the loss with λ = L; `one-shot` trains densely, and prunes all at once; more in its `--help`." \
-        f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)"
+    return table(head, lines) + (
+        f"\n\n{command}: `{about['network']}`, {epochs}, without teachers, on {where}. `loss-L` is the penalty in the "
+        "loss with λ = L; `one-shot` trains densely, and prunes all at once; more in its `--help`."
+        f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
 
 
 def is_finished(rows: list[dict]) -> bool:

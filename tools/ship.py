@@ -47,6 +47,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     args, words = parse_own(parser, argv)
     args.run = Path(run)
     words = [*(["--recipe", args.recipe] if args.recipe else []), *words]
+    recipes.take_images(args, recipes.of_run(args.recipe, args.run))
     candidate = (args.run / CANDIDATE).resolve()
     if candidate in (args.into.resolve(), *args.into.resolve().parents):
         parser.error(f"--into {args.into}: what cannot be shipped is kept there; give another folder")

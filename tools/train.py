@@ -34,10 +34,11 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     datasets.add_options(parser)
     args, words = parse_own(parser, argv)
-    began = any(args.run.glob("*.options.json"))
+    began = any(args.run.glob("*.options.json")) or (args.run / "recipe.toml").is_file()
     if args.recipe is None and not began and (recipes.FOLDER / "default.toml").is_file():
         args.recipe = "default"
     path = recipes.of_run(args.recipe, args.run)
+    recipes.take_images(args, path)
     args.given_network = args.network
     args.network = args.network or (path and recipes.read(path)["common"].get("network")) or networks.DEFAULT
     if args.ship and (why := not_shipped(args)):

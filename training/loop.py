@@ -289,7 +289,8 @@ class Stage:
             factor = group.get("factor", 1.0)
             group["lr"] = lr * factor if self.graphs is None else self.rates[factor].fill_(lr * factor)
         if self.penalty is not None and step in self.updates:
-            self.penalty.update(sum(plan.lrs[step:]))
+            with torch.no_grad():
+                self.penalty.update(sum(plan.lrs[step:]))
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                                   settings.augment, mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
@@ -301,7 +302,8 @@ class Stage:
         else:
             self.graphs.step(kind, self.batch_ahead(index, draws))
         if self.penalty is not None:
-            self.penalty.after_step(lr)
+            with torch.no_grad():
+                self.penalty.after_step(lr)
         if self.masks is not None:
             self.masks.apply()
         if self.average is not None:

@@ -42,7 +42,8 @@ from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
-from training.runs import DECISIVE, STAGES, new_record, options_of, other_start
+from training.runs import (DECISIVE, STAGES, new_record, options_of, other_start, training_record,
+                           warn_of_seen_images)
 from training.state import MACHINE, State, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -275,7 +276,7 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
     for stage in there:
         if changed := changed_options(stage, job):
             others[stage] = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-            asked = stage in chosen or not missing and args.given & changed.keys()
+            asked = stage in chosen or not (chosen or missing) and args.given & changed.keys()
             if asked or changed.keys() & {"data_set", "start_sha256"}:
                 raise BadInput(f"{job.file(f'{stage}.pt')} was trained with other options ({others[stage]}): give the "
                                "same, or --no-resume to train it again, or another --run folder")
@@ -308,8 +309,9 @@ def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
     job.say(f"{job.by_stage[next(iter(plans))].network} on {machine['processes']} x {machine['device']} "
             f"({machine['cores']} cores, torch {machine['torch']}); {len(job.data):,} train images "
             f"({job.data.data_set.name}); run folder {job.args.run}{recipe}")
-    recipe = recipes.read(job.args.recipe) if job.args.recipe and "masked" in plans else {"quantized": {}}
-    tuning = recipe["quantized"].get("epochs", 0)
+    recipe = recipes.read(job.args.recipe) if job.args.recipe and "masked" in plans else {"common": {}, "quantized": {}}
+    recipe = recipe["common"] | recipe["quantized"]
+    tuning = recipe.get("epochs", recipe.get("epoch", 0))
     job.say("to train: " + ", ".join(parts) + f"; then quantize.py fine-tunes for {tuning} epochs" * bool(tuning))
 
 
@@ -320,20 +322,30 @@ def starting_file(stage: str, args) -> Path | None:
     return args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage)
 
 
+def goes_on(stage: str, args) -> bool:
+    """Return True if a stage with a --start is resumed: from its own state, because --start may have changed by now."""
+    return bool(args.start) and args.resume and State(args.run / f"{stage}.state").exists
+
+
 def starting_point(stage: str, args, job: Job) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
-    classes = job.data.data_set.classes
-    if args.start and args.start.is_dir():
-        weights = State(args.start).read("weights")
-        return networks.fill(networks.make(args.network, classes), weights, f"{args.start} does not fit {args.network}")
+    classes, state = job.data.data_set.classes, args.start
+    if goes_on(stage, args):
+        state = args.run / f"{stage}.state"
+    if state and state.is_dir():
+        weights = State(state).read("weights")
+        return networks.fill(networks.make(args.network, classes), weights, f"{state} does not fit {args.network}")
     if path := starting_file(stage, args):
         if args.start or path.is_file():
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
+        if State(args.run / "pretrain.state").exists:
+            raise BadInput(f"{path} is missing, because the dense stage is not finished: repeat its command first, or "
+                           "give --start CHECKPOINT")
         if job.processes.first and not (args.resume and State(args.run / f"{stage}.state").exists):
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
@@ -343,47 +355,55 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
     return networks.make(args.network, classes)
 
 
+def record_of(stage: str, args, job: Job) -> dict:
+    """Return the STAGE.options.json of a stage; if it is resumed, it started from what was given then."""
+    before, file, options = starting_file(stage, args), job.file(f"{stage}.options.json"), vars(args)
+    start = {"start_sha256": sha256(before) if before and before.is_file() else None}  # None: random, or a state
+    if args.resume and State(job.file(f"{stage}.state")).exists and file.is_file():
+        earlier = options_of(file, "give --no-resume")
+        start = {key: earlier[key] for key in ("start_sha256",) if key in earlier}
+        options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
+    taught = {"teachers_sha256": teachers.digests(args.teacher)} if args.teacher else {}
+    return new_record(stage, job.data, job.settings(stage), options, job.processes.count) | start | taught
+
+
+def begin_run(stages: list[str], job: Job) -> None:
+    """Copy the recipe to the run folder, and remove the weights that the stages to be trained had."""
+    if job.args.recipe:
+        save_text(job.args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
+    for stage in stages:
+        job.file(f"{stage}.pt").unlink(missing_ok=True)
+        if not job.args.resume:
+            job.file(f"{stage}.average.pt").unlink(missing_ok=True)
+            if stage != stages[0]:
+                State(job.file(f"{stage}.state")).remove()
+
+
 def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, plan.Plan]) -> bool:
     """Train one stage and write its weights. Return False if the run must end: the time is up, or SIGTERM arrived.
 
-    plans: of all stages that this call trains. When the first of them begins, and not earlier, its recipe is copied to
-    the run folder, and the weights that these stages had are removed.
+    plans: of all stages that this call trains. The folder is changed when the first of them begins, and not earlier.
     """
     settings, state, stages = job.settings(stage), State(job.file(f"{stage}.state")), list(plans)
     later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
     model = model.to(job.device, memory_format=torch.channels_last)
     job.processes.share([*model.parameters(), *model.buffers()])
-    if args.start and args.resume and state.exists:
+    if goes_on(stage, args):
         job.say(f"{stage}: the weights are those of {state.folder}, and --start has no effect")
     penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
     masks = None
     if stage == "masked":
         args = sparsity.of_run(args, job.say)
-        masks = sparsity.make_masks(args, model, job.say)
+        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args))
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
-
-    before, file = starting_file(stage, args), job.file(f"{stage}.options.json")
-    start = {"start_sha256": sha256(before)} if before and before.is_file() else {}
-    taught = {"teachers_sha256": teachers.digests(args.teacher)} if args.teacher else {}
-    options = vars(args)
-    if args.resume and state.exists and file.is_file():  # it started from what was given then
-        earlier = options_of(file, "give --no-resume")
-        start = {key: earlier[key] for key in ("start_sha256",) if key in earlier}
-        options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
+    record = record_of(stage, args, job)
 
     def began():
         if job.processes.first:
-            save_record(new_record(stage, job.data, settings, options, job.processes.count) | start | taught, file)
+            save_record(record, job.file(f"{stage}.options.json"))
             if stage == stages[0]:
-                if args.recipe:
-                    save_text(args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
-                for each in stages:
-                    job.file(f"{each}.pt").unlink(missing_ok=True)
-                    if not args.resume:
-                        job.file(f"{each}.average.pt").unlink(missing_ok=True)
-                        if each != stage:
-                            State(job.file(f"{each}.state")).remove()
+                begin_run(stages, job)
 
     with stop_noted() as asked:  # a stage that gets a signal during its last step still finishes
         finished = loop.train(
@@ -401,9 +421,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
         save_state(weights, job.file(f"{stage}.pt"))
         state.remove()
         job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
-        if penalty is not None and penalty.feedback and (zeros := float(penalty.zeros_share())) > penalty.target + 0.05:
-            job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}: lambda could not be adjusted in so "
-                    "few steps; give the stage more --epochs")
+        if penalty is not None and penalty.feedback:
+            zeros = float(penalty.zeros_share())
+            if abs(zeros - penalty.target) > 0.05:
+                job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}; with more --epochs lambda (see "
+                        "the log) is adjusted more often")
     if job.processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
     return not job.processes.agree(bool(asked), job.device)
@@ -434,6 +456,9 @@ def run_stages(job: Job) -> None:
             model = starting_point(stage, options, job)
             if begins:
                 say_what_is_trained(plans, job)
+                before = starting_file(stage, options)
+                if job.args.holdout and before and job.processes.first:
+                    warn_of_seen_images(training_record(before))
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
             if not run_stage(stage, options, model, job, plans):

@@ -22,7 +22,8 @@ class Penalty:
     """Base class of all penalties; by itself it does nothing.
 
     A subclass usually defines `shrink` or `loss`, and may define `reweight`, `sizes`, `first_lambda` and `kept`. A rule
-    that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does.
+    that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does; then a target is its own
+    affair.
     Everything but `loss` is called without gradients.
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).
@@ -39,7 +40,10 @@ class Penalty:
             raise BadInput(f"unknown sparsity type {kind!r}; known: {', '.join(GROUPS)}")
         if (lam is None) == (target is None):
             raise BadInput("the penalty needs a lambda or a target sparsity, and not both")
-        if target is not None and type(self).shrink is Penalty.shrink:
+        shrinks, steps = (getattr(type(self), name) is not getattr(Penalty, name) for name in ("shrink", "after_step"))
+        if not (shrinks or steps or self.in_loss):
+            raise BadInput(f"{type(self).__name__} does nothing: it defines neither `shrink` nor `loss`")
+        if target is not None and self.in_loss and not shrinks:
             raise BadInput("a penalty in the loss makes no exact zeros, so it cannot be led to a target sparsity: give "
                            "it a --lambda, or take --penalty proximal")
         self._layers, self.weights = list(layers), plain_weights(model, layers)  # a subclass may have layers of its own
@@ -47,8 +51,9 @@ class Penalty:
             raise BadInput(f"{frozen[0]} is not trained (requires_grad is False): select layers by --config-file")
         scale_free = set(scale_free_weights(model))
         self.convolutions = [weight for weight in self.weights if weight in scale_free]
-        self.kind, self.given, self.target = kind, lam, target
-        self.feedback = None if target is None else Feedback(target, kind == "irregular")
+        led = target is not None and shrinks  # without `shrink` there is no lambda, and a target is reached otherwise
+        self.kind, self.given, self.target = kind, lam if led or target is None else 0.0, target
+        self.feedback = Feedback(target, kind == "irregular") if led else None
         self.norms: Tensor | None = None  # of `convolutions` when the feedback began
 
     # -- what a subclass defines
@@ -259,8 +264,8 @@ class GradualMagnitude(Penalty):
     form, updates, saved = "magnitude", 100, ("spent", "start", "share", "masks")
 
     def __init__(self, model: nn.Module, layers, target: float):
-        super().__init__(model, layers, lam=0.0)
-        self.model, self.layers, self.target = model, list(layers), target
+        super().__init__(model, layers, target=target)
+        self.model, self.layers = model, list(layers)
         self.spent = 0.0  # sum of the learning rates of the steps made
         self.start: float | None = None  # share of zeros at the first update
         self.share = 0.0  # wanted share of zeros

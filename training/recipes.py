@@ -24,11 +24,12 @@ OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
-            "mixup": lambda value: ["mixing"], "mixing": lambda value: ["mixup"],
+            "mixup": lambda value: ["mixing", "no_tricks"], "mixing": lambda value: ["mixup", "no_tricks"],
             "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout", "data"],
             "data": lambda value: ["made_up"],
-            "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
-            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken,
+            "warmup_epochs": lambda value: ["warmup", "no_tricks"], "smoothing": lambda value: ["smooth", "no_tricks"],
+            "schedule": lambda value: ["no_tricks"] + ["cooldown"] * (value != "constant"),
+            "cooldown": lambda value: ["no_tricks"], "penalty": sparsity.not_taken,
             "sparsity_type": lambda value: ["target_sparsity"] if value == "threshold" else []}
 
 
@@ -39,6 +40,16 @@ def of_run(name: str | None, folder: Path) -> Path | None:
     """
     kept = folder / "recipe.toml"
     return find_toml(name, FOLDER, "recipe") if name else kept if kept.is_file() else None
+
+
+def take_images(args: argparse.Namespace, path: Path | None) -> None:
+    """Set the options of the images (datasets.add_options) in `args` to the recipe's, as far as they go together."""
+    common = read(path)["common"] if path else {}
+    data, holdout, made_up = args.data, args.holdout, args.made_up
+    if "data" in common and not made_up:
+        args.data = data or Path(str(common["data"])).expanduser()
+    args.holdout = bool(holdout or common.get("holdout") and not made_up)
+    args.made_up = made_up or (None if data or holdout else common.get("made-up"))
 
 
 def read(path: Path) -> dict[str, dict]:

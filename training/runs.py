@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 from compressed import threads
@@ -48,15 +49,18 @@ def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
 def other_start(folder: Path, stage: str) -> tuple[str, str] | None:
     """Return the SHA-256 of the weights that a stage started from and of those there now, if they differ; else None.
 
-    They are those of the stage before. If the stage had a --start, or these weights are gone, nothing is compared.
+    They are those of the stage before. If the stage had a --start, or these weights are gone, nothing is compared; nor
+    are those of older records, which do not say whether the stage started from random weights.
     """
     record, before = Path(folder, f"{stage}.options.json"), {"rew": "pretrain", "masked": "rew"}.get(stage)
     weights = Path(folder, f"{before}.pt")
     if not before or not record.is_file() or not weights.is_file():
         return None
     said = options_of(record)
-    started, now = said.get("start_sha256"), sha256(weights)
-    return None if said["options"].get("start") or started in (None, now) else (started, now)
+    started, now = said.get("start_sha256", "not known"), sha256(weights)
+    if said["options"].get("start") or started in ("not known", now):
+        return None
+    return started or "random weights", now
 
 
 def images_trained(line: dict, settings: dict, options: dict, train_images: int | None) -> int:
@@ -118,6 +122,14 @@ def stage_records(logs) -> list[dict]:
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
             | ({} if stage.teachers_sha256 is None else {"teachers_sha256": stage.teachers_sha256})
             for stage in map(read_stage, logs) if stage]
+
+
+def warn_of_seen_images(trained: list[dict]) -> None:
+    """Print a warning if a hold-out is one on which some stage of a network was trained. trained: its `stage_records`.
+    """
+    if stages := [stage["stage"] for stage in trained if not stage["options"].get("holdout")]:
+        print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
+              file=sys.stderr)
 
 
 def training_record(checkpoint) -> list[dict]:

@@ -2,6 +2,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from compressed.command_line import number, option_name
 from compressed.errors import BadInput, refused
 from compressed.files import load_record
@@ -33,10 +35,10 @@ def add_options(group) -> None:
                        help="number of updates of alpha, or with magnitude of the zeros, at equal intervals (5 with "
                             "a lambda, 20 with a target, 100 with magnitude)")
     group.add_argument("--sparsity-type", choices=(*masks.GROUPS, "threshold"),
-                       help="groups of weights that become zero together (irregular: single weights). Given without a "
-                            "target, it selects the submission's method: the penalty in the loss, lambda 1e-6, and "
-                            "masks from --threshold or, for groups, from the ratios of --config-file. A filter of "
-                            "zeros is counted as zeros, but not removed from the network")
+                       help="groups of weights that become zero together (irregular: single weights). Given without "
+                            "--target-sparsity and --penalty, it selects the submission's method: the penalty in the "
+                            "loss, lambda 1e-6, and masks from --threshold or, for groups, from the ratios of "
+                            "--config-file. A filter of zeros is counted as zeros, but not removed from the network")
     group.add_argument("--config-file", metavar="NAME",
                        help="TOML file with the layers' prune ratios, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
@@ -56,8 +58,10 @@ def check(args, stage: str, parser: argparse.ArgumentParser) -> None:
         parser.error("--sparsity-type threshold makes masks; the penalty knows " + ", ".join(masks.GROUPS))
     if args.sparsity_type == "threshold" and stage == "masked" and args.target_sparsity is not None:
         parser.error("--sparsity-type threshold prunes by --threshold, and excludes --target-sparsity")
-    if args.penalty == "magnitude" and args.updates == 1:
-        parser.error("--penalty magnitude prunes between its first and last update: give --updates 2 or more")
+    if args.penalty == "magnitude" and args.updates is not None and args.updates < 10:
+        parser.error("--penalty magnitude prunes in steps, the last of them before the end: give --updates 10 or more")
+    if stage == "rew" and args.penalty and args.target_sparsity and not penalties.takes(args.penalty, "target"):
+        parser.error(f"--penalty {args.penalty} has no --target-sparsity: its constructor takes no argument `target`")
     for option in not_taken(args.penalty) if args.penalty else ():
         if getattr(args, option) != parser.get_default(option):
             parser.error(f"--penalty {args.penalty} has no {option_name(option)}")
@@ -72,12 +76,12 @@ def updates(args) -> int:
 def strength(args) -> tuple[str, float | None, float | None]:
     """Return (specification, lambda, target) of the penalty; lambda or target is None.
 
-    Without a target, --sparsity-type and --penalty loss select the submission's penalty: in the loss, lambda 1e-6.
+    Without a target, --sparsity-type alone and --penalty loss select the submission's: in the loss, lambda 1e-6.
     """
     lam, target = args.lam, args.target_sparsity
     spec = args.penalty or ("loss" if args.sparsity_type and target is None else "proximal")
     if lam is None and target is None:
-        lam, target = (1e-6, None) if args.sparsity_type or spec == "loss" else (None, DEFAULT_TARGET)
+        lam, target = (1e-6, None) if spec == "loss" else (None, DEFAULT_TARGET)
     return spec, lam, target
 
 
@@ -114,10 +118,12 @@ def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
 def try_penalty(penalty: penalties.Penalty) -> None:
     """Make a step with a penalty on a model that is not needed. Raises BadInput if it fails."""
     with refused(f"--penalty {penalty.form}: a first step with it fails"):
-        penalty.update(1.0)
+        with torch.no_grad():
+            penalty.update(1.0)
         if penalty.in_loss:
             penalty.loss().backward()
-        penalty.after_step(1e-6)
+        with torch.no_grad():
+            penalty.after_step(1e-6)
 
 
 def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
@@ -155,10 +161,15 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     return args
 
 
-def make_masks(args, model, say=lambda line: None) -> masks.Masks:
-    """Return the masks that the options select, on the model. say(line) is called with their number of zeros."""
+def make_masks(args, model, say=lambda line: None, masked: bool = False) -> masks.Masks:
+    """Return the masks that the options select, on the model. say(line) is called with their number of zeros.
+
+    masked: the weights are masked already, and the masks are their zeros.
+    """
     layers = pruned_layers(args, model)
-    if args.target_sparsity is not None or args.sparsity_type is None:
+    if masked:
+        kept = {name: mask for name, mask in masks.zero_masks(model).items() if name in layers}
+    elif args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
         kept = masks.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
         say_ratios_are_idle(args, "masked", say)
