@@ -6,7 +6,7 @@ What is stored                                               width
   weights                 code * step, step a power of two   6 or 8 bits per layer (by default the submission's)
   BatchNorm scale         a float16: an 11-bit multiplier and a 5-bit shift; or fixed-point (--scale-bits)    16 bits
   BatchNorm shift, bias   code * step, step a power of two                                                    16 bits
-  activations             code * step, step a power of two   8 bits: unsigned after a ReLU, signed elsewhere
+  activations             code * step, step a power of two   8 bits: unsigned where no value can be below zero
 BatchNorm is stored folded: mean 0, variance 1 - eps, so that scale and shift are all it has. A free scale of a layer,
 or of an output channel, costs no storage: the BatchNorm after the convolution absorbs it. With w = s q (s: step,
 q: codes) and the BatchNorm's scale a and shift b, a (s q * x) + b = (a s) (q * x) + b. The linear layer has none after
@@ -188,16 +188,16 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
     if tuning is None:
         on_grids(model, train_data, chosen, accuracies)
         return model
+    classes = train_data.data_set.classes
     with fine_tune.alone(tuning):
-        found = fine_tune.take_up(networks.make(tuning.network, train_data.data_set.classes), tuning, chosen)
+        found = fine_tune.take_up(networks.make(tuning.network, classes), tuning, chosen)
         if found is None:
             # what it cannot begin with is refused before the long work
             steps = plan.Plan(tuning.settings, len(train_data), loop.Processes())
             # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
             least = 2 if tuning.frozen == 1 else min(2, *(share.stop - share.start for share in steps.shares))
-            plain, other = (prepare(networks.make(tuning.network, train_data.data_set.classes)) for _ in range(2))
-            networks.check_forward(plain, tuning.network, train_data.data_set.classes, set(steps.sizes), least)
-            loop.try_network(other, tuning.network, steps, least, train_data.labels.device)
+            loop.try_network(lambda: prepare(networks.make(tuning.network, classes)), tuning.network, classes, steps,
+                             least, train_data.labels.device)
             for path in tuning.teachers:
                 teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)

@@ -39,7 +39,7 @@ from compressed.cifar100 import Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json
-from tools.report import methods_means, of_seeds
+from tools import methods
 from training import main as training
 from training.state import stop_noted
 
@@ -162,9 +162,9 @@ def main(argv=None) -> int:
         save_json(results, args.json)
         print(f"seed {seed}, {target:.0%} zeros, {method}: {row['accuracy']:.2%} of the hold-out", flush=True)
     images, error = len(runs.held_out), 0.0
-    for target, found in methods_means(results["rows"]).items():
+    for target, found in methods.means(results["rows"]).items():
         for method, (mean, *others) in found.items():
-            print(f"{target:.0%} zeros, {method}: {of_seeds(mean, *others)}")
+            print(f"{target:.0%} zeros, {method}: {methods.of_seeds(mean, *others)}")
             error = max(error, math.sqrt(mean * (1 - mean) / images))
     print(f"± is the standard deviation over seeds (their number in brackets), all measured on the same {images:,} "
           f"images; the standard error from the choice of these images, up to {100 * error:.1f} points, is not in it")

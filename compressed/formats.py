@@ -213,7 +213,7 @@ class Activation:
 class Formats:
     """Hold the formats of a network: a Grid for each parameter, an Activation for each activation point.
 
-    A point that is not in `activations` has `activation_bits` bits, unsigned after a ReLU, otherwise signed.
+    A point that is not in `activations` has `activation_bits` bits; whether it is signed, the caller says.
     """
     tensors: dict[str, Grid]
     activations: dict[str, Activation] = field(default_factory=dict)

@@ -417,15 +417,12 @@ def first_layer(model: nn.Module) -> str:
     return next((node.target for node in nodes if node.op == "call_module" and node.target in names), names[0])
 
 
-def scale_free_weights(model: nn.Module) -> list[Tensor]:
-    """Return the weights of any network that can be scaled without a change of its output in training.
+def scale_free_layers(model: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions of any network that can be scaled, weights and bias, without a change in training.
 
-    They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
-    pass cannot be followed. A bias must be normalised away, too, which groups of several channels do not do.
+    They are those whose output only a normalisation reads, or all convolutions if the forward pass cannot be followed.
     """
-    norms = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
-    if norms is None:
-        return [layer.weight for _, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
-    pairs = [(model.get_submodule(name), model.get_submodule(norm)) for name, norm in norms.items()]
-    return [layer.weight for layer, norm in pairs if layer.bias is None
-            or not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels]
+    names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
+    if names is None:
+        names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
+    return [model.get_submodule(name) for name in names]

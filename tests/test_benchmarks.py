@@ -13,7 +13,7 @@ from compressed import cifar100, kernels
 from compressed.errors import BadInput
 from compressed.files import load_json, load_record, save_record
 from tiny import tiny
-from tools import report
+from tools import methods, report
 from training import loop
 
 
@@ -175,7 +175,7 @@ def test_a_signal_in_a_last_step_ends_the_comparison(tmp_path, monkeypatch):
 
 def test_means_of_seeds():
     rows = [{"method": "loss", "target": 0.8, "accuracy": accuracy} for accuracy in (0.5, 0.7)]
-    mean, deviation, seeds = sparsity_methods.methods_means(rows)[0.8]["loss"]
+    mean, deviation, seeds = methods.means(rows)[0.8]["loss"]
     assert seeds == 2 and mean == pytest.approx(0.6)
     assert deviation == pytest.approx(0.02**0.5)
 

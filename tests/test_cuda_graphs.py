@@ -192,7 +192,7 @@ def test_graphs_compute_what_plain_steps_do(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "KINDS", ())
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # Muon makes much of the last bits
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
-    plain.graphs = plain.ahead = plain.beside = None
+    plain.graphs = plain.batch_stream = plain.teacher_stream = None
     expected = steps(plain, prepare=freeze)
     with recorded.fast_kernels():
         found = steps(recorded, prepare=freeze)

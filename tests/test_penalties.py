@@ -262,11 +262,23 @@ def test_with_a_target_the_convolutions_keep_their_norms():
     assert layers["linear"].weight.norm() < 0.99 * before["linear"] and not layers["depthwise"].weight.any()
 
 
+@torch.no_grad()
+def test_a_bias_is_scaled_with_the_weights():
+    """Groups of several channels do not remove it."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 8, 8)
+    penalty = ReweightedL1(model, ["0", "2"], target=0.5)
+    penalty.update(1.0)
+    before = model[0](x)
+    penalty.norms *= 1.5
+    penalty.hold_norms()
+    torch.testing.assert_close(model[0](x), 1.5 * before)
+
+
 def test_a_convolution_without_a_normalisation_keeps_no_norm():
     """Its norm matters, so the loss holds it."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
     penalty = ReweightedL1(randomised(model, 0), ["0", "3"], target=0.5)
-    assert [weight is model[0].weight for weight in penalty.convolutions] == [True]
+    assert penalty.convolutions == [model[0]]
 
 
 @pytest.mark.parametrize("wrong", ({}, dict(lam=1.0, target=0.5)))

@@ -26,7 +26,7 @@ from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_json, load_lines, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
-from tools import report
+from tools import methods, report
 from training.runs import read_stages, stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py")
                if path.name != "__init__.py")
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-TOOL_LIBRARIES = {"tools.agreement", "tools.figures"}  # without a command line; only tools may import them
+TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods"}  # no scripts; only tools may import them
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
            *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
@@ -351,14 +351,14 @@ def test_the_comparison_of_pruning_methods():
     table = report.methods_table({"about": about, "rows": rows}).splitlines()
     assert table[2:4] == ["| one-shot | - | - | 40.00% (1) | 100.0% |",
                           "| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |"]
-    assert sorted(["one-shot", "loss-0.0001", "magnitude", "loss-1e-05"], key=report.by_lambda) == [
+    assert sorted(["one-shot", "loss-0.0001", "magnitude", "loss-1e-05"], key=methods.by_lambda) == [
         "loss-1e-05", "loss-0.0001", "magnitude", "one-shot"]
     assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "on 2 CPU cores" in table[5]
     assert "not finished: 4 runs so far" in table[5]
     tried = [rows[0] | {"method": method} for method in ("loss-1e-06", *3 * ["loss-1e-05"])]  # by one seed, by all
     assert "not finished" not in report.methods_table({"about": about, "rows": 3 * rows + tried})
     assert "not finished" in report.methods_table({"about": about, "rows": 3 * rows + tried[:3]})
-    axes, = needed("tools.figures").methods_figure(report.methods_means(rows)).axes
+    axes, = needed("tools.figures").methods_figure(methods.means(rows)).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]
     assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [40, 51]

@@ -22,7 +22,7 @@ from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
-from training.runs import Stage, read_stages
+from training.runs import StageRecord, read_stages
 from training.state import State
 
 # {column: its format}
@@ -59,7 +59,7 @@ def quantized_with(claim: dict) -> list[str]:
     return kept
 
 
-def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
+def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
     """Return the rows of a run: its stages, then the checkpoints that were quantized from it.
 
     Raises BadInput for a claim without accuracy or counts.
@@ -73,8 +73,8 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
                      "epochs": epochs if last["epoch"] == epochs else f"{last['epoch']} of {epochs}", "seed": seed,
                      "images": stage.images(last), "loss": last["loss"], "accuracy": tested[-1] if tested else None,
                      "zeros": share_of_zeros(last), "key": json.dumps(key, sort_keys=True)})
-    beside = [run.with_suffix(".pt")] if run.suffix == ".run" else []  # of a fine-tuning, whatever it is called
-    for path in (*sorted(run.glob("*.pt")), *beside):
+    next_to_it = [run.with_suffix(".pt")] if run.suffix == ".run" else []  # of a fine-tuning, whatever it is called
+    for path in (*sorted(run.glob("*.pt")), *next_to_it):
         file = claims.claim_path(path)
         if not path.is_file() or not file.is_file():
             continue
@@ -85,7 +85,7 @@ def rows_of(run: Path, stages: list[Stage]) -> list[dict]:
             rows.append({"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
                          "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
                          "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
-                         "key": json.dumps([key, path not in beside and path.name, bits, quantized_with(claim)],
+                         "key": json.dumps([key, path not in next_to_it and path.name, bits, quantized_with(claim)],
                                            sort_keys=True)})
     return rows
 
@@ -138,7 +138,7 @@ def last_weights(run: Path, stage: str) -> dict:
     return next((load_state(path) for path in (ended, average) if path.is_file()), {})
 
 
-def layer_table(runs: dict[Path, list[Stage]]) -> str:
+def layer_table(runs: dict[Path, list[StageRecord]]) -> str:
     """Return a table of the share of zeros: a row for every layer, and a column for every run.
 
     The weights are those with which a run's last stage ended, or was stopped.
@@ -152,7 +152,7 @@ def layer_table(runs: dict[Path, list[Stage]]) -> str:
     return table(("layer", *map(str, runs)), list(rows.values()))
 
 
-def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
+def curves(stages: list[StageRecord]) -> dict[str, list[tuple[float, float]]]:
     """Return the points (millions of images since the run's beginning, value) of loss, accuracy and zeros.
 
     path: the share of zeros that a target wants.
@@ -169,7 +169,7 @@ def curves(stages: list[Stage]) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-def save_figure(runs: dict[Path, list[Stage]], path: Path) -> None:
+def save_figure(runs: dict[Path, list[StageRecord]], path: Path) -> None:
     """Draw loss, accuracy and zeros of every run against the images that it was trained on, in the path's format."""
     drawn, panels = needed("tools.figures").plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     titles = {"loss": "training loss", "accuracy": "accuracy where measured", "zeros": "zeros; dashed: wanted"}

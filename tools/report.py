@@ -20,6 +20,7 @@ from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
+from tools import methods
 from training.runs import images_trained, options_of, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
@@ -370,43 +371,23 @@ def inference_table(measured: dict) -> str:
     return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
 
-def by_lambda(method: str) -> tuple[str, float]:
-    """Return what methods are sorted by: the name, and then the lambda of loss-LAMBDA."""
-    name, _, rest = method.partition("-")
-    return name, float(rest) if name == "loss" and rest else 0.0
-
-
-def methods_means(rows: list[dict]) -> dict[float, dict[str, tuple[float, float, int]]]:
-    """Return {target: {method: (mean accuracy, standard deviation over the seeds, seeds)}} of the comparison's rows."""
-    values = {}
-    for row in sorted(rows, key=lambda row: (row["target"], *by_lambda(row["method"]))):
-        values.setdefault(row["target"], {}).setdefault(row["method"], []).append(row["accuracy"])
-    return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0, len(each))
-                     for method, each in found.items()} for target, found in values.items()}
-
-
-def of_seeds(mean: float, deviation: float, seeds: int) -> str:
-    """Return the text of an accuracy; one seed has no deviation."""
-    return f"{mean:.2%} ± {deviation:.2%} ({seeds})" if seeds > 1 else f"{mean:.2%} (1)"
-
-
 def methods_table(measured: dict | None) -> str:
     """Return the table of pruning methods: hold-out accuracy by target, and how many of the zeros the mask added."""
     command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
     if measured is None:
         return f"{command} compares them; it has not been run yet."
     rows, lines = measured["rows"], []
-    means = methods_means(rows)
-    for method in sorted({row["method"] for row in rows}, key=by_lambda):
+    means = methods.means(rows)
+    for method in sorted({row["method"] for row in rows}, key=methods.by_lambda):
         lines.append([method])
         for target, found in means.items():
             same = [row for row in rows if (row["method"], row["target"]) == (method, target)]
             added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
-            lines[-1] += [of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
+            lines[-1] += [methods.of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
                                                               "deviation (seeds)", "of the zeros, made by the mask"))]
     about = measured["about"]
-    unfinished = "" if is_finished(rows) else \
+    unfinished = "" if methods.is_finished(rows) else \
         f" It is not finished: {len(rows)} runs so far; each method is to have three seeds."
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
@@ -416,17 +397,11 @@ def methods_table(measured: dict | None) -> str:
         f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
 
 
-def is_finished(rows: list[dict]) -> bool:
-    """Return whether every method has three seeds at every target; of the penalty in the loss, one lambda has."""
-    return all(max(seeds for method, (*_, seeds) in found.items() if method.startswith(kind)) >= 3
-               for found in methods_means(rows).values() for kind in {method.partition("-")[0] for method in found})
-
-
 def compared(measured: dict | None) -> str:
     """Return the item of the README's limits on what pruning methods were compared."""
     if measured is None or "magnitude" not in {row["method"] for row in measured["rows"]}:
         return "- Reweighted L1 has not been compared with magnitude pruning ([METHOD.md](training/METHOD.md))."
-    what = "in short runs of one network" if is_finished(measured["rows"]) else "in short runs, not finished"
+    what = "in short runs of one network" if methods.is_finished(measured["rows"]) else "in short runs, not finished"
     return f"- Pruning methods were compared {what} ([METHOD.md](training/METHOD.md))."
 
 
@@ -504,7 +479,7 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
     if found := feedback_stages(logs):
         made["sparsity"] = figures.sparsity_figure(found)
     if found := found_methods():
-        made["methods"] = figures.methods_figure(methods_means(found["rows"]))
+        made["methods"] = figures.methods_figure(methods.means(found["rows"]))
     return made
 
 

@@ -132,11 +132,11 @@ def build(args, words: list[str], new: Path) -> str | None:
 
 def keep(new: Path, candidate: Path) -> Path:
     """Move `new` to `candidate`, replacing what is there; return the new path. An error leaves what is there."""
-    beside = candidate.with_name(f"{candidate.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.move(new, beside)  # a copy, where it is another file system
+    moved = candidate.with_name(f"{candidate.name}.new")
+    shutil.rmtree(moved, ignore_errors=True)
+    shutil.move(new, moved)  # a copy, where it is another file system
     shutil.rmtree(candidate, ignore_errors=True)
-    return beside.rename(candidate)
+    return moved.rename(candidate)
 
 
 def main(argv=None) -> int:

@@ -128,6 +128,7 @@ def crop_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def on(device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors on a device; the CPU does not wait for the copies."""
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 

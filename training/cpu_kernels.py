@@ -77,7 +77,7 @@ class BatchNorm(nn.BatchNorm2d):
     """
     activation, behind = "none", ()
 
-    def pytorchs(self, x):
+    def by_pytorch(self, x):
         """Return the same, computed by PyTorch."""
         y = super().forward(x)
         if self.activation in ("relu", "hardswish"):
@@ -89,7 +89,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
         if self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
-            return self.pytorchs(x)
+            return self.by_pytorch(x)
         rounding = [module for module, own in self.behind if own is LearnedQuantizer]
         y, mean, var = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
                                  not self.training, self.activation, rounding)

@@ -78,7 +78,7 @@ class Streams:
         self.busy = []  # those that later work has to wait for
 
     @contextlib.contextmanager
-    def beside(self, k: int):
+    def forked(self, k: int):
         """Run the block on stream k (modulo their number), after all work already queued on the current stream."""
         stream = self.streams[k % len(self.streams)]
         stream.wait_stream(torch.cuda.current_stream())
@@ -89,7 +89,7 @@ class Streams:
     def for_each(self, function, items: list) -> None:
         """Call function(item) for every item, distributed over the streams; later work waits for all streams in use."""
         for k, item in enumerate(items):
-            with self.beside(k):
+            with self.forked(k):
                 function(item)
         for stream in dict.fromkeys(self.busy):
             torch.cuda.current_stream().wait_stream(stream)

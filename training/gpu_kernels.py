@@ -61,7 +61,7 @@ class BatchNorm(cpu_kernels.BatchNorm):
     def forward(self, x):
         # renew_statistics sets the momentum of a copy to None for a plain mean
         if not self.training or self.momentum is None or not takes(x, self) or x.numel() == self.num_features:
-            return self.pytorchs(x)
+            return self.by_pytorch(x)
         activation, (norm, statistics) = ACTIVATIONS.index(self.activation), getattr(x, "statistics", (None, None))
         if norm is self:
             y = torch.ops.training.normalise_by(x, statistics, self.weight, self.bias, activation)
@@ -94,6 +94,7 @@ def update_statistics(seen: list) -> None:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
+    """Return x [N, C, H, W] in dense channels-last memory, as the kernels read it."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -19,12 +19,12 @@ from compressed.graph import layer_kind, read, weight_layers
 
 
 def straight_through(value: Tensor, latent: Tensor) -> Tensor:
-    """Return `value` with the gradient of `latent`, which it is a rounding of."""
+    """Return `value`, a rounding of `latent` of the same shape, with the gradient of `latent` (Bengio et al. 2013)."""
     return latent + (value - latent).detach()
 
 
 def power_of_two(log_step: Tensor) -> Tensor:
-    """Return the power of two of a rounded exponent, with the gradient of the exponent itself."""
+    """Return 2 to the power of the rounded exponents, with the gradient of the exponents themselves."""
     return straight_through(log_step.round(), log_step).exp2()
 
 

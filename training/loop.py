@@ -14,6 +14,7 @@ import hashlib
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,14 +57,20 @@ def resized(x, size: int):
 
 
 def mixed_cross_entropy(logits, labels, others, lam, smoothing):
-    """Return the batch's mean of lam CE(label) + (1 - lam) CE(partner's label); every image has its own lam."""
+    """Return the batch's mean of lam CE(label) + (1 - lam) CE(partner's label); every image has its own lam.
+
+    logits: [N, classes]. labels, others: int64 [N]. lam: float32 [N].
+    """
     first = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     second = F.cross_entropy(logits, others, reduction="none", label_smoothing=smoothing)
     return (lam * first + (1 - lam) * second).mean()
 
 
 def distillation(logits, taught: list, temperature: float):
-    """Return T^2 KL(mean of the teachers || student), all softened by the temperature T (Hinton et al. 2015)."""
+    """Return T^2 KL(mean of the teachers || student), all softened by the temperature T (Hinton et al. 2015).
+
+    logits, each of `taught`: [N, classes]; the mean is over the N images.
+    """
     target = sum((each / temperature).softmax(1) for each in taught) / len(taught)
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
@@ -147,16 +154,19 @@ LOWER = "give a lower --lr, with --no-resume or in another folder (the last stat
 
 # ---- Before a stage -----------------------------------------------------------------------------------------------
 
-def try_network(model: nn.Module, spec: str, plan: Plan, least: int, device) -> None:
+def try_network(make: Callable[[], nn.Module], spec: str, classes: int, plan: Plan, least: int, device) -> None:
     """Raise BadInput if a network cannot be trained by a plan: its passes fail, or it cannot be copied.
 
     Forward and backward pass are as in training: channels-last, in its precision, with the functions of cpu_kernels.
-    spec: its specification, for the message. least: the fewest images of a share. The model stays as it is.
+    make: returns the network, anew for each trial, because a pass may leave its results in it. spec: its specification,
+    for the messages. least: the fewest images of a share.
     """
     def copied(network):
         with refused(f"--network {spec} cannot be copied", "; torch.nn.utils.parametrizations.weight_norm can"):
             return copy.deepcopy(network)
 
+    networks.check_forward(make(), spec, classes, set(plan.sizes), least)
+    model = make()
     for size in sorted(set(plan.sizes)):
         tried = copied(model).to(device, memory_format=torch.channels_last).train()
         images = networks.some_images(least, size).to(device)
@@ -235,9 +245,9 @@ class Stage:
                       and not self.penalty_in_loss and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
         # on a GPU the teachers compute beside the student, whose kernels alone do not fill the device
-        self.beside, self.ahead, self.fast_teachers = None, None, self.teachers
+        self.teacher_stream, self.batch_stream, self.fast_teachers = None, None, self.teachers
         if self.device.type == "cuda":
-            self.beside, self.ahead = (torch.cuda.Stream(self.device) for _ in range(2))
+            self.teacher_stream, self.batch_stream = (torch.cuda.Stream(self.device) for _ in range(2))
             self.fast_teachers = [fast_teacher(each, getattr(torch, settings.precision)) for each in self.teachers]
         self.modes = []  # of all modules, True for train, with which the graphs were recorded
         # {factor: tensor of the learning rate times this factor}; a graph reads its address
@@ -278,8 +288,8 @@ class Stage:
         self.modes = modes
         generator = generator_for(self.settings.seed, self.name, "order", epoch)
         self.order = torch.randperm(len(self.data), generator=generator).to(self.device)
-        if self.ahead is not None:
-            self.ahead.wait_stream(torch.cuda.current_stream())
+        if self.batch_stream is not None:
+            self.batch_stream.wait_stream(torch.cuda.current_stream())
 
     def step(self, epoch: int, i: int) -> None:
         """Make step i of an epoch: gradients of all shares, optimizer, penalty, masks, weight average."""
@@ -300,7 +310,7 @@ class Stage:
         if self.graphs is None:
             self.learn(lambda k: self.batch(index[plan.shares[k]], draws[plan.shares[k]]), kind)
         else:
-            self.graphs.step(kind, self.batch_ahead(index, draws))
+            self.graphs.step(kind, self.next_batch(index, draws))
         if self.penalty is not None:
             with torch.no_grad():
                 self.penalty.after_step(lr)
@@ -318,14 +328,14 @@ class Stage:
         """Return (mixed images, labels, labels of the mixing partners, lam); see augmentation.augment."""
         return augmentation.augment(self.data.images[index], self.data.labels[index], draws)
 
-    def batch_ahead(self, index, draws) -> tuple:
+    def next_batch(self, index, draws) -> tuple:
         """Return `batch`; on a GPU it is computed on a stream of its own, so that it overlaps with the step before."""
-        if self.ahead is None:
+        if self.batch_stream is None:
             return self.batch(index, draws)
         now = torch.cuda.current_stream()
-        with torch.cuda.stream(self.ahead):
+        with torch.cuda.stream(self.batch_stream):
             batch = self.batch(index, draws)
-        now.wait_stream(self.ahead)
+        now.wait_stream(self.batch_stream)
         for each in batch:
             each.record_stream(now)  # else its memory could be used again before this stream has read it
         return batch
@@ -347,18 +357,19 @@ class Stage:
     def gradients(self, k: int, x, labels, others, lam, teacher: int | None, size: int):
         """Run forward and backward of share k in its replica; return its part of the batch's mean [loss, accuracy].
 
-        teacher: index of the one to distil from; None: all of them.
+        x, labels, others, lam: the share's mixed images, as augmentation.augment returns them. size: of the images that
+        the student sees. teacher: index of the one to distil from; None: all of them.
         """
         settings, weight = self.settings, len(x) / self.plan.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             chosen = self.fast_teachers if teacher is None else [self.fast_teachers[teacher]]
-            if self.beside:
-                self.beside.wait_stream(torch.cuda.current_stream())
-            with torch.no_grad(), torch.cuda.stream(self.beside):
+            if self.teacher_stream:
+                self.teacher_stream.wait_stream(torch.cuda.current_stream())
+            with torch.no_grad(), torch.cuda.stream(self.teacher_stream):
                 taught = [each(x).float() for each in chosen]
             logits = self.replicas.models[k](resized(x, size)).float()
-            if self.beside:
-                torch.cuda.current_stream().wait_stream(self.beside)
+            if self.teacher_stream:
+                torch.cuda.current_stream().wait_stream(self.teacher_stream)
         loss = objective = mixed_cross_entropy(logits, labels, others, lam, settings.smoothing)
         if taught:
             apart = distillation(logits, taught, settings.temperature)

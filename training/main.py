@@ -17,6 +17,7 @@ If a run was stopped, the same command resumes it.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -210,12 +211,11 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
     plans, data_set = {}, job.data.data_set
     for stage in stages:
         args = job.by_stage[stage]
-        model = networks.make(args.network, data_set.classes)
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
-        least = min(share.stop - share.start for share in plans[stage].shares)
-        networks.check_forward(model, args.network, data_set.classes, set(plans[stage].sizes), min(2, least))
-        model = networks.make(args.network, data_set.classes)  # as it is made: a pass may leave its results in it
-        loop.try_network(model, args.network, plans[stage], min(2, least), job.device)
+        least = min(2, *(share.stop - share.start for share in plans[stage].shares))
+        make = functools.partial(networks.make, args.network, data_set.classes)
+        loop.try_network(make, args.network, data_set.classes, plans[stage], least, job.device)
+        model = make()
         if stage == stages[0] and job.processes.first:
             try:
                 check_quantizable(prepare(model))

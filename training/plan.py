@@ -99,7 +99,7 @@ def add_machine(parser) -> None:
 
 
 def without_effect(settings: Settings, teachers) -> dict[str, str]:
-    """Return {option: what it needs, in words} of the settings that have no effect beside the others."""
+    """Return {option: what it needs, in words} of the settings that have no effect with the others."""
     needs = {"turn": ("--optimizer muon", settings.optimizer == "muon"),
              **dict.fromkeys(TEACHING, ("--teacher", teachers)),
              "alpha": ("mixup", settings.mixing in ("both", "mixup")), "clean": ("mixing", settings.mixing != "none")}

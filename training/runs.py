@@ -73,7 +73,7 @@ def images_trained(line: dict, settings: dict, options: dict, train_images: int 
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """What a stage leaves: its log (one dict per epoch), settings and further options, in plain values."""
     name: str
     lines: list[dict]
@@ -100,17 +100,17 @@ class Stage:
         return kept
 
 
-def read_stage(log: Path) -> Stage | None:
+def read_stage(log: Path) -> StageRecord | None:
     """Return the stage of a log; None without an epoch in it or without options. Raises BadInput for damaged files."""
     options, lines = log.with_suffix(".options.json"), load_lines(log)
     if not lines or not options.is_file():
         return None
     record = options_of(options)
-    return Stage(log.stem, lines, record["settings"], record["options"], record.get("machine"),
+    return StageRecord(log.stem, lines, record["settings"], record["options"], record.get("machine"),
                  record.get("train_images"), record.get("data"), record.get("teachers_sha256"))
 
 
-def read_stages(folder) -> list[Stage]:
+def read_stages(folder) -> list[StageRecord]:
     """Return the stages of a run folder, in the order of training (see `read_stage`)."""
     return [stage for stage in map(read_stage, stage_logs(folder)) if stage]
 

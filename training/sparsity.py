@@ -135,8 +135,8 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     trains before, instead of those of the run's.
     """
     path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
-    if args.start and not path.is_file() and (beside := Path(args.start).parent / path.name).is_file():
-        path = beside
+    if args.start and not path.is_file() and (of_start := Path(args.start).parent / path.name).is_file():
+        path = of_start
     if planned is not None or path.is_file():
         options = planned or argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
                                                 | load_record(path, "give another --run folder")["options"])
