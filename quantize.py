@@ -279,7 +279,7 @@ def main(argv=None) -> int:
         warn_of_seen_images(args.trained)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
-    if args.normalise and args.trained:
+    if args.normalise and args.trained and args.trained[-1]["stage"] == args.checkpoint.name.split(".")[0]:
         print(f"{args.checkpoint} was trained here: --normalise has no effect on it, but on teachers from elsewhere")
     elif args.normalise:
         model = normalisation.fold(model, *args.normalise)

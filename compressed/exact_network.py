@@ -57,7 +57,7 @@ class Quantizer(RoundsValues):
             y = torch.empty_like(x)  # laid out as x is
             kernels.call("quantize", x, x.numel(), self.step, float(low), float(high), y)
             return y
-        # float64 comes from ScaleShift alone, and nothing else reads that tensor: overwrite it; codes fit float32
+        # float64 comes from sums that nothing else reads: overwrite them; codes fit float32
         x = x.mul_(1 / self.step) if x.dtype == torch.float64 else x * (1 / self.step)
         return x.round_().float().clamp_(low, high).mul_(self.step)
 

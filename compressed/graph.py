@@ -417,12 +417,13 @@ def first_layer(model: nn.Module) -> str:
     return next((node.target for node in nodes if node.op == "call_module" and node.target in names), names[0])
 
 
-def scale_free_layers(model: nn.Module) -> list[nn.Conv2d]:
-    """Return the convolutions of any network that can be scaled, weights and bias, without a change in training.
+def scale_free_weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights of any network that can be scaled without a change of its output in training.
 
-    They are those whose output only a normalisation reads, or all convolutions if the forward pass cannot be followed.
+    They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
+    pass cannot be followed. A bias before a GroupNorm would have to be scaled, too; being trained, it adapts.
     """
     names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
     if names is None:
         names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
-    return [model.get_submodule(name) for name in names]
+    return [model.get_submodule(name).weight for name in names]

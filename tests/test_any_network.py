@@ -503,7 +503,7 @@ def test_training_follows_a_network_that_makes_constants():
     """Which cannot be counted: the parts that its normalisation follows are known all the same."""
     net = Lone(lambda s, x: s.d(s.b(s.c(x - torch.tensor(0.5)))), c=conv(padding=1), b=nn.BatchNorm2d(4),
                d=nn.Conv2d(4, 4, 1))
-    assert graph.scale_free_layers(net) == [net.c]
+    assert graph.scale_free_weights(net) == [net.c.weight]
 
 
 def test_every_branch_has_a_name_of_its_own():

@@ -95,11 +95,10 @@ def test_a_method_is_no_module_of_its_name():
 @pytest.mark.parametrize("norm", (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)))
 @torch.no_grad()
 def test_what_can_be_scaled(norm):
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1)).train(), torch.randn(2, 3, 8, 8)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norm, nn.Conv2d(4, 2, 1)).train(), torch.randn(2, 3, 8, 8)
     before = model(x)
-    assert graph.scale_free_layers(model) == [model[0]]
-    for values in model[0].parameters():
-        values.mul_(3)
+    assert [weight is model[0].weight for weight in graph.scale_free_weights(model)] == [True]
+    model[0].weight.mul_(3)
     assert torch.allclose(model(x), before, atol=1e-3)
 
 
@@ -122,7 +121,7 @@ def test_what_is_left_out_in_training_has_readers_too():
     model = Dropping()
     assert model.training and graph.sole_readers(model) == {"conv1": "bn1", "conv2": "bn2"}
     assert graph.sole_readers(model, training=True) == {"conv1": "bn1"}
-    assert graph.scale_free_layers(model) == [model.conv1, model.conv2] and model.training
+    assert graph.scale_free_weights(model) == [model.conv1.weight, model.conv2.weight] and model.training
 
 
 def test_a_module_with_a_hook_has_no_sole_reader():

@@ -774,18 +774,26 @@ def test_nothing_begins_before_the_dense_stage_is_finished(small):
     assert run(QUICK + " --pretrain --max-minutes 0") == 0
     with pytest.raises(BadInput, match="pretrain.pt is missing, because the dense stage is not finished: repeat"):
         run(QUICK + " --rew")
-    assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew") == 0
+    assert run(QUICK + " --rew --start run/pretrain.average.pt --max-minutes 0") == 0
+    assert run(QUICK + " --rew") == 0  # it began from a --start, and goes on
 
 
-@pytest.mark.parametrize("words", ("--rew --target-sparsity 0.5", "--masked-retrain --target-sparsity 0.5",
-                                   "--masked-retrain --sparsity-type threshold --threshold 0.05"))
-def test_a_branch_goes_on_when_its_start_is_gone(small, words):
+@pytest.mark.parametrize("words, other", (
+    ("--rew --target-sparsity 0.5", "--target-sparsity 0.6"),
+    ("--masked-retrain --target-sparsity 0.5", "--target-sparsity 0.6"),
+    ("--masked-retrain --target-sparsity 0.5 --config-file layers.toml", "--config-file others.toml"),
+    ("--masked-retrain --sparsity-type threshold --threshold 0.05", "--threshold 0.06")))
+def test_a_branch_goes_on_when_its_start_is_gone(small, words, other):
     """Or has moved on; to the same bits."""
+    for name in ("layers.toml", "others.toml"):  # not in the network's order
+        Path(name).write_text("[prune_ratios]\nlinear = 0.5\nconv2 = 0.5\n")
     trunk = QUICK + " --pretrain --epochs 3 --schedule constant"
     branch = f"{QUICK} {words} --start trunk/pretrain.state"
     assert run(trunk + " --max-minutes 0", "trunk") == 0
     assert run(branch, "whole") == 0 and run(branch + " --max-minutes 0") == 0
-    assert run(trunk + " --max-minutes 0", "trunk") == 0 and run(branch + " --max-minutes 0") == 0
+    assert run(trunk + " --max-minutes 0", "trunk") == 0
+    with pytest.raises(BadInput, match="was .* when the stage began, and its masks are kept|with other settings"):
+        run(f"{branch} {other}")
     assert run(trunk, "trunk") == 0 and not Path("trunk/pretrain.state").exists()
     assert run(branch) == 0
     stage = "rew" if "--rew" in words else "masked"

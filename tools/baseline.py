@@ -42,7 +42,8 @@ def main(argv=None) -> int:
         if not (run / name).is_file():
             raise BadInput(f"{run / name} is not there: this run has no dense network yet")
     record = options_of(run / "pretrain.options.json")
-    if record["options"].get("holdout") or record.get("data_set") != dataclasses.asdict(CIFAR100):
+    options, data_set = record["options"], record.get("data_set")  # which older records do not state
+    if options.get("holdout") or options.get("made_up") or data_set not in (None, dataclasses.asdict(CIFAR100)):
         raise BadInput(f"{run} was not trained on all train images of CIFAR-100, as the shipped network was")
     with shipping.staging(ROOT) as new:
         make_record(run, new / "record")

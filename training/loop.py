@@ -526,7 +526,8 @@ class Stage:
             raise BadInput(f"{self.name}: the weights are not finite; {LOWER}")
         self.check_masks(self.model, self.average)
         if self.processes.first:
-            self.state.save(self.progress, {key: part.state_dict() for key, part in self.parts.items()})
+            parts = self.parts | ({} if self.masks is None else {"masks": self.masks})  # main.py reads these
+            self.state.save(self.progress, {key: part.state_dict() for key, part in parts.items()})
 
     def leave(self, average: bool) -> None:
         """Print where the stage was stopped, after its state was saved; with `average`, write NAME.average.pt first."""

@@ -226,7 +226,8 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         if stage == "rew":
             sparsity.try_penalty(sparsity.make_penalty(args, model))
         elif stage == "masked":
-            sparsity.make_masks(sparsity.of_run(args, planned=job.by_stage["rew"] if "rew" in stages else None), model)
+            sparsity.make_masks(options_of_masks(args, job, planned=job.by_stage["rew"] if "rew" in stages else None),
+                                model)
     return plans
 
 
@@ -271,7 +272,7 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
     for stage in missing if args.resume else ():
         if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
             raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
-                           "before it: bring those back, or give --no-resume")
+                           "before it, perhaps random ones: bring those back, or give --no-resume")
     others = {}
     for stage in there:
         if changed := changed_options(stage, job):
@@ -327,6 +328,22 @@ def goes_on(stage: str, args) -> bool:
     return bool(args.start) and args.resume and State(args.run / f"{stage}.state").exists
 
 
+def options_of_masks(args, job: Job, say=lambda line: None, planned=None) -> argparse.Namespace:
+    """Return the masked stage's options, with what is not given: see sparsity.of_run.
+
+    A stage with a --start that is resumed keeps its masks, and so the options that selected them.
+    """
+    if not goes_on("masked", args):
+        return sparsity.of_run(args, say, planned)
+    begun = options_of(job.file("masked.options.json"), "give --no-resume")["options"]
+    kept = {name: begun.get(name) for name in (*sparsity.OPTIONS, "threshold")}
+    for name, value in kept.items():
+        if name in job.args.given and getattr(args, name) != value:
+            raise BadInput(f"masked: {option_name(name)} was {value} when the stage began, and its masks are kept: "
+                           "give the same, or --no-resume, or another --run folder")
+    return argparse.Namespace(**vars(args) | kept)
+
+
 def starting_point(stage: str, args, job: Job) -> nn.Module:
     """Return the model from which a stage starts: --start, the stage before, or random weights.
 
@@ -343,10 +360,11 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
-        if State(args.run / "pretrain.state").exists:
+        begun = args.resume and State(args.run / f"{stage}.state").exists
+        if State(args.run / "pretrain.state").exists and not begun:
             raise BadInput(f"{path} is missing, because the dense stage is not finished: repeat its command first, or "
                            "give --start CHECKPOINT")
-        if job.processes.first and not (args.resume and State(args.run / f"{stage}.state").exists):
+        if job.processes.first and not begun:
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
     torch.manual_seed(args.seed)
@@ -393,8 +411,8 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
     masks = None
     if stage == "masked":
-        args = sparsity.of_run(args, job.say)
-        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args))
+        args = options_of_masks(args, job, job.say)
+        masks = sparsity.make_masks(args, model, job.say, state.read("masks") if goes_on(stage, args) else None)
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
     record = record_of(stage, args, job)
@@ -457,8 +475,9 @@ def run_stages(job: Job) -> None:
             if begins:
                 say_what_is_trained(plans, job)
                 before = starting_file(stage, options)
-                if job.args.holdout and before and job.processes.first:
-                    warn_of_seen_images(training_record(before))
+                if job.args.holdout and before and before.exists() and job.processes.first:
+                    with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
+                        warn_of_seen_images(training_record(before))
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
             if not run_stage(stage, options, model, job, plans):

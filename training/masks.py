@@ -139,6 +139,10 @@ class Masks:
         """Set all pruned weights of the model to zero, in place."""
         torch._foreach_mul_(self.weights, self.factors)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return {layer: mask, bool, False where a weight is pruned}."""
+        return {name: factor.bool() for name, factor in zip(self.names, self.factors)}
+
     def check(self, model: nn.Module) -> None:
         """Raise AssertionError if a pruned weight of `model` (the masked model or its average) is not exactly zero."""
         for factor, (name, weight) in zip(self.factors, weights_of(model, self.names).items()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import threads
-from compressed.graph import scale_free_layers
+from compressed.graph import scale_free_weights
 from training.cuda_graphs import Streams
 
 MOMENTUM = 0.95
@@ -45,7 +45,7 @@ def turned_weights(model: nn.Module) -> list[Tensor]:
     A normalisation must follow, so that the norm of the weights, which Muon keeps, has no effect on the output. Where
     none follows, as after the linear layer, SGD updates the weights.
     """
-    return [layer.weight for layer in scale_free_layers(model) if layer.weight.shape[1] > 1]
+    return [weight for weight in scale_free_weights(model) if weight.shape[1] > 1]
 
 
 def begin_momentum(optimizer: torch.optim.SGD) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressed import counting, networks
 from compressed.errors import BadInput
-from compressed.graph import scale_free_layers
+from compressed.graph import scale_free_weights
 from training.feedback import FIRST, Feedback
 from training.masks import GROUPS, group_norms, plain_weights, quantile, target_masks
 
@@ -40,8 +40,9 @@ class Penalty:
             raise BadInput(f"unknown sparsity type {kind!r}; known: {', '.join(GROUPS)}")
         if (lam is None) == (target is None):
             raise BadInput("the penalty needs a lambda or a target sparsity, and not both")
-        shrinks, steps = (getattr(type(self), name) is not getattr(Penalty, name) for name in ("shrink", "after_step"))
-        if not (shrinks or steps or self.in_loss):
+        shrinks, *rules = (getattr(type(self), name) is not getattr(Penalty, name)
+                           for name in ("shrink", "after_step", "update", "reweight"))
+        if not (shrinks or self.in_loss or any(rules)):
             raise BadInput(f"{type(self).__name__} does nothing: it defines neither `shrink` nor `loss`")
         if target is not None and self.in_loss and not shrinks:
             raise BadInput("a penalty in the loss makes no exact zeros, so it cannot be led to a target sparsity: give "
@@ -49,8 +50,8 @@ class Penalty:
         self._layers, self.weights = list(layers), plain_weights(model, layers)  # a subclass may have layers of its own
         if frozen := [name for name, weight in zip(layers, self.weights) if not weight.requires_grad]:
             raise BadInput(f"{frozen[0]} is not trained (requires_grad is False): select layers by --config-file")
-        own = set(self.weights)
-        self.convolutions = [layer for layer in scale_free_layers(model) if layer.weight in own]
+        scale_free = set(scale_free_weights(model))
+        self.convolutions = [weight for weight in self.weights if weight in scale_free]
         led = target is not None and shrinks  # without `shrink` there is no lambda, and a target is reached otherwise
         self.kind, self.given, self.target = kind, lam if led or target is None else 0.0, target
         self.feedback = Feedback(target, kind == "irregular") if led else None
@@ -139,15 +140,13 @@ class Penalty:
 
     def convolution_norms(self) -> Tensor:
         """Return the 2-norms of the convolutions' weights, [number of convolutions]."""
-        weights = [layer.weight for layer in self.convolutions]
-        return torch.stack(torch._foreach_norm(weights)) if weights else torch.zeros(0)
+        return torch.stack(torch._foreach_norm(self.convolutions)) if self.convolutions else torch.zeros(0)
 
     def hold_norms(self) -> None:
-        """Scale the convolutions back to their weights' first norms, by a factor of 2 at most. Zeros stay zero."""
+        """Scale the convolutions' weights back to their first norms, by a factor of 2 at most. Zeros stay zero."""
         factors = (self.norms / self.convolution_norms().clamp_min(1e-20)).clamp(max=2)
-        for layer, factor in zip(self.convolutions, factors.where(self.norms > 0, 1)):
-            for values in layer.parameters():  # its bias, too
-                values.mul_(factor)
+        for weight, factor in zip(self.convolutions, factors.where(self.norms > 0, 1)):
+            weight.mul_(factor)
 
     @torch.no_grad()
     def record(self) -> dict:

@@ -24,13 +24,15 @@ OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
-            "mixup": lambda value: ["mixing", "no_tricks"], "mixing": lambda value: ["mixup", "no_tricks"],
+            "mixup": lambda value: ["mixing"], "mixing": lambda value: ["mixup"],
             "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout", "data"],
             "data": lambda value: ["made_up"],
-            "warmup_epochs": lambda value: ["warmup", "no_tricks"], "smoothing": lambda value: ["smooth", "no_tricks"],
-            "schedule": lambda value: ["no_tricks"] + ["cooldown"] * (value != "constant"),
-            "cooldown": lambda value: ["no_tricks"], "penalty": sparsity.not_taken,
+            "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
+            "smooth": lambda value: ["smoothing"] if value else [],
+            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken,
             "sparsity_type": lambda value: ["target_sparsity"] if value == "threshold" else []}
+# what --no-tricks means, so that an option of the command line stands above one part of it in a recipe
+NO_TRICKS = {"mixing": "none", "mixup": None, "smoothing": 0.0, "warmup": False, "schedule": "constant", "cooldown": 0}
 
 
 def of_run(name: str | None, folder: Path) -> Path | None:
@@ -117,5 +119,7 @@ def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] 
     optimizers = theirs.get("optimizer"), ours.get("optimizer", theirs.get("optimizer"))
     if [each == "adam" for each in optimizers] in ([True, False], [False, True]):
         excluded.add("lr")
+    if theirs.pop("no_tricks", False):
+        theirs |= NO_TRICKS
     theirs = {name: value for name, value in theirs.items() if name not in excluded}
     return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)

@@ -161,14 +161,14 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     return args
 
 
-def make_masks(args, model, say=lambda line: None, masked: bool = False) -> masks.Masks:
+def make_masks(args, model, say=lambda line: None, kept=None) -> masks.Masks:
     """Return the masks that the options select, on the model. say(line) is called with their number of zeros.
 
-    masked: the weights are masked already, and the masks are their zeros.
+    kept: {layer: mask} of a stage that is resumed, instead.
     """
     layers = pruned_layers(args, model)
-    if masked:
-        kept = {name: mask for name, mask in masks.zero_masks(model).items() if name in layers}
+    if kept is not None:
+        pass
     elif args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
         kept = masks.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
