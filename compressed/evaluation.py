@@ -1,5 +1,7 @@
 """Evaluate a network on images, on every core of a CPU or on a GPU."""
+import copy
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +37,20 @@ def batch_size(images: Tensor) -> int:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits [N, classes] of a network in eval mode for uint8 images [N, 3, 32, 32]."""
+    """Return the logits [N, classes] of a network in eval mode for uint8 images [N, 3, 32, 32].
+
+    Every thread has a copy of its own: a forward pass may leave intermediate values in the network.
+    """
+    size, own = batch_size(images), threading.local()
+    parts = divided(images.split(size), images.is_cpu)
+    spare = [copy.deepcopy(network) for _ in parts[1:]] + [network]
+
     def engine(batch):
-        return network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
-    return answers(engine, images, batch_size(images))
+        if not hasattr(own, "network"):
+            own.network = spare.pop()
+        return own.network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
+
+    return answers(engine, images, size)
 
 
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, Tensor]:

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import os
+import random
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
@@ -117,6 +119,13 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     if any(isinstance(each, UninitializedTensorMixin) for each in (*network.parameters(), *network.buffers())):
         raise BadInput(f"--network {spec}: has lazy modules, whose weights do not exist yet: give them their sizes")
     return network
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python's random and numpy: a network may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def some_images(count: int, size: int) -> torch.Tensor:

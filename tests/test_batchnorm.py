@@ -66,6 +66,34 @@ def test_what_is_random_is_off(monkeypatch):
     assert torch.equal(found[0].running_var, found[1].running_var) and found[1].momentum == 0.3
 
 
+class Ghost(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.mean((0, 2, 3)), 1.0 * self.momentum)
+        return x - self.running_mean[:, None, None]
+
+
+def test_a_batchnorm_of_ones_own_is_renewed(monkeypatch):
+    """Its forward pass needs a number for the momentum."""
+    monkeypatch.setattr(threads, "cores", lambda: 1)
+    data, norm = cifar100.made_up(500, 0), Ghost(3, momentum=0.3)
+    batchnorm.renew_statistics(nn.Sequential(norm), data, 500, "none", torch.Generator().manual_seed(0))
+    wanted = cifar100.normalise(data.images).mean((0, 2, 3))
+    assert torch.allclose(norm.running_mean, wanted, atol=1e-5) and norm.momentum == 0.3
+
+
+def test_frozen_statistics_stay():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = Frozen(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).train()
+    batchnorm.renew_statistics(model, cifar100.made_up(300, 0), 300, "none", torch.Generator().manual_seed(0))
+    assert not model[1].running_mean.any() and model[2].running_mean.any() and not model.training
+
+
 def test_no_batch_has_a_single_image():
     """Of one image with maps of 1x1 there is no variance."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))

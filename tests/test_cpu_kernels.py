@@ -106,6 +106,68 @@ def test_rounding_alone(dtype):
     assert torch.allclose(ours.log_step.grad, slow.log_step.grad, rtol=1e-3)
 
 
+class Reused(nn.Module):
+    """A ReLU that torch.fx sees once, after a BatchNorm, and that runs again inside another module, or by forward()."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        self.act, self.inside = nn.ReLU(), inside
+        self.first, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second = Active(16, 16, 3, padding=1) if inside else nn.Conv2d(16, 16, 3, padding=1)
+        if inside:
+            self.second.act = self.act
+
+    def forward(self, x):
+        x = self.second(self.act(self.bn(self.first(x))))
+        return (x if self.inside else self.act.forward(x)).mean((2, 3))
+
+
+class Active(nn.Conv2d):
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("inside", (False, True))
+@torch.no_grad()
+def test_a_function_that_runs_elsewhere_too(inside):
+    model, x = Reused(inside).train(), torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    wanted = copy.deepcopy(model)(x)
+    with cpu_kernels.fast_on_a_cpu(model):
+        assert type(model.bn).__name__ == "BatchNorm" and type(model.act) is not nn.ReLU
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    assert type(model.act) is nn.ReLU
+
+
+@pytest.mark.parametrize("change", (
+    lambda norm: norm.double(), lambda norm: norm.register_parameter("bias", None),
+    lambda norm: norm.__init__(16, affine=False), lambda norm: norm.__init__(16, track_running_stats=False)))
+def test_a_batchnorm_of_other_values_is_pytorchs(change):
+    norm = nn.BatchNorm2d(16)
+    change(norm)
+    with cpu_kernels.fast_on_a_cpu(norm):
+        assert type(norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("layer", (nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)))
+def test_a_map_in_c_order_stays_one(layer):
+    x = torch.randn(4, 32, 6, 6)
+    wanted = copy.deepcopy(layer)(x)
+    with cpu_kernels.fast_on_a_cpu(layer):
+        y = layer(x)
+    assert y.is_contiguous() and y.view(4, -1).shape == (4, 32 * 36)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+def test_a_map_in_float32_is_normalised_in_float32():
+    """As under PyTorch's autocast: a large mean would lose its digits."""
+    norm, x = nn.BatchNorm2d(16), (torch.randn(4, 16, 6, 6) + 200).contiguous(memory_format=torch.channels_last)
+    norm.running_mean.fill_(200)
+    wanted = copy.deepcopy(norm)(x)
+    with cpu_kernels.fast_on_a_cpu(norm), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(x), wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("there, most", ((True, math.inf), (True, 6.0), (False, math.inf)))
 def test_a_network_with_trained_steps_is_changed_and_changed_back(there, most, monkeypatch):
     if not there:
@@ -175,11 +237,12 @@ def test_it_takes_what_fits_and_leaves_the_rest(monkeypatch):
                        (nn.Conv2d(32, 32, 3, 1, 1, **wide).double(), 8),
                        (nn.Conv2d(32, 32, 3, 1, 1, **wide), LARGEST_MAP + 1)):
         x = torch.randn(2, conv.in_channels, side, side, dtype=conv.weight.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
         plain = conv(x)
         with fast_on_a_cpu(conv):
             assert isinstance(conv, Depthwise) and torch.equal(conv(x), plain)
         assert type(conv) is nn.Conv2d and not taken
     conv = nn.Conv2d(32, 32, 3, 1, 1, **wide)
     with fast_on_a_cpu(conv):
-        conv(torch.randn(2, 32, LARGEST_MAP, 2))
+        conv(torch.randn(2, 32, LARGEST_MAP, 2).contiguous(memory_format=torch.channels_last))
     assert taken == ["depthwise"]

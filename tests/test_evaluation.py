@@ -1,11 +1,12 @@
 """Evaluation, by hand."""
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from compressed import cifar100, evaluation
+from compressed import cifar100, evaluation, threads
 
 
 class Brightest(nn.Module):
@@ -36,3 +37,24 @@ def test_near_duplicates_are_left_out(monkeypatch):
     assert evaluation.without_duplicates(right) == {"correct": 65, "images": 70}
     duplicates[[0, 1, 10, 11, 12, 75]] = True  # two wrong ones, three right ones, and one beyond the images
     assert evaluation.without_duplicates(right) == {"correct": 62, "images": 65}
+
+
+class Keeping(nn.Module):
+    """It keeps an intermediate value for a later use."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 10)
+
+    def forward(self, x):
+        self.kept = self.first(x)
+        time.sleep(0.001)
+        return self.second(self.kept.relu().mean((2, 3)))
+
+
+def test_every_thread_has_a_network_of_its_own(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 3)
+    network, images = Keeping().eval(), cifar100.made_up(300, 0).images
+    with torch.no_grad():
+        wanted = network(cifar100.normalise(images))
+    torch.testing.assert_close(evaluation.logits(network, images), wanted)

@@ -701,6 +701,31 @@ def test_trained_quantization_steps_move_between_gpu_and_cpu(tmp_path):
     assert gpu.param_groups[1]["capturable"] and "capturable" not in gpu.param_groups[0]
 
 
+class Assigning(nn.Module):
+    """A normalisation that gives its buffer a new tensor, or makes one, in every forward pass."""
+
+    def __init__(self, makes: bool):
+        super().__init__()
+        self.tiny, self.makes = tiny(), makes
+        if not makes:
+            self.register_buffer("mean", torch.zeros(10))
+
+    def forward(self, x):
+        x = self.tiny(x)
+        if self.makes:
+            self.register_buffer("mean", x.mean(0).detach())
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return x - self.mean
+
+
+@pytest.mark.parametrize("makes", (False, True))
+def test_a_buffer_that_is_replaced_is_refused(makes):
+    steps = plan.Plan(SETTINGS, 52, Processes())
+    with pytest.raises(BadInput, match="makes or replaces the buffer mean: make it in __init__, and change it in"):
+        loop.try_network(lambda: Assigning(makes), "Assigning", 10, steps, 2, torch.device("cpu"))
+
+
 class Stepping(nn.Module):
     def __init__(self):
         super().__init__()

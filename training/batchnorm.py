@@ -18,25 +18,28 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
     augment: "none", "plain" or "trivial", preferably as in training, although the test images have no augmentation: a
     network trained on crops with black borders had 56% of the train images correct with statistics of clean images, and
     62% with those of crops. Images are not mixed, and what is random in the network, such as dropout, is off, as it is
-    when these statistics are used.
+    when these statistics are used. Layers that the network's own train() leaves in eval mode keep theirs.
     """
     count = max(count, 2)  # the values of one image may have no variance
     chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)
     equal = chosen.tensor_split(-(-len(chosen) // 250))  # no rest of one image, which would have no variance
     batches = [(index, augmentation.draw(len(index), generator, augment)) for index in equal]
     parts = divided(batches, data.labels.device.type == "cpu")
-    models = [model.eval(), *(copy.deepcopy(model).eval() for _ in parts[1:])]
+    models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
 
     @torch.no_grad()
     def update(k):
-        norms = [module for module in models[k].modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in models[k].train().modules() if isinstance(module, _BatchNorm) and module.training]
         momenta = [norm.momentum for norm in norms]
+        models[k].eval()
         for norm in norms:
             norm.train().reset_running_stats()
-            norm.momentum = None  # the plain mean over all batches
         try:
-            for index, draws in parts[k]:
+            for number, (index, draws) in enumerate(parts[k], 1):
                 threads.go_on()
+                for norm in norms:  # the plain mean over all batches: torch's None, or the same in numbers
+                    torchs = type(norm).forward.__module__.startswith(("torch.", "training."))
+                    norm.momentum = None if torchs else 1 / number
                 models[k](augmentation.augment(data.images[index], data.labels[index], draws)[0])
         finally:
             for norm, momentum in zip(norms, momenta):

@@ -77,18 +77,29 @@ class BatchNorm(nn.BatchNorm2d):
     """
     activation, behind = "none", ()
 
+    @staticmethod
+    def fits(norm: nn.BatchNorm2d) -> bool:
+        """Return True if kernels.c can compute this BatchNorm."""
+        values = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        return norm.num_features <= MOST_CHANNELS and all(
+            value is not None and value.dtype == torch.float32 for value in values)
+
+    def marked(self, y):
+        """Return y, marked for the modules after this one as what they would have computed (see Included)."""
+        y.included_by = self
+        return y
+
     def by_pytorch(self, x):
         """Return the same, computed by PyTorch."""
         y = super().forward(x)
         if self.activation in ("relu", "hardswish"):
-            return getattr(F, self.activation)(y, inplace=True)
+            return self.marked(getattr(F, self.activation)(y, inplace=True))
         for module, own in self.behind:
             y = own.forward(module, y)
-        return y
+        return self.marked(y)
 
     def forward(self, x):
-        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-        if self.num_features > MOST_CHANNELS or kernels.library(x.dtype) is None:
+        if channels_first(x) or kernels.library(x.dtype) is None:
             return self.by_pytorch(x)
         rounding = [module for module, own in self.behind if own is LearnedQuantizer]
         y, mean, var = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
@@ -100,7 +111,23 @@ class BatchNorm(nn.BatchNorm2d):
                 momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var * (rows / max(1, rows - 1)), momentum)
-        return y
+        return self.marked(y)
+
+
+class Included(nn.Module):
+    """A module whose function the BatchNorm before it has applied already; to any other value it applies its own.
+
+    norm: that BatchNorm. own: the class that the module had.
+    """
+    norm, own = None, nn.Identity
+
+    def forward(self, x):
+        return x if getattr(x, "included_by", None) is self.norm else self.own.forward(self, x)
+
+
+def channels_first(x) -> bool:
+    """Return True for a map [N, C, H, W] in C order: PyTorch's result keeps that order, which a later view may need."""
+    return x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Rounding(LearnedQuantizer):
@@ -157,9 +184,10 @@ class Depthwise(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if self.fits(self) and max(x.shape[2:]) <= LARGEST_MAP and kernels.library(dtype):
+        if (self.fits(self) and max(x.shape[2:]) <= LARGEST_MAP and not channels_first(x)
+                and kernels.library(dtype)):
             return Convolve.apply(x.to(dtype), weight, self.stride[0])
-        if not autocast or max(self.stride) == 1:
+        if not autocast or max(self.stride) == 1 or weight.dtype != torch.float32:
             return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
             return super()._conv_forward(x.float(), weight, bias).to(dtype)
@@ -205,12 +233,12 @@ def exchanged(classes: dict[nn.Module, type]):
 
 
 def included(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module, type]:
-    """Return {module: new class}: norms (see `chains`) become `kind`; what they include, nn.Identity."""
+    """Return {module: new class}: norms (see `chains`) become `kind`; what they include, Included."""
     classes = {}
     for norm, (function, behind) in norms.items():
         classes[norm] = type(kind.__name__, (kind,), {
             "activation": function, "behind": [(each, type(each)) for each in behind], **attributes})
-        classes |= dict.fromkeys(behind, nn.Identity)
+        classes |= {each: type("Included", (Included,), {"norm": norm, "own": type(each)}) for each in behind}
     return classes
 
 
@@ -224,5 +252,5 @@ def fast_on_a_cpu(model: nn.Module):
     classes = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
     classes |= {module: Rounding for module in model.modules() if kind_of(module) is LearnedQuantizer}
-    norms = {norm: what for norm, what in chains(model).items() if norm.affine and norm.track_running_stats}
+    norms = {norm: what for norm, what in chains(model).items() if BatchNorm.fits(norm)}
     return exchanged(classes | included(norms, BatchNorm))

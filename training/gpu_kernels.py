@@ -55,8 +55,7 @@ class BatchNorm(cpu_kernels.BatchNorm):
     @staticmethod
     def fits(norm: nn.BatchNorm2d) -> bool:
         """Return True if the kernels can compute this BatchNorm."""
-        return (norm.affine and norm.track_running_stats and norm.momentum is not None
-                and norm.weight.dtype == torch.float32 and norm.num_features <= MOST_CHANNELS)
+        return norm.momentum is not None and cpu_kernels.BatchNorm.fits(norm) and norm.num_features <= MOST_CHANNELS
 
     def forward(self, x):
         # renew_statistics sets the momentum of a copy to None for a plain mean
@@ -74,7 +73,7 @@ class BatchNorm(cpu_kernels.BatchNorm):
         seen.append((self, statistics.detach()))
         if self.seen is None:
             update_statistics(seen)
-        return y
+        return self.marked(y)
 
 
 def update_statistics(seen: list) -> None:

@@ -174,9 +174,14 @@ def try_network(make: Callable[[], nn.Module], spec: str, classes: int, plan: Pl
                      f"{plan.settings.precision}"), contextlib.ExitStack() as at_end:
             if images.device.type == "cpu":
                 at_end.enter_context(fast_on_a_cpu(tried))
+            before = dict(tried.named_buffers())
             with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.settings.precision == "bfloat16"):
                 logits = tried(images).float()
             logits.logsumexp(1).sum().backward()
+            after = dict(tried.named_buffers())
+            if others := [name for name in before | after if after.get(name) is not before.get(name)]:
+                raise BadInput(f"--network {spec}: its forward pass makes or replaces the buffer {others[0]}: make it "
+                               "in __init__, and change it in place (copy_, lerp_): states and averages hold that one")
         if plan.settings.average == 0:  # then the trained weights themselves are copied for an evaluation
             copied(tried)
 
@@ -304,7 +309,7 @@ class Stage:
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                                   settings.augment, mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
-        torch.manual_seed(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
+        networks.seed_all(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
         turns = self.teachers and settings.teaching == "turns"
         kind = step % len(self.teachers) if turns else None, plan.sizes[step]
         if self.graphs is None:

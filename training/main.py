@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 if __name__ == "__main__":
     import compressed.interrupt  # noqa: F401
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -350,6 +348,7 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     classes, state = job.data.data_set.classes, args.start
+    networks.seed_all(args.seed)  # also for what a network draws and keeps outside its state
     if goes_on(stage, args):
         state = args.run / f"{stage}.state"
     if state and state.is_dir():
@@ -367,9 +366,6 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
         if job.processes.first and not begun:
             print(f"warning: {path} is missing, the reweighted stage starts from random weights "
                   "(run --pretrain first, or give --start CHECKPOINT)", file=sys.stderr)
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)  # a network may use any of them
-    np.random.seed(args.seed % 2**32)
     return networks.make(args.network, classes)
 
 

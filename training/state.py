@@ -121,7 +121,7 @@ def fingerprint(tensors) -> str:
     """Return a digest of the values of tensors, by which a state recognises its data, masks and teachers."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
