@@ -86,10 +86,10 @@ def widths(counts: dict[int, int]) -> str:
 
 
 def row_lines(rows: list[dict]) -> list[str]:
-    heads = "operation kind mults bits adds fixed tree"
+    heads, wide = "operation kind mults bits adds fixed tree", max(22, *(len(row["name"]) + 1 for row in rows))
     return ["", "Every operation for one image. Bits of additions, and cost in millions of 32-bit operations, by",
             "accumulator convention (32-bit, fixed length, adder tree). Bits of multiplications: fixed length.", "",
-            *table("<22 <10 >11 >6 >12 >6 >7 >10 >9 >9", [*heads.split(), "M 32-bit", "M fixed", "M tree"], *(
+            *table(f"<{wide} <14 >11 >6 >12 >6 >7 >10 >9 >9", [*heads.split(), "M 32-bit", "M fixed", "M tree"], *(
                 (row["name"], row["kind"], f"{row['multiplications']:,}",
                  widths(row["conventions"]["fixed"]["multiplications"]), f"{row['additions']:,}",
                  *(widths(row["conventions"][c]["additions"]) for c in ("fixed", "tree")),
@@ -196,7 +196,8 @@ def main(argv=None) -> int:
         density = Fraction(1) if args.dense else 1 - args.sparsity
         model = prepare(networks.make(args.network or networks.DEFAULT))
         formats = float_formats(model)
-        source["counted"] = f"what if: the network alone, {float(density):.4g} of every layer's weights non-zero"
+        source["counted"] = (f"what if: the network alone, with {read(model).points[-1].shape[0]} classes, "
+                             f"{float(density):.4g} of every layer's weights non-zero")
     else:
         path = args.checkpoint
         if path.suffix == ".t7" and args.network:

@@ -59,13 +59,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=some_file, default=Path(CHECKPOINT), metavar="F",
         help="output checkpoint, a .pt; its claim has the same name with the suffix .json (%(default)s; an existing "
         "file is replaced only if --out is given)")
-    add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file (default: the submission's, "
-        f"6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
+    add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file with `default = 8` and a "
+        f"table [bits] of names, as tools.layers shows, or kinds: {', '.join(grids.LAYER_KINDS)} (default: the "
+        f"submission's, 6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
         "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
         "channel (%(default)s)")
     add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all but "
-        "the image, which has 8, or a TOML file like --table's (%(default)s)")
+        "the image, which has 8, or a TOML file like --table's; kinds: " + ", ".join(grids.POINT_KINDS)
+        + " (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
         help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
     add("--shift-bits", type=bits, default=grids.SHIFT_BITS, metavar="B", help="bits of a BatchNorm's shift, a "

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from compressed import checkpoints, claims, counting, datasets, networks, normalisation, threads
-from compressed.cifar100 import DataSet
+from compressed.cifar100 import CIFAR100, DataSet
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
-from compressed.exact_network import exact_network, is_wide, probe_logits
+from compressed.exact_network import exact_network, is_wide, largest_product, probe_logits
 from compressed.files import to_json
 from compressed.formats import Activation, Formats, Grid, exponent, found_formats
 from compressed.graph import read as read_graph
@@ -34,14 +34,16 @@ from compressed.integer_network import lowest_bit
 REORDERED = "not known, the images of this copy are not in the published order"
 
 
-def largest_sum(terms: list[tuple]) -> int:
+def largest_sum(terms: list[tuple], low: float = 2.0**-149, high: float = 2.0**127) -> int:
     """Return how large a sum can become, counted in the smallest step of its terms.
 
-    terms: (step, largest magnitude of a code) of each, numbers or float64 [C].
+    terms: (step, largest magnitude of a code) of each, numbers or float64 [C]. It is sys.maxsize if the smallest step
+    or the sum is not from `low` to `high`, by default what float32 can hold.
     """
     steps = [torch.as_tensor(step, dtype=torch.float64) for step, _ in terms]
     smallest = functools.reduce(torch.minimum, steps)
-    return int((sum(step * codes for step, (_, codes) in zip(steps, terms)) / smallest).max())
+    largest = sum(step * codes for step, (_, codes) in zip(steps, terms))
+    return int((largest / smallest).max()) if smallest.min() >= low and largest.max() <= high else sys.maxsize
 
 
 def layer_terms(layer: nn.Module, grid: Grid, source: Activation, step: float, biased: bool) -> list[tuple]:
@@ -83,7 +85,7 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
             terms = layer_terms(layer, grid, sources[0], step, biased=wide or branch.norm)
             if not wide:
                 sums.append(largest_sum(terms))
-            elif largest_sum(terms) > 2**53:
+            elif largest_sum(terms, 0, math.inf) > 2**53:
                 return sys.maxsize
             if not wide and not branch.norm and layer.bias is None:
                 value += terms
@@ -92,13 +94,23 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
     return max(sums)
 
 
+def too_wide(model, formats: Formats) -> str | None:
+    """Return the name of a layer whose sums of products of codes may not fit 32 bits; None if there is none."""
+    for branch in (each for each in read_graph(model).layers if each.kind == "layer"):
+        layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
+        if grid.steps and largest_product(layer, grid, formats.activations[branch.source]) >= 2**31:
+            return branch.name
+    return None
+
+
 def tensor_lines(rows: list[dict]) -> list[str]:
     """Return the table of all tensors: shape, values, zeros, bits found."""
-    lines = [f"{'index':>5}  {'tensor':<29}{'shape':<17}{'values':>10}{'zeros':>10}{'non-zeros':>10}{'sparsity':>9}  "
-             "bits found"]
+    wide = max(29, *(len(row["name"]) + 1 for row in rows))
+    lines = [f"{'index':>5}  {'tensor':<{wide}}{'shape':<17}{'values':>10}{'zeros':>10}{'non-zeros':>10}"
+             f"{'sparsity':>9}  bits found"]
     for row in sorted(rows, key=lambda row: row["index"] is None):  # the layers' weights first
         index, shape = "" if row["index"] is None else row["index"], "x".join(map(str, row["shape"]))
-        lines.append(f"{index:>5}  {row['name']:<29}{shape:<17}{row['total']:>10,}{row['zeros']:>10,}"
+        lines.append(f"{index:>5}  {row['name']:<{wide}}{shape:<17}{row['total']:>10,}{row['zeros']:>10,}"
                      f"{row['nonzeros']:>10,}{row['zeros'] / row['total']:>9.4f}  {row['bits']:>2} ({row['kind']})")
     return lines
 
@@ -124,6 +136,8 @@ def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, l
     if normalise is not None:
         network = normalisation.Renormalised(network, *normalise)
         lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
+    else:
+        lines.append("input (pixel - 128) / 64; if it was trained elsewhere with another one, give --normalise")
     return network.to(memory_format=torch.channels_last), lines
 
 
@@ -136,13 +150,15 @@ def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]
     network = exact_network(read.model, claim["activations"])
     steps = {entry["name"]: float(entry["step"]) for entry in claim["activations"]}
     bound = exactness(read.model, read.formats, steps)
+    if wide := too_wide(read.model, read.formats):
+        problems.append(f"{wide}: its sums may need more than the 32 bits that are counted for them")
     if bound > 2**24:
         problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
-    recorded = claim.get("probe_logits", [] if read.claim_file == read.path else None)  # a packed file records none
-    same = probe_logits(network) == recorded
-    if not same and recorded != []:
+    packed = read.claim_file == read.path  # alone: it records no logits
+    same = probe_logits(network) == claim.get("probe_logits")
+    if not same and not packed:
         problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
-    said = "as recorded, to the last bit" if same else "not recorded" if recorded == [] else "NOT as recorded"
+    said = "as recorded, to the last bit" if same else "not recorded" if packed else "NOT as recorded"
     lines = [f"weights and activations quantized as claimed by {read.claim_file.name}; the largest "
              f"sum that float32 may have to hold is {bound:,} steps, and it is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {said}"]
@@ -177,6 +193,8 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     correct = int(right.sum())
     found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
     claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
+    if claim is not None and data_set is None and data.data_set.digest:  # a claim without one is about CIFAR-100
+        data_set = dataclasses.asdict(CIFAR100)
     if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
         name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
     if claimed is None:

@@ -96,7 +96,10 @@ def read(path, network: str | None = None) -> Checkpoint:
 
 
 def load(path, network: str | None = None) -> tuple[nn.Module, dict]:
-    """Return (model, claim) of a checkpoint. Raises BadInput if it contradicts its claim or has none."""
+    """Return (model, claim) of a checkpoint. Raises BadInput if it contradicts its claim or has none.
+
+    network: as in `read`. exact_network takes both: exact_network(model, claim["activations"]).
+    """
     checkpoint = read(path, network)
     if checkpoint.claim is None:
         raise BadInput(f"{path} has no claim next to it, {claims.claim_path(path).name}: its formats are unknown; "

@@ -219,8 +219,10 @@ def near_duplicates(folder=None) -> torch.Tensor | None:
 
     There are 891 of them, judged by people: Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of
     Near-Duplicates", J. Imaging 2020 (ciFAIR). Their list has indices into the published file, so it cannot be used
-    with a copy in another order, which has another MD5.
+    with a copy in another order, which has another MD5, or in a file of another kind.
     """
+    if folder is not None and Path(folder).is_file():
+        return None
     path = find(folder) / "test"
     if file_md5(path) != MD5["test"]:
         return None

@@ -381,7 +381,11 @@ def prices(model: nn.Module) -> dict[str, float]:
 
 def summary(model: nn.Module, formats: Formats, density: Fraction | None = None) -> dict:
     """Return the counts in a claim: {"weights": `weight_summary` without its tensors, "storage": bits by kind,
-    "operations": {convention: `totals`}, "score": {convention: `score`}}. density: as in `count`."""
+    "operations": {convention: `totals`}, "score": {convention: `score`}}.
+
+    model: prepared (graph.prepare), as checkpoints.read returns it. formats: of its values, such as
+    claims.stated_formats(model, claim), or the `formats` of checkpoints.read. density: as in `count`.
+    """
     operations = read(model).operations
     stored = storage(model, operations, formats, density)
     by = {convention: totals(count(operations, formats, convention, density)) for convention in CONVENTIONS}

@@ -102,6 +102,10 @@ def load(path=None, split: str = "train", device="cpu") -> Images:
     keys = {part: digests(*arrays) for part, arrays in parts.items()}
     data_set = DataSet.of(name, classes or int(parts["train"][1].max()) + 1,
                           {part: fingerprint(each) for part, each in keys.items()})
+    if data_set == dataclasses.replace(cifar100.CIFAR100, name=name):
+        data_set = cifar100.CIFAR100  # its images, in a file of another kind
+    elif name == cifar100.CIFAR100.name or name == "CIFAR-10" and path.is_file():
+        data_set = dataclasses.replace(data_set, name=f"{name} (other images)")
     part = cifar100.FILE_OF[split]
     found = cifar100.select(*parts[part], keys[part], split, data_set, device)
     if not len(found):

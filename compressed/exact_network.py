@@ -20,7 +20,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
 from compressed.counting import reach
 from compressed.evaluation import logits
-from compressed.formats import Activation, code_range, codes, exponent, folded, found_grid
+from compressed.formats import Activation, Grid, code_range, codes, exponent, folded, found_grid
 from compressed.graph import Graph, read
 from compressed.operations import RoundsValues
 
@@ -150,10 +150,15 @@ class WideConv2d(nn.Conv2d):
         return self._conv_forward(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
 
 
+def largest_product(layer: nn.Module, grid: Grid, source: Activation) -> int:
+    """Return how large a layer's sum of products of codes can become; the grid must have steps."""
+    return max(max(-low, high) for low, high in reach(grid.codes(layer.weight), source))
+
+
 def is_wide(layer: nn.Conv2d, source: Activation) -> bool:
     """Return True if a convolution of codes may have sums beyond 2^24 steps; its weights are multiples of a step."""
     grid = found_grid(layer.weight)
-    return bool(grid.steps) and max(max(-low, high) for low, high in reach(grid.codes(layer.weight), source)) > 2**24
+    return bool(grid.steps) and largest_product(layer, grid, source) > 2**24
 
 
 def check_input(graph: Graph) -> None:
@@ -178,9 +183,9 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
                        f"{sorted(points.keys() - set(named))}, unknown {sorted(set(named) - points.keys())}")
     for name, a in zip(named, activations):
         step, bits, point = a.get("step"), a.get("bits"), points[name]
-        if exponent(step) is None or bits not in range(1, 17):
+        if exponent(step) is None or step < 2.0**-126 or bits not in range(1, 17):
             raise BadInput(f"activation {name}: {bits} bits with step {step}; expected 1 to 16 and a power of two, "
-                           "2^-128 to 2^127")
+                           "2^-126 to 2^127, whose reciprocal is a float32")
         if a.get("signed") is not point.signed:
             raise BadInput(f"activation {name}: signed is {a.get('signed')}, expected {point.signed}")
         most = RELU6 if point.activation == "relu6" else math.inf
@@ -190,7 +195,8 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
 def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     """Return a copy of a shipped model that computes on its grids, with the same logits to the last bit on any machine.
 
-    activations: as in `quantize_activations`.
+    activations: as in `quantize_activations`. The copy maps normalised images, float [N, 3, 32, 32] as
+    cifar100.normalise returns them, to float32 logits [N, classes].
     """
     # without oneDNN, PyTorch would leave 3x3 convolutions of 16 images or more to NNPACK, which does not sum products
     torch.backends.nnpack.set_flags(False)
@@ -217,8 +223,15 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
             both = Rescale(network.get_submodule(first.norm), network.get_submodule(point.name))
             network.set_submodule(first.norm, nn.Identity())
             network.set_submodule(point.name, both)
+    network.register_forward_pre_hook(refuse_codes)
     network.register_forward_hook(lambda module, inputs, out: out.float())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def refuse_codes(module: nn.Module, inputs: tuple) -> None:
+    """Raise BadInput for images that are not normalised yet."""
+    if not inputs[0].is_floating_point():
+        raise BadInput(f"images of {inputs[0].dtype}: expected normalised ones, cifar100.normalise(images)")
 
 
 def probe_images() -> Tensor:

@@ -404,17 +404,17 @@ def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[s
         and isinstance(model.get_submodule(reader), norms)}
 
 
-def first_layer(model: nn.Module) -> str:
-    """Return the name of the convolution or linear layer that runs first.
+def layers_as_run(model: nn.Module) -> list[str]:
+    """Return the names of the convolutions and linear layers in the order in which they run.
 
-    If the forward pass cannot be followed, it is the one that is registered first.
+    If the forward pass cannot be followed, or runs none of them, it is that in which they are registered.
     """
     names = [name for name, _ in weight_layers(model)]
     try:
         nodes = traced(model).nodes
     except BadInput:
-        return names[0]
-    return next((node.target for node in nodes if node.op == "call_module" and node.target in names), names[0])
+        return names
+    return [node.target for node in nodes if node.op == "call_module" and node.target in names] or names
 
 
 def scale_free_weights(model: nn.Module) -> list[Tensor]:

@@ -113,7 +113,8 @@ def chosen_bits(option: str, what: str, kinds: dict[str, str], known: tuple[str,
             raise BadInput(f"{option}: {key!r} is the name of one {what} and the kind of others, such as {others[0]}: "
                            "give these by their names, or rename that one")
     if unknown := [key for key in bits if key not in kinds and key not in known]:
-        raise BadInput(f"{option}: the network has no {what} {unknown[0]!r} (names with dots need quotes)")
+        raise BadInput(f"{option}: the network has no {what} {unknown[0]!r} (names with dots need quotes; kinds: "
+                       f"{', '.join(known)})")
     default = content.get("default", 8)
     by_kind = {exempt: 8} | bits
     chosen = {name: bits.get(name, by_kind.get(kind, default)) for name, kind in kinds.items()}

@@ -281,6 +281,8 @@ class IntegerNetwork:
     @torch.inference_mode()
     def codes(self, images: Tensor, watch=None) -> dict[str, Tensor]:
         """Return the pixels and the codes at every activation point, {name: uint8 or int8 [N, H, W, C] or [N, C]}."""
+        if images.dtype != torch.uint8:
+            raise BadInput(f"images of {images.dtype}: expected uint8, not normalised")
         codes = {"pixels": images.permute(0, 2, 3, 1).contiguous()}
         for value in self.values:
             codes[value.point.name] = value.round(value.total(codes, watch))

@@ -47,8 +47,9 @@ def add_option(parser, source: str | None = None) -> None:
     """Add --network to a parser. source: what may say which network it is if the option is not given, such as CLAIM."""
     stated = f"default: as {source} says, else {DEFAULT}" if source else "%(default)s"
     parser.add_argument("--network", metavar="SPEC", default=None if source else DEFAULT,
-                        help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5 "
-                             f"({stated})")
+                        help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5; it "
+                             "is called with num_classes, if it has that argument, and makes an nn.Module from float "
+                             f"images [N, 3, 32, 32] to logits [N, classes] ({stated})")
 
 
 def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
@@ -323,4 +324,5 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
                            "many classes, or another checkpoint")
         model, classes = make(network, found), found
     made_for = f" ({classes} classes)" * ("num_classes=" not in network)
-    return fill(model, state, f"{path} does not fit {network}{made_for}")
+    hint = "; if it is of another one, give its --network" * (network == DEFAULT)
+    return fill(model, state, f"{path} does not fit {network}{made_for}{hint}")

@@ -69,8 +69,8 @@ def fold(model: nn.Module, means, deviations) -> nn.Module:
         if not plain or shift.any() and (layer.padding != (0, 0) or branch.norm is None and layer.bias is None):
             raise BadInput(f"--normalise cannot be folded exactly: {branch.name} reads the image, and is no convolution"
                            " that has one group, a BatchNorm or a bias, and no padding (zeros at the border would be "
-                           "another colour); prune it (80% zeros, or --target-sparsity) and train it further with "
-                           "(pixel - 128) / 64: training/main.py --masked-retrain --network SPEC --start F")
+                           "another colour); train it further with (pixel - 128) / 64: training/main.py --network SPEC "
+                           "--start F, with --pretrain (dense), --rew or --masked-retrain (both make zeros)")
         weight = layer.weight.double()
         added = (weight * shift.to(weight)[:, None, None]).sum((1, 2, 3))  # to every sum of the convolution
         layer.weight.copy_(weight * scale.to(weight)[:, None, None])

@@ -306,6 +306,10 @@ class _Node:
             yield "a dropout that is switched on in eval mode, too; pass training=self.training"
         if self.is_stochastic_depth() and self.arguments(p=0.5, mode="row", training=True)["training"]:
             yield "it leaves out blocks in eval mode, too; pass training=self.training"
+        if node.target is operator.getitem and kind == "moved" and any(
+                isinstance(each, (list, fx.Node)) for each in (node.args[1] if isinstance(node.args[1], tuple)
+                                                               else node.args[1:])):
+            yield "a list of indices would have to be stored, and has no counting rule: use slices, chunk or transpose"
         if node.kwargs.get("out") is not None:
             yield "it writes its result over another tensor: leave out=... away"
         if self.in_place():

@@ -380,6 +380,7 @@ REFUSED = (
     (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=-torch.inf), c=conv(padding=1)), "pad .* not zero"),
     (Lone(lambda s, x: torch.cat([s.c(x), s.c(x)[:, 4:]], 1), c=conv(padding=1)), "c: it is used several times"),
     (Lone(lambda s, x: s.c(torch.cat([x, x[:, 3:]], 1)), c=conv(padding=1)), "it takes no element of what it reads"),
+    (Lone(lambda s, x: s.c(x[:, [2, 0, 1]]), c=conv(padding=1)), "a list of indices would have to be stored"),
     (Lone(lambda s, x: sum([s.c(x), s.d(x)]), c=conv(padding=1), d=conv(padding=1)), "add .* with a number"),
     (nn.Sequential(conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(3)), "map is 32x32"),
     (Returning(lambda s, x: s.c(x), c=conv(padding=1)), "the network returns tuple, expected one tensor"),

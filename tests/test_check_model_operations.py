@@ -139,7 +139,7 @@ def test_wrong_claims(shipped):
     tensors, model = claim["tensors"], load_checkpoint(path, SPEC)
     assert hold(claim, path, model)[1] == []
     cases = [
-        (changed(claim, "tensors", 2, bits=7), "layers.0.conv2.weight: the values need 8 bits"),
+        (changed(claim, "tensors", 2, bits=7), "layers.0.conv2.weight: the values are no 7-bit multiples"),
         (changed(claim, "tensors", 2, step=2.0**-4), "layers.0.conv2.weight: the values are no 8-bit multiples"),
         (changed(claim, "tensors", 2, step=2.0**-6), "layers.0.conv2.weight: the values are no 8-bit multiples"),
         (changed(claim, "tensors", 2, step=-1), "layers.0.conv2.weight: claimed step -1"),
@@ -151,7 +151,7 @@ def test_wrong_claims(shipped):
         (changed(claim, "tensors", 58, kind={"a": 1}), "bn1.weight: the values are no 16-bit {'a': 1}"),
         (changed(claim, "tensors", 58, kind="float8"), "bn1.weight: the values are no 16-bit float8"),
         (changed(claim, "tensors", 58, bits=17), "bn1.weight: the values are no 17-bit float16"),
-        (changed(claim, "tensors", 59, bits=15), "bn1.bias: the values need 16 bits"),
+        (changed(claim, "tensors", 59, bits=15), "bn1.bias: the values are no 15-bit multiples"),
         (claim | {"tensors": tensors[:-1]}, "linear.bias: not in the claim"),
         (claim | {"tensors": [*tensors, {"name": "extra", "bits": 8}]}, "extra: claimed, but not in the network"),
         (claim | {"activations": claim["activations"][1:]}, "activation image: not in the claim"),

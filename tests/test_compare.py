@@ -146,6 +146,27 @@ def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
     assert lines[-1].split()[:3] == ["pretrain", networks.DEFAULT, "2"]
 
 
+def test_runs_of_other_starts_are_no_seeds(tmp_path):
+    """Each seed may have its own dense network, but not another kind of start; an option counts where it decides."""
+    def record(folder, stage, seed, **options):
+        folder.mkdir(exist_ok=True, parents=True)
+        save_record({"settings": {"epochs": 1, "batch_size": 2, "seed": seed}, "options": options, "data": "d"},
+                    folder / f"{stage}.options.json")
+        (folder / f"{stage}.jsonl").write_text('{"step": 3, "epoch": 1, "loss": 0.5, "zeros": 0, "weights": 9}\n')
+
+    def grouped(*runs):
+        rows = [row for run in runs for row in compare.rows_of(tmp_path / run, read_stages(tmp_path / run))]
+        return [row["stage"] for row in compare.over_seeds(rows)]
+
+    for seed in (0, 1):
+        record(tmp_path / f"dense{seed}", "pretrain", seed, target_sparsity=0.5 + seed)
+        record(tmp_path / f"dense{seed}", "rew", seed, target_sparsity=0.5)
+        record(tmp_path / f"run{seed}", "masked", seed, start=str(tmp_path / f"dense{seed}/pretrain.pt"))
+        record(tmp_path / f"late{seed}", "masked", seed, start=str(tmp_path / f"dense{seed}/rew.pt"))
+    assert grouped("run0", "run1") == grouped("late0", "late1") == ["masked"] and grouped("run0", "late1") == []
+    assert grouped("dense0", "dense1") == ["pretrain", "rew"]
+
+
 @pytest.mark.parametrize("prepare, options, said", (
     (lambda: None, "nowhere", "nowhere: there is no run"),
     (lambda: write_stage(Path("a"), "rew"), "a --figure f.doc", "f.doc: Format 'doc' is not supported"),

@@ -1,6 +1,8 @@
 """CIFAR-10 and .npz files: what is read, what is refused, and networks of their classes through all scripts."""
 import argparse
+import dataclasses
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,18 @@ def test_a_network_of_other_classes_needs_no_download(monkeypatch):
     monkeypatch.setattr(cifar100, "load", lambda *args: pytest.fail("CIFAR-100 was looked for"))
     with pytest.raises(BadInput, match="the network has 7 outputs, and the data 100 classes: give the --data that"):
         datasets.chosen(options(), "test", network=prepare(networks.make(TINY, 7)))
+
+
+def test_a_name_is_no_data_set(monkeypatch):
+    """Other images in a file called CIFAR-100 are not CIFAR-100's; its own in a file of any name are."""
+    npz("CIFAR-100")
+    Path("CIFAR-100.npz").rename("CIFAR-100")
+    assert datasets.load("CIFAR-100").data_set.name == "CIFAR-100 (other images)"
+    found = datasets.load(npz()).data_set
+    monkeypatch.setattr(cifar100, "CIFAR100", dataclasses.replace(found, name="CIFAR-100"))
+    assert datasets.load("five.npz").data_set == cifar100.CIFAR100
+    assert datasets.chosen(options(data=Path("five.npz")), "test")[1] == "test"
+    assert cifar100.near_duplicates("five.npz") is None
 
 
 def test_made_up_images_have_the_classes_of_the_network():

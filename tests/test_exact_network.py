@@ -13,6 +13,7 @@ from compressed.errors import BadInput
 from compressed.formats import code_range, is_folded
 from compressed.graph import prepare, read
 from compressed.grids import SCHEMES
+from compressed.integer_network import IntegerNetwork
 from small import integer_logits
 
 
@@ -125,6 +126,16 @@ def test_a_network_that_scales_its_input_itself_is_refused():
               for name, signed in read(model).activation_points.items()]
     with pytest.raises(BadInput, match="scales or shifts its input itself"):
         exact_module.exact_network(model, points)
+
+
+def test_images_of_the_other_kind_are_refused(exact):
+    network, tensors, activations, computed = exact["layer"]
+    images = cifar100.made_up(2, 0).images
+    with pytest.raises(BadInput, match="images of torch.uint8: expected normalised ones"):
+        computed(images)
+    integers = IntegerNetwork(network, {"tensors": tensors, "activations": activations})
+    with pytest.raises(BadInput, match="images of torch.float32: expected uint8"):
+        integers(cifar100.normalise(images))
 
 
 def test_the_exact_network_is_a_copy(exact):

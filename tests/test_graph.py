@@ -158,12 +158,13 @@ class Late(nn.Module):
 
 
 def test_the_first_layer_is_that_which_runs_first():
-    assert graph.first_layer(Late()) == "stem" and graph.first_layer(MobileNetV2(width=0.5)) == "conv1"
+    assert graph.layers_as_run(Late())[0] == "stem"
+    assert graph.layers_as_run(MobileNetV2(width=0.5))[::57] == ["conv1", "linear"]
 
     class Odd(Late):
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else -x)
-    assert graph.first_layer(Odd()) == "fc"  # it cannot be followed
+    assert graph.layers_as_run(Odd())[0] == "fc"  # it cannot be followed
 
 
 class Odd(nn.Module):

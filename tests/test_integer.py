@@ -277,7 +277,7 @@ def test_overflow_is_refused(tiny):
 @pytest.mark.parametrize("change, line", [
     (lambda model, claim: claim["activations"][4].update(bits=12), "activation layers.0.out has 12 bits"),
     (lambda model, claim: claim["activations"][4].update(step=0.3), "has the step 0.3, expected a power of two"),
-    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values need 6 bits"),
+    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values are no 3-bit multiples"),
     (lambda model, claim: claim["tensors"][0].update(step=[2.0**-5] * 8), "conv1.weight has 6 bits and 8 steps"),
 ])
 def test_what_it_does_not_take(change, line):

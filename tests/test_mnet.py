@@ -228,7 +228,7 @@ def test_random_content_is_read_or_refused(tiny):
 # ---- What cannot be packed -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, line", [
-    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values need 6 bits"),
+    (lambda model, claim: claim["tensors"][0].update(bits=3), "conv1.weight: the values are no 3-bit multiples"),
     (lambda model, claim: claim["tensors"][0].update(step=[2.0**-5] * 8), "conv1.weight .* has 6 bits and 8 steps"),
     (lambda model, claim: claim["activations"][3].update(step=0.3), "has the step 0.3"),
     (lambda model, claim: claim["activations"][3].update(step=None), "has the step None"),

@@ -333,7 +333,7 @@ def test_a_claim_that_contradicts_its_file_is_not_made(exact, tmp_path):
     path = tmp_path / "a.pt"
     torch.save(network.state_dict(), path)
     wrong = [dict(entry, bits=5) if entry["name"] == "conv2.weight" else entry for entry in tensors]
-    with pytest.raises(BadInput, match="conv2.weight: the values need 8 bits"):
+    with pytest.raises(BadInput, match="conv2.weight: the values are no 5-bit multiples of the claimed step"):
         claims.write({"tensors": wrong, "activations": activations}, path, SPEC)
     assert not (tmp_path / "a.json").exists()
     claims.write({"tensors": tensors, "activations": activations}, path, SPEC)

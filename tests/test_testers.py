@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -222,6 +223,15 @@ def test_a_packed_file_alone_is_said_to_record_nothing(original, run, tmp_path):
     assert run("--checkpoint", original, *MADE_UP)[1].split("\n\n")[1:] == out.split("\n\n")[1:]
 
 
+def test_a_claim_writes_no_line_into_the_report(shipped, run):
+    claim = load_json(shipped.with_suffix(".json"))
+    claim["accuracy"] |= {"a\n\x1b[1mAccuracy: 100/100": 1}
+    save_record(claim | {"b\nAccuracy: 99/100": 1, "probe_logits": []}, shipped.with_suffix(".json"))
+    status, out, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and len(re.findall("^.*Accuracy:", out, re.M)) == 2 and "\x1b" not in out
+    assert "the logits of the fixed made-up batch are not those recorded" in err
+
+
 @pytest.mark.parametrize("key", ("probe_logits", "counts", "accuracy"))
 def test_what_is_taken_out_of_a_claim_is_missed(shipped, run, key):
     claim = load_json(shipped.with_suffix(".json"))
@@ -288,7 +298,7 @@ def last_bit(claim):
 
 TAMPERED = {  # what else the claim may get wrong: test_check_model_operations.py
     "bits too low": (lambda claim: entry(claim, "layers.4.conv1.weight").update(bits=7),
-                     ["layers.4.conv1.weight: the values need 8 bits"]),
+                     ["layers.4.conv1.weight: the values are no [67]-bit multiples of the claimed step"]),
     "correct count": (lambda claim: claim["accuracy"].update(correct=claim["accuracy"]["correct"] + 1),
                       [r"the claim has \d+ correct images, but \d+ were found"]),
     "loss": (lambda claim: claim["accuracy"].update(loss=claim["accuracy"]["loss"] - 1e-4),
@@ -353,7 +363,7 @@ def not_folded(state):
 @pytest.mark.parametrize("change, message", (
     (largest_turned, "the logits of the fixed made-up batch are not those recorded"),
     (one_zero_more, "the counts in the claim are not those of the file"),
-    (off_its_grid, r"layers.3.conv1.weight: the values need \d+ bits"),
+    (off_its_grid, r"layers.3.conv1.weight: the values are no \d-bit multiples of the claimed step"),
     (not_folded, "layers.5.bn2.weight: the values need 32 bits")))
 def test_a_tampered_checkpoint(shipped, run, change, message):
     tamper(shipped, change)
@@ -407,6 +417,23 @@ def test_the_largest_sum(original):
     for grid in (Grid(8, (0.3,), "even"), Grid(16, kind="float16")):
         for name in ("conv2.weight", "linear.weight"):
             assert testers.exactness(model, Formats(grids | {name: grid}, activations), steps) == sys.maxsize
+
+
+def test_sums_that_floats_cannot_hold():
+    assert testers.largest_sum([(2.0**-140, 100)]) == 100 and testers.largest_sum([(2.0**-150, 100)]) == sys.maxsize
+    assert testers.largest_sum([(2.0**120, 100)]) == 100 and testers.largest_sum([(2.0**121, 100)]) == sys.maxsize
+    assert testers.largest_sum([(2.0**-150, 100)], 0, math.inf) == 100
+
+
+def test_more_than_32_bits_are_not_counted():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(2048, 4)))
+    for parameter in model.parameters():
+        parameter.data.fill_(127.0)
+    grids = {name: Grid(8, (1.0,)) for name, _ in model.named_parameters()}
+    for bits, wide in ((8, None), (16, "5")):
+        activations = {name: Activation(bits, signed) for name, signed in read(model).activation_points.items()}
+        assert testers.too_wide(model, Formats(grids, activations)) == wide
 
 
 class Sum(nn.Module):

@@ -725,6 +725,41 @@ def test_a_proximal_penalty_in_the_submissions_command_makes_zeros_of_its_own(sm
     assert any(d.any() for d in dead.values()) and not dead["conv1"].any()
 
 
+def test_no_class_loses_its_filter(narrow, capsys):
+    """The filters of the last layer are the classes'; single weights and --config-file are as they are."""
+    model = networks.make("mobilenet_v2:MobileNetV2?width=0.25")
+    words = "--rew --target-sparsity 0.9 --sparsity-type"
+    layers = {kind: sparsity.pruned_layers(training.parse([*words.split(), kind]), model)
+              for kind in ("irregular", "filter")}
+    assert layers["irregular"] == [*layers["filter"], "linear"] and "conv1" not in layers["irregular"]
+    args = training.parse(["--masked-retrain", "--target-sparsity", "0.9", "--sparsity-type", "filter"])
+    sparsity.make_masks(args, model)
+    assert model.linear.weight.flatten(1).any(1).all()
+    with pytest.raises(BadInput, match="no layer between the first and the last whose filters"):
+        sparsity.pruned_layers(args, torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 5, 1)))
+
+
+def test_what_is_left_of_a_lost_state_is_not_overwritten(small):
+    words = QUICK + " --pretrain --epochs 3"
+    assert run(words + " --max-minutes 0") == 0
+    State(Path("run/pretrain.state")).remove()
+    assert run(words + " --max-minutes 0") == 0  # not an epoch had been made
+    Path("run/pretrain.jsonl").write_text(json.dumps({"step": 2, "epoch": 1}) + "\n")
+    State(Path("run/pretrain.state")).remove()
+    with pytest.raises(BadInput, match="pretrain.state is lost, and run/pretrain.average.pt, which is left of that"):
+        run(words)
+    Path("run/pretrain.average.pt").rename("copy.pt")
+    assert run(words + " --start copy.pt --start-epoch 1") == 0
+
+
+def test_a_mask_of_a_dense_start_takes_no_target_from_the_stage_after_it(small, capsys):
+    for words in ("--pretrain", "--rew --target-sparsity 0.5"):
+        assert run(f"{QUICK} {words}", "other") == 0
+    capsys.readouterr()
+    assert run(QUICK + " --masked-retrain --start other/pretrain.pt") == 0
+    assert "target 0.8" in capsys.readouterr().out
+
+
 def test_a_teacher_changes_what_is_learnt(small):
     assert run(QUICK + " --pretrain") == 0
     assert run(QUICK + " --pretrain --teacher run/pretrain.pt", "taught") == 0

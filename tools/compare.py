@@ -49,14 +49,32 @@ def share_of_zeros(line: dict) -> float | None:
 
 
 def quantized_with(claim: dict) -> list[str]:
-    """Return the options of the command that made a claim, apart from the seed and from where its files are."""
-    words, kept = iter(shlex.split(claim.get("made_by", {}).get("command", ""))[2:]), []
+    """Return the options with which quantize.py made a claim, apart from the seed, as text."""
+    made = claim.get("made_by", {})
+    if "options" in made:
+        return [f"{name} {value}" for name, value in sorted(made["options"].items()) if name != "seed"]
+    words, kept = iter(shlex.split(made.get("command", ""))[2:]), []  # of an older version
     for word in words:
         if word.split("=")[0] not in PLACES:
             kept.append(word)
         elif "=" not in word:
             next(words, None)
     return kept
+
+
+def before_start(stage: StageRecord) -> list[list]:
+    """Return what decides the weights of a stage's --start but for the seed: the stages in its folder, up to that file.
+
+    If they are not known, it is the file's path.
+    """
+    if not stage.options.get("start"):
+        return []
+    path, epoch = Path(stage.options["start"]), stage.options.get("start_epoch") or 0
+    stages = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
+    if (last := path.name.split(".")[0]) not in stages:
+        return [[str(path), epoch]]
+    names = list(stages)
+    return [[name, stages[name].apart_from_seed()] for name in names[:names.index(last) + 1]] + [[path.suffix, epoch]]
 
 
 def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
@@ -66,7 +84,7 @@ def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
     """
     rows, key, seed = [], [], None
     for stage in stages:
-        key.append([stage.name, stage.apart_from_seed()])  # the stages before decide the result, too
+        key += before_start(stage) + [[stage.name, stage.apart_from_seed()]]  # the stages before decide the result, too
         last, epochs, seed = stage.lines[-1], stage.settings["epochs"], stage.settings.get("seed")
         tested = [line["test_accuracy"] for line in stage.lines if "test_accuracy" in line]
         rows.append({"run": run, "stage": stage.name, "network": stage.options.get("network"),
@@ -181,6 +199,7 @@ def save_figure(runs: dict[Path, list[StageRecord]], path: Path) -> None:
                 axes.plot(*zip(*found["path"]), "--", lw=1, color=line.get_color())
         axes.set(title=title, xlabel="images, all stages (millions)")
         axes.grid(color="#dddddd")
+        axes.locator_params(axis="x", nbins=6)
     for axes in panels[1:]:
         axes.yaxis.set_major_formatter("{x:.0%}")
     panels[0].legend(frameon=False, fontsize=8)

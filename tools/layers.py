@@ -7,21 +7,21 @@ from torch import nn
 from compressed import networks
 from compressed.command_line import command_line, run_script
 from compressed.counting import NO_THOP, thop_counts
-from compressed.graph import trace, weight_layers
+from compressed.graph import layer_kind, trace, weight_layers
 
 
 def layer_table(model: nn.Module) -> str:
     """Return a line for each convolution and linear layer: index, name, kind, weight's shape, output's shape, weights.
     """
     shapes = {op.name: op.shape for op in trace(model)}
-    lines = [f"{'':>2}  {'layer':<22} {'kind':<10} {'weight':<18} {'stride':>6} {'output':<12} {'weights':>9}"]
+    lines = [f"{'':>2}  {'layer':<22} {'kind':<14} {'weight':<18} {'stride':>6} {'output':<12} {'weights':>9}"]
     for index, (name, module) in enumerate(weight_layers(model)):
         kind, stride = "linear", ""
         if isinstance(module, nn.Conv2d):
-            kind, stride = "x".join(map(str, module.kernel_size)) + " dw" * (module.groups > 1), module.stride[0]
+            kind, stride = f"{layer_kind(module)} {'x'.join(map(str, module.kernel_size))}", module.stride[0]
         weight, out = ("x".join(map(str, shape)) for shape in (module.weight.shape, shapes.get(name, ["unused"])))
         count = module.weight.numel()
-        lines.append(f"{index:>2}  {name:<22} {kind:<10} {weight:<18} {stride:>6} {out:<12} {count:>9,}")
+        lines.append(f"{index:>2}  {name:<22} {kind:<14} {weight:<18} {stride:>6} {out:<12} {count:>9,}")
     return "\n".join(lines)
 
 

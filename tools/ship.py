@@ -5,7 +5,8 @@
     python -m tools.ship RUN --into small       into the folder small/ instead of the repository's root; bash run.sh
                                                 verifies every folder of the repository that holds a shipped network.
                                                 For a network or data of your own, give a folder outside the
-                                                repository or deeper in it, such as shipped/mine
+                                                repository or deeper in it, such as shipped/mine; the files
+                                                there have the same names
     python -m tools.ship RUN --if-better        only if it is more accurate on the test set than the network that it
                                                 would replace
 

@@ -41,7 +41,7 @@ from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
-from training.runs import (DECISIVE, STAGES, new_record, options_of, other_start, training_record,
+from training.runs import (DECISIVE, STAGES, new_record, options_of, other_start, read_stage, training_record,
                            warn_of_seen_images)
 from training.state import MACHINE, State, stop_noted
 
@@ -271,6 +271,12 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
         if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
             raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
                            "before it, perhaps random ones: bring those back, or give --no-resume")
+    for stage in missing if args.resume else ():
+        average, state = job.file(f"{stage}.average.pt"), State(job.file(f"{stage}.state"))
+        left = read_stage(job.file(f"{stage}.jsonl")) if average.is_file() and not state.exists else None
+        if left and left.lines[-1]["epoch"] < left.settings["epochs"] and not by_stage[stage].start:
+            raise BadInput(f"{state.folder} is lost, and {average}, which is left of that stage, would be overwritten: "
+                           "go on from a copy of it (--start COPY --start-epoch E), or give --no-resume")
     others = {}
     for stage in there:
         if changed := changed_options(stage, job):

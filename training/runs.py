@@ -95,19 +95,19 @@ class StageRecord:
         kept = {key: value for key, value in self.settings.items() if key not in apart}
         kept["data"] = self.data
         for key, value in self.options.items():
-            if key in DECISIVE:
+            if self.name.split("-")[0] in DECISIVE.get(key, ()):
                 kept[key] = {name: v for name, v in value.items() if name != "seed"} if key == "grids" else value
         return kept
 
 
 def read_stage(log: Path) -> StageRecord | None:
-    """Return the stage of a log; None without an epoch in it or without options. Raises BadInput for damaged files."""
-    options, lines = log.with_suffix(".options.json"), load_lines(log)
+    """Return the stage of a log; None without an epoch or options in the folder. Raises BadInput for damaged files."""
+    options, lines = log.with_suffix(".options.json"), load_lines(log) if log.is_file() else []
     if not lines or not options.is_file():
         return None
     record = options_of(options)
     return StageRecord(log.stem, lines, record["settings"], record["options"], record.get("machine"),
-                 record.get("train_images"), record.get("data"), record.get("teachers_sha256"))
+                       record.get("train_images"), record.get("data"), record.get("teachers_sha256"))
 
 
 def read_stages(folder) -> list[StageRecord]:

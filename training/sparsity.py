@@ -7,7 +7,7 @@ import torch
 from compressed.command_line import number, option_name
 from compressed.errors import BadInput, refused
 from compressed.files import load_record
-from compressed.graph import first_layer, weight_layers
+from compressed.graph import layers_as_run, weight_layers
 from compressed.networks import brief
 from training import masks, penalties
 
@@ -86,15 +86,22 @@ def strength(args) -> tuple[str, float | None, float | None]:
 
 
 def pruned_layers(args, model) -> list[str]:
-    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem."""
+    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem.
+
+    Of filters, those of the last layer are left out, too: without one, the logit of a class would be constant.
+    """
     if args.config_file:
         return list(masks.prune_ratios(args.config_file, model))
     names = [name for name, _ in weight_layers(model)]
     if len(names) < 2:
         raise BadInput("the network has no nn.Conv2d or nn.Linear besides the first one, which is not pruned: list "
                        "what to prune in a --config-file")
-    stem = first_layer(model)  # its few weights read the image, and cost little
-    return [name for name in names if name != stem]
+    stem, *_, last = layers_as_run(model)  # the stem's few weights read the image, and cost little
+    apart = {stem, last} if args.sparsity_type == "filter" else {stem}
+    if not (pruned := [name for name in names if name not in apart]):
+        raise BadInput("the network has no layer between the first and the last whose filters could be pruned: list "
+                       "what to prune in a --config-file")
+    return pruned
 
 
 def say_ratios_are_idle(args, stage: str, say) -> None:
@@ -129,13 +136,14 @@ def try_penalty(penalty: penalties.Penalty) -> None:
 def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
 
-    That is the run's, or else the one in the folder of --start. say(line) is called for what was taken, and for every
-    given option that differs. Nothing is taken if the options select the submission's rule: without a target,
-    --sparsity-type threshold, or any type with --config-file. planned: the options of a reweighted stage that this call
-    trains before, instead of those of the run's.
+    That is the run's, or else the one in the folder of --start, unless that is a dense stage's file. say(line) is
+    called for what was taken, and for every given option that differs. Nothing is taken if the options select the
+    submission's rule: without a target, --sparsity-type threshold, or any type with --config-file. planned: the options
+    of a reweighted stage that this call trains before, instead of those of the run's.
     """
     path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
-    if args.start and not path.is_file() and (of_start := Path(args.start).parent / path.name).is_file():
+    if (args.start and not path.is_file() and (of_start := Path(args.start).parent / path.name).is_file()
+            and Path(args.start).name.split(".")[0] != "pretrain"):
         path = of_start
     if planned is not None or path.is_file():
         options = planned or argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))

@@ -76,9 +76,10 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     teacher = fold_batchnorm(teacher)
-    if normalise and not theirs and not claim_path(path).is_file() and not training_record(path):
-        say_once(f"{path}: no record of its training here, so this teacher takes images as --normalise says")
-        teacher = Renormalised(teacher, *normalise).eval()
+    if not theirs and not claim_path(path).is_file() and not training_record(path):
+        how = "as --normalise says" if normalise else "as (pixel - 128) / 64, whatever it was trained with"
+        say_once(f"{path}: no record of its training here, so this teacher takes images {how}")
+        teacher = Renormalised(teacher, *normalise).eval() if normalise else teacher
     return teacher.requires_grad_(False)
 
 
