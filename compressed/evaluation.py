@@ -39,11 +39,14 @@ def batch_size(images: Tensor) -> int:
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the logits [N, classes] of a network in eval mode for uint8 images [N, 3, 32, 32].
 
-    Every thread has a copy of its own: a forward pass may leave intermediate values in the network.
+    Every thread has a copy of its own, if there can be one: a forward pass may leave intermediate values in it.
     """
     size, own = batch_size(images), threading.local()
     parts = divided(images.split(size), images.is_cpu)
-    spare = [copy.deepcopy(network) for _ in parts[1:]] + [network]
+    try:
+        spare = [copy.deepcopy(network) for _ in parts[1:]] + [network]
+    except RuntimeError:  # weights that are computed, as by torch.nn.utils.weight_norm
+        spare = [network] * len(parts)
 
     def engine(batch):
         if not hasattr(own, "network"):

@@ -52,6 +52,15 @@ class Keeping(nn.Module):
         return self.second(self.kept.relu().mean((2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_cannot_be_copied_is_evaluated(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 3)
+    network = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(3072, 10))).eval()
+    images = cifar100.made_up(100, 0).images
+    network(cifar100.normalise(images[:2]))  # its weight is computed now
+    assert evaluation.logits(network, images).shape == (100, 10)
+
+
 def test_every_thread_has_a_network_of_its_own(monkeypatch):
     monkeypatch.setattr(threads, "cores", lambda: 3)
     network, images = Keeping().eval(), cifar100.made_up(300, 0).images
