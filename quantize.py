@@ -41,7 +41,7 @@ from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import stage_records, training_record, warn_of_seen_images
+from training.runs import stage_records, trained_here, training_record, warn_of_seen_images
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -281,7 +281,7 @@ def main(argv=None) -> int:
         warn_of_seen_images(args.trained)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
-    if args.normalise and args.trained and args.trained[-1]["stage"] == args.checkpoint.name.split(".")[0]:
+    if args.normalise and trained_here(args.checkpoint):
         print(f"{args.checkpoint} was trained here: --normalise has no effect on it, but on teachers from elsewhere")
     elif args.normalise:
         model = normalisation.fold(model, *args.normalise)

@@ -306,10 +306,11 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Mo
     return model.eval()
 
 
-def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None) -> nn.Module:
+def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None, hint: bool = True) -> nn.Module:
     """Return the network of a specification with the values of a checkpoint file, in eval mode, on the CPU, in float32.
 
-    num_classes: the number of classes that it must have; None: as many as the values are for. Raises BadInput for a
+    num_classes: the number of classes that it must have; None: as many as the values are for. hint: name --network in
+    the message for a file that does not fit the default. Raises BadInput for a
     file whose keys or shapes do not fit, and for invalid values (see `fill`).
     """
     classes = num_classes or CLASSES
@@ -324,5 +325,5 @@ def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None
                            "many classes, or another checkpoint")
         model, classes = make(network, found), found
     made_for = f" ({classes} classes)" * ("num_classes=" not in network)
-    hint = "; if it is of another one, give its --network" * (network == DEFAULT)
-    return fill(model, state, f"{path} does not fit {network}{made_for}{hint}")
+    other = "; if it is of another one, give its --network" * (hint and network == DEFAULT)
+    return fill(model, state, f"{path} does not fit {network}{made_for}{other}")

@@ -138,9 +138,19 @@ def test_a_function_that_runs_elsewhere_too(inside):
     assert type(model.act) is nn.ReLU
 
 
+@torch.no_grad()
+def test_a_copy_applies_no_function_twice():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Hardswish()).train()
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    wanted = copy.deepcopy(model)(x)
+    with cpu_kernels.fast_on_a_cpu(model):
+        torch.testing.assert_close(copy.deepcopy(model)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("change", (
     lambda norm: norm.double(), lambda norm: norm.register_parameter("bias", None),
-    lambda norm: norm.__init__(16, affine=False), lambda norm: norm.__init__(16, track_running_stats=False)))
+    lambda norm: norm.__init__(16, affine=False), lambda norm: norm.__init__(16, track_running_stats=False),
+    lambda norm: setattr(norm, "track_running_stats", False)))
 def test_a_batchnorm_of_other_values_is_pytorchs(change):
     norm = nn.BatchNorm2d(16)
     change(norm)

@@ -154,7 +154,7 @@ def test_the_shipped_profile_lists_every_convolution(mobilenet):
 
 
 def test_all_layers_but_the_stem_are_pruned(mobilenet):
-    layers = pruned_layers(argparse.Namespace(config_file=None), mobilenet)
+    layers = pruned_layers(argparse.Namespace(config_file=None, sparsity_type=None), mobilenet)
     assert len(layers) == 57 and "conv1" not in layers and {"conv2", "linear", "layers.16.shortcut.0"} < set(layers)
 
 

@@ -811,6 +811,10 @@ def test_nothing_begins_before_the_dense_stage_is_finished(small):
         run(QUICK + " --rew")
     assert run(QUICK + " --rew --start run/pretrain.average.pt --max-minutes 0") == 0
     assert run(QUICK + " --rew") == 0  # it began from a --start, and goes on
+    assert run(QUICK + " --pretrain", "other") == 0 and run(QUICK + " --rew --max-minutes 0", "other") == 0
+    assert run(QUICK + " --pretrain --no-resume --max-minutes 0", "other") == 0
+    with pytest.raises(BadInput, match="pretrain.pt is missing, because the dense stage is not finished: repeat"):
+        run(QUICK + " --rew", "other")
 
 
 @pytest.mark.parametrize("words, other", (

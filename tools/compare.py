@@ -29,7 +29,10 @@ from training.state import State
 COLUMNS = {**dict.fromkeys(("run", "stage", "network", "epochs", "seed"), "{}"), "images": "{:,}", "loss": "{:.4f}",
            "accuracy": "{:.2%}", "zeros": "{:.2%}", "score": "{:.5f}"}
 AVERAGED = ("loss", "accuracy", "zeros", "score")
-PLACES = "--checkpoint", "--out", "--tuning-folder", "--data", "--seed"  # options of quantize.py with a value
+# options of quantize.py, with a value and without, that say where files are (the network is the run's), or the seed, or
+# how it is computed
+PLACES = "--checkpoint", "--out", "--tuning-folder", "--data", "--seed", "--network", "--precision"
+FLAGS = "--no-cuda", "--graphs", "--no-graphs", "--resume", "--no-resume"
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -49,14 +52,11 @@ def share_of_zeros(line: dict) -> float | None:
 
 
 def quantized_with(claim: dict) -> list[str]:
-    """Return the options with which quantize.py made a claim, apart from the seed, as text."""
-    made = claim.get("made_by", {})
-    if "options" in made:
-        return [f"{name} {value}" for name, value in sorted(made["options"].items()) if name != "seed"]
-    words, kept = iter(shlex.split(made.get("command", ""))[2:]), []  # of an older version
+    """Return the options of the command that made a claim, apart from PLACES and FLAGS."""
+    words, kept = iter(shlex.split(claim.get("made_by", {}).get("command", ""))[2:]), []
     for word in words:
         if word.split("=")[0] not in PLACES:
-            kept.append(word)
+            kept += [word] * (word not in FLAGS)
         elif "=" not in word:
             next(words, None)
     return kept
@@ -74,7 +74,9 @@ def before_start(stage: StageRecord) -> list[list]:
     if (last := path.name.split(".")[0]) not in stages:
         return [[str(path), epoch]]
     names = list(stages)
-    return [[name, stages[name].apart_from_seed()] for name in names[:names.index(last) + 1]] + [[path.suffix, epoch]]
+    found = [before_start(stages[name]) + [[name, stages[name].apart_from_seed()]]
+             for name in names[:names.index(last) + 1]]
+    return sum(found, []) + [[path.suffix, epoch]]
 
 
 def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:

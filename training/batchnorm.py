@@ -9,7 +9,6 @@ from compressed import threads
 from compressed.cifar100 import Images
 from compressed.evaluation import divided
 from training import augmentation
-from training.replicas import running_statistics
 
 
 def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
@@ -25,13 +24,15 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
     equal = chosen.tensor_split(-(-len(chosen) // 250))  # no rest of one image, which would have no variance
     batches = [(index, augmentation.draw(len(index), generator, augment)) for index in equal]
     parts = divided(batches, data.labels.device.type == "cpu")
-    models = [model, *(copy.deepcopy(model) for _ in parts[1:])]
+    names = [name for name, module in model.train().named_modules()
+             if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None]
+    models = [model.eval(), *(copy.deepcopy(model) for _ in parts[1:])]
+    several = [[each.get_submodule(name) for name in names] for each in models]
 
     @torch.no_grad()
     def update(k):
-        norms = [module for module in models[k].train().modules() if isinstance(module, _BatchNorm) and module.training]
+        norms = several[k]
         momenta = [norm.momentum for norm in norms]
-        models[k].eval()
         for norm in norms:
             norm.train().reset_running_stats()
         try:
@@ -47,8 +48,10 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 
     threads.in_threads(update, range(len(parts)))
     weights = [len(part) / len(batches) for part in parts]  # of the threads' statistics
-    for ours, *others in zip(*(running_statistics(each) for each in models)):
-        ours.copy_(sum(weight * each for weight, each in zip(weights, (ours, *others))))
+    for norms in zip(*several):
+        for name in ("running_mean", "running_var"):
+            mean = sum(weight * getattr(norm, name) for weight, norm in zip(weights, norms))
+            getattr(norms[0], name).copy_(mean)
     model.eval()
 
 

@@ -79,14 +79,13 @@ class BatchNorm(nn.BatchNorm2d):
 
     @staticmethod
     def fits(norm: nn.BatchNorm2d) -> bool:
-        """Return True if kernels.c can compute this BatchNorm."""
+        """Return True if a kernel can compute this BatchNorm, whatever its number of channels."""
         values = norm.weight, norm.bias, norm.running_mean, norm.running_var
-        return norm.num_features <= MOST_CHANNELS and all(
-            value is not None and value.dtype == torch.float32 for value in values)
+        return norm.track_running_stats and all(value is not None and value.dtype == torch.float32 for value in values)
 
     def marked(self, y):
         """Return y, marked for the modules after this one as what they would have computed (see Included)."""
-        y.included_by = self
+        y.included_by = type(self)  # a class of its own (see `included`), which copies of the network share
         return y
 
     def by_pytorch(self, x):
@@ -117,7 +116,7 @@ class BatchNorm(nn.BatchNorm2d):
 class Included(nn.Module):
     """A module whose function the BatchNorm before it has applied already; to any other value it applies its own.
 
-    norm: that BatchNorm. own: the class that the module had.
+    norm: the class of that BatchNorm. own: the class that the module had.
     """
     norm, own = None, nn.Identity
 
@@ -238,7 +237,7 @@ def included(norms: dict, kind: type[BatchNorm], **attributes) -> dict[nn.Module
     for norm, (function, behind) in norms.items():
         classes[norm] = type(kind.__name__, (kind,), {
             "activation": function, "behind": [(each, type(each)) for each in behind], **attributes})
-        classes |= {each: type("Included", (Included,), {"norm": norm, "own": type(each)}) for each in behind}
+        classes |= {each: type("Included", (Included,), {"norm": classes[norm], "own": type(each)}) for each in behind}
     return classes
 
 
@@ -252,5 +251,6 @@ def fast_on_a_cpu(model: nn.Module):
     classes = {module: type("Depthwise", (Depthwise, type(module)), {}) for module in model.modules()
                if type(module) in (nn.Conv2d, LearnedConv2d) and module.groups > 1}
     classes |= {module: Rounding for module in model.modules() if kind_of(module) is LearnedQuantizer}
-    norms = {norm: what for norm, what in chains(model).items() if BatchNorm.fits(norm)}
+    norms = {norm: what for norm, what in chains(model).items()
+             if BatchNorm.fits(norm) and norm.num_features <= MOST_CHANNELS}
     return exchanged(classes | included(norms, BatchNorm))

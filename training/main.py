@@ -276,7 +276,8 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
         left = read_stage(job.file(f"{stage}.jsonl")) if average.is_file() and not state.exists else None
         if left and left.lines[-1]["epoch"] < left.settings["epochs"] and not by_stage[stage].start:
             raise BadInput(f"{state.folder} is lost, and {average}, which is left of that stage, would be overwritten: "
-                           "go on from a copy of it (--start COPY --start-epoch E), or give --no-resume")
+                           "go on from a copy of it, with its log and options renamed (training/README.md), or give "
+                           "--no-resume")
     others = {}
     for stage in there:
         if changed := changed_options(stage, job):
@@ -365,8 +366,9 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
-        begun = args.resume and State(args.run / f"{stage}.state").exists
-        if State(args.run / "pretrain.state").exists and not begun:
+        begun, file = args.resume and State(args.run / f"{stage}.state").exists, job.file(f"{stage}.options.json")
+        started = begun and file.is_file() and options_of(file)["options"].get("start")
+        if State(args.run / "pretrain.state").exists and not started:
             raise BadInput(f"{path} is missing, because the dense stage is not finished: repeat its command first, or "
                            "give --start CHECKPOINT")
         if job.processes.first and not begun:
@@ -414,7 +416,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     masks = None
     if stage == "masked":
         args = options_of_masks(args, job, job.say)
-        masks = sparsity.make_masks(args, model, job.say, state.read("masks") if goes_on(stage, args) else None)
+        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args) and state.masks(job.device))
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
     record = record_of(stage, args, job)

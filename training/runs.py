@@ -124,6 +124,12 @@ def stage_records(logs) -> list[dict]:
             for stage in map(read_stage, logs) if stage]
 
 
+def trained_here(checkpoint) -> bool:
+    """Return True if the folder of a checkpoint, such as STAGE.average.pt, holds the options of its stage."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name.split('.')[0]}.options.json").is_file()
+
+
 def warn_of_seen_images(trained: list[dict]) -> None:
     """Print a warning if a hold-out is one on which some stage of a network was trained. trained: its `stage_records`.
     """

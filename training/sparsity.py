@@ -86,9 +86,9 @@ def strength(args) -> tuple[str, float | None, float | None]:
 
 
 def pruned_layers(args, model) -> list[str]:
-    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the stem.
+    """Return the names of the layers to prune: those with a ratio in --config-file, or all but the first (the stem).
 
-    Of filters, those of the last layer are left out, too: without one, the logit of a class would be constant.
+    For filters the last layer is left out, too: without one of its filters, the logit of a class would be constant.
     """
     if args.config_file:
         return list(masks.prune_ratios(args.config_file, model))
@@ -96,7 +96,7 @@ def pruned_layers(args, model) -> list[str]:
     if len(names) < 2:
         raise BadInput("the network has no nn.Conv2d or nn.Linear besides the first one, which is not pruned: list "
                        "what to prune in a --config-file")
-    stem, *_, last = layers_as_run(model)  # the stem's few weights read the image, and cost little
+    stem, last = layers_as_run(model)[0], layers_as_run(model)[-1]  # the stem's few weights cost little
     apart = {stem, last} if args.sparsity_type == "filter" else {stem}
     if not (pruned := [name for name in names if name not in apart]):
         raise BadInput("the network has no layer between the first and the last whose filters could be pruned: list "
@@ -164,7 +164,8 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
         source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
         default = " by default" * (path.is_file() and not given.get("target_sparsity", theirs["target_sparsity"]))
         say(f"masked: {f'target {target}{default}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
-            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}; "
+            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}"
+            f"{' and the last' * (not args.config_file and args.sparsity_type == 'filter')}; "
             f"what was not given is {source}")
     return args
 
@@ -172,10 +173,10 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
 def make_masks(args, model, say=lambda line: None, kept=None) -> masks.Masks:
     """Return the masks that the options select, on the model. say(line) is called with their number of zeros.
 
-    kept: {layer: mask} of a stage that is resumed, instead.
+    kept: {layer: mask} of a stage that is resumed, instead; None or False: none.
     """
     layers = pruned_layers(args, model)
-    if kept is not None:
+    if kept:
         pass
     elif args.target_sparsity is not None or args.sparsity_type is None:
         kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"

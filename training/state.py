@@ -26,7 +26,7 @@ AGAIN = "--no-resume starts the stage again"
 
 
 class State:
-    """A state in a folder: one file per part (weights, average, optimizer, penalty, watch) and state.json.
+    """A state in a folder: one file per part (weights, average, optimizer, penalty, watch, masks) and state.json.
 
     state.json names the files that belong together, with their SHA-256, and holds a digest of itself. It is renamed
     into place after they are written. A file that it does not name was left by a killed process, and the next save
@@ -73,6 +73,10 @@ class State:
             if hashlib.sha256(content).hexdigest() != record["sums"][part]:
                 raise ValueError("its SHA-256 is not the one in state.json")
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+    def masks(self, device="cpu") -> dict[str, torch.Tensor] | None:
+        """Return {layer: mask} of a masked stage; None in a state of an older version."""
+        return self.read("masks", device) if "masks" in self.record()["files"] else None
 
     def record(self) -> dict:
         """Return the checked state.json: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""

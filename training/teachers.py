@@ -32,7 +32,7 @@ from compressed.files import sha256
 from compressed.graph import normalised_convolutions, prepare_if_possible
 from compressed.kaist import load_micronet
 from compressed.normalisation import Renormalised
-from training.runs import training_record
+from training.runs import trained_here
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -65,8 +65,8 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     A file with the suffix .t7 is one of KAIST's networks; if it does not exist and its name is in KAIST, it is taken
     from the folder of `find`. Any other file is read as the network of this specification or, if it does not fit, as
     the default network. normalise: the (means, deviations) of its input, as in normalisation.add_option; used only if
-    neither a claim nor a training log is next to the file, which was then trained elsewhere. Raises BadInput if the
-    teacher was not trained for the classes of the data set.
+    neither a claim nor the options of a stage of its name are next to the file, which was then trained elsewhere.
+    Raises BadInput if the teacher was not trained for the classes of the data set.
     """
     path = Path(path)
     theirs = path.suffix == ".t7"
@@ -76,7 +76,7 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     path = located(path)
     teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     teacher = fold_batchnorm(teacher)
-    if not theirs and not claim_path(path).is_file() and not training_record(path):
+    if not theirs and not claim_path(path).is_file() and not trained_here(path):
         how = "as --normalise says" if normalise else "as (pixel - 128) / 64, whatever it was trained with"
         say_once(f"{path}: no record of its training here, so this teacher takes images {how}")
         teacher = Renormalised(teacher, *normalise).eval() if normalise else teacher
@@ -86,7 +86,7 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
 def ours(path, network: str, classes: int) -> nn.Module:
     """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
     try:
-        return prepare_if_possible(networks.load_checkpoint(path, network, classes))
+        return prepare_if_possible(networks.load_checkpoint(path, network, classes, hint=False))
     except BadInput as error:
         if network == networks.DEFAULT or "classes, expected" in str(error):
             raise BadInput(f"--teacher {error}") from error
