@@ -250,10 +250,12 @@ class Stage:
                       and not self.penalty_in_loss and settings.optimizer != "adam")
         self.graphs = Graphs(lambda batch, kind: self.learn(lambda k: batch, kind), self.device) if recordable else None
         # on a GPU the teachers compute beside the student, whose kernels alone do not fill the device
-        self.teacher_stream, self.batch_stream, self.fast_teachers = None, None, self.teachers
+        self.teacher_stream, self.batch_stream, faster = None, None, self.teachers
         if self.device.type == "cuda":
             self.teacher_stream, self.batch_stream = (torch.cuda.Stream(self.device) for _ in range(2))
-            self.fast_teachers = [fast_teacher(each, getattr(torch, settings.precision)) for each in self.teachers]
+            faster = [fast_teacher(each, getattr(torch, settings.precision)) for each in self.teachers]
+        # of each share: a forward pass may leave intermediate values in a teacher
+        self.taught_by = [faster] + [copy.deepcopy(faster) for _ in self.plan.shares[1:]]
         self.modes = []  # of all modules, True for train, with which the graphs were recorded
         # {factor: tensor of the learning rate times this factor}; a graph reads its address
         self.rates = collections.defaultdict(lambda: torch.zeros((), device=self.device))
@@ -367,7 +369,7 @@ class Stage:
         """
         settings, weight = self.settings, len(x) / self.plan.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            chosen = self.fast_teachers if teacher is None else [self.fast_teachers[teacher]]
+            chosen = self.taught_by[k] if teacher is None else [self.taught_by[k][teacher]]
             if self.teacher_stream:
                 self.teacher_stream.wait_stream(torch.cuda.current_stream())
             with torch.no_grad(), torch.cuda.stream(self.teacher_stream):
