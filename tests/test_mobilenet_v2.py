@@ -148,8 +148,8 @@ def test_the_script_without_thop(capsys, monkeypatch):
     assert [row[0] for row in rows] == [str(i) for i in range(58)]
     assert [row[1] for row in rows] == [name for name, _ in weight_layers(MobileNetV2())]
     assert sum(int(row[-1].replace(",", "")) for row in rows) == 3_777_632 + 166_400
-    assert rows[0][2:] == ["3x3", "40x3x3x3", "1", "40x32x32", "1,080"]
-    assert rows[13][2:] == ["3x3", "dw", "192x1x3x3", "2", "192x16x16", "1,728"]
+    assert rows[0][2:] == ["conv", "3x3", "40x3x3x3", "1", "40x32x32", "1,080"]
+    assert rows[13][2:] == ["depthwise", "3x3", "192x1x3x3", "2", "192x16x16", "1,728"]
     assert rows[57][2:] == ["linear", "100x1664", "100", "166,400"]
     for figure in ("58 weight tensors: 3,777,632 conv", "166,400 linear weights (+ 100 biases)", "45,536 BatchNorm",
                    "3,989,668 parameters in all", "without thop's count"):

@@ -1075,7 +1075,8 @@ def torchrun(options, folder, script=SCRIPT):
 def test_one_process_of_several_warns(small, capsys):
     args = training.parse(["--rew"])
     for rank in (0, 1):
-        job = SimpleNamespace(processes=training.loop.Processes(rank, 2), data=cifar100.made_up(2, 0))
+        job = SimpleNamespace(processes=training.loop.Processes(rank, 2), data=cifar100.made_up(2, 0),
+                              file=lambda name: Path("run", name))
         training.starting_point("rew", args, job)
         assert capsys.readouterr().err.count("warning: ") == 1 - rank
 
@@ -1083,12 +1084,24 @@ def test_one_process_of_several_warns(small, capsys):
 def test_the_threads_of_the_processes_group_end_with_it(small):
     """A thread that is left may abort the process while the interpreter ends."""
     Path("driver.py").write_text(f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from training.main import main
+
+def left():
+    found = []
+    for each in os.listdir("/proc/self/task"):
+        try:
+            found.append(open(f"/proc/self/task/{{each}}/comm").read())
+        except OSError:  # it has ended
+            pass
+    return sorted(name for name in found if "gloo" in name)
+
 main(sys.argv[1:])
-left = [open(f"/proc/self/task/{{each}}/comm").read().strip() for each in os.listdir("/proc/self/task")]
-print("left:", [each for each in left if "gloo" in each])
+end = time.monotonic() + 20
+while left() and time.monotonic() < end:
+    time.sleep(0.1)
+os.write(1, f"left: {{left()}}\\n".encode())  # in one piece, whatever the other process writes
 """)
     out = torchrun(f"{QUICK} --pretrain --network {TINY}", "two", "driver.py")
     assert out.count("left: []") == 2
