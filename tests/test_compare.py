@@ -165,6 +165,9 @@ def test_runs_of_other_starts_are_no_seeds(tmp_path):
         record(tmp_path / f"late{seed}", "masked", seed, start=str(tmp_path / f"dense{seed}/rew.pt"))
     assert grouped("run0", "run1") == grouped("late0", "late1") == ["masked"] and grouped("run0", "late1") == []
     assert grouped("dense0", "dense1") == ["pretrain", "rew"]
+    for seed in (0, 1):  # a copy of its own average, in its own folder
+        record(tmp_path / f"own{seed}", "masked", seed, start=str(tmp_path / f"own{seed}/masked.copy.pt"))
+    assert grouped("own0", "own1") == ["masked"]
 
 
 @pytest.mark.parametrize("prepare, options, said", (

@@ -73,10 +73,12 @@ def before_start(stage: StageRecord) -> list[list]:
     stages = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
     if (last := path.name.split(".")[0]) not in stages:
         return [[str(path), epoch]]
-    names = list(stages)
-    found = [before_start(stages[name]) + [[name, stages[name].apart_from_seed()]]
-             for name in names[:names.index(last) + 1]]
-    return sum(found, []) + [[path.suffix, epoch]]
+    found = []
+    for name in list(stages)[:list(stages).index(last) + 1]:
+        if stages[name].options.get("start") != str(path):  # else it is this stage, whose start lies in its own folder
+            found += before_start(stages[name])
+        found.append([name, stages[name].apart_from_seed()])
+    return [*found, [path.suffix, epoch]]
 
 
 def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
