@@ -1,4 +1,4 @@
-"""Operations, storage and score of a checkpoint by the rules of the MicroNet Challenge, from its stored values.
+"""Count operations, storage and score of a checkpoint by the MicroNet Challenge's rules, from its stored values.
 
     python check_model_operations.py                   the shipped checkpoint: a row for every operation, then the score
     python check_model_operations.py --checkpoint F    another one; its claim, if it has one, is F with the suffix .json

@@ -1,4 +1,4 @@
-"""Quantize a masked checkpoint: every value that inference needs gets a grid and a stated bit width.
+"""Quantize a masked checkpoint: round every value that inference needs to a code times a step, of a stated bit width.
 
     python quantize.py --checkpoint runs/default/masked.pt --out runs/default/net.pt       writes net.pt and net.json
 
@@ -12,8 +12,8 @@ or of an output channel, costs no storage: the BatchNorm after the convolution a
 q: codes) and the BatchNorm's scale a and shift b, a (s q * x) + b = (a s) (q * x) + b. The linear layer has none after
 it, so its step is always a power of two.
 Where every channel has its own step (scheme "channel") it is chosen such that a s has only 5 significant bits, and the
-shift is a whole number of the accumulator's units: what still differs in an 8-bit engine that computes in float32
-after its accumulators is too rare to be seen (see tools/export_onnx.py).
+shift is a whole number of the accumulator's units. So an 8-bit engine that computes in float32 after its accumulators
+can give the same logits: for both shipped networks it does, on all test images (see tools/export_onnx.py).
 
 Powers of two make the evaluation exact: see compressed/exact_network.py, the network that computes on these grids.
 """

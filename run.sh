@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Needs Python 3.11 or newer with pip, and nothing else: everything is installed into .venv here (or $VENV).
 #
-#   bash run.sh               set up, then verify the shipped checkpoint: accuracy, sparsity, operations, storage, score
+#   bash run.sh               set up, then verify the shipped checkpoints: accuracy, sparsity, operations, storage, score
 #   bash run.sh test          set up, then run the tests (further words go to pytest)
 #   bash run.sh quick         all stages in a few minutes on a CPU, on synthetic images, and a table of the results
 #   bash run.sh train         train on CIFAR-100; ship the network if it is more accurate than the shipped one (or --ship)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a device, its description, and what is measured in turn."""
+"""Choose and describe the device of a benchmark, and time its alternatives in turn."""
 import statistics
 import time
 
@@ -11,11 +11,13 @@ from compressed.files import try_to_write
 
 def add_options(parser, batch_size: str, output: str = "--json", rounds: int | None = 3) -> None:
     """Add --batch-size, --rounds, --no-cuda and an option for a file to write. batch_size: text on its default."""
-    parser.add_argument("--batch-size", type=number(int, 2, 10**6), metavar="B", help=f"(default: {batch_size})")
+    parser.add_argument("--batch-size", type=number(int, 2, 10**6), metavar="B",
+                        help=f"images per step (default: {batch_size})")
     if rounds:
-        parser.add_argument("--rounds", type=number(int, 1, 10**6), default=rounds, metavar="R", help="(%(default)s)")
+        parser.add_argument("--rounds", type=number(int, 1, 10**6), default=rounds, metavar="R",
+                            help="times that each alternative is measured (%(default)s)")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    parser.add_argument(output, type=some_path, metavar="F", help="write the figures to F as well")
+    parser.add_argument(output, type=some_path, metavar="F", help="also write the results to F")
 
 
 def begin(args, output) -> tuple[torch.device, dict]:

@@ -377,9 +377,9 @@ def short_step(step: Tensor, scale: Tensor, bits: int = FLOAT_BITS) -> Tensor:
 
 @torch.no_grad()
 def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
-    """Move every channel's step to where its product with the BatchNorm's scale is short, in place.
+    """Change every channel's step so that its product with the BatchNorm's scale has few bits, in place.
 
-    The weights are rounded to the step that is used, so nothing is lost but the freedom of the step.
+    Weights are rounded to the changed step, so this adds no rounding error of its own.
     """
     for branch in read(model).layers:
         if branch.kind == "layer" and branch.norm:
@@ -389,7 +389,7 @@ def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
 
 @torch.no_grad()
 def drop_negligible(network: nn.Module, tensors: list[dict], activations: list[dict]) -> None:
-    """Set to zero the scales of a shipped network beside whose shifts nothing that is scaled can be seen, in place.
+    """Set to zero, in place, the scales of channels whose shift is too large for a 32-bit accumulator.
 
     An accumulator of 32 bits that begins with the shift, as 8-bit engines have it, must hold shift and sum in units of
     scale x weight step x input step. If it cannot, a sum up to 2^24 is a hundredth of the shift at most. Such channels,

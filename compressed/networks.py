@@ -48,8 +48,8 @@ def add_option(parser, source: str | None = None) -> None:
     stated = f"default: as {source} says, else {DEFAULT}" if source else "%(default)s"
     parser.add_argument("--network", metavar="SPEC", default=None if source else DEFAULT,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5; it "
-                             "is called with num_classes, if it has that argument, and makes an nn.Module from float "
-                             f"images [N, 3, 32, 32] to logits [N, classes] ({stated})")
+                             "is called with num_classes, if it has that argument, and must return an nn.Module that "
+                             f"maps float images [N, 3, 32, 32] to logits [N, classes] ({stated})")
 
 
 def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:

@@ -1,4 +1,4 @@
-"""Search for steps of activations by what they do to the logits.
+"""Choose the step sizes of activations by their effect on the logits.
 
 The result of every change is computed from the changed module onwards: `Paused` keeps the values before it.
 """

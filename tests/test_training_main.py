@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -837,6 +838,20 @@ def test_a_branch_goes_on_when_its_start_is_gone(small, words, other):
     assert run(branch) == 0
     stage = "rew" if "--rew" in words else "masked"
     assert_same(Path(f"run/{stage}.pt"), Path(f"whole/{stage}.pt"))
+
+
+@pytest.mark.parametrize("start, words, said", (
+    ("run/pretrain.pt", "--pretrain", True), ("run/pretrain.average.pt", "--pretrain --max-minutes 0", True),
+    ("run/pretrain.pt", "--pretrain --seed 1", False), ("run/pretrain.pt", "--rew", False),
+    ("run/pretrain.pt", "--pretrain --epochs 2 --start-epoch 1", False), ("copy.pt", "--pretrain", False)))
+def test_a_further_stage_of_the_same_seed_is_said_to_repeat_the_images(small, capsys, start, words, said):
+    assert run(QUICK + " --pretrain") == 0
+    shutil.copy("run/pretrain.pt", "copy.pt")
+    assert run(f"{QUICK} {words} --start {start}", "other") == 0
+    assert ("the images come in the same order again" in capsys.readouterr().out) == said
+    if "--max-minutes" in words:  # what is resumed has its seed
+        assert run(f"{QUICK} {words} --start {start}", "other") == 0
+        assert "the images come in the same order again" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, words", (

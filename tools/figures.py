@@ -90,7 +90,7 @@ def training_figure(stages: list[list[dict]]) -> Figure:
         for axes in (left, right):
             axes.axvline(start, color=GREY, lw=0.5)
         start = epochs[-1]
-    left.set(title="Training loss (grey: a new stage; jumps: mixing ends before it does)", xlabel="epoch, all stages",
+    left.set(title="Training loss (grey: a stage begins; drops: mixing ends)", xlabel="epoch, all stages",
              ylabel="cross-entropy with the mixed labels", ylim=(0, None))
     right.set(title="Accuracy", xlabel="epoch, all stages", ylabel="%", ylim=(0, 100))
     for axes in (left, right):

@@ -1,7 +1,7 @@
 """Write KAIST AI's published network as a checkpoint that quantize.py can fine-tune.
 
     python -m tools.kaist_checkpoint micronet_v2_pr_60.t7 --out runs/kaist/masked.average.pt
-    python quantize.py --recipe kaist --checkpoint runs/kaist/masked.average.pt --out runs/kaist/quantized.pt
+    python quantize.py --recipe kaist --checkpoint runs/kaist/masked.average.pt --out runs/kaist/net.pt
 
 What comes out is *KAIST AI's network, compressed further*: layers, masks and most of the training are theirs (MIT
 licence, Copyright (c) 2019 Kthyeon), and its authors chose the epoch by test accuracy.
@@ -16,7 +16,7 @@ NETWORK = "mobilenet_v2:KaistMobileNetV2"
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    parser.add_argument("file", type=some_path, help="one of KAIST's files, by path or by name")
+    parser.add_argument("file", type=some_path, help="a .t7 file of KAIST AI: a path, or a name to download it by")
     parser.add_argument("--out", type=some_file, required=True, metavar="F.pt", help="what is written")
     args = parser.parse_args(argv)
     path = teachers.located(args.file)

@@ -39,7 +39,7 @@ BOARD = (
     ("KAIST AI ver2, 3rd", "471,184 weights, 60% sparse, 16-bit", "80.04", "0.0056215", "-", "-"),
     ("OSI AI, 4th", "470,776 weights, 64% sparse, early exit, 16-bit", "80.04", "0.0058", "-", "-"),
     ("MSUNet-v3, 5th", "ternary", "80.13", "0.0108", "-", "-"),
-    ("Woody", "the sister submission, 8/6 bits", "80.06", "-", "-",
+    ("Woody", "related to the submission, 8/6 bits", "80.06", "-", "-",
      "0.0155 by its own count, 0.0188 verified"))
 # shipped networks that are not ours, by their specification: (their name everywhere, what the pages say of them)
 OTHERS = {"mobilenet_v2:KaistMobileNetV2": (
@@ -187,7 +187,7 @@ def summary(m: Shipped) -> str:
         ("**accuracy, shipped: masked and quantized**", m.result(), "80.12%", TEST),
         *m.unseen_rows(),
         m.dense_row(),
-        ("images trained; time", m.effort(), "30M, and dense training", LOG),
+        ("images trained; time", m.effort(), "30M after dense training", LOG),
         ("zeros, by the submission's convention (exact)", f"{zeros[0]} ({zeros[1]})", "76.95%", TEST),
         ("parameter storage; operations (32-bit units)", f"{counts['storage']['total'] / 32e6:.4f}M; "
          f"{counts['operations']['32-bit']['bits'] / 32e6:.2f}M", "not given", CHECK),
@@ -385,10 +385,11 @@ def methods_table(measured: dict | None) -> str:
             added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
             lines[-1] += [methods.of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
     head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
-                                                              "deviation (seeds)", "of the zeros, made by the mask"))]
+                                                              "deviation (seeds)", "share of zeros made by the mask"))]
     about = measured["about"]
-    unfinished = "" if methods.is_finished(rows) else \
-        f" It is not finished: {len(rows)} runs so far; each method is to have three seeds."
+    unfinished = "" if methods.is_finished(rows) else (
+        f" It is not finished: {len(rows)} runs so far. Each method is to have three seeds; of the penalty in the "
+        "loss, only the best λ.")
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
     return table(head, lines) + (

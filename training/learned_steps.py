@@ -133,7 +133,7 @@ class Oscillation:
         self.steps += 1
         if self.steps % self.every:
             return
-        now = [codes(layer.weight, layer.rounded_step(), *code_range(layer.bits)).to(torch.int8)
+        now = [codes(layer.weight, layer.rounded_step(), *code_range(layer.bits)).to(torch.int16)  # for differences
                for layer in self.layers]
         if self.before is not None:
             moved = [(new - old).sign() for new, old in zip(now, self.before)]

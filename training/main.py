@@ -41,8 +41,8 @@ from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers
-from training.runs import (DECISIVE, STAGES, new_record, options_of, other_start, read_stage, training_record,
-                           warn_of_seen_images)
+from training.runs import (DECISIVE, STAGES, has_same_order, new_record, options_of, other_start, read_stage,
+                           training_record, warn_of_seen_images)
 from training.state import MACHINE, State, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -92,8 +92,8 @@ def submission_options(group) -> None:
     group.add_argument("--smooth", action=FLAG, default=True, help="label smoothing (default)")
     group.add_argument("--no-tricks", action="store_true",
                        help="no mixing, label smoothing, warm-up or schedule; overrides the other options")
-    group.add_argument("--arch", choices=("mobilenetv2",), help="has no effect: there is one architecture")
-    group.add_argument("--depth", type=int, choices=(17,), help="has no effect: the network has 17 blocks")
+    group.add_argument("--arch", choices=("mobilenetv2",), help="has no effect; --network selects the network")
+    group.add_argument("--depth", type=int, choices=(17,), help="has no effect; the submission's network has 17 blocks")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -479,9 +479,14 @@ def run_stages(job: Job) -> None:
             if begins:
                 say_what_is_trained(plans, job)
                 before = starting_file(stage, options)
-                if job.args.holdout and before and before.exists() and job.processes.first:
+                if before and before.exists() and job.processes.first:
                     with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
-                        warn_of_seen_images(training_record(before))
+                        if job.args.holdout:
+                            warn_of_seen_images(training_record(before))
+                        if not options.start_epoch and not goes_on(stage, options) \
+                                and has_same_order(before, stage, options.seed):
+                            job.say(f"{stage}: {before} was trained with the same seed, so the images come in the same "
+                                    "order again, augmented alike; another --seed changes that")
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
             if not run_stage(stage, options, model, job, plans):

@@ -62,7 +62,8 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 class Muon(torch.optim.SGD):
     """Update the weights `turned` (see turned_weights) with Muon, and all others with SGD.
 
-    turn:  angle in radians by which a step rotates a weight at the learning rate `lr`; proportional at other rates.
+    turn:  tangent of the angle by which a step rotates a weight at the learning rate `lr` (of small angles: the angle
+           in radians); proportional at other rates.
     kept:  {weight: mask tensor, 1 where trained and 0 where pruned}; a step changes no pruned value.
     dtype: of the Newton-Schulz iterations; bfloat16 is exact enough.
     """
@@ -129,7 +130,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def turn(self, weights: list[Tensor], length: float) -> None:
-        """Rotate weights of one shape by `length` radians towards their orthogonalized momenta; keep their norms."""
+        """Rotate weights of one shape by atan(length) towards their orthogonalized momenta; keep their norms."""
         gradients = [weight.grad for weight in weights]
         kept = [self.kept[weight] for weight in weights if weight in self.kept]
         if kept:

@@ -22,8 +22,8 @@ class Penalty:
     """Base class of all penalties; by itself it does nothing.
 
     A subclass usually defines `shrink` or `loss`, and may define `reweight`, `sizes`, `first_lambda` and `kept`. A rule
-    that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does; then a target is its own
-    affair.
+    that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does, and has to reach a target
+    without the feedback.
     Everything but `loss` is called without gradients.
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).

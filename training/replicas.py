@@ -2,7 +2,8 @@
 
 Every worker, a thread of a process, computes one share of the batch in its replica of the model. A share is normalised
 by its own statistics ("ghost batch normalization", Hoffer et al. 2017), and the running statistics are the mean over
-all shares. So P processes with W workers compute the same as one process with P * W workers, up to rounding.
+all shares. So P processes with W workers compute the same as one process with P * W workers, up to rounding, if the
+batch can be divided into as many shares of one, even size.
 """
 import copy
 import dataclasses

@@ -130,6 +130,18 @@ def trained_here(checkpoint) -> bool:
     return path.with_name(f"{path.name.split('.')[0]}.options.json").is_file()
 
 
+def has_same_order(checkpoint, stage: str, seed: int) -> bool:
+    """Return True if a checkpoint comes from a stage of the same kind and seed, as its folder records it.
+
+    Random numbers depend on the seed, the stage's name and the step alone. So a stage that starts from such weights at
+    step 0 trains on the same images again, in the same order, augmented alike.
+    """
+    name = Path(checkpoint).name.split(".")[0]
+    record = Path(checkpoint).with_name(f"{name}.options.json")
+    return (name.split("-")[0] == stage and record.is_file()
+            and options_of(record)["settings"].get("seed") == seed)
+
+
 def warn_of_seen_images(trained: list[dict]) -> None:
     """Print a warning if a hold-out is one on which some stage of a network was trained. trained: its `stage_records`.
     """
