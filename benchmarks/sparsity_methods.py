@@ -8,22 +8,31 @@ one retrains under the mask. All methods see the same images in the same order:
     proximal    reweighted L1 as a soft threshold after every step, lambda by feedback towards the target
     loss-L      reweighted L1 added to the loss, with a fixed lambda L. The first seed tries every L of --lambda; the
                 other seeds train only the best one for each target. It is chosen by the hold-out that is reported,
-                which is in favor of this method. With 1e-3 the network stayed at chance (that run was not kept)
-    magnitude   gradual magnitude pruning (Zhu and Gupta 2017)
+                which is in favor of this method: nothing is chosen for the others. With 1e-3 the network stayed at
+                chance (that run was not kept)
+    magnitude   a variant of gradual magnitude pruning (Zhu and Gupta 2017; training/METHOD.md)
     one-shot    the second stage trains densely, and the mask prunes all the smallest weights at once
+    dense       as one-shot, without a mask: what the same training reaches without zeros. Its target is 0
 
-Both forms of reweighted L1 update alpha 20 times. Two differences remain. Muon keeps the norms of the convolutions
-except for depthwise ones, whose norms only proximal keeps. And a Muon step has a given length: with masks and gradual
-magnitude pruning it is spent on the weights that are left; with proximal it is spent on all weights, because its zeros
-may become non-zero again. So with proximal the non-zero weights move less in the second stage: about a third as far at
-90% zeros.
+For every method but dense the mask prunes the target share of smallest weights, by one threshold for all layers but the
+stem (more, if the second stage made more zeros). Differences between the methods remain:
 
-For every method the mask prunes the target share of smallest weights over all layers but the stem (more, if the second
-stage made more zeros: each row has both). Training uses 45,000 images and 5,000 are held out; the accuracy is that of
-the last epoch's weight average. A batch is divided among two workers on any CPU, and not on a GPU: results or a run
-folder with other options, on the other kind of device too, are refused.
+- Updates: 20 of alpha, 100 of magnitude's zeros. Proximal is at its target after three quarters of the summed learning
+  rate, magnitude at its end.
+- Length of a step: a step of Muon rotates a convolution by a given angle. With magnitude it moves the weights that are
+  left. With proximal and the penalty in the loss it moves all weights, zeros and nearly-zeros, too; so those that
+  matter move less: at 90% zeros, by estimate, a third as far.
+- Penalty in the loss: for what Muon updates, lambda is how much of each step serves the penalty instead of the loss.
+- Norms: Muon keeps those of its convolutions, and masks lower them afterwards; only proximal restores those of
+  depthwise convolutions.
+- Between layers: Muon's norms are those of the initialization, and one threshold for all layers depends on them. Layers
+  may lose nearly all of their weights by that, above all with one-shot ("fewest_kept" in the results).
 
-By default that is at most 53 stages of 324 epochs in all: seven hours on two free CPU cores.
+Training uses 45,000 images and 5,000 are held out; the accuracy is that of the last epoch's weight average. A batch is
+divided among two workers on any CPU, and not on a GPU: results or a run folder with other options, on the other kind of
+device or in another precision too, are refused. Results that are lost are made again from the run folders.
+
+By default that is at most 56 stages of 342 epochs in all: seven hours on two free CPU cores.
 """
 import argparse
 import functools
@@ -39,14 +48,17 @@ from compressed.cifar100 import Images
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json
+from compressed.networks import load_checkpoint
 from tools import methods
 from training import main as training
+from training import masks, plan, sparsity
 from training.state import stop_noted
 
-METHODS = ("proximal", "loss", "magnitude", "one-shot")
+METHODS = ("proximal", "loss", "magnitude", "one-shot", "dense")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "
           "--clean 0 --eval-every 0 --refresh 5000").split()
 UPDATES = "20"  # of alpha
+NEAR_ZERO = 1e-4  # the submission's threshold
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -82,7 +94,8 @@ def options_of(method: str, target: float) -> list[str]:
         return ["--rew", "--penalty", "loss", "--lambda", method.removeprefix("loss-"), "--updates", UPDATES]
     return {"proximal": ["--rew", "--penalty", "proximal", "--target-sparsity", str(target), "--updates", UPDATES],
             "magnitude": ["--rew", "--penalty", "magnitude", "--target-sparsity", str(target)],
-            "one-shot": ["--rew", "--penalty", "proximal", "--lambda", "0"]}[method]
+            "one-shot": ["--rew", "--penalty", "proximal", "--lambda", "0"],
+            "dense": ["--rew", "--penalty", "proximal", "--lambda", "0"]}[method]
 
 
 def is_left_out(method: str, target: float, seed: int, rows: list[dict]) -> bool:
@@ -124,29 +137,46 @@ class Runs:
             raise BadInput("stopped; the same command resumes it")
         return weights
 
+    def pruned(self, checkpoint: Path) -> list[torch.Tensor]:
+        """Return the weights of each pruned layer in a checkpoint, flat."""
+        model = load_checkpoint(checkpoint, self.args.network, self.held_out.data_set.classes)
+        layers = sparsity.pruned_layers(argparse.Namespace(config_file=None, sparsity_type="irregular"), model)
+        return [weight.flatten() for weight in masks.weights_of(model, layers).values()]
+
     def measure(self, method: str, target: float, seed: int) -> dict:
-        """Return a row of the results: accuracy on the hold-out, zeros, and how many were there before the mask."""
+        """Return a row of the results.
+
+        accuracy_dense, _made, accuracy: on the hold-out, after each of the three stages. zeros_made, zeros: after the
+        last two. near_zero: share of the pruned layers' weights below NEAR_ZERO before the mask. fewest_kept: share of
+        the weights that the mask leaves in the layer where it is least.
+        """
         folder = self.args.runs / f"seed-{seed}"
         own = folder / f"{method}-{target:g}"
         dense = self.train("pretrain", folder, self.args.epochs[0], "--pretrain", "--turn", "0.01", "--lr", "0.1",
                            "--seed", str(seed))
         # what does not depend on the target is trained once
-        second = own if method in ("proximal", "magnitude") else folder / method
+        second = own if method in ("proximal", "magnitude") else folder / method.replace("dense", "one-shot")
         made = self.train("rew", second, self.args.epochs[1], *options_of(method, target), "--start",
                           str(dense), "--turn", "0.01", "--lr", "0.1", "--seed", str(seed))
-        self.train("masked", own, self.args.epochs[2], "--masked-retrain", "--start", str(made), "--target-sparsity",
-                   str(target), "--sparsity-type", "irregular", "--turn", "0.008", "--lr", "0.1", "--seed", str(seed))
-        last, before = load_lines(own / "masked.jsonl")[-1], load_lines(second / "rew.jsonl")[-1]
-        machine = load_record(own / "masked.options.json", "remove the run folder")["machine"]
+        chosen = ["--target-sparsity", str(target), "--sparsity-type", "irregular"] if target else [
+            "--sparsity-type", "threshold", "--threshold", "0"]  # a mask that prunes nothing
+        masked = self.train("masked", own, self.args.epochs[2], "--masked-retrain", "--start", str(made), *chosen,
+                            "--turn", "0.008", "--lr", "0.1", "--seed", str(seed))
+        pretrain, rew, last = (load_lines(path.with_suffix(".jsonl"))[-1] for path in (dense, made, masked))
+        record = load_record(masked.with_suffix(".options.json"), "remove the run folder")
         return {"method": method, "target": target, "seed": seed, "accuracy": last["test_accuracy"],
-                "images": len(self.held_out), "zeros": last["zeros"], "zeros_made": before["zeros"],
-                "dense": load_lines(folder / "pretrain.jsonl")[-1]["test_accuracy"], "machine": machine}
+                "images": len(self.held_out), "accuracy_dense": pretrain["test_accuracy"],
+                "accuracy_made": rew["test_accuracy"], "zeros": last["zeros"], "zeros_made": rew["zeros"],
+                "near_zero": float((torch.cat(self.pruned(made)).abs() < NEAR_ZERO).double().mean()),
+                "fewest_kept": min(float((weights != 0).double().mean()) for weights in self.pruned(masked)),
+                "machine": record["machine"], "commit": record["commit"]}
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     about = {"network": args.network, "epochs": list(args.epochs), "batch_size": args.batch_size,
-             "sizes": args.sizes, "updates": UPDATES, "workers": args.workers, "made_up": args.made_up}
+             "sizes": args.sizes, "common": COMMON, "updates": UPDATES, "workers": args.workers,
+             "precision": plan.precision("auto", args.workers == 1), "made_up": args.made_up}
     runs = Runs(args)
     about["data"] = runs.held_out.data_set.digest
     results = load_json(args.json) if args.json.is_file() else {"about": about, "rows": []}
@@ -154,20 +184,24 @@ def main(argv=None) -> int:
         raise BadInput(f"{args.json} holds results of other options ({results.get('about')}); give another file")
     save_json(results, args.json)  # before the first row, too: so that the stages go on with the same options
     done = {(row["method"], row["target"], row["seed"]) for row in results["rows"]}
-    for seed, target, method in itertools.product(range(args.seeds), args.targets, args.methods):
+    pairs = [(target, method) for target in args.targets for method in args.methods if method != "dense"]
+    pairs += [(0.0, "dense")] * ("dense" in args.methods)
+    for seed, (target, method) in itertools.product(range(args.seeds), pairs):
         if (method, target, seed) in done or is_left_out(method, target, seed, results["rows"]):
             continue
         row = runs.measure(method, target, seed)
         results["rows"].append(row)
         save_json(results, args.json)
         print(f"seed {seed}, {target:.0%} zeros, {method}: {row['accuracy']:.2%} of the hold-out", flush=True)
-    images, error = len(runs.held_out), 0.0
-    for target, found in methods.means(results["rows"]).items():
-        for method, (mean, *others) in found.items():
-            print(f"{target:.0%} zeros, {method}: {methods.of_seeds(mean, *others)}")
-            error = max(error, math.sqrt(mean * (1 - mean) / images))
-    print(f"± is the standard deviation over seeds (their number in brackets), all measured on the same {images:,} "
-          f"images; the standard error from the choice of these images, up to {100 * error:.1f} points, is not in it")
+    for target, found in methods.by_seed(results["rows"]).items():
+        for method, accuracies in found.items():
+            beside = methods.differences(accuracies, found.get("one-shot", {})) if method != "one-shot" else ""
+            print(f"{target:.0%} zeros, {method}: {methods.mean_of(accuracies)}"
+                  + f"; minus one-shot, by seed: {beside} points" * bool(beside))
+    images = len(runs.held_out)
+    error = max(100 * math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / images) for row in results["rows"])
+    print(f"± is the standard deviation over seeds (their number in brackets). All are measured on the same {images:,} "
+          f"images; the standard error from the choice of these images, up to {error:.1f} points, is not in it")
     return 0
 
 

@@ -115,21 +115,29 @@ def test_sparsity_methods(tmp_path, capsys, monkeypatch):
     file = tmp_path / "methods.json"
     options = ["--made-up", "60", "--batch-size", "15", "--epochs", "1", "1", "1", *SMALL,
                "--sizes", "8:0.5,32", "--seeds", "1", "--targets", "0.5", "--runs", str(tmp_path / "runs"),
-               "--json", str(file), "--methods", "one-shot", "magnitude", "loss",
+               "--json", str(file), "--methods", "one-shot", "magnitude", "loss", "dense",
                "--lambda", "1e-5", "1e-3"]
     with pytest.raises(BadInput, match="stopped; the same command resumes it"):
         sparsity_methods.main([*options, "--max-minutes", "0"])
     assert sparsity_methods.main(options) == 0
     rows = {row["method"]: row for row in load_json(file)["rows"]}
     losses = ["loss-1e-05", "loss-0.001"]
-    assert list(rows) == ["one-shot", "magnitude", *losses] and len({row["dense"] for row in rows.values()}) == 1
-    assert all(rows[name]["zeros_made"] == 0 for name in ("one-shot", *losses)) and rows["magnitude"]["zeros_made"] > 0
-    assert len({row["zeros"] for row in rows.values()}) == 1
+    assert list(rows) == ["one-shot", "magnitude", *losses, "dense"]
+    assert len({row["accuracy_dense"] for row in rows.values()}) == 1
+    assert rows["dense"]["accuracy_made"] == rows["one-shot"]["accuracy_made"]
+    assert all(rows[name]["zeros_made"] == 0 for name in ("one-shot", "dense", *losses))
+    dense = rows.pop("dense")
+    assert (dense["target"], dense["zeros"], dense["fewest_kept"]) == (0, 0, 1)
+    assert len({row["zeros"] for row in rows.values()}) == 1 and rows["magnitude"]["zeros_made"] > 0
+    assert rows["one-shot"]["near_zero"] < 0.1 and rows["magnitude"]["near_zero"] == pytest.approx(0.5, abs=0.01)
+    assert all(0 < row["fewest_kept"] < 0.5 for row in rows.values())
     out = capsys.readouterr().out
-    assert "50% zeros, magnitude: " in out and "50% zeros, loss-0.001: " in out and "the same 100 images" in out
+    assert "0% zeros, dense: " in out and "50% zeros, loss-0.001: " in out and "the same 100 images" in out
+    above = 100 * (rows["magnitude"]["accuracy"] - rows["one-shot"]["accuracy"])
+    assert f"(1); minus one-shot, by seed: {above:+.2f} points" in out
     seeds = tmp_path / "runs" / "seed-0"
     records = [load_json(path) for path in seeds.rglob("*.options.json")]
-    assert len(records) == 9 and len({record["data"] for record in records}) == 1
+    assert len(records) == 10 and len({record["data"] for record in records}) == 1
     assert {record["settings"]["workers"] for record in records} == {2}
     assert {record["options"]["updates"] for record in records if record["options"]["penalty"] == "loss"} == {20}
     before = file.read_bytes()
@@ -152,7 +160,7 @@ def test_only_the_first_seed_tries_every_lambda(tmp_path, monkeypatch):
     """The others train the best one for each target."""
     found = {("loss-1e-05", 0.5): 0.3, ("loss-0.001", 0.5): 0.2, ("loss-1e-05", 0.7): 0.1, ("loss-0.001", 0.7): 0.2}
     monkeypatch.setattr(sparsity_methods.Runs, "measure", lambda self, method, target, seed: {
-        "method": method, "target": target, "seed": seed, "accuracy": found.get((method, target), 0.4) - 0.2 * seed})
+        "method": method, "target": target, "seed": seed, "accuracy": found.get((method, target), 0.4) - 0.04 * seed})
     file = tmp_path / "methods.json"
     assert sparsity_methods.main(["--made-up", "60", "--seeds", "3", "--targets", "0.5", "0.7", "--json", str(file),
                                   "--methods", "loss", "one-shot", "--lambda", "1e-5", "1e-3"]) == 0
@@ -173,11 +181,30 @@ def test_a_signal_in_a_last_step_ends_the_comparison(tmp_path, monkeypatch):
         runs.train("rew", tmp_path, 1)
 
 
-def test_means_of_seeds():
-    rows = [{"method": "loss", "target": 0.8, "accuracy": accuracy} for accuracy in (0.5, 0.7)]
-    mean, deviation, seeds = methods.means(rows)[0.8]["loss"]
-    assert seeds == 2 and mean == pytest.approx(0.6)
-    assert deviation == pytest.approx(0.02**0.5)
+def test_means_and_differences_of_seeds():
+    """Differences are of seeds that both have."""
+    rows = [{"method": method, "target": 0.8, "seed": seed, "accuracy": accuracy} for method, seed, accuracy in (
+        ("one-shot", 2, 0.4), ("one-shot", 0, 0.5), ("loss-0.0001", 1, 0.7), ("loss-0.0001", 0, 0.5),
+        ("loss-1e-05", 0, 0.6), ("loss-1e-05", 2, 0.3875))]
+    found = methods.by_seed(rows)[0.8]
+    assert list(found) == ["loss-1e-05", "loss-0.0001", "one-shot"] and found["one-shot"] == {0: 0.5, 2: 0.4}
+    assert methods.mean_of(found["loss-0.0001"]) == "60.00% ± 14.14% (2)" and methods.mean_of({1: 0.7}) == "70.00% (1)"
+    assert methods.differences(found["loss-1e-05"], found["one-shot"]) == "+10.00, -1.25"
+    assert methods.differences(found["loss-0.0001"], found["one-shot"]) == "+0.00"
+
+
+def test_when_a_comparison_is_finished():
+    """Three seeds of each kind at every target; of the penalty in the loss, of one lambda."""
+    rows = [{"method": method, "target": target, "seed": seed, "accuracy": 0.5} for seed in range(3)
+            for target, names in ((0.8, ("proximal", "loss-1e-05", "magnitude", "one-shot")), (0, ("dense",)))
+            for method in names]
+    tried = rows[0] | {"method": "loss-0.001"}  # by the first seed only
+    assert methods.is_finished([*rows, tried])
+    for k in range(len(rows)):
+        assert not methods.is_finished([*rows[:k], *rows[k + 1:], tried])
+    for method in ("dense", "magnitude"):
+        assert not methods.is_finished([row for row in rows if row["method"] != method])
+    assert not methods.is_finished([*rows, rows[0] | {"target": 0.9}]) and not methods.is_finished(rows[4:5])
 
 
 @pytest.mark.parametrize("out", ("profile.json", "profile.txt"))

@@ -338,30 +338,31 @@ def test_the_page_of_the_small_network_is_that_of_its_files():
 
 
 def test_the_comparison_of_pruning_methods():
-    """Mean and deviation over seeds for each target, and the share of the zeros that the mask added; and the figure."""
+    """Mean and deviation over seeds for each target, nearly-zeros, and differences by seed; and the figure."""
     assert "it has not been run yet" in report.methods_table(None)
     assert "not been compared" in report.compared(None)
-    rows = [{"method": method, "target": target, "accuracy": accuracy, "zeros": 100, "zeros_made": made,
+    rows = [{"method": method, "target": target, "seed": seed, "accuracy": accuracy, "near_zero": near,
              "machine": {"device": "CPU", "cores": 2, "processes": 1, "torch": "2.14"}}
-            for method, target, accuracy, made in (("proximal", 0.9, 0.5, 100), ("proximal", 0.9, 0.52, 110),
-                                                   ("one-shot", 0.9, 0.4, 0), ("proximal", 0.8, 0.6, 75))]
-    about = {"network": "m:Mine", "epochs": [3, 2, 1]}
+            for method, target, seed, accuracy, near in (
+                ("proximal", 0.9, 0, 0.5, 0.8), ("proximal", 0.9, 1, 0.52, 0.9), ("one-shot", 0.9, 1, 0.4, 0.005),
+                ("proximal", 0.8, 0, 0.6, 0.75))]
+    about = {"network": "m:Mine", "epochs": [3, 2, 1], "batch_size": 4, "sizes": "24:0.5,32", "precision": "float32"}
     assert "not been compared" in report.compared({"about": about, "rows": rows})
     assert "were compared" in report.compared({"about": about, "rows": [rows[0] | {"method": "magnitude"}]})
     table = report.methods_table({"about": about, "rows": rows}).splitlines()
-    assert table[2:4] == ["| one-shot | - | - | 40.00% (1) | 100.0% |",
-                          "| proximal | 60.00% (1) | 25.0% | 51.00% ± 1.41% (2) | 0.0% |"]
-    assert sorted(["one-shot", "loss-0.0001", "magnitude", "loss-1e-05"], key=methods.by_lambda) == [
-        "loss-1e-05", "loss-0.0001", "magnitude", "one-shot"]
+    assert table[2:4] == ["| one-shot |  |  |  | 40.00% (1) | 0.5% |  |",
+                          "| proximal | 60.00% (1) | 75.0% |  | 51.00% ± 1.41% (2) | 85.0% | +12.00 |"]
     assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "on 2 CPU cores" in table[5]
-    assert "not finished: 4 runs so far" in table[5]
-    tried = [rows[0] | {"method": method} for method in ("loss-1e-06", *3 * ["loss-1e-05"])]  # by one seed, by all
-    assert "not finished" not in report.methods_table({"about": about, "rows": 3 * rows + tried})
-    assert "not finished" in report.methods_table({"about": about, "rows": 3 * rows + tried[:3]})
-    axes, = needed("tools.figures").methods_figure(methods.means(rows)).axes
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["proximal", "one-shot"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["80% zeros", "90% zeros"]
-    assert list(axes.lines[0].get_ydata()) == [60] and list(axes.containers[1].lines[0].get_ydata()) == [40, 51]
+    assert "not finished: 4 runs so far" in table[5] and "Without pruning" not in table[5]
+    rows.append(rows[0] | {"method": "dense", "target": 0, "accuracy": 0.7})
+    assert "Without pruning, the same training reaches 70.00% (1)." in report.methods_table(
+        {"about": about, "rows": rows}).splitlines()[5]
+    left, right = needed("tools.figures").methods_figure(methods.by_seed(rows)).axes
+    assert [text.get_text() for text in right.get_xticklabels()] == ["one-shot", "proximal"]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["seed 0"]
+    assert [list(line.get_ydata()) for line in left.lines] == [[60], [70, 70]]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in right.lines] == [
+        ([1], [50]), ([0, 1], [70, 70]), ([0, 1], [40, 52])]
 
 
 @shipped

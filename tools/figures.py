@@ -118,18 +118,27 @@ def sparsity_figure(stages: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def methods_figure(means: dict[float, dict[str, tuple]]) -> Figure:
-    """Plot the hold-out accuracy of pruning methods, {target: {method: (mean, standard deviation, ...)}}."""
-    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    methods = list(dict.fromkeys(method for found in means.values() for method in found))
-    for i, (target, found) in enumerate(means.items()):
-        places = [methods.index(method) + 0.16 * (i - (len(means) - 1) / 2) for method in found]
-        values, deviations = ([100 * pair[k] for pair in found.values()] for k in (0, 1))
-        axes.errorbar(places, values, deviations, fmt="o", capsize=4, color=COLOURS[i], label=f"{target:.0%} zeros")
-    axes.set(title="Hold-out accuracy after equal training", ylabel="%")
-    axes.set_xticks(range(len(methods)), methods)
-    axes.legend(frameon=False)
-    grid(axes, axis="y")
+def methods_figure(accuracies: dict[float, dict[str, dict[int, float]]]) -> Figure:
+    """Plot the hold-out accuracy of pruning methods, {target: {method: {seed: accuracy}}}; 0: dense.
+
+    A panel shows a target, and a line a seed: the methods of a seed start from the same network.
+    """
+    dense = accuracies.get(0, {}).get("dense", {})
+    targets = [target for target in accuracies if target]
+    figure, panels = plt.subplots(1, len(targets), figsize=(8, 3.8), sharey=True, squeeze=False, layout="constrained")
+    for axes, target in zip(panels[0], targets):
+        found = accuracies[target]
+        for seed in sorted({seed for values in found.values() for seed in values}):
+            places = [k for k, values in enumerate(found.values()) if seed in values]
+            axes.plot(places, [100 * values[seed] for values in found.values() if seed in values], "o-", lw=1,
+                      color=COLOURS[seed % len(COLOURS)], label=f"seed {seed}")
+            if seed in dense:
+                axes.axhline(100 * dense[seed], lw=1, ls="--", color=COLOURS[seed % len(COLOURS)])
+        axes.set(title=f"{target:.0%} zeros" + " (dashed: without pruning)" * bool(dense))
+        axes.set_xticks(range(len(found)), found, rotation=25, fontsize=8)
+    panels[0, 0].set(ylabel="hold-out accuracy after equal training (%)")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    grid(*panels[0], axis="y")
     return figure
 
 

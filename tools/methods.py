@@ -1,32 +1,50 @@
-"""Average the results of benchmarks/sparsity_methods.py over the seeds.
+"""Average and compare the results of benchmarks/sparsity_methods.py over the seeds.
 
-A row of the results: {"method": "proximal", "loss-LAMBDA", "magnitude" or "one-shot", "target": share of zeros, "seed",
-"accuracy": on the hold-out, ...}.
+A row of the results: {"method": "proximal", "loss-LAMBDA", "magnitude", "one-shot" or "dense" (target 0), "target":
+share of zeros, "seed", "accuracy": on the hold-out, ...}.
 """
 import statistics
+
+KINDS = ("proximal", "loss", "magnitude", "one-shot")  # of methods that prune
+
+
+def kind_of(method: str) -> str:
+    """Return the method without its lambda."""
+    return "loss" if method.startswith("loss-") else method
 
 
 def by_lambda(method: str) -> tuple[str, float]:
     """Return what methods are sorted by: the name, and then the lambda of loss-LAMBDA."""
-    name, _, rest = method.partition("-")
-    return name, float(rest) if name == "loss" and rest else 0.0
+    kind = kind_of(method)
+    return kind, float(method.removeprefix("loss-")) if kind != method else 0.0
 
 
-def means(rows: list[dict]) -> dict[float, dict[str, tuple[float, float, int]]]:
-    """Return {target: {method: (mean accuracy, standard deviation over the seeds, seeds)}} of the comparison's rows."""
+def by_seed(rows: list[dict]) -> dict[float, dict[str, dict[int, float]]]:
+    """Return {target: {method: {seed: accuracy}}} of the comparison's rows, sorted."""
     values = {}
-    for row in sorted(rows, key=lambda row: (row["target"], *by_lambda(row["method"]))):
-        values.setdefault(row["target"], {}).setdefault(row["method"], []).append(row["accuracy"])
-    return {target: {method: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0, len(each))
-                     for method, each in found.items()} for target, found in values.items()}
+    for row in sorted(rows, key=lambda row: (row["target"], *by_lambda(row["method"]), row["seed"])):
+        values.setdefault(row["target"], {}).setdefault(row["method"], {})[row["seed"]] = row["accuracy"]
+    return values
 
 
-def of_seeds(mean: float, deviation: float, seeds: int) -> str:
-    """Return the text of an accuracy; one seed has no deviation."""
-    return f"{mean:.2%} ± {deviation:.2%} ({seeds})" if seeds > 1 else f"{mean:.2%} (1)"
+def mean_of(values: dict[int, float]) -> str:
+    """Return the text of accuracies by seed: mean ± standard deviation (seeds); one seed has no deviation."""
+    found = list(values.values())
+    spread = f" ± {statistics.stdev(found):.2%}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.2%}{spread} ({len(found)})"
+
+
+def differences(values: dict[int, float], others: dict[int, float]) -> str:
+    """Return the text of what accuracies are above others, in points, for each seed that both have."""
+    return ", ".join(f"{100 * (values[seed] - others[seed]):+.2f}" for seed in values if seed in others)
 
 
 def is_finished(rows: list[dict]) -> bool:
-    """Return whether every method has three seeds at every target; of the penalty in the loss, one lambda has."""
-    return all(max(seeds for method, (*_, seeds) in found.items() if method.startswith(kind)) >= 3
-               for found in means(rows).values() for kind in {method.partition("-")[0] for method in found})
+    """Return True if every kind of method has three seeds at every target, and the dense network has, too.
+
+    Of the penalty in the loss, one lambda is enough.
+    """
+    values = by_seed(rows)
+    seeds = [max((len(each) for method, each in found.items() if kind_of(method) == kind), default=0)
+             for target, found in values.items() for kind in (KINDS if target else ("dense",))]
+    return 0 in values and len(values) > 1 and min(seeds) >= 3

@@ -372,30 +372,36 @@ def inference_table(measured: dict) -> str:
 
 
 def methods_table(measured: dict | None) -> str:
-    """Return the table of pruning methods: hold-out accuracy by target, and how many of the zeros the mask added."""
+    """Return the table of pruning methods by target: hold-out accuracy, the differences to pruning at once for each
+    seed, and the share of the pruned layers' weights that were near zero before the mask."""
     command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
     if measured is None:
         return f"{command} compares them; it has not been run yet."
     rows, lines = measured["rows"], []
-    means = methods.means(rows)
-    for method in sorted({row["method"] for row in rows}, key=methods.by_lambda):
+    values = methods.by_seed(rows)
+    dense = values.pop(0, {}).get("dense")
+    for method in sorted({method for found in values.values() for method in found}, key=methods.by_lambda):
         lines.append([method])
-        for target, found in means.items():
-            same = [row for row in rows if (row["method"], row["target"]) == (method, target)]
-            added = statistics.mean(1 - min(1, row["zeros_made"] / row["zeros"]) for row in same) if same else 0
-            lines[-1] += [methods.of_seeds(*found[method]), f"{added:.1%}"] if method in found else ["-", "-"]
-    head = ["method", *(text for target in means for text in (f"{target:.0%} zeros: hold-out accuracy ± standard "
-                                                              "deviation (seeds)", "share of zeros made by the mask"))]
+        for target, found in values.items():
+            near = [row["near_zero"] for row in rows if (row["method"], row["target"]) == (method, target)]
+            lines[-1] += [methods.mean_of(found[method]), f"{statistics.mean(near):.1%}" if near else "",
+                          methods.differences(found[method], found.get("one-shot", {})) if method != "one-shot" else ""
+                          ] if method in found else ["", "", ""]
+    head = ["method", *(text for target in values for text in (
+        f"**{target:.0%} zeros**: hold-out accuracy ± standard deviation (seeds)", "weights below 1e-4 before the mask",
+        "points above one-shot, by seed"))]
     about = measured["about"]
     unfinished = "" if methods.is_finished(rows) else (
         f" It is not finished: {len(rows)} runs so far. Each method is to have three seeds; of the penalty in the "
         "loss, only the best λ.")
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
+    yardstick = f" Without pruning, the same training reaches {methods.mean_of(dense)}." if dense else ""
     return table(head, lines) + (
-        f"\n\n{command}: `{about['network']}`, {epochs}, without teachers, on {where}. `loss-L` is the penalty in the "
-        "loss with λ = L; `one-shot` trains densely, and prunes all at once; more in its `--help`."
-        f"{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
+        f"\n\n{command}: `{about['network']}`, {epochs}, with Muon in batches of {about['batch_size']}, images "
+        f"`{about['sizes']}`, without teachers, {about['precision']} on {where}. `loss-L` is the penalty in the loss "
+        "with λ = L; `one-shot` trains densely, and prunes all at once; more, and how they differ, in its `--help`."
+        f"{yardstick}{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
 
 
 def compared(measured: dict | None) -> str:
@@ -480,7 +486,7 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
     if found := feedback_stages(logs):
         made["sparsity"] = figures.sparsity_figure(found)
     if found := found_methods():
-        made["methods"] = figures.methods_figure(methods.means(found["rows"]))
+        made["methods"] = figures.methods_figure(methods.by_seed(found["rows"]))
     return made
 
 
