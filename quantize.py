@@ -31,7 +31,7 @@ from torch import nn
 
 from compressed import cifar100, claims, datasets, dead_weight, grids, networks, normalisation, threads
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, number, option_name, run_script, some_file, some_path
+from compressed.command_line import command_line, number, option_name, run_script, some_file, some_path, some_text
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
@@ -52,20 +52,23 @@ OF_TUNING = {*TUNING, "teacher", "frozen", "precision", "graphs"} - {"seed"}  # 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     add, bits = parser.add_argument, number(int, 4, 16)
-    add("--recipe", metavar="NAME", help="options from the table [quantized] of a recipe (see training/main.py); "
+    add("--recipe", type=some_text, metavar="NAME",
+        help="options from the table [quantized] of a recipe (see training/main.py); "
         "the command line overrides it (default: recipe.toml in the checkpoint's folder, else none)")
     add("--checkpoint", type=some_file, default=Path("runs/default/masked.pt"), metavar="F",
         help="sparse float checkpoint (%(default)s)")
     add("--out", type=some_file, default=Path(CHECKPOINT), metavar="F",
         help="output checkpoint, a .pt; its claim has the same name with the suffix .json (%(default)s; an existing "
         "file is replaced only if --out is given)")
-    add("--table", metavar="T", help="bits of the layers: a number for all, or a TOML file with `default = 8` and a "
+    add("--table", type=some_text, metavar="T",
+        help="bits of the layers: a number for all, or a TOML file with `default = 8` and a "
         f"table [bits] of names, as tools.layers shows, or kinds: {', '.join(grids.LAYER_KINDS)} (default: the "
         f"submission's, 6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
         "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
         "channel (%(default)s)")
-    add("--activation-bits", default="8", metavar="T", help="bits of the activation points: a number for all but "
+    add("--activation-bits", type=some_text, default="8", metavar="T",
+        help="bits of the activation points: a number for all but "
         "the image, which has 8, or a TOML file like --table's; kinds: " + ", ".join(grids.POINT_KINDS)
         + " (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
@@ -75,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         "(%(default)s)")
     add("--ranges", choices=grids.RANGES, default="logits", help="activation steps: by largest value as in the "
         "submission, by least squared error, or from there by effect on the logits (%(default)s)")
-    add("--calibration", type=number(int, 1, 10**6), default=1000, metavar="N",
+    add("--calibration", type=number(int, 2, 10**6), default=1000, metavar="N",
         help="train images that set the ranges (%(default)s)")
     add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
         "statistics are re-estimated once the weights are quantized, and then the means: after steps were moved for "
@@ -244,11 +247,10 @@ def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fi
     """Return the options of the fine-tuning; None without one."""
     if not args.epochs:
         return None
-    cuda = device.type == "cuda"
-    settings = loop.Settings(**{"lr": plan.ADAM_LR if args.optimizer == "adam" else TUNING_LR} | plan.given(args) | {
+    settings = plan.on_device(loop.Settings(**{
+        "lr": plan.ADAM_LR if args.optimizer == "adam" else TUNING_LR} | plan.given(args) | {
         "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
-        "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0,
-        "precision": plan.precision(args.precision, cuda), "workers": 1 if cuda else threads.cores()})
+        "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0}), args, device)
     # what decides the result besides settings and grids, in plain values, if not the default
     others = {"data_set": ([data_set.classes, data_set.digest], [cifar100.CLASSES, cifar100.CIFAR100.digest]),
               "made_up": (args.made_up, None), "holdout": (args.holdout, False), "normalise": (args.normalise, None)}

@@ -45,7 +45,7 @@ import torch
 
 from compressed import datasets
 from compressed.cifar100 import Images
-from compressed.command_line import command_line, number, run_script, some_path
+from compressed.command_line import command_line, number, run_script, some_path, some_text
 from compressed.errors import BadInput
 from compressed.files import load_json, load_lines, load_record, save_json
 from compressed.networks import load_checkpoint
@@ -66,7 +66,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--json", type=some_path, required=True, metavar="F", help="results; added to if it is there")
     parser.add_argument("--runs", type=some_path, default=Path("runs/sparsity_methods"), metavar="DIR",
                         help="run folders (%(default)s)")
-    parser.add_argument("--network", default="mobilenet_v2:MobileNetV2?width=0.5", metavar="SPEC", help="(%(default)s)")
+    parser.add_argument("--network", type=some_text, default="mobilenet_v2:MobileNetV2?width=0.5", metavar="SPEC",
+                        help="(%(default)s)")
     parser.add_argument("--epochs", nargs=3, type=number(int, 1, 10**4), default=(8, 6, 6), metavar="E",
                         help="dense, making zeros, masked (8 6 6)")
     parser.add_argument("--batch-size", type=number(int, 1, 10**6), default=128, metavar="B", help="(%(default)s)")

@@ -107,7 +107,7 @@ def download(folder: Path) -> Path:
     Works in a temporary folder next to `folder`, which is removed even after an error, so no partial file is left.
     Returns the folder of the files. Raises BadInput without a network or if the archive is not the published one.
     """
-    place = folder.absolute()
+    place = Path(os.path.realpath(folder))  # next to where a link leads: files can be moved from there
     with refused(f"cannot put CIFAR-100 into {place}", f"; {HOW_TO_POINT}", OSError), \
             tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp") as scratch:
         archive, unpacked = Path(scratch, "archive"), Path(scratch, "unpacked")

@@ -93,10 +93,16 @@ def write(claim: dict, checkpoint: Path, spec: str) -> None:
     save_record(first | claim | last, claim_path(checkpoint))
 
 
-def record(checkpoint, key: str, value: dict) -> None:
-    """Set one key of a checkpoint's claim, and keep all other keys as the file has them now."""
+def record(checkpoint, key: str, value: dict, claim: dict) -> None:
+    """Set one key of a checkpoint's claim, and keep all other keys as the file has them now.
+
+    claim: the claim that was read before the work began. Raises BadInput if the file's is of another checkpoint now.
+    """
     recordable(checkpoint)
-    save_record(read(claim_path(checkpoint)) | {key: value}, claim_path(checkpoint))
+    now = read(claim_path(checkpoint))
+    if now.get("sha256") != claim.get("sha256"):
+        raise BadInput(f"{checkpoint} was replaced meanwhile, and nothing was recorded; repeat the command")
+    save_record(now | {key: value}, claim_path(checkpoint))
 
 
 def network(spec: str, model: nn.Module) -> dict:

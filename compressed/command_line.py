@@ -24,9 +24,11 @@ def command_line(text: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, low, high):
-    """Return an argparse type: an int or a float from low to high."""
+    """Return an argparse type: an int, a float or a Fraction from low to high."""
     def convert(text: str):
         try:
+            if kind is not float and "e" in text.lower():
+                raise ValueError("a Fraction of 1e-999999999 would fill the memory")
             value = kind(text)
         except (ValueError, ArithmeticError):
             value = None
@@ -40,6 +42,13 @@ def number(kind: type, low, high):
 def option_name(dest: str) -> str:
     """Return an option as it is written on a command line: "--lr-max" for lr_max; lambda is a keyword of Python."""
     return "--lambda" if dest == "lam" else "--" + dest.replace("_", "-")
+
+
+def some_text(text: str) -> str:
+    """Return the text: an argparse type that refuses an empty one, as from a variable of a shell that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a value, got an empty one")
+    return text
 
 
 def some_path(text: str) -> Path:
@@ -119,16 +128,36 @@ def end_at_once(*_) -> None:
     os._exit(130)
 
 
+# signals that end a script: SIGTERM, and SIGHUP when its terminal is closed (not on Windows)
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def end_in_order(number: int, _) -> None:
+    """Handle SIGTERM and SIGHUP like Ctrl-C: raise SystemExit, so that temporary files are removed on the way out."""
+    complain(f"stopped by {signal.Signals(number).name}")
+    sys.exit(128 + number)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for an error of numpy, of torch on a CPU, or of CUDA that says that there is not enough memory."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 def run_script(main) -> None:
     """Run `main()` and exit with what it returns.
 
-    BadInput and OSError print one line and exit with status 2; Ctrl-C prints one line and exits with 130. If the reader
-    of stdout exits (`| head`), the script ends silently with status 141, like a program killed by SIGPIPE; 2 would mean
-    that something contradicts a claim. Output to closed streams is discarded and does not change the status.
+    BadInput, OSError and a lack of memory print one line and exit with status 2; Ctrl-C prints one line and exits with
+    130, SIGTERM with 143, SIGHUP with 129. If the reader of stdout exits (`| head`), the script ends silently with
+    status 141, like a program killed by SIGPIPE; 2 would mean that something contradicts a claim. Output to closed
+    streams is discarded and does not change the status.
     """
     prepare_streams()
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    ending = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, end_in_order)
     status = None
     try:
         try:
@@ -141,6 +170,12 @@ def run_script(main) -> None:
     except (BadInput, OSError) as error:
         complain(str(error))
         status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(f"there is not enough memory ({one_line(error)}): end other programs, or give a smaller --batch-size, "
+                 "fewer --workers or images, or --no-cuda")
+        status = 2
     except KeyboardInterrupt:
         complain("interrupted")
         status = 130
@@ -150,6 +185,8 @@ def run_script(main) -> None:
         except (OSError, ValueError):  # Python would try again at its end, and fail with a status of its own
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for number in ending:
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
 
 
@@ -181,7 +218,8 @@ def run_python(*words, stdout=None) -> int:
     """Run a script, or a module after "-m", in a new process, and return its exit status.
 
     Prints its command line to stderr first. Ctrl-C and SIGTERM are passed on as SIGTERM, at which training saves its
-    state; when the process has ended, KeyboardInterrupt is raised. Must be called from the main thread.
+    state; when the process has ended, KeyboardInterrupt is raised. If another signal ended it, that is printed, and the
+    status is that of a shell, 128 + its number. Must be called from the main thread.
     """
     words, stopped, process = [str(word) for word in words], [], None
 
@@ -191,7 +229,8 @@ def run_python(*words, stdout=None) -> int:
             process.terminate()
 
     print(f"$ python {shlex.join(word.removeprefix(f'{Path.cwd()}/') for word in words)}", file=sys.stderr, flush=True)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     # the process inherits a blocked SIGINT: a terminal's Ctrl-C reaches it too, and would end it without saving
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -206,4 +245,8 @@ def run_python(*words, stdout=None) -> int:
             signal.signal(number, handler)
     if stopped:
         raise KeyboardInterrupt
+    if status < 0:
+        complain(f"{Path(words[words[0] == '-m']).name} was ended by {signal.Signals(-status).name}"
+                 + " (is there enough memory?)" * (-status == signal.SIGKILL))
+        return 128 - status
     return status

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -102,6 +103,8 @@ def held(folder):
         except BlockingIOError as error:
             raise BadInput(f"{folder}: another process is at work there; await its end, or give another folder"
                            ) from error
+        except FileNotFoundError:
+            raise
         except (ImportError, OSError):
             pass
         yield
@@ -181,13 +184,15 @@ def load_json(path) -> dict:
 
 
 def load_lines(path) -> list[dict]:
-    """Return the lines of a stage's log, JSON objects with a "step". Raises BadInput, naming the line, for others."""
+    """Return the lines of a stage's log, JSON objects with "step" and "epoch". Raises BadInput, naming the line, for
+    others."""
     lines = []
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         with refused(f"{path}: line {number} is no line of a log", "; remove the file, or restore it"):
             lines.append(from_json(text))
-            if type(lines[-1]["step"]) is not int:
-                raise ValueError("its step is no integer")
+            step, epoch = lines[-1]["step"], lines[-1]["epoch"]
+            if type(step) is not int or type(epoch) not in (int, float) or not 0 < epoch < math.inf:
+                raise ValueError("its step is no integer, or its epoch no number above 0")
     return lines
 
 

@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from compressed.cifar100 import CLASSES, IMAGE_SIZE
+from compressed.command_line import some_text
 from compressed.errors import BadInput, refused
 from compressed.files import save_tensors
 
@@ -46,7 +47,7 @@ CLAIM = "the checkpoint's claim"
 def add_option(parser, source: str | None = None) -> None:
     """Add --network to a parser. source: what may say which network it is if the option is not given, such as CLAIM."""
     stated = f"default: as {source} says, else {DEFAULT}" if source else "%(default)s"
-    parser.add_argument("--network", metavar="SPEC", default=None if source else DEFAULT,
+    parser.add_argument("--network", type=some_text, metavar="SPEC", default=None if source else DEFAULT,
                         help="FILE.py:NAME or MODULE:NAME, with arguments as in mobilenet_v2:MobileNetV2?width=0.5; it "
                              "is called with num_classes, if it has that argument, and must return an nn.Module that "
                              f"maps float images [N, 3, 32, 32] to logits [N, classes] ({stated})")
@@ -57,6 +58,8 @@ def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
 
     A value that is no Python literal is a string. Raises BadInput for anything but a specification.
     """
+    if not spec.isprintable():
+        raise BadInput(f"{option} {spec!a}: expected characters that can be printed")
     what, _, text = spec.partition("?")
     place, _, name = what.rpartition(":")
     if not place or not name.isidentifier():
@@ -97,7 +100,7 @@ def find(spec: str, option: str = "--network") -> tuple:
     place, name, arguments = parse(spec, option)
     if place.endswith(".py") and not os.path.isfile(place):
         raise BadInput(f"{option} {spec}: there is no file {place}")
-    with refused(f"{option} {spec}: {place} cannot be imported"):  # whatever the user's own code raises
+    with refused(f"{option} {spec}: {place} cannot be imported", errors=(Exception, SystemExit)):  # the user's own code
         found = getattr(_module(place), name, None)
     if not callable(found):
         raise BadInput(f"{option} {spec}: {place} has no class or function {name}")

@@ -8,10 +8,12 @@ with other processes as usual. torch releases the interpreter's lock while it co
 """
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import torch
 
@@ -21,12 +23,18 @@ _pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,
 _stopped = threading.Event()
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "200000 100000" are two cores
+
+
 def cores() -> int:
     """Return the number of cores that this process may use; under torchrun, its share of the machine's cores."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         count = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max": no quota
+        quota, period = map(int, QUOTA.read_text().split())
+        count = min(count, math.ceil(quota / period))
     return max(1, count // (environment.whole("LOCAL_WORLD_SIZE", 1) or 1))
 
 

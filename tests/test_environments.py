@@ -337,6 +337,66 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("words", (["testers.py"], ["training/main.py"], ["-m", "tools.pack"]))
+def test_a_python_without_torch_says_what_to_do(words):
+    """-S: without the packages that are installed."""
+    found = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2 and found.stdout == ""
+    assert "torch is not installed for this Python" in found.stderr and "source .venv/bin/activate" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+def test_a_lack_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "there is not enough memory" in said and said.count("\n") == 1
+    error = RuntimeError("another one")
+    with pytest.raises(RuntimeError, match="another one"):
+        run_script(main)
+
+
+@pytest.mark.parametrize("name", ("SIGTERM", "SIGHUP"))
+def test_a_script_that_is_ended_removes_its_temporary_files(name, tmp_path):
+    """A signal that is ignored, as by nohup, stays so."""
+    code = f"""
+import os, signal, sys, tempfile
+sys.path.insert(0, {str(ROOT)!r})
+from compressed.command_line import run_script
+def main():
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        os.kill(os.getpid(), signal.{name})
+        print("went on", flush=True)
+if "ignored" in sys.argv:
+    signal.signal(signal.{name}, signal.SIG_IGN)
+run_script(main)
+"""
+    ended, ignored = (subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+                      for words in ([], ["ignored"]))
+    assert (ended.returncode, ended.stdout) == (128 + getattr(signal, name), "")
+    assert f"stopped by {name}" in ended.stderr and list(tmp_path.iterdir()) == []
+    assert ignored.stdout == "went on\n" and ignored.returncode == 0
+
+
+def test_a_script_that_was_killed_is_named(capfd):
+    status = command_line.run_python("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert status == 128 + 9 and "was ended by SIGKILL (is there enough memory?)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text, wanted", (("200000 100000", 2), ("150000 100000", 2), ("max 100000", 64), ("", 64),
+                                          ("50000 100000", 1)))
+def test_the_quota_of_a_container_limits_the_cores(text, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
+    assert threads.cores() == 64
+    threads.QUOTA.write_text(text)
+    assert threads.cores() == wanted
+
+
 def test_importing_a_script_changes_no_signal():
     assert AFTER_IMPORTS is not command_line.end_at_once
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from compressed import claims
 from compressed import command_line as scripts
 from compressed import files
 from compressed.errors import BadInput
@@ -262,3 +263,24 @@ def test_an_altered_record_is_refused(tmp_path):
         files.save_json(record | change, path)
         with pytest.raises(BadInput, match="record.json: altered since it was written .*; take it back"):
             files.load_record(path, "take it back")
+
+
+@pytest.mark.parametrize("line", ('{"step": 1}', '{"step": "1", "epoch": 1}', '{"step": 1, "epoch": 0}',
+                                  '{"step": 1, "epoch": "1"}'))
+def test_a_line_of_a_log_has_a_step_and_an_epoch(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"step": 1, "epoch": 0.5}\n' + line)
+    with pytest.raises(BadInput, match="line 2 is no line of a log"):
+        files.load_lines(tmp_path / "a.jsonl")
+
+
+def test_results_of_a_checkpoint_that_was_replaced_are_not_recorded(tmp_path):
+    """Of the one before it, that is: they would stand in the new one's claim, with a valid digest."""
+    checkpoint = tmp_path / "net.pt"
+    begun = {"sha256": "a", "kept": 1}
+    files.save_record(begun, tmp_path / "net.json")
+    claims.record(checkpoint, "integer", {"images": 2}, begun)
+    assert claims.read(tmp_path / "net.json")["integer"] == {"images": 2}
+    files.save_record({"sha256": "b"}, tmp_path / "net.json")
+    with pytest.raises(BadInput, match="was replaced meanwhile, and nothing was recorded"):
+        claims.record(checkpoint, "integer", {"images": 3}, begun)
+    assert "integer" not in claims.read(tmp_path / "net.json")

@@ -223,7 +223,7 @@ def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
     assert quantize.parse(command).network == "recipe:Net"
     for stage, options in (("rew", {"network": "first:Net"}), ("masked", {"network": SPEC})):
         save_record({"settings": {}, "options": options}, tmp_path / f"{stage}.options.json")
-        (tmp_path / f"{stage}.jsonl").write_text('{"step": 1}\n')
+        (tmp_path / f"{stage}.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     assert quantize.parse(command).network == SPEC
     assert quantize.parse([*command, "--network", "my:Net"]).network == "my:Net"
 
@@ -233,7 +233,7 @@ def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
     """A recipe's teachers of all stages may have been replaced on the command line; those of [quantized] were not."""
     command = ["--checkpoint", str(tmp_path / "masked.pt")]
     save_record({"settings": {}, "options": {"teacher": trained_with}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     recipe = 'teacher = ["recipe.pt"]\n[quantized]\nepochs = 1\n'
     path = tmp_path / "recipe.toml"
     for text, words, expected in ((recipe, [], trained_with), (recipe, ["--teacher", "other.pt"], ["other.pt"]),
@@ -258,7 +258,7 @@ def test_a_network_that_was_trained_here_keeps_its_input(small_checkpoint, tmp_p
     """--normalise is for its teachers then; --distill and others are said to be without effect where they are."""
     checkpoint = shutil.copy(small_checkpoint, tmp_path / "masked.pt")
     save_record({"settings": {"augment": "none"}, "options": {"network": SPEC}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     plain, other = (tmp_path / f"{name}.pt" for name in ("plain", "other"))
     words = options(checkpoint, plain, "layer")
     assert [quantize.parse(["--checkpoint", str(path)]).augment for path in (checkpoint, small_checkpoint)] == [
@@ -271,7 +271,7 @@ def test_a_network_that_was_trained_here_keeps_its_input(small_checkpoint, tmp_p
 @pytest.mark.parametrize("trained", (False, True))
 def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained):
     save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     for words in ([], ["--holdout"]):
         with pytest.raises(BadInput, match="no such checkpoint file"):
             quantize.main(["--checkpoint", str(tmp_path / "masked.pt"), "--out", str(tmp_path / "out.pt"), *words])
@@ -284,9 +284,9 @@ def test_the_training_record(tmp_path):
     said = {"machine": "m", "train_images": 9, "settings": {"batch_size": 1}, "options": {"lam": 2}}
     save_record(said | {"more": 0}, tmp_path / "rew.options.json")
     assert training_record(tmp_path / "masked.pt") == []
-    (tmp_path / "rew.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    (tmp_path / "rew.jsonl").write_text('{"step": 1, "epoch": 1}\n{"step": 2, "epoch": 2, "loss": 0.5}\n')
     assert training_record(tmp_path / "pretrain.pt") == training_record(tmp_path / "masked.pt") == [
-        {"stage": "rew"} | said | {"last_epoch": {"step": 2, "loss": 0.5}}]
+        {"stage": "rew"} | said | {"last_epoch": {"step": 2, "epoch": 2, "loss": 0.5}}]
     for stage in ("masked", "masked-10", "masked-9", "masked-x", "quantized"):
         for kind in ("options.json", "jsonl"):
             shutil.copy(tmp_path / f"rew.{kind}", tmp_path / f"{stage}.{kind}")

@@ -511,7 +511,7 @@ def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
 
     def train_a_stage():
         stage, zeros, accuracy = next(left)
-        save_text(f'{{"step": 1}}\n{{"step": 2, "zeros": {zeros}, "test_accuracy": {accuracy}}}\n',
+        save_text(f'{{"step": 2, "epoch": 1, "zeros": {zeros}, "test_accuracy": {accuracy}}}\n',
                   quick.RUN / f"{stage}.jsonl")
 
     def ship_it():

@@ -232,6 +232,21 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
         teachers.find()
 
 
+def test_a_download_of_another_file_is_not_kept(tmp_path, monkeypatch):
+    """Of a page of a provider, say, or a file that is cut short; the next call downloads again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TEACHERS_DIR", raising=False)
+    asked = []
+    monkeypatch.setattr(cifar100, "fetch", lambda url, path, name: asked.append(url) or path.write_bytes(b"<html>"))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="cannot download .*its SHA-256 differs.*TEACHERS_DIR"):
+            teachers.find()
+    assert len(asked) == 2 and list(Path(teachers.FOLDER).iterdir()) == []
+    Path(teachers.FOLDER, next(iter(teachers.KAIST))).write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="remove it, and it is downloaded again"):
+        teachers.find()
+
+
 def test_two_processes_may_download_at_once(tmp_path, monkeypatch):
     """As under torchrun: the second one gets all files while the first one has received one and not named it yet."""
     fetch, folders = cifar100.fetch, []

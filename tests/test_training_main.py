@@ -840,6 +840,25 @@ def test_a_branch_goes_on_when_its_start_is_gone(small, words, other):
     assert_same(Path(f"run/{stage}.pt"), Path(f"whole/{stage}.pt"))
 
 
+@pytest.mark.parametrize("words, cores, wanted", (
+    ("--batch-size 256", 64, 16), ("--batch-size 256", 2, 2), ("--batch-size 24", 2, 1), ("--batch-size 4", 2, 1),
+    ("--batch-size 24 --workers 2", 64, 2)))
+def test_each_worker_has_enough_images_by_default(monkeypatch, words, cores, wanted):
+    monkeypatch.setattr(training.threads, "cores", lambda: cores)
+    args = training.parse(words.split())
+    assert training.settings_for("pretrain", args, CPU).workers == wanted
+    assert training.settings_for("pretrain", args, torch.device("cuda")).workers == 1
+    monkeypatch.setattr(training.plan.environment, "processes", lambda: (0, 4, 0))
+    assert training.settings_for("pretrain", args, CPU).workers == (2 if "--workers" in words else min(wanted, 4))
+
+
+@pytest.mark.parametrize("words", ("--recipe", "--network", "--penalty", "--config-file"))
+def test_an_empty_text_is_no_value(small, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        training.main([*QUICK.split(), words, "", "--run", "run"])
+    assert ended.value.code == 2 and "got an empty one" in capsys.readouterr().err and not Path("run").exists()
+
+
 @pytest.mark.parametrize("start, words, said", (
     ("run/pretrain.pt", "--pretrain", True), ("run/pretrain.average.pt", "--pretrain --max-minutes 0", True),
     ("run/pretrain.pt", "--pretrain --seed 1", False), ("run/pretrain.pt", "--rew", False),

@@ -377,7 +377,7 @@ def main(argv=None) -> int:
         claims.record(checkpoint, "onnx", {
             "data": name, **{key: report[key] for key in ("images", "correct", "agree")},
             "same_logits": report["identical"], "kernels": found,
-            "engine": f"onnxruntime {needed('onnxruntime').__version__}"})
+            "engine": f"onnxruntime {needed('onnxruntime').__version__}"}, claim)
     differing = report["images"] - report["agree"]
     if differing > (1 - NOTICED) * report["images"]:
         print(f"export_onnx.py: {differing} of {report['images']} predictions differ from those of exact_network",

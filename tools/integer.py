@@ -75,7 +75,7 @@ def main(argv=None) -> int:
     data, name = datasets.chosen(args, "test", network=model)
     report = compare(network, exact_network(model, claim["activations"]), data)
     if args.record:  # before printing: the reader of a pipe may have exited
-        claims.record(args.checkpoint, "integer", {"data": name} | report)
+        claims.record(args.checkpoint, "integer", {"data": name} | report, claim)
     report = {"checkpoint": str(args.checkpoint)} | report
     print(to_json(report, indent=1) if args.json else text(report), flush=True)
     if report["identical"] < report["images"]:

@@ -28,9 +28,10 @@ def main(argv=None) -> int:
     sections = pack(model, claim, out)
     summary = counting.summary(model, claims.stated_formats(model, claim))
     if claims.claim_path(out).resolve() == claims.claim_path(checkpoint).resolve() and checkpoint.suffix != ".mnet":
-        claims.record(checkpoint, "packed", {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)})
+        packed = {"file": out.name, "bytes": sections["total"], "sha256": sha256(out)}
+        claims.record(checkpoint, "packed", packed, claim)
         if claim.get("counts", summary) != summary:
-            claims.record(checkpoint, "counts", summary)
+            claims.record(checkpoint, "counts", summary, claim)
             print(f"{claims.claim_path(checkpoint)}: the counts in it were outdated, and were replaced")
 
     counted = summary["storage"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressed import claims, shipping
 from compressed.command_line import command_line, run_python, run_script
-from compressed.files import load_lines
+from compressed.files import held, load_lines
 
 ROOT, RUN = shipping.ROOT, Path("runs/quick")
 DATA = ("--made-up", "1000")
@@ -36,8 +36,10 @@ def summary(seconds: dict[str, float]) -> list[str]:
 
 def main(argv=None) -> int:
     command_line(__doc__).parse_args(argv)
-    if RUN.exists():
-        shutil.rmtree(RUN)
+    RUN.mkdir(parents=True, exist_ok=True)
+    with held(RUN):
+        for path in RUN.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     commands = {stage: (ROOT / "training" / "main.py", *options.split(), *COMMON) for stage, options in STAGES.items()}
     commands["shipped"] = ("-m", "tools.ship", RUN, "--into", RUN / "shipped", *DATA, "--calibration", "200",
                            "--renew", "200")

@@ -392,8 +392,8 @@ def methods_table(measured: dict | None) -> str:
         "points above one-shot, by seed"))]
     about = measured["about"]
     unfinished = "" if methods.is_finished(rows) else (
-        f" It is not finished: {len(rows)} runs so far. Each method is to have three seeds; of the penalty in the "
-        "loss, only the best λ.")
+        f" It is not finished: {len(rows)} runs so far. Each method is to have three seeds (of the penalty in the "
+        "loss, only the best λ), and so is the same training without pruning.")
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
     yardstick = f" Without pruning, the same training reaches {methods.mean_of(dense)}." if dense else ""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from compressed import cifar100, claims, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, parse_own, run_script, some_path
+from compressed.command_line import command_line, parse_own, run_script, some_path, some_text
 from compressed.errors import BadInput
 from compressed.files import load_record, sha256
 from training import recipes
@@ -40,7 +40,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--into", type=some_path, default=ROOT, metavar="DIR",
                         help="where the files are shipped to (default: the repository's root)")
     parser.add_argument("--if-better", action="store_true", help="ship it only if it is more accurate on the test set")
-    parser.add_argument("--recipe", metavar="NAME", help="as for quantize.py (default: the run's own)")
+    parser.add_argument("--recipe", type=some_text, metavar="NAME", help="as for quantize.py (default: the run's own)")
     parser.add_argument("--checkpoint", "--out", "--tuning-folder", dest="refused", help=argparse.SUPPRESS)
     datasets.add_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -122,7 +122,7 @@ def build(args, words: list[str], new: Path) -> str | None:
         quantize += ["--out", str(args.into / CHECKPOINT)]
     checkpoint += ("--network", claim["network"]["spec"])  # no script runs the code that a claim names without it
     claims.record(new / CHECKPOINT, "made_by",
-                  claim["made_by"] | {"command": f"python quantize.py {shlex.join(quantize)}"})
+                  claim["made_by"] | {"command": f"python quantize.py {shlex.join(quantize)}"}, claim)
     shipping.run("-m", "tools.pack", *checkpoint)
     shipping.run("-m", "tools.integer", "--record", *checkpoint, *data)
     shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from compressed import cifar100, datasets, networks, shipping
 from compressed.checkpoints import CHECKPOINT
-from compressed.command_line import command_line, parse_own, run_python, run_script, some_path
+from compressed.command_line import command_line, parse_own, run_python, run_script, some_path, some_text
 from training import recipes
 
 ROOT = shipping.ROOT
@@ -28,7 +28,8 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"),
                         metavar="DIR", help="run folder (%(default)s)")
     parser.add_argument("--ship", action="store_true", help="replace the shipped files whatever the accuracy")
-    parser.add_argument("--recipe", metavar="NAME", help="recipe with the options of all stages, see training/main.py")
+    parser.add_argument("--recipe", type=some_text, metavar="NAME",
+                        help="recipe with the options of all stages, see training/main.py")
     networks.add_option(parser, "the recipe")
     parser.add_argument("--no-resume", action="store_true", help="train finished stages again")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
@@ -96,7 +97,7 @@ def main(argv=None) -> int:
                               *["--if-better"] * (not args.ship))
     except KeyboardInterrupt:
         status = 130
-    if status in (0, 130):
+    if status == 0 or status > 128:  # it was stopped
         print(go_on)
     return status
 

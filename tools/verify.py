@@ -9,7 +9,7 @@ Exit status 0: everything was verified. 2: something contradicts a claim, or cou
 import sys
 from pathlib import Path
 
-from compressed.command_line import command_line, parse_own, run_python, run_script, some_file
+from compressed.command_line import command_line, parse_own, run_python, run_script, some_file, some_text
 
 ROOT = Path(__file__).resolve().parent.parent  # not from a module that imports torch: the scripts load it themselves
 SHIPPED = "cifar100_mobilenetv2.pt"
@@ -38,7 +38,8 @@ def verify(checkpoint: Path, words: list[str], network: list[str]) -> int:
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("--checkpoint", type=some_file, metavar="F", help="(default: every shipped one)")
-    parser.add_argument("--network", metavar="SPEC", help="FILE.py:NAME, needed if the claim names code in a file")
+    parser.add_argument("--network", type=some_text, metavar="SPEC",
+                        help="FILE.py:NAME, needed if the claim names code in a file")
     args, words = parse_own(parser, argv)
     shipped = [args.checkpoint] if args.checkpoint else [ROOT / SHIPPED, *sorted(ROOT.glob(f"*/{SHIPPED}"))]
     network = [] if args.network is None else ["--network", args.network]

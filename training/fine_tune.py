@@ -22,7 +22,7 @@ from compressed.networks import load_state
 from training import loop, masks, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
 from training.runs import new_record
-from training.state import MACHINE, State
+from training.state import MACHINE, State, stop_noted
 
 
 # ---- The stage -----------------------------------------------------------------------------------
@@ -92,15 +92,16 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     model.to(**layout)  # the steps of activations are new
     taught_by = [teachers.load(path, tuning.network, train_data.data_set, tuning.normalise).to(**layout)
                  for path in tuning.teachers]
-    finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
-                          teachers=taught_by, prepare=freeze, resume=tuning.resume, eval_every=0, began=began,
-                          context=tuning.options(chosen), watch=Oscillation(model))
-    if finished is None:
-        raise BadInput("fine-tuning was stopped; the same command resumes it")
-    fix_steps(finished, chosen.scheme, chosen.scale_bits)
-    save_tensors(with_steps(finished), file)
-    tuning.start.unlink(missing_ok=True)
-    State(file.with_suffix(".state")).remove()
+    with stop_noted():  # a fine-tuning that gets a signal during its last step still finishes
+        finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
+                              teachers=taught_by, prepare=freeze, resume=tuning.resume, eval_every=0, began=began,
+                              context=tuning.options(chosen), watch=Oscillation(model))
+        if finished is None:
+            raise BadInput("fine-tuning was stopped; the same command resumes it")
+        fix_steps(finished, chosen.scheme, chosen.scale_bits)
+        save_tensors(with_steps(finished), file)
+        tuning.start.unlink(missing_ok=True)
+        State(file.with_suffix(".state")).remove()
     return finished
 
 

@@ -34,7 +34,7 @@ from torch import nn
 
 from compressed import datasets, environment, networks, threads
 from compressed.cifar100 import DataSet, Images
-from compressed.command_line import command_line, number, option_name, run_script, some_path
+from compressed.command_line import command_line, number, option_name, run_script, some_path, some_text
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, held, save_record, save_text, sha256, try_to_write
 from compressed.graph import prepare
@@ -57,8 +57,9 @@ def stage_options(group) -> None:
     alone.add_argument("--rew", action="store_true", help="reweighted L1, from the dense weights")
     alone.add_argument("--masked-retrain", action="store_true", help="mask, then retrain with the zeros frozen")
     # two names each: torchrun before Python 3.12 takes the short ones for ambiguous abbreviations of its own options
-    group.add_argument("--recipe", metavar="NAME", help="TOML file with options of all stages, or its name in "
-                       "training/recipes; the command line overrides it (default: the run folder's, else none)")
+    group.add_argument("--recipe", type=some_text, metavar="NAME",
+                       help="TOML file with options of all stages, or its name in training/recipes; "
+                            "the command line overrides it (default: the run folder's, else none)")
     group.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
                        help="run folder (%(default)s)")
     group.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
@@ -81,7 +82,8 @@ def machine_options(group) -> None:
     group.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_machine(group)
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="W",
-                       help="threads of a process on a CPU, among which its batch is divided (default: one per core)")
+                       help="threads of a process on a CPU, among which its batch is divided (default: one per core, "
+                            f"but no more than give each {plan.LEAST_SHARE} images)")
 
 
 def submission_options(group) -> None:
@@ -164,7 +166,6 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
-    cuda = device.type == "cuda"
     chosen = {"epochs": EPOCHS[stage], "lr": plan.ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
               "warmup_epochs": loop.Settings.warmup_epochs,
               "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
@@ -175,8 +176,7 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
         chosen["smoothing"] = 0.0
     if args.no_tricks:
         chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant", "cooldown": 0}
-    return loop.Settings(**chosen | {"precision": plan.precision(args.precision, cuda),
-                                     "workers": 1 if cuda else args.workers or threads.cores()})
+    return plan.on_device(loop.Settings(**chosen), args, device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,9 +307,13 @@ def idle_options(stage: str, job: Job, alone: bool) -> list[str]:
 
 def say_what_is_trained(plans: dict[str, plan.Plan], job: Job) -> None:
     """Print device, network, images, run folder, and the steps of each stage."""
-    parts = [f"{stage} {steps.steps:,} steps ({steps.settings.epochs} epochs in batches of {steps.batch_size}, "
-             f"{steps.settings.optimizer}, images {steps.settings.sizes}, {len(job.by_stage[stage].teacher)} teachers)"
-             for stage, steps in plans.items()]
+    parts = []
+    for stage, steps in plans.items():
+        settings = steps.settings
+        fewer = job.device.type == "cpu" and settings.workers < threads.cores()
+        parts.append(f"{stage} {steps.steps:,} steps ({settings.epochs} epochs in batches of {steps.batch_size}"
+                     + f" by {settings.workers} workers" * fewer
+                     + f", {settings.optimizer}, images {settings.sizes}, {len(job.by_stage[stage].teacher)} teachers)")
     recipe = f"; recipe {job.args.recipe}" if job.args.recipe else ""
     machine = threads.describe_machine(job.device, job.processes.count)
     job.say(f"{job.by_stage[next(iter(plans))].network} on {machine['processes']} x {machine['device']} "
@@ -434,15 +438,16 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
             start_epoch=args.start_epoch, eval_every=args.eval_every, save_seconds=args.save_seconds,
             show_seconds=args.show_seconds, max_seconds=job.deadline - time.monotonic(), later=later,
             processes=job.processes, began=began)
+        if finished is not None and job.processes.first:
+            weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
+            # in this order: what is there after a kill between two of them belongs together
+            save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
+            save_state(weights, job.file(f"{stage}.pt"))
+            state.remove()
+            job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
     if finished is None:
         return False
     if job.processes.first:
-        weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
-        # in this order: what is there after a kill between two of them belongs together
-        save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
-        save_state(weights, job.file(f"{stage}.pt"))
-        state.remove()
-        job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
         if penalty is not None and penalty.feedback:
             zeros = float(penalty.zeros_share())
             if abs(zeros - penalty.target) > 0.05:

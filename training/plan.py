@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from compressed import environment, threads
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import number, option_name
 from compressed.errors import BadInput
@@ -15,6 +16,7 @@ from training.replicas import Processes, shares
 SUBMISSIONS = {"epoch": "epochs", "optmzr": "optimizer", "lr-scheduler": "schedule", "smooth-eps": "smoothing"}
 ADAM_LR = 1e-3  # default of --lr with --optimizer adam
 TEACHING = ("distill", "temperature", "teaching")  # settings of distillation
+LEAST_SHARE = 16  # images of a batch for a worker, by default
 STRIDE = 8  # total stride of the network: the last feature maps of an 8x8 image are 1x1
 
 
@@ -110,6 +112,21 @@ def precision(option: str, cuda: bool) -> str:
     """Return the precision that --precision names."""
     fast = cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return option if option != "auto" else "bfloat16" if fast else "float32"
+
+
+def default_workers(batch_size: int) -> int:
+    """Return the number of workers of a process on a CPU: one for each core, if each has LEAST_SHARE images of a batch.
+
+    Every share is normalised by its own statistics, which would be poor ones on a machine with many cores.
+    """
+    return max(1, min(threads.cores(), batch_size // (LEAST_SHARE * environment.processes()[1])))
+
+
+def on_device(settings: Settings, args, device: torch.device) -> Settings:
+    """Return the settings with the precision and the number of workers for a device, as the options say."""
+    cuda = device.type == "cuda"
+    workers = 1 if cuda else getattr(args, "workers", None) or default_workers(settings.batch_size)
+    return dataclasses.replace(settings, precision=precision(args.precision, cuda), workers=workers)
 
 
 def add_options(parser, names, **defaults) -> None:

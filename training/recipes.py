@@ -20,7 +20,8 @@ from training import plan, runs, sparsity
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 STAGES = (*runs.STAGES, "quantized")
-OF_A_COMMAND = ("pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume", "max_minutes")
+OF_A_COMMAND = ("help", "pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume",
+                "max_minutes")
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
 # {option of the command line: function of its value that returns which options of a recipe it excludes}
 EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
@@ -49,7 +50,7 @@ def take_images(args: argparse.Namespace, path: Path | None) -> None:
     common = read(path)["common"] if path else {}
     data, holdout, made_up = args.data, args.holdout, args.made_up
     if "data" in common and not made_up:
-        args.data = data or Path(str(common["data"])).expanduser()
+        args.data = data or Path(str(common["data"]))
     args.holdout = bool(holdout or common.get("holdout") and not made_up)
     args.made_up = made_up or (None if data or holdout else common.get("made-up"))
 

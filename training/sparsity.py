@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from compressed.command_line import number, option_name
+from compressed.command_line import number, option_name, some_text
 from compressed.errors import BadInput, refused
 from compressed.files import load_record
 from compressed.graph import layers_as_run, weight_layers
@@ -26,7 +26,7 @@ def add_options(group) -> None:
     group.add_argument("--cost-power", type=number(float, 0, 4), default=0.0, metavar="P",
                        help="multiply a layer's penalty by (what one of its weights costs in the score)^P, to make "
                             "zeros where they save more (%(default)s)")
-    group.add_argument("--penalty", metavar="P",
+    group.add_argument("--penalty", type=some_text, metavar="P",
                        help="loss: penalty added to the loss; proximal: soft threshold after every step (default, see "
                             "METHOD.md); magnitude: no penalty, gradual magnitude pruning to --target-sparsity, as a "
                             "baseline; FILE.py:NAME: a class of your own (see training/README.md), with arguments as "
@@ -39,7 +39,7 @@ def add_options(group) -> None:
                             "--target-sparsity and --penalty, it selects the submission's method: the penalty in the "
                             "loss, lambda 1e-6, and masks from --threshold or, for groups, from the ratios of "
                             "--config-file. A filter of zeros is counted as zeros, but not removed from the network")
-    group.add_argument("--config-file", metavar="NAME",
+    group.add_argument("--config-file", type=some_text, metavar="NAME",
                        help="TOML file with the layers' prune ratios, or its name in training/profile/")
     group.add_argument("--threshold", type=number(float, 0, 1), default=1e-4,
                        help="with --sparsity-type threshold: smaller weights are pruned (%(default)s)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from compressed import threads
+from compressed.command_line import ENDING, end_in_order
 from compressed.errors import BadInput, refused
 from compressed.files import load_record, save_record, save_tensors
 from training.plan import constant_so_far
@@ -104,7 +105,7 @@ class State:
                 break
         sums = {part: save_tensors(value, self.folder / files[part]) for part, value in parts.items()}
         save_record({"progress": progress, "files": files, "sums": sums, "settings": self.settings}, self.file)
-        for path in self.folder.iterdir():
+        for path in self.files():
             if path.name not in (*files.values(), self.file.name):
                 path.unlink(missing_ok=True)
 
@@ -116,9 +117,13 @@ class State:
         """Delete the state and its folder."""
         if self.folder.is_dir():
             self.file.unlink(missing_ok=True)  # first: it must not name what is gone
-            for path in self.folder.iterdir():
+            for path in self.files():
                 path.unlink(missing_ok=True)
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):  # it is a link, or holds something else
+                self.folder.rmdir()
+
+    def files(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if not path.is_dir()]
 
 
 def fingerprint(tensors) -> str:
@@ -131,11 +136,13 @@ def fingerprint(tensors) -> str:
 
 @contextlib.contextmanager
 def stop_noted():
-    """Yield a list to which SIGTERM and Ctrl-C append their signal numbers, instead of ending the process.
+    """Yield a list to which SIGTERM, SIGHUP and Ctrl-C append their signal numbers, instead of ending the process.
 
     The first Ctrl-C cuts evaluations in `threads.in_threads` short, and the second raises KeyboardInterrupt. At the end
     of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C, the outermost
-    block ends with KeyboardInterrupt. Only the main thread can install handlers; in others the list stays empty.
+    block ends with KeyboardInterrupt. After the others it does not end the script, which has saved what it wants to
+    save, and decides. Signals that are ignored stay so. Only the main thread can install handlers; in others the list
+    stays empty.
     """
     arrived, before = [], {}
 
@@ -147,13 +154,14 @@ def stop_noted():
         arrived.append(number)
 
     with contextlib.suppress(ValueError):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for number in (*ENDING, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         for number, handler in before.items():
-            if number in arrived and callable(handler):
+            if number in arrived and callable(handler) and handler is not end_in_order:
                 handler(number, None)

@@ -108,7 +108,8 @@ def located(path: Path) -> Path:
 def checked(path: Path) -> Path:
     """Return the path of one of KAIST's files. Raises BadInput if it is not the published one."""
     if sha256(path) != KAIST[path.name][0]:
-        raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network")
+        again = "remove it, and it is downloaded again" if path.parent == FOLDER else "replace it"
+        raise BadInput(f"{path}: its SHA-256 is not the published file's: damaged, or another network; {again}")
     return path
 
 
@@ -130,11 +131,15 @@ def find(folder=None) -> Path:
         if not (start / name).is_file():
             if given:
                 raise BadInput(f"{start} ({'--folder' if folder else 'TEACHERS_DIR'}) holds no {name}")
-            start.mkdir(exist_ok=True)
-            with refused(f"cannot download {URL + name}", "; point at a local folder with TEACHERS_DIR"), \
-                    tempfile.TemporaryDirectory(dir=start) as scratch:  # another process may download, too
-                cifar100.fetch(URL + name, Path(scratch, name), name)
-                os.replace(Path(scratch, name), start / name)
+            remedy = "; point at a local folder with TEACHERS_DIR"
+            with refused(f"cannot put KAIST AI's networks into {start}", remedy, OSError):
+                start.mkdir(exist_ok=True)
+                scratch = tempfile.TemporaryDirectory(dir=start)  # another process may download, too
+            with scratch, refused(f"cannot download {URL + name}", remedy):
+                cifar100.fetch(URL + name, Path(scratch.name, name), name)
+                if sha256(Path(scratch.name, name)) != KAIST[name][0]:
+                    raise ValueError("what arrived is cut short or another file, its SHA-256 differs")
+                os.replace(Path(scratch.name, name), start / name)
         checked(start / name)
     return start
 
