@@ -158,6 +158,16 @@ def run_script(main) -> None:
     ending = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
     for number in ending:
         signal.signal(number, end_in_order)
+    try:
+        status = status_of(main)
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def status_of(main) -> int | None:
+    """Return the exit status of `main()`, as `run_script` says, after all output is flushed."""
     status = None
     try:
         try:
@@ -185,9 +195,7 @@ def run_script(main) -> None:
         except (OSError, ValueError):  # Python would try again at its end, and fail with a status of its own
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    for number in ending:
-        signal.signal(number, signal.SIG_DFL)
-    sys.exit(status)
+    return status
 
 
 def prepare_streams() -> None:

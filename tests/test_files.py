@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -118,8 +119,10 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, 
 
 
 def test_a_bug_keeps_its_traceback():
+    before = [signal.getsignal(number) for number in scripts.ENDING]
     with pytest.raises(ValueError, match="^a bug$"):
         scripts.run_script(raising(ValueError("a bug")))
+    assert [signal.getsignal(number) for number in scripts.ENDING] == before
 
 
 # ------------------------------------------------------------------------------------------------- where it is written
