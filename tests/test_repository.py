@@ -18,7 +18,7 @@ import torch
 
 import bugs
 import testers
-from compressed import checkpoints, counting, shipping, threads
+from compressed import checkpoints, counting, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import needed
 from compressed.errors import BadInput
@@ -26,7 +26,7 @@ from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_json, load_lines, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
-from tools import methods, report
+from tools import methods, report, shipping
 from training.runs import read_stages, stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from compressed import cifar100, claims, datasets, networks, shipping
+from compressed import cifar100, claims, datasets, networks
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import run_python
 from compressed.errors import BadInput
 from compressed.files import load_json, load_record, save_record, save_text, sha256
 from compressed.networks import save_state
-from tools import baseline, quick, ship, train, verify
+from tools import baseline, quick, ship, shipping, train, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIM = shipping.CLAIM
@@ -183,6 +183,21 @@ def test_a_move_that_fails_is_undone(commands, root, monkeypatch, error, call):
     kept = {path: after.pop(path) for path in list(after) if path.startswith("run/candidate/")}
     assert after == before
     assert len(kept) == (0 if isinstance(error, KeyboardInterrupt) else 13)
+
+
+def test_a_signal_waits_for_the_moves(tmp_path, monkeypatch):
+    new, real = tmp_path / "x/new", os.replace
+    for name in ("a.txt", "b.txt"):
+        save_text("new", new / name)
+
+    def replace(source, target):
+        real(source, target)
+        signal.raise_signal(signal.SIGTERM if source == new / "a.txt" else signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        shipping.install(new, tmp_path / "target")
+    assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["a.txt", "b.txt"]
 
 
 def test_an_obsolete_file_that_cannot_be_removed_undoes_the_move(commands, root, monkeypatch):

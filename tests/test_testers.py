@@ -16,7 +16,7 @@ from torch import nn
 import check_model_operations
 import quantize
 import testers
-from compressed import checkpoints, cifar100, claims, grids, mnet, networks, shipping
+from compressed import checkpoints, cifar100, claims, grids, mnet, networks
 from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.errors import BadInput
@@ -27,7 +27,7 @@ from compressed.formats import Activation, Formats, Grid
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_checkpoint
 from small import NARROW, layer_neighbours
-from tools import report
+from tools import report, shipping
 
 SCRIPT = Path(testers.__file__)
 MADE_UP = ("--made-up", "100")

@@ -10,11 +10,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from compressed import shipping
 from compressed.cifar100 import CIFAR100
 from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, save_json
+from tools import shipping
 from training.runs import options_of
 
 ROOT = shipping.ROOT

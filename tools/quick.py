@@ -8,9 +8,10 @@ import shutil
 import time
 from pathlib import Path
 
-from compressed import claims, shipping
+from compressed import claims
 from compressed.command_line import command_line, run_python, run_script
 from compressed.files import held, load_lines
+from tools import shipping
 
 ROOT, RUN = shipping.ROOT, Path("runs/quick")
 DATA = ("--made-up", "1000")

@@ -22,11 +22,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from compressed import cifar100, claims, datasets, networks, shipping
+from compressed import cifar100, claims, datasets, networks
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_script, some_path, some_text
 from compressed.errors import BadInput
 from compressed.files import load_record, sha256
+from tools import shipping
 from training import recipes
 from training.runs import stage_logs
 

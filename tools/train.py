@@ -12,9 +12,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from compressed import cifar100, datasets, networks, shipping
+from compressed import cifar100, datasets, networks
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_python, run_script, some_path, some_text
+from tools import shipping
 from training import recipes
 
 ROOT = shipping.ROOT

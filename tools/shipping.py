@@ -15,6 +15,7 @@ from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
 from compressed.files import held, load_json
+from training.state import stop_noted
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name
@@ -95,8 +96,8 @@ def staging(target: Path):
 def install(new: Path, target: Path) -> None:
     """Move every file under `new` to its place under `target`, and remove other files of a run there: all or nothing.
 
-    After an error or Ctrl-C, the old files are restored. The checkpoint moves first and its claim last, so that
-    testers.py detects a half-finished update.
+    After an error, the old files are restored; a signal waits for the end. The checkpoint moves first and its claim
+    last, so that testers.py detects a half-finished update by a process that was killed.
     """
     old, order = new.parent / "old", {CHECKPOINT: -1, CLAIM: 1}
     files = {path.relative_to(new) for path in new.rglob("*") if path.is_file()}
@@ -106,17 +107,18 @@ def install(new: Path, target: Path) -> None:
         if (target / path).exists():
             (old / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(target / path, old / path)
-    try:
-        for path in changes:
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            if (new / path).exists():
-                os.replace(new / path, os.path.realpath(target / path))  # a link stays one
-            else:
-                (target / path).unlink(missing_ok=True)
-    except BaseException:
-        for path in changes:
-            if path in files and not (new / path).exists():
-                os.replace(os.path.realpath(target / path), new / path)
-            if (old / path).exists():
-                os.replace(old / path, os.path.realpath(target / path))
-        raise
+    with stop_noted():
+        try:
+            for path in changes:
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                if (new / path).exists():
+                    os.replace(new / path, os.path.realpath(target / path))  # a link stays one
+                else:
+                    (target / path).unlink(missing_ok=True)
+        except BaseException:
+            for path in changes:
+                if path in files and not (new / path).exists():
+                    os.replace(os.path.realpath(target / path), new / path)
+                if (old / path).exists():
+                    os.replace(old / path, os.path.realpath(target / path))
+            raise
