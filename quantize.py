@@ -281,7 +281,7 @@ def main(argv=None) -> int:
         raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
     if args.holdout:
         warn_of_seen_images(args.trained)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    device = threads.use_device(args.no_cuda)
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
     if args.normalise and trained_here(args.checkpoint):
         print(f"{args.checkpoint} was trained here: --normalise has no effect on it, but on teachers from elsewhere")

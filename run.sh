@@ -25,13 +25,15 @@ esac
 
 setup() {
     # installed once for each requirements.txt: the copy in .venv says for which
-    cmp -s requirements.txt "$venv/requirements.txt" && return
-    local python=${PYTHON:-python3}
+    cmp -s requirements.txt "$venv/requirements.txt" && [ -x "$venv/bin/python" ] && return
+    local clear= python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "run.sh: $python is missing or older than Python 3.11; name a newer one: PYTHON=python3.12 bash run.sh" >&2; exit 2
     fi
     echo "run.sh: installing requirements.txt into $venv (torch is large: a minute or more)"
-    "$python" -m venv "$venv" || { echo "run.sh: $python cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 2; }
+    # an environment whose Python was removed, or replaced by a newer one, is made anew
+    if [ -f "$venv/pyvenv.cfg" ] && ! [ -x "$venv/bin/python" ]; then clear=--clear; fi
+    "$python" -m venv $clear "$venv" || { echo "run.sh: $python cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 2; }
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
         { echo "run.sh: pip could not install requirements.txt (network? disk: 6 GB are needed)" >&2; exit 2; }
     cp requirements.txt "$venv/requirements.txt"

@@ -25,9 +25,7 @@ def begin(args, output) -> tuple[torch.device, dict]:
     """
     if output:
         try_to_write(output)
-    cuda = torch.cuda.is_available() and not args.no_cuda
-    # with its index, as tensors name it
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = threads.use_device(args.no_cuda)
     machine = threads.describe_machine(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     threads.prepare()

@@ -155,13 +155,14 @@ class ArraysOnly(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def read(path, key: str = "fine_labels", classes: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
+def read(path, key: str = "fine_labels", classes: int = CLASSES, remedy: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Return (images uint8 [N, 3, 32, 32], labels int64 [N]) of a file of a CIFAR data set, in the file's order.
 
     key: where the file holds the labels. Does not check that the images are the published ones (`load` does), and
-    executes no code in the file. Raises BadInput if the file is damaged or is another kind of file.
+    executes no code in the file. Raises BadInput, with `remedy` at its end, if the file is damaged or is another kind
+    of file.
     """
-    with refused(f"{path}: cannot be read as a file of CIFAR-{classes}"):  # a damaged pickle can raise almost anything
+    with refused(f"{path}: cannot be read as a file of CIFAR-{classes}", remedy):  # a pickle can raise almost any error
         with open(path, "rb") as file:
             content = ArraysOnly(file, encoding="latin1").load()  # latin1: Python 2 wrote the published files
         data, labels = content["data"], content[key]
@@ -207,10 +208,12 @@ def load(folder=None, split: str = "train", device="cpu") -> Images:
     """
     file = FILE_OF[split]
     path = find(folder) / file
-    images, labels = read(path)
+    downloaded = not folder and not environment.folder("CIFAR100_DIR")
+    remedy = f"; remove {path.parent}, and it is downloaded again" if downloaded else ""
+    images, labels = read(path, remedy=remedy)
     keys = digests(images, labels)
     if fingerprint(keys) != FINGERPRINT[file]:
-        raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images")
+        raise BadInput(f"{path}: its {len(labels):,} images are not CIFAR-100's {COUNT[file]:,} {file} images{remedy}")
     return select(images, labels, keys, split, CIFAR100, device)
 
 

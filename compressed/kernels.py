@@ -42,7 +42,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         getattr(functions, "batchnorm")  # what stands in for a compiler may leave all functions out
         return functions
     except Exception as error:  # whatever stands in for a compiler can fail in any way
-        if environment.text("CC") or not isinstance(error, FileNotFoundError):
+        if environment.text("CC") or not (isinstance(error, FileNotFoundError) and error.filename == "cc"):
             said = f"it ended with status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else \
                 re.sub(r"\S*/(?=kernels\.so)", "", " ".join(str(error).split()))[-200:]
             say_once(f"without compiled functions, and slower: the C compiler (CC) does not make them ({said})")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from compressed import environment
+from compressed.errors import BadInput, refused
 
 _pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # threads start when needed
 _stopped = threading.Event()
@@ -36,6 +37,24 @@ def cores() -> int:
         quota, period = map(int, QUOTA.read_text().split())
         count = min(count, math.ceil(quota / period))
     return max(1, count // (environment.whole("LOCAL_WORLD_SIZE", 1) or 1))
+
+
+def use_device(no_cuda: bool, local: int = 0) -> torch.device:
+    """Return the CUDA device of this index, the current one from now on; the CPU without CUDA or with `no_cuda`.
+
+    Raises BadInput if there is no device of this index, or if it does not work (a driver of another version, all of
+    its memory in use).
+    """
+    if no_cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        raise BadInput(f"LOCAL_RANK is {local}, but there are {torch.cuda.device_count()} CUDA devices: start no more "
+                       "processes than that, or give --no-cuda")
+    device = torch.device("cuda", local)
+    with refused("the CUDA device does not work", "; give --no-cuda to use the CPU"):
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    return device
 
 
 def describe_machine(device, processes: int = 1) -> dict:

@@ -160,6 +160,9 @@ def test_a_damaged_or_foreign_file_is_refused(small, change, message):
         cifar100.load(small, "train")
     assert str(small / "train") in str(caught.value) and "\n" not in str(caught.value)
     assert len(cifar100.load(small, "test")) == 100
+    small.parent.rename("data.cifar100")  # where downloads go
+    with pytest.raises(BadInput, match=f"; remove data.cifar100/{cifar100.SET}, and it is downloaded again$"):
+        cifar100.load(split="train")
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])

@@ -174,6 +174,7 @@ def test_runs_of_other_starts_are_no_seeds(tmp_path):
     (lambda: None, "nowhere", "nowhere: there is no run"),
     (lambda: write_stage(Path("a"), "rew"), "a --figure f.doc", "f.doc: Format 'doc' is not supported"),
     (lambda: write_stage(Path("a"), "rew"), "a --csv a", "cannot be written .it is a folder"),
+    (lambda: write_stage(Path("a"), "rew"), "a --csv a/rew.jsonl", "over a/rew.jsonl, which is read"),
     (lambda: (write_stage(Path("a"), "rew"), Path("a/rew.jsonl").write_text("{}\n")), "a", "no line of a log"),
     (lambda: (write_stage(Path("a"), "rew"), save_record({}, "a/rew.options.json")), "a", "not what a stage writes"),
     (lambda: (write_stage(Path("a"), "rew"), Path("a/x.pt").touch(), save_record({"tensors": [8]}, "a/x.json")),

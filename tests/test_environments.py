@@ -154,6 +154,25 @@ def test_no_compiler_is_nothing_to_talk_about(monkeypatch, tmp_path, capsys):
     assert kernels.library.__wrapped__(torch.float32) is None and capsys.readouterr() == ("", "")
 
 
+def test_no_temporary_folder_is_not_taken_for_no_compiler(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert kernels.library.__wrapped__(torch.float32) is None and "gone" in capsys.readouterr().err
+
+
+def test_a_gpu_that_does_not_work_is_one_line(monkeypatch):
+    def failing(device):
+        raise RuntimeError("CUDA error: the driver\nis too old")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", failing)
+    assert threads.use_device(no_cuda=True) == torch.device("cpu")
+    with pytest.raises(BadInput, match="not work .RuntimeError: CUDA error: the driver is too old.; give --no-cuda"):
+        threads.use_device(no_cuda=False)
+    with pytest.raises(BadInput, match="LOCAL_RANK is 2, but there are 2 CUDA devices"):
+        threads.use_device(no_cuda=False, local=2)
+
+
 BROKEN = [("raise RuntimeError('broken\\nhere')", "(RuntimeError: broken here)"), ("x = ", "SyntaxError"),
           ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"),
           ("raise DeprecationWarning('old')", "DeprecationWarning: old")]

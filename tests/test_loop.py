@@ -937,6 +937,25 @@ def test_a_second_save_at_the_same_step_leaves_the_first_whole(tmp_path):
         assert len(list(tmp_path.glob("weights-*"))) == (1 if value else 2)
 
 
+def test_a_part_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    """As by `tools.compare` while the stage is trained."""
+    state, record = loop.State(tmp_path, SETTINGS), loop.State.record
+    progress = {"step": 7, "since": 0, "loss": 0.0, "correct": 0, "seconds": 0.0, "log": []}
+    state.save(progress, {"weights": {"w": torch.zeros(1)}})
+
+    def replaced(self):
+        monkeypatch.setattr(loop.State, "record", record)
+        found = record(self)
+        state.save(progress | {"step": 8}, {"weights": {"w": torch.ones(1)}})
+        return found
+
+    monkeypatch.setattr(loop.State, "record", replaced)
+    assert float(state.read("weights")["w"]) == 1
+    (tmp_path / "weights-8.pt").unlink()
+    with pytest.raises(BadInput, match="weights-8.pt: not part of a stage's state .No such file"):
+        state.read("weights")
+
+
 class Attention(nn.Module):
     """Tiny with a constant of which no sum of two can be made, and a block that is left out in the first steps."""
 

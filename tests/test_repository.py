@@ -140,6 +140,20 @@ def test_run_sh_hands_its_words_on(run_sh, words, called):
     assert module == "pytest" or module in FILES
 
 
+def test_run_sh_makes_an_environment_anew_whose_python_is_gone(run_sh):
+    works = run_sh.home / "works"
+    works.write_text('#!/bin/sh\necho "$*"\n'
+                     'case $* in "-m venv"*) rm venv/bin/python; cp "$0" venv/bin/python;; esac\n')
+    works.chmod(0o755)
+    (run_sh.home / "venv/pyvenv.cfg").touch()
+    python = run_sh.home / "venv/bin/python"
+    python.unlink()
+    python.symlink_to("/usr/bin/python3.0")
+    result = run_sh("verify", PYTHON=str(works))
+    assert result.returncode == 0 and "-m venv --clear venv\n-m pip install" in result.stdout
+    assert result.stdout.endswith("\n-m tools.verify\n")
+
+
 def test_run_sh_setup_ends_there(run_sh):
     result = run_sh("setup")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -218,7 +218,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.figure:
         needed("tools.figures")  # before any work: matplotlib may be missing
-    check_outputs([path for path in (args.csv, args.figure) if path])
+    read = [path for run in args.runs for path in run.rglob("*") if path.is_file()]
+    check_outputs([path for path in (args.csv, args.figure) if path], read)
     runs = {run: read_stages(run) for run in dict.fromkeys(args.runs)}
     found = {run: rows_of(run, stages) for run, stages in runs.items()}
     for run, rows in found.items():

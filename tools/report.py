@@ -17,7 +17,7 @@ from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_text
+from compressed.files import load_json, load_lines, replacing, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
 from tools import methods, shipping
@@ -524,9 +524,9 @@ def main(argv=None) -> int:
             raise BadInput(f"the tables of {', '.join(stale)} are not those of {claim}; run python -m tools.report")
         print(f"the tables of {', '.join(PAGES)} are those of {claim}")
         return 0
-    (args.to / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in made_figures(shipped, args.logs).items():
-        figure.savefig(args.to / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
+        with replacing(args.to / "figures" / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     for page, text in pages.items():
         save_text(text, args.to / page)
     print(f"wrote the figures and the tables of {', '.join(PAGES)} to {args.to}")

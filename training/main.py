@@ -501,13 +501,7 @@ def run_stages(job: Job) -> None:
 def join_processes(args) -> tuple[loop.Processes, torch.device]:
     """Connect to the other processes of torchrun, if there are any; return (Processes, the device of this one)."""
     rank, count, local = environment.processes()
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and not args.no_cuda:
-        if local >= torch.cuda.device_count():
-            raise BadInput(f"LOCAL_RANK is {local}, but there are {torch.cuda.device_count()} CUDA devices: start no "
-                           "more processes than that, or give --no-cuda")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = threads.use_device(args.no_cuda, local)
     if count > 1 and not dist.is_initialized():
         with refused(f"the {count} processes do not find each other", "; start them with torchrun"):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -64,13 +64,21 @@ class State:
         return record["progress"], {part: self.read(part, device) for part in record["files"]}
 
     def read(self, part: str, device="cpu") -> dict:
-        """Return the contents of one part, such as "weights" or "average". Raises BadInput if missing or damaged."""
+        """Return the contents of one part, such as "weights" or "average". Raises BadInput if missing or damaged.
+
+        Another process may train the stage meanwhile: if it saves its next state, that one is read.
+        """
         record = self.record()
         if part not in record["files"]:
             raise BadInput(f"{self.folder}: the state has no {part}")
         path = self.folder / record["files"][part]
         with refused(f"{path}: not part of a stage's state", f"; {AGAIN}"):
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                if self.record()["files"] == record["files"]:
+                    raise
+                return self.read(part, device)
             if hashlib.sha256(content).hexdigest() != record["sums"][part]:
                 raise ValueError("its SHA-256 is not the one in state.json")
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
