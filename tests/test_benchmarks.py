@@ -193,20 +193,6 @@ def test_means_and_differences_of_seeds():
     assert methods.differences(found["loss-0.0001"], found["one-shot"]) == "+0.00"
 
 
-def test_when_a_comparison_is_finished():
-    """Three seeds of each kind at every target; of the penalty in the loss, of one lambda."""
-    rows = [{"method": method, "target": target, "seed": seed, "accuracy": 0.5} for seed in range(3)
-            for target, names in ((0.8, ("proximal", "loss-1e-05", "magnitude", "one-shot")), (0, ("dense",)))
-            for method in names]
-    tried = rows[0] | {"method": "loss-0.001"}  # by the first seed only
-    assert methods.is_finished([*rows, tried])
-    for k in range(len(rows)):
-        assert not methods.is_finished([*rows[:k], *rows[k + 1:], tried])
-    for method in ("dense", "magnitude"):
-        assert not methods.is_finished([row for row in rows if row["method"] != method])
-    assert not methods.is_finished([*rows, rows[0] | {"target": 0.9}]) and not methods.is_finished(rows[4:5])
-
-
 @pytest.mark.parametrize("out", ("profile.json", "profile.txt"))
 def test_profile_step(out, tmp_path, capsys):
     assert profile_step.main([*SMALL, "--batch-size", "4", "--size", "8", "--steps", "2", "--teacher", "--out",

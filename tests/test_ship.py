@@ -101,7 +101,7 @@ def root(tmp_path, monkeypatch):
           run__masked_average_pt="weights", run__masked_jsonl="log",
           run__quantized_jsonl="another attempt", run__quantized_options_json="{}",
           run__pretrain_average_pt="dense", run__pretrain_jsonl="log")
-    save_record({"options": {}}, tmp_path / "run/masked.options.json")
+    save_record({"settings": {}, "options": {}}, tmp_path / "run/masked.options.json")
     save_record(DENSE, tmp_path / "run/pretrain.options.json")
     (tmp_path / "record/masked-1.jsonl").write_text("of the network before")
     return tmp_path
@@ -323,7 +323,7 @@ def test_the_pages_at_the_root_are_about_the_default_network(commands, root):
     commands.lines.clear()
     assert ship.main(["run", "--into", "shipped/mine"]) == 0
     assert all("--network 'my.py:Net?depth=9'" in line for line in commands.lines[2:6])
-    save_record({"options": {"network": commands.network}}, root / "run/masked.options.json")
+    save_record({"settings": {}, "options": {"network": commands.network}}, root / "run/masked.options.json")
     commands.lines.clear()
     for words in [], ["--into", "mine"]:
         with pytest.raises(BadInput, match="my.py:Net.*give --into"):
@@ -336,7 +336,7 @@ def test_the_board_is_about_the_test_set(commands, root, into):
     for words in ["--made-up", "50"], ["--holdout"]:
         with pytest.raises(BadInput, match="not that on CIFAR-100's test set: give --into a folder outside"):
             ship.main(["run", *into, *words])
-    save_record({"options": {}, "data_set": {"name": "CIFAR-10", "classes": 10, "digest": "0"}},
+    save_record({"settings": {}, "options": {}, "data_set": {"name": "CIFAR-10", "classes": 10, "digest": "0"}},
                 root / "run/masked.options.json")
     with pytest.raises(BadInput, match="not that on CIFAR-100's test set"):
         ship.main(["run", *into])

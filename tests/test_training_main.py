@@ -675,7 +675,7 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
     if rew is not None:
         args.run.mkdir()
         options = json.loads(json.dumps(vars(args), default=str))
-        files.save_record({"options": options}, args.run / "rew.options.json")
+        files.save_record({"settings": {}, "options": options}, args.run / "rew.options.json")
     args = training.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
     model = MobileNetV2(width=0.25)
@@ -688,7 +688,7 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
 def test_a_mask_from_the_weights_of_another_run_takes_its_target(small, capsys):
     for folder, target in (("theirs", 0.6), ("run", 0.7)):
         Path(folder).mkdir()
-        files.save_record({"options": {"target_sparsity": target}}, Path(folder, "rew.options.json"))
+        files.save_record({"settings": {}, "options": {"target_sparsity": target}}, Path(folder, "rew.options.json"))
     for run, start, target in (("new", "theirs/masked.average.pt", 0.6), ("new", "theirs/masked.state", 0.6),
                                ("run", "theirs/masked.pt", 0.7), ("new", "nowhere/masked.pt", 0.8)):
         args = training.parse(["--masked-retrain", "--run", run, "--start", start])

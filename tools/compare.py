@@ -22,7 +22,7 @@ from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
-from training.runs import StageRecord, read_stages
+from training.runs import StageRecord, read_stages, stage_of
 from training.state import State
 
 # {column: its format}
@@ -71,7 +71,7 @@ def before_start(stage: StageRecord) -> list[list]:
         return []
     path, epoch = Path(stage.options["start"]), stage.options.get("start_epoch") or 0
     stages = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
-    if (last := path.name.split(".")[0]) not in stages:
+    if (last := stage_of(path)) not in stages:
         return [[str(path), epoch]]
     found = []
     for name in list(stages)[:list(stages).index(last) + 1]:

@@ -5,8 +5,6 @@ share of zeros, "seed", "accuracy": on the hold-out, ...}.
 """
 import statistics
 
-KINDS = ("proximal", "loss", "magnitude", "one-shot")  # of methods that prune
-
 
 def kind_of(method: str) -> str:
     """Return the method without its lambda."""
@@ -37,14 +35,3 @@ def mean_of(values: dict[int, float]) -> str:
 def differences(values: dict[int, float], others: dict[int, float]) -> str:
     """Return the text of what accuracies are above others, in points, for each seed that both have."""
     return ", ".join(f"{100 * (values[seed] - others[seed]):+.2f}" for seed in values if seed in others)
-
-
-def is_finished(rows: list[dict]) -> bool:
-    """Return True if every kind of method has three seeds at every target, and the dense network has, too.
-
-    Of the penalty in the loss, one lambda is enough.
-    """
-    values = by_seed(rows)
-    seeds = [max((len(each) for method, each in found.items() if kind_of(method) == kind), default=0)
-             for target, found in values.items() for kind in (KINDS if target else ("dense",))]
-    return 0 in values and len(values) > 1 and min(seeds) >= 3

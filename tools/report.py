@@ -371,12 +371,9 @@ def inference_table(measured: dict) -> str:
     return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
 
 
-def methods_table(measured: dict | None) -> str:
+def methods_table(measured: dict) -> str:
     """Return the table of pruning methods by target: hold-out accuracy, the differences to pruning at once for each
     seed, and the share of the pruned layers' weights that were near zero before the mask."""
-    command = "`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`"
-    if measured is None:
-        return f"{command} compares them; it has not been run yet."
     rows, lines = measured["rows"], []
     values = methods.by_seed(rows)
     dense = values.pop(0, {}).get("dense")
@@ -391,33 +388,23 @@ def methods_table(measured: dict | None) -> str:
         f"**{target:.0%} zeros**: hold-out accuracy ± standard deviation (seeds)", "weights below 1e-4 before the mask",
         "points above one-shot, by seed"))]
     about = measured["about"]
-    unfinished = "" if methods.is_finished(rows) else (
-        f" It is not finished: {len(rows)} runs so far. Each method is to have three seeds (of the penalty in the "
-        "loss, only the best λ), and so is the same training without pruning.")
     epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
     where = device(machine(rows[0]["machine"]))
     yardstick = f" Without pruning, the same training reaches {methods.mean_of(dense)}." if dense else ""
     return table(head, lines) + (
-        f"\n\n{command}: `{about['network']}`, {epochs}, with Muon in batches of {about['batch_size']}, images "
+        "\n\n`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`: `"
+        f"{about['network']}`, {epochs}, with Muon in batches of {about['batch_size']}, images "
         f"`{about['sizes']}`, without teachers, {about['precision']} on {where}. `loss-L` is the penalty in the loss "
         "with λ = L; `one-shot` trains densely, and prunes all at once; more, and how they differ, in its `--help`."
-        f"{yardstick}{unfinished}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
+        f"{yardstick}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
 
 
-def compared(measured: dict | None) -> str:
-    """Return the item of the README's limits on what pruning methods were compared."""
-    if measured is None or "magnitude" not in {row["method"] for row in measured["rows"]}:
-        return "- Reweighted L1 has not been compared with magnitude pruning ([METHOD.md](training/METHOD.md))."
-    what = "in short runs of one network" if methods.is_finished(measured["rows"]) else "in short runs, not finished"
-    return f"- Pruning methods were compared {what} ([METHOD.md](training/METHOD.md))."
-
-
-METHODS = "sparsity_methods.json"  # takes hours, so it may be missing
 BENCHMARKS = {"speed": ("training_speed.json", training_table),
               "speed_avx2": ("training_speed_avx2.json", training_table),
               "fine_tuning": ("fine_tuning_speed.json", training_table),
               "depthwise": ("depthwise_shapes.json", depthwise_table),
-              "inference": ("inference_speed.json", inference_table)}
+              "inference": ("inference_speed.json", inference_table),
+              "methods": ("sparsity_methods.json", methods_table)}
 
 
 # ---- Pages and figures ---------------------------------------------------------------------------
@@ -427,16 +414,10 @@ def table(head, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def found_methods() -> dict | None:
-    file = ROOT / "benchmarks" / METHODS
-    return load_json(file) if file.is_file() else None
-
-
 def tables(shipped: Shipped) -> dict[str, str]:
     """Return {NAME: table}."""
     return {make.__name__: make(shipped) for make in TABLES} | {
-        name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()} | {
-        make.__name__.removesuffix("_table"): make(found_methods()) for make in (methods_table, compared)}
+        name: make(load_json(ROOT / "benchmarks" / file)) for name, (file, make) in BENCHMARKS.items()}
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
@@ -480,13 +461,13 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
             {c: {KINDS.get(kind, kind): sum(row.bits for row in rows if row.kind == kind)
                  for kind in dict.fromkeys(row.kind for row in rows)} for c, rows in shipped.counted.items()}),
         "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in (shipped, *shipped.others)},
-                                      entries)}
+                                      entries),
+        "methods": figures.methods_figure(methods.by_seed(
+            load_json(ROOT / "benchmarks" / BENCHMARKS["methods"][0])["rows"]))}
     if found := stage_logs(logs):
         made["training"] = figures.training_figure([load_lines(log) for log in found])
     if found := feedback_stages(logs):
         made["sparsity"] = figures.sparsity_figure(found)
-    if found := found_methods():
-        made["methods"] = figures.methods_figure(methods.by_seed(found["rows"]))
     return made
 
 

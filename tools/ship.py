@@ -26,10 +26,10 @@ from compressed import cifar100, claims, datasets, networks
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import command_line, parse_own, run_script, some_path, some_text
 from compressed.errors import BadInput
-from compressed.files import load_record, sha256
+from compressed.files import sha256
 from tools import shipping
 from training import recipes
-from training.runs import stage_logs
+from training.runs import options_of, stage_logs
 
 ROOT, CANDIDATE = shipping.ROOT, "candidate"
 
@@ -59,7 +59,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
     options = args.run / "masked.options.json"
-    record = load_record(options, "give another run") if options.is_file() else {"options": {}}
+    record = options_of(options, "give another run") if options.is_file() else {"options": {}}
     data = "hold-out" if args.holdout else "made up" if args.made_up else "test"
     why = misplaced(record["options"].get("network", networks.DEFAULT), data, record.get("data_set"), args.into)
     if why and not args.if_better:  # that makes it, and says why it is not shipped

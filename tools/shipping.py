@@ -15,6 +15,7 @@ from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
 from compressed.files import held, load_json
+from training.runs import stage_of
 from training.state import stop_noted
 
 ROOT = SHIPPED.parent
@@ -37,7 +38,7 @@ def freed(record: Path) -> bool:
     """
     options = record / "dense.options.json"
     start = load_json(options).get("options", {}).get("start") if options.is_file() else None
-    return start is not None and Path(start).name.split(".")[0] not in ("pretrain", "dense")
+    return start is not None and stage_of(start) not in ("pretrain", "dense")
 
 
 def of_a_run(record: Path) -> list[Path]:

@@ -166,6 +166,8 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
 def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
+    if args.no_tricks:
+        args = argparse.Namespace(**vars(args) | recipes.NO_TRICKS)
     chosen = {"epochs": EPOCHS[stage], "lr": plan.ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
               "warmup_epochs": loop.Settings.warmup_epochs,
               "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
@@ -174,8 +176,6 @@ def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
         chosen["mixing"] = "mixup" if args.mixup else "none"
     if not args.smooth:
         chosen["smoothing"] = 0.0
-    if args.no_tricks:
-        chosen |= {"mixing": "none", "smoothing": 0.0, "warmup_epochs": 0, "schedule": "constant", "cooldown": 0}
     return plan.on_device(loop.Settings(**chosen), args, device)
 
 

@@ -38,6 +38,11 @@ def new_record(stage: str, data: Images, settings, options: dict, processes: int
     return json.loads(json.dumps(record, default=str))  # paths as text
 
 
+def stage_of(path) -> str:
+    """Return the stage of a file of a run: masked-1 of masked-1.average.pt."""
+    return Path(path).name.split(".")[0]
+
+
 def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
     """Return the contents of a STAGE.options.json. Raises BadInput, with `remedy` at its end, for a damaged one."""
     record = load_record(path, remedy)
@@ -126,8 +131,7 @@ def stage_records(logs) -> list[dict]:
 
 def trained_here(checkpoint) -> bool:
     """Return True if the folder of a checkpoint, such as STAGE.average.pt, holds the options of its stage."""
-    path = Path(checkpoint)
-    return path.with_name(f"{path.name.split('.')[0]}.options.json").is_file()
+    return Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json").is_file()
 
 
 def has_same_order(checkpoint, stage: str, seed: int) -> bool:
@@ -136,9 +140,8 @@ def has_same_order(checkpoint, stage: str, seed: int) -> bool:
     Random numbers depend on the seed, the stage's name and the step alone. So a stage that starts from such weights at
     step 0 trains on the same images again, in the same order, augmented alike.
     """
-    name = Path(checkpoint).name.split(".")[0]
-    record = Path(checkpoint).with_name(f"{name}.options.json")
-    return (name.split("-")[0] == stage and record.is_file()
+    record = Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
+    return (stage_of(checkpoint).split("-")[0] == stage and record.is_file()
             and options_of(record)["settings"].get("seed") == seed)
 
 
@@ -155,7 +158,7 @@ def training_record(checkpoint) -> list[dict]:
 
     If the checkpoint has the name of a stage, as in rew.average.pt, they end with that stage.
     """
-    folder, name = Path(checkpoint).parent, Path(checkpoint).name.split(".")[0]
+    folder, name = Path(checkpoint).parent, stage_of(checkpoint)
     logs = [log for log in stage_logs(folder) if log.stem != "quantized"]
     names = [log.stem for log in logs]
     logs = logs[:names.index(name) + 1] if name in names else logs

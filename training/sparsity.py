@@ -6,10 +6,9 @@ import torch
 
 from compressed.command_line import number, option_name, some_text
 from compressed.errors import BadInput, refused
-from compressed.files import load_record
 from compressed.graph import layers_as_run, weight_layers
 from compressed.networks import brief
-from training import masks, penalties
+from training import masks, penalties, runs
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
 ARGUMENTS = {"lam": "lam", "sparsity_type": "kind", "eps": "eps", "cost_power": "cost_power"}  # of penalties
@@ -143,11 +142,11 @@ def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     """
     path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
     if (args.start and not path.is_file() and (of_start := Path(args.start).parent / path.name).is_file()
-            and Path(args.start).name.split(".")[0] != "pretrain"):
+            and runs.stage_of(args.start) != "pretrain"):
         path = of_start
     if planned is not None or path.is_file():
         options = planned or argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
-                                                | load_record(path, "give another --run folder")["options"])
+                                                | runs.options_of(path, "give another --run folder")["options"])
         theirs = {name: getattr(options, name) for name in OPTIONS} | {"target_sparsity": strength(options)[2]}
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name, value in given.items():
