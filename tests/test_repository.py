@@ -40,7 +40,7 @@ FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py")
                if path.name != "__init__.py")
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods"}  # no scripts; for tools and benchmarks
+TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods", "tools.shipping"}  # no scripts; for tools and benchmarks
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
            *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
