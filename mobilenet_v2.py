@@ -53,7 +53,7 @@ class Block(nn.Module):
     The first stage (expansion 1) keeps its 1x1 expansion convolution, as kuangliu's table does.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation=nn.ReLU):
+    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation):
         super().__init__()
         hidden = int(expansion * in_channels)
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
@@ -84,7 +84,7 @@ class GatedBlock(Block):
     """Inverted residual with squeeze and excitation before the shortcut, where the stride is 1."""
     gates = (1,)  # strides of the blocks that have the gate's layers
 
-    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation=nn.ReLU):
+    def __init__(self, in_channels: int, out_channels: int, expansion: float, stride: int, activation):
         super().__init__(in_channels, out_channels, expansion, stride, activation)
         if stride in self.gates:
             self.fc1 = nn.Conv2d(out_channels, out_channels // 4, 1)

@@ -35,7 +35,7 @@ from compressed.command_line import command_line, number, option_name, run_scrip
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
-from compressed.files import check_outputs, git_commit, load_json, sha256
+from compressed.files import check_outputs, git_commit, load_json, locked, sha256
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
@@ -194,7 +194,7 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         on_grids(model, train_data, chosen, accuracies)
         return model
     classes = train_data.data_set.classes
-    with fine_tune.alone(tuning):
+    with locked(tuning.folder / "quantized.lock"):
         found = fine_tune.take_up(networks.make(tuning.network, classes), tuning, chosen)
         if found is None:
             # what it cannot begin with is refused before the long work

@@ -21,6 +21,7 @@ from training import gpu_kernels, loop, plan, teachers
 from training import main as training_main
 
 WARM_UP = 4  # steps: compile, record, replay
+LONGEST = 40  # operations in the table
 
 
 @contextlib.contextmanager
@@ -60,13 +61,13 @@ def kernel_table(stage: loop.Stage, steps: int, device: torch.device) -> list[di
     return sorted((row for row in rows if row["seconds"] > 0), key=lambda row: -row["seconds"])
 
 
-def as_text(rows: list[dict], most: int = 40) -> str:
-    """Return the table of the `most` longest, and the sum of all."""
+def as_text(rows: list[dict]) -> str:
+    """Return the table of the longest, and the sum of all."""
     def added(rows: list[dict], name: str) -> dict:
         return {"name": name, **{key: sum(row[key] for row in rows) for key in ("seconds", "calls")}}
 
-    total, rest = added(rows, "in a step"), rows[most:]
-    lines = [*rows[:most], *([added(rest, f"{len(rest)} others")] if rest else []), total]
+    total, rest = added(rows, "in a step"), rows[LONGEST:]
+    lines = [*rows[:LONGEST], *([added(rest, f"{len(rest)} others")] if rest else []), total]
     return f"{'ms':>9}{'share':>8}{'calls':>8}  name\n" + "".join(
         f"{1000 * row['seconds']:>9.3f}{row['seconds'] / total['seconds']:>8.1%}{row['calls']:>8.1f}  "
         f"{row['name'][:90]}\n" for row in lines)

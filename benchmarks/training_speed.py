@@ -50,6 +50,7 @@ from compressed.graph import prepare, weight_layers
 from training import augmentation, cpu_kernels, gpu_kernels, learned_steps, loop, masks, plan, teachers
 from training import main as training_main
 
+STEPS = 8  # whose parts are timed
 PYTORCHS = "ours, 24x24, PyTorch's functions"
 ON_A_GPU = {"ours, PyTorch's functions": ()} | {  # {loop: kinds of layers that may use gpu_kernels.py}
     f"ours, {kind} kernels": (kind,) for kind in gpu_kernels.KINDS}
@@ -222,7 +223,7 @@ def loops(args, settings: loop.Settings, device: torch.device) -> dict:
     return {name: functools.partial(speed, name) for name in epochs}
 
 
-def step_parts(network: str, data: cifar100.Images, settings: loop.Settings, steps: int = 8) -> dict[str, float]:
+def step_parts(network: str, data: cifar100.Images, settings: loop.Settings) -> dict[str, float]:
     """Return the median seconds of a step's parts, and of a whole step without waiting for the device in between."""
     device, size = data.labels.device, min(settings.batch_size, len(data))
     model = networks.make(network).to(device, memory_format=torch.channels_last).train()
@@ -244,15 +245,15 @@ def step_parts(network: str, data: cifar100.Images, settings: loop.Settings, ste
         made["loss"].backward()
 
     def whole():
-        for _ in range(steps):
+        for _ in range(STEPS):
             for part in parts.values():
                 part()
 
     parts = {"augment": augment, "forward": forward, "backward": backward, "optimizer": optimizer.step}
     with cpu_kernels.fast_on_a_cpu(model) if device.type == "cpu" else contextlib.nullcontext():
-        rows = [[seconds(part, device) for part in parts.values()] for _ in range(1 + steps)]
+        rows = [[seconds(part, device) for part in parts.values()] for _ in range(1 + STEPS)]
         medians = map(statistics.median, zip(*rows[1:]))  # the first step warms up
-        return dict(zip(parts, medians)) | {"whole": seconds(whole, device) / steps}
+        return dict(zip(parts, medians)) | {"whole": seconds(whole, device) / STEPS}
 
 
 def parse(argv=None):

@@ -110,6 +110,23 @@ def held(folder):
         yield
 
 
+@contextlib.contextmanager
+def locked(file: Path):
+    """Keep other processes out of the block, by a lock on a file that exists meanwhile.
+
+    For a folder that other scripts must be able to hold within the block. Raises BadInput if another process is in it,
+    or if the file cannot be made.
+    """
+    with refused(f"{file}: cannot be made", errors=OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    with held(file):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def save_tensors(value, path) -> str:
     """Write `value`, a state dict or nested plain containers, by torch.save, atomically; return the file's SHA-256."""
     buffer = io.BytesIO()  # torch.save to a file would report a full disk as another error

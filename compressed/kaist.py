@@ -28,8 +28,8 @@ class Micronet(MobileNetV2):
     """KAIST's network: [N, 3, 32, 32] images normalised by cifar100.normalise -> [N, 100] logits."""
     block = StoredBlock
 
-    def __init__(self, num_classes: int = 100):
-        super().__init__(num_classes, 1.0, TABLE)
+    def __init__(self):
+        super().__init__(100, 1.0, TABLE)
         for name, values in zip(("scale", "shift"), scale_and_shift(MEAN, STD)):
             self.register_buffer(name, values.float()[:, None, None], persistent=False)
 

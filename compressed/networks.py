@@ -114,7 +114,7 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     that names nothing, and for one whose constructor fails.
     """
     constructor, arguments = find(spec)
-    with refused(f"--network {spec} cannot be made"):  # whatever its constructor raises
+    with refused(f"--network {spec} cannot be made", errors=(Exception, SystemExit)):  # whatever its constructor raises
         if "num_classes" in inspect.signature(constructor).parameters:
             arguments.setdefault("num_classes", num_classes)
         network = constructor(**arguments)

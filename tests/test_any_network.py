@@ -393,7 +393,6 @@ REFUSED = (
      "mul .* it reads a constant"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Twice()), "a: Twice has a forward pass of its own"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=nn.GELU("tanh")), "tanh approximation of GELU"),
-    (Lone(lambda s, x: nn.functional.pad(s.c(x), [1] * 4, value=1.0), c=conv(padding=1)), "pad .* not zero"),
     (Lone(lambda s, x: nn.functional.max_pool2d(s.c(x), 2, return_indices=True)[0], c=conv(padding=1)),
      "max_pool2d.* several tensors"),
     (in_place(clipped), "relu .* changes c in place, which add reads afterwards"),

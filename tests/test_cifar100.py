@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_download_unpacks_the_three_files_and_nothing_else(monkeypatch, tmp_path
     assert not (tmp_path.parent / "outside").exists()
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("downloads again"))
     assert cifar100.find() == folder
+
+
+def test_a_download_follows_a_link(monkeypatch, tmp_path):
+    """The temporary folder lies on the disk of the data: files are moved from it."""
+    serve(monkeypatch, archive())
+    monkeypatch.setattr(cifar100, "file_md5", lambda path: cifar100.ARCHIVE_MD5)
+    (tmp_path / "disk/images").mkdir(parents=True)
+    Path("data.cifar100").symlink_to("disk/images")
+    real, where = tempfile.TemporaryDirectory, []
+    monkeypatch.setattr(tempfile, "TemporaryDirectory",
+                        lambda **options: where.append(options["dir"]) or real(**options))
+    assert cifar100.find() == Path("data.cifar100", cifar100.SET) and where == [(tmp_path / "disk").resolve()]
+    assert Path("data.cifar100").is_symlink() and len(list((tmp_path / "disk/images" / cifar100.SET).iterdir())) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- read and check

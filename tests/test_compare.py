@@ -26,7 +26,8 @@ def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2
     (run / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_record({"settings": {"epochs": epochs, "batch_size": 32, "seed": seed, "compile": bool(seed), **settings},
                  "data": data, "train_images": images,
-                 "options": {"network": "my.py:Net", "run": str(run), "lam": 1.0}}, run / f"{stage}.options.json")
+                 "options": {"network": "my.py:Net", "run": str(run), "lam": 1.0,
+                             "grids": {"seed": seed, "scheme": "channel"}}}, run / f"{stage}.options.json")
 
 
 def write_claim(path: Path, score: float, bits=4, activation_bits=8, scheme="channel") -> None:
@@ -34,7 +35,7 @@ def write_claim(path: Path, score: float, bits=4, activation_bits=8, scheme="cha
     save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80}, "tensors": [{"bits": bits}],
                  "activations": [{"bits": activation_bits}],
                  "made_by": {"command": f"python quantize.py --checkpoint {path.parent}/masked.pt --seed {score} "
-                                        f"--out={path} --scheme {scheme}"},
+                                        f"--out={path} --scheme {scheme}" + " --no-cuda" * (score < 0.03)},
                  "counts": {"weights": {"all": {"sparsity": 0.5}}, "score": {"32-bit": {"score": score}}}},
                 path.with_suffix(".json"))
 

@@ -17,7 +17,7 @@ from compressed.graph import prepare, read
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from small import with_hardswish
 from test_kernels import DTYPES, PYTORCHS, maps, pair
-from training import cpu_kernels
+from training import cpu_kernels, gpu_kernels
 from training.cpu_kernels import LARGEST_MAP, Depthwise, fast_on_a_cpu
 from training.learned_steps import LearnedQuantizer, learn_steps
 
@@ -88,6 +88,15 @@ def test_rounding_with_trained_steps_is_that_of_autograd(activation, signed, fro
     assert torch.allclose(x.grad, same.grad, rtol=1e-3, atol=1e-4) and x.grad.any()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.allclose(getattr(ours[0], name), getattr(slow[0], name), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_two_momenta_move_at_once():
+    norms = [nn.BatchNorm2d(3, momentum=momentum) for momentum in (0.1, 0.5)]
+    seen = [(norm, torch.stack([torch.ones(3), torch.full((3,), 3.0)])) for norm in norms]
+    gpu_kernels.update_statistics(seen)
+    assert [float(norm.running_mean[0]) for norm in norms] == pytest.approx([0.1, 0.5]) and not seen
+    assert [float(norm.running_var[0]) for norm in norms] == pytest.approx([1.2, 2.0])
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1]
 
 
 @compiled

@@ -48,13 +48,6 @@ def test_a_packed_file_alone(narrow, tmp_path, capsys):
     assert first == second
 
 
-def test_checkpoints_of_another_network(tmp_path, capsys):
-    path = tmp_path / "narrow.pt"
-    torch.save(networks.make(NARROW).state_dict(), path)
-    words = ["--made-up", "40", "--images", "4", "--teacher", str(path), "--network", NARROW, "--", str(path)]
-    assert divergence.main(words) == 0 and "0.0000 +- 0.0000" in capsys.readouterr().out
-
-
 def test_a_checkpoint_with_other_classes_than_the_teachers(files, tmp_path):
     torch.save(networks.make(NARROW, 10).state_dict(), tmp_path / "ten.pt")
     with pytest.raises(BadInput, match="ten.pt has 10 classes, and the teachers 100"):
@@ -62,7 +55,7 @@ def test_a_checkpoint_with_other_classes_than_the_teachers(files, tmp_path):
                          str(tmp_path / "ten.pt")])
 
 
-def test_a_network_that_cannot_be_counted_has_a_divergence(files, tmp_path, capsys):
+def test_a_network_that_cannot_be_counted_has_a_divergence(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("""
 from torch import nn
 
@@ -71,9 +64,18 @@ class Tanh(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(256, num_classes))
 """)
     spec = f"{tmp_path / 'mine.py'}:Tanh"
-    torch.save(networks.make(spec).state_dict(), tmp_path / "tanh.pt")
-    assert divergence.main([*"--made-up 40 --images 10 --teacher".split(), str(files[0]), "--network", spec, "--",
-                            str(tmp_path / "tanh.pt")]) == 0
+    path = tmp_path / "tanh.pt"
+    torch.save(networks.make(spec).state_dict(), path)
+    words = ["--made-up", "40", "--images", "10", "--teacher", str(path), "--network", spec, "--", str(path)]
+    assert divergence.main(words) == 0 and "0.0000 +- 0.0000" in capsys.readouterr().out
+
+
+def test_the_images_are_mixed():
+    """Images of one colour each: with its border of another, an image that is not mixed has two."""
+    flat = (6 * torch.arange(40)).to(torch.uint8)[:, None, None, None].expand(40, 3, 32, 32)
+    data = cifar100.Images(flat, torch.arange(40))
+    mixed = divergence.mixed_images(data, 40, torch.Generator().manual_seed(0))
+    assert sum(len(image.unique()) > 2 for image in mixed) > 20
 
 
 def test_other_draws_give_other_images():

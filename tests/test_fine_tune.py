@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,23 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     again = load_json(second.with_suffix(".json"))["accuracy_by_step"]
     assert again[:4] == one["accuracy_by_step"][:4] and len(again) == len(one["accuracy_by_step"])
     assert not list(tmp_path.glob("quantized.st*"))
+
+
+def test_a_signal_in_the_last_step_keeps_the_result(small_checkpoint, tmp_path, monkeypatch):
+    arrived, step = [], loop.Stage.step
+
+    def last(self, *args):
+        step(self, *args)
+        if self.progress["step"] == self.plan.steps:
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(loop.Stage, "step", last)
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    try:
+        assert quantize.main(options(small_checkpoint, tmp_path / "out.pt", "layer", *TUNE)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [True] and (tmp_path / "out.run/quantized.pt").is_file()
+    assert not list(tmp_path.glob("out.run/quantized.st*"))
 
 
 def test_two_fine_tunings_in_one_folder_are_refused(small_checkpoint, tmp_path, monkeypatch):

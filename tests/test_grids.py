@@ -232,8 +232,7 @@ def test_small_scales_lose_nothing_in_a_shipped_network(fake):
     ("[bits]\nconv1 = 6.0", "6.0 bits"), ("[bits]\nconv = 9", "9 bits for"), ("[bits]\nconv1 = '6'", "'6' bits"),
     ("default = true", "True bits"),
     ("conv1 = 6", "nothing but"), ("bits = 6", "nothing but"), ("[bit]\nconv1 = 6", "nothing but"),
-    ("[bits", "not readable as TOML"), ("[bits]\nconv1 = 6\nconv1 = 7", "not readable as TOML"),
-    ("a = " + 10_000 * "[", "not readable as TOML"), ("[bits]\n0 = 4\nconv1 = 8", "conv1 is there twice"),
+    ("[bits", "not readable as TOML"), ("[bits]\n0 = 4\nconv1 = 8", "conv1 is there twice"),
 ])
 def test_bit_tables_that_are_wrong(submission, tmp_path, content, message):
     path = tmp_path / "t.toml"

@@ -259,7 +259,7 @@ def test_what_is_seen_is_within_the_bounds(tiny):
         assert row["seen_bits"] <= row["bits"] < row["value_bits"] or row["layer"] == "mean"
 
 
-def test_overflow_is_refused(tiny):
+def test_overflow_is_refused():
     point, one = graph.Point("wide", (), "none", True, (1,)), torch.ones(1, dtype=torch.float64)
     branch = graph.Branch("layer", "layer", "x")
     with pytest.raises(BadInput, match="32-bit accumulator"):

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -16,6 +17,7 @@ import signal
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -141,7 +143,6 @@ def test_every_name_has_its_own_generator():
              (1, "rew", "step", 1), (0, "rew", "step", 12), (0, "rew", "step", 1, 2)]
     drawn = [tuple(torch.randint(1 << 62, (2,), generator=loop.generator_for(*name)).tolist()) for name in names]
     assert len(set(drawn)) == len(names)
-    assert loop.generator_for(*names[0]).initial_seed() == loop.generator_for(*names[0]).initial_seed()
     # the same on any machine, and for ever: a run can be repeated
     assert loop.generator_for(0, "pretrain", "step", 7).initial_seed() == 5791023614352653473
 
@@ -330,7 +331,7 @@ def test_bfloat16_and_odd_batches_train(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ("sgd", "adam", "muon"))
 @pytest.mark.parametrize("average", (0.0, 0.9))
-def test_zeros_stay_exactly_zero(tmp_path, monkeypatch, optimizer, average):
+def test_zeros_stay_exactly_zero(tmp_path, optimizer, average):
     """After every step, in the weights and in their average, whatever momentum and weight decay do."""
     model = tiny()
     keep = target_masks(model, LAYERS, 0.5)
@@ -618,12 +619,21 @@ def dropped() -> nn.Module:
     return model
 
 
-def test_a_network_with_dropout_resumes_bit_for_bit(tmp_path):
+def scaled_at_random() -> nn.Module:
+    """By the generators of Python and of numpy."""
+    model = tiny()
+    model.register_forward_hook(lambda module, inputs, out: out * (
+        1 + random.random() * float(np.random.rand()) * module.training))
+    return model
+
+
+@pytest.mark.parametrize("dropped", (dropped, scaled_at_random))
+def test_a_network_with_dropout_resumes_bit_for_bit(tmp_path, dropped):
     results = []
     for folder, stops in (("whole", 0), ("parts", 4)):
         for _ in range(stops):
             stage(tmp_path / folder, model=dropped(), max_seconds=0)
-        torch.rand(7)  # another process draws other numbers
+        torch.rand(7), random.random(), np.random.rand()  # another process draws other numbers
         results.append(stage(tmp_path / folder, model=dropped())[0])
     assert_same(*results)
 
@@ -667,7 +677,7 @@ def test_other_settings_do_not_resume(tmp_path, change):
 
 @pytest.mark.parametrize("first, then", ((dict(precision="bfloat16", workers=2), {}),
                                          ({}, dict(precision="bfloat16", workers=2))))
-def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
+def test_a_run_moves_to_another_machine(tmp_path, first, then):
     """Precision and threads are no settings that a state must match; each epoch's line says how it was trained."""
     settings = dataclasses.replace(SETTINGS, epochs=4)
     for _ in range(4):  # a step at a time: into the second epoch
@@ -680,7 +690,7 @@ def test_a_run_moves_to_another_machine(tmp_path, whole, first, then):
     assert cosine > 0.99 and not torch.equal(result.conv1.weight, alone.conv1.weight)
 
 
-def test_trained_quantization_steps_move_between_gpu_and_cpu(tmp_path):
+def test_trained_quantization_steps_move_between_gpu_and_cpu():
     """Adam's `capturable` is that of the machine: with that of a GPU's state a CPU refuses to make a step."""
     def new(capturable):
         weight, step = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
@@ -898,10 +908,44 @@ def test_what_a_kill_left_over_goes(tmp_path):
     folder = tmp_path / "stage.state"
     for name in ("weights-999.pt", "optimizer-2.pt.abc.tmp"):
         (folder / name).write_bytes(b"half")
+    (folder / "mine").mkdir()
     stage(tmp_path, max_seconds=0)
-    assert {path.name for path in folder.iterdir()} == {"state.json", *state_of(tmp_path)["files"].values()}
+    assert {path.name for path in folder.iterdir()} == {"mine", "state.json", *state_of(tmp_path)["files"].values()}
+    loop.State(folder, SETTINGS).remove()
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    (folder / "mine").rmdir()
     loop.State(folder, SETTINGS).remove()
     assert not folder.exists()
+
+
+def test_the_log_behind_a_start_epoch_is_cut(tmp_path):
+    stage(tmp_path)
+    stage(tmp_path, start_epoch=1)
+    assert [line["step"] for line in log(tmp_path)] == [3, 6, 9]
+
+
+def test_the_bar_of_a_terminal_counts_the_steps(tmp_path, monkeypatch):
+    bars, clock = [], itertools.count()
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.made, self.closed = options, 0, False
+            bars.append(self)
+
+        def set_postfix(self, **_):
+            pass
+
+        def update(self, steps):
+            self.made += steps
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(progress, "progress_bar", Bar)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    stage(tmp_path)
+    assert [(bar.options["total"], bar.options["initial"], bar.made, bar.closed) for bar in bars] == [
+        (3, 0, 3, True)] * 3
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole):
@@ -999,7 +1043,7 @@ def test_a_number_that_is_no_weight_is_not_averaged(tmp_path):
     assert stage(tmp_path, model=model)[0].steps == 3
 
 
-def test_a_state_with_weights_that_are_not_finite_replaces_none(tmp_path, monkeypatch):
+def test_a_state_with_weights_that_are_not_finite_replaces_none(tmp_path):
     """The loss was still finite in the step that spoilt them."""
     model, watch = tiny(), types.SimpleNamespace(record=dict, state_dict=dict, step=lambda: None)
     with pytest.raises(KeyboardInterrupt):

@@ -17,8 +17,7 @@ from small import random_network as network
 
 def test_the_default_is_the_submissions_network():
     model = networks.make()
-    assert type(model) is mobilenet_v2.MobileNetV2 and len(weight_layers(model)) == 58
-    assert sum(p.numel() for p in model.parameters()) == 3_989_668
+    assert type(model) is mobilenet_v2.MobileNetV2
 
 
 def test_arguments_are_python_literals_and_classes_are_passed():
@@ -64,9 +63,13 @@ def test_what_cannot_be_is_named(spec, named):
     assert named in str(raised.value) and len(str(raised.value).splitlines()) == 1
 
 
-def test_a_file_that_cannot_be_imported_is_named(tmp_path):
-    (tmp_path / "broken.py").write_text("import torch\nraise KeyError('here')\n")
-    with pytest.raises(BadInput, match=r"broken.py cannot be imported \(KeyError: 'here'\)"):
+@pytest.mark.parametrize("text, named", (
+    ("import torch\nraise KeyError('here')\n", "broken.py cannot be imported .KeyError: 'here'."),
+    ("raise SystemExit(0)\n", "broken.py cannot be imported .SystemExit: 0."),
+    ("def Net():\n    raise SystemExit(0)\n", "broken.py:Net cannot be made .SystemExit: 0.")))
+def test_a_file_that_fails_is_named(tmp_path, text, named):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(BadInput, match=named):
         networks.make(f"{tmp_path}/broken.py:Net")
 
 

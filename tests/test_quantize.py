@@ -301,7 +301,7 @@ def test_the_training_record(tmp_path):
 
 
 @torch.no_grad()
-def test_by_default_steps_are_chosen_by_the_logits_of_renewed_means(small_checkpoint, tmp_path, monkeypatch):
+def test_by_default_steps_are_chosen_by_the_logits_of_renewed_means(small_checkpoint, monkeypatch):
     """Each of these makes the network more like the float one on the images by which it was done."""
     data = cifar100.made_up(200, 0)
     args = quantize.parse(["--checkpoint", str(small_checkpoint), "--network", SPEC, "--calibration", "200", "--renew",

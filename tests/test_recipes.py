@@ -132,18 +132,29 @@ def test_a_claim_holds_the_options_that_the_recipe_gave(tmp_path):
 
 
 @pytest.mark.parametrize("text, named", (("[dense]\n", "no stage 'dense'"), ("lr = ", "not readable as TOML"),
-                                         ("speed = 3\n", "unknown option 'speed'"), (b"\xff", "not readable as TOML"),
+                                         ("speed = 3\n", "unknown option 'speed'"),
                                          ("resume = false\n", "'resume', which belongs to one command"),
                                          ('start = "a.pt"\n', "'start', which belongs to one command"),
                                          ("[rew]\nmax-minutes = 3\n", "'max-minutes', which belongs to one command"),
                                          ("no-cuda = true\n[rew]\nholdout = true\n", "'holdout', .*for all stages")))
 def test_what_cannot_be_is_named(tmp_path, text, named):
     path = tmp_path / "mine.toml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text)
     with pytest.raises(BadInput, match=named):
         training.parse_stages(["--recipe", str(path), "--run", str(tmp_path)])
+
+
+def test_an_unknown_recipe_is_named(tmp_path):
     with pytest.raises(BadInput, match="there is no recipe nothing.*small"):
         training.parse_stages(["--recipe", "nothing", "--run", str(tmp_path)])
+
+
+def test_real_images_and_sgd_in_place_of_a_recipes_made_up_ones_and_adam(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('made-up = 100\noptimizer = "adam"\nlr = 0.001\n')
+    _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), "--holdout",
+                                         "--optimizer", "sgd"])
+    assert (by_stage["rew"].holdout, by_stage["rew"].made_up, by_stage["rew"].lr) == (True, None, None)
 
 
 def test_fine_tuning_takes_the_submissions_names(tmp_path):

@@ -18,6 +18,7 @@ import torch
 
 import bugs
 import testers
+from benchmarks import gpu_check
 from compressed import checkpoints, counting, threads
 from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import needed
@@ -40,7 +41,7 @@ FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py")
                if path.name != "__init__.py")
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods", "tools.shipping"}  # no scripts; for tools and benchmarks
+TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods", "tools.shipping"}  # no scripts
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
            *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
@@ -483,6 +484,14 @@ def test_images_and_hours_are_summed_by_device():
     assert measured.effort() == "9.18M: 9.00M in 2.5 h on 16 CPU cores, 0.18M in 3 min on 1 AMD Instinct MI300X"
     del stages[1::2]
     assert measured.effort() == "9.00M in 2.5 h on 16 CPU cores"
+
+
+def test_the_gpu_check_runs_the_tests_of_a_gpu():
+    marked = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+              if "@pytest.mark." + "cuda\n" in path.read_text()}
+    assert marked == set(gpu_check.TESTS[0][2:])
+    for file, _, name in (word.partition("::") for words in gpu_check.TESTS for word in words):
+        assert not name or f"def {name}(" in (ROOT / file).read_text()
 
 
 def test_every_table_has_a_place():

@@ -408,6 +408,12 @@ def test_training_ships_in_any_case_if_asked_to(commands, root, capsys):
     assert train.main([]) == 0 and "as there is none yet" in capsys.readouterr().out
 
 
+def test_training_on_cifar_100_in_a_folder_ships(commands, root):
+    write(root, runs__default__masked_pt="", images__train="", images__test="")
+    assert train.main(["--data", "images"]) == 0
+    assert commands.lines[-1] == "tools.ship runs/default --data images --if-better"
+
+
 def test_training_on_other_images_ships_nothing(commands, root, capsys):
     write(root, runs__default__masked_pt="", runs__default__masked_average_pt="")
     for data in ("--made-up 100", "--data five.npz", "--holdout"):
@@ -521,7 +527,7 @@ def test_a_baseline_that_fails_replaces_nothing(commands, root, name):
     assert tree(root) == before
 
 
-def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
+def test_quick_ends_with_a_table(commands, root, capsys):
     left = iter(zip(quick.STAGES, (0, 25, 50), (0.2, 0.25, 0.3)))
 
     def train_a_stage():
@@ -542,6 +548,20 @@ def test_quick_ends_with_a_table(commands, root, capsys, monkeypatch):
         ["shipped", "51.00%", "31.00%", "0", "12,345"]]
     commands.fails = "main.py"
     assert quick.main([]) == 2 and commands.names[-2:] == ["tools.ship", "main.py"]
+
+
+def test_quick_twice_at_once_is_refused(commands, root):
+    pytest.importorskip("fcntl")
+    refused = []
+
+    def meanwhile():
+        save_text("of the first", quick.RUN / "mine.txt")
+        with pytest.raises(BadInput, match="runs/quick.lock: another process is at work there"):
+            quick.main([])
+        refused.append((quick.RUN / "mine.txt").exists())
+
+    commands.fails, commands.does["main.py"] = "tools.ship", meanwhile
+    assert quick.main([]) == 2 and refused == [True] * 3 and not Path("runs/quick.lock").exists()
 
 
 # -------------------------------------------------------------------------------------------------- verify, run_python

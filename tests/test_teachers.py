@@ -1,6 +1,7 @@
 """KAIST's network by its facts, its files where they are there, and what happens where they are not."""
 import copy
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import user_networks
 from compressed import cifar100, kaist
 from compressed.errors import BadInput
-from compressed.files import save_tensors, sha256
+from compressed.files import save_record, save_tensors, sha256
 from compressed.graph import prepare, read
 from compressed.networks import fill, load_checkpoint, make
+from compressed.normalisation import Renormalised
 from mobilenet_v2 import KaistMobileNetV2
 from small import NARROW
 from tools import kaist_checkpoint
@@ -43,6 +45,15 @@ def random_micronet() -> kaist.Micronet:
                 nn.init.uniform_(value, low, high)
     model.layers[3].conv3.weight[2] = 0
     return model
+
+
+def test_a_teacher_of_which_there_is_a_record_takes_images_as_here(narrow_checkpoint, tmp_path):
+    path, normalise = Path(shutil.copy(narrow_checkpoint, tmp_path / "masked.pt")), ((0.5,) * 3, (0.2,) * 3)
+    assert isinstance(teachers.load(path, NARROW, normalise=normalise), Renormalised)
+    for name in ("masked.options.json", "masked.json"):
+        save_record({"settings": {}, "options": {}}, tmp_path / name)
+        assert not isinstance(teachers.load(path, NARROW, normalise=normalise), Renormalised)
+        (tmp_path / name).unlink()
 
 
 @torch.no_grad()
@@ -234,8 +245,6 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
 
 def test_a_download_of_another_file_is_not_kept(tmp_path, monkeypatch):
     """Of a page of a provider, say, or a file that is cut short; the next call downloads again."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TEACHERS_DIR", raising=False)
     asked = []
     monkeypatch.setattr(cifar100, "fetch", lambda url, path, name: asked.append(url) or path.write_bytes(b"<html>"))
     for _ in range(2):
@@ -284,8 +293,7 @@ def test_the_normalisation_is_folded():
     assert torch.allclose(network(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_writes_what_quantize_reads(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_writes_what_quantize_reads(tmp_path, capsys):
     torch.save(random_micronet().state_dict(), "some.t7")
     assert kaist_checkpoint.main(["some.t7", "--out", "float.pt"]) == 0
     assert "read it with --network mobilenet_v2:KaistMobileNetV2" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
-from compressed.formats import Activation, Formats, Grid
+from compressed.formats import Activation, Formats, Grid, found_grid
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_checkpoint
 from small import NARROW, layer_neighbours
@@ -372,7 +372,17 @@ def test_a_tampered_checkpoint(shipped, run, change, message):
     assert "NOT as recorded" in out or change is not largest_turned
 
 
-def test_nobody_works_with_an_altered_checkpoint(shipped, monkeypatch, capsys):
+def test_claimed_steps_that_are_no_powers_of_two_allow_one_rounding():
+    steps = torch.tensor([0.3, 0.1, 0.7, 0.013])[:, None]
+    values = torch.arange(-8, 4).view(4, 3) * steps
+    entry = {"name": "w", "bits": 4, "step": steps.flatten().tolist()}
+    assert claims.claimed_grid(entry, values, found_grid(values)).bits == 4
+    values[2, 1] += 1e-5
+    with pytest.raises(BadInput, match="no 4-bit multiples of the claimed step"):
+        claims.claimed_grid(entry, values, found_grid(values))
+
+
+def test_nobody_works_with_an_altered_checkpoint(shipped, capsys):
     """Signs of the linear layer turned: formats and counts are as claimed, but it is another network. Nothing is
     recorded."""
     from tools import export_onnx, integer, pack

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.command_line import command_line, run_python, run_script
-from compressed.files import held, load_lines
+from compressed.files import held, load_lines, locked
 from tools import shipping
 
 ROOT, RUN = shipping.ROOT, Path("runs/quick")
@@ -37,6 +37,12 @@ def summary(seconds: dict[str, float]) -> list[str]:
 
 def main(argv=None) -> int:
     command_line(__doc__).parse_args(argv)
+    with locked(RUN.with_suffix(".lock")):
+        return run()
+
+
+def run() -> int:
+    """Train, ship and print the table; return 0, or the status of the first script that fails."""
     RUN.mkdir(parents=True, exist_ok=True)
     with held(RUN):
         for path in RUN.iterdir():

@@ -4,7 +4,6 @@ The files are in a folder of their own, Tuning.folder: quantized.options.json, t
 quantized.pt; while it runs, also quantized.start.pt (the network that it starts from) and quantized.state/. The same
 command resumes an unfinished fine-tuning, on any machine, and takes the result of a finished one.
 """
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from compressed import grids
 from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
-from compressed.files import held, load_record, save_record, save_tensors, sha256
+from compressed.files import load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, teachers
@@ -103,23 +102,6 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         tuning.start.unlink(missing_ok=True)
         State(file.with_suffix(".state")).remove()
     return finished
-
-
-@contextlib.contextmanager
-def alone(tuning: Tuning):
-    """Keep other processes from fine-tuning in the same folder within the block. A training may go on there.
-
-    Raises BadInput if another process is at work.
-    """
-    lock = tuning.folder / "quantized.lock"
-    with refused(f"{lock}: cannot be made", errors=OSError):
-        tuning.folder.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    with held(lock):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def with_steps(model: nn.Module) -> dict[str, Tensor]:

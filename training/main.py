@@ -420,7 +420,7 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     masks = None
     if stage == "masked":
         args = options_of_masks(args, job, job.say)
-        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args) and state.masks(job.device))
+        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args) and state.read("masks", job.device))
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
     record = record_of(stage, args, job)

@@ -266,11 +266,11 @@ class GradualMagnitude(Penalty):
 
     def __init__(self, model: nn.Module, layers, target: float):
         super().__init__(model, layers, target=target)
-        self.model, self.layers = model, list(layers)
+        self.model = model
         self.spent = 0.0  # sum of the learning rates of the steps made
         self.start: float | None = None  # share of zeros at the first update
         self.share = 0.0  # wanted share of zeros
-        self.masks = {name: torch.ones_like(w) for name, w in zip(self.layers, self.weights)}  # 0 where it is pruned
+        self.masks = {name: torch.ones_like(w) for name, w in zip(self._layers, self.weights)}  # 0 where it is pruned
 
     def kept(self) -> dict[Tensor, Tensor]:
         return dict(zip(self.weights, self.masks.values()))
@@ -284,7 +284,7 @@ class GradualMagnitude(Penalty):
         to_go = lr_to_come / total if total else 0.0
         self.share = max(self.share, self.target - (self.target - self.start) * to_go**3)
         if self.share > 0:
-            for name, mask in target_masks(self.model, self.layers, self.share).items():
+            for name, mask in target_masks(self.model, self._layers, self.share).items():
                 self.masks[name].copy_(mask)
             self.after_step(0)
 
@@ -303,7 +303,7 @@ class GradualMagnitude(Penalty):
         return super().record() | {"zeros_path": self.share}
 
     def options(self) -> dict:
-        return {"form": self.form, "target": self.target, "layers": self.layers}
+        return {"form": self.form, "target": self.target, "layers": self._layers}
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------

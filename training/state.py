@@ -83,10 +83,6 @@ class State:
                 raise ValueError("its SHA-256 is not the one in state.json")
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
-    def masks(self, device="cpu") -> dict[str, torch.Tensor] | None:
-        """Return {layer: mask} of a masked stage; None in a state of an older version."""
-        return self.read("masks", device) if "masks" in self.record()["files"] else None
-
     def record(self) -> dict:
         """Return the checked state.json: {"progress", "files": {part: name}, "sums": {part: SHA-256}, "settings"}."""
         record = load_record(self.file, AGAIN)
