@@ -30,12 +30,18 @@ def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2
                              "grids": {"seed": seed, "scheme": "channel"}}}, run / f"{stage}.options.json")
 
 
-def write_claim(path: Path, score: float, bits=4, activation_bits=8, scheme="channel") -> None:
+def write_claim(path: Path, score: float, bits=4, activation_bits=8, seed=0, scheme="channel", data="test",
+                digest="d", source="masked", **settings) -> None:
+    """As quantize.py leaves it after a fine-tuning with these settings; options may come from a recipe."""
     path.write_bytes(b"weights")
-    save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80}, "tensors": [{"bits": bits}],
-                 "activations": [{"bits": activation_bits}],
-                 "made_by": {"command": f"python quantize.py --checkpoint {path.parent}/masked.pt --seed {score} "
-                                        f"--out={path} --scheme {scheme}" + " --no-cuda" * (score < 0.03)},
+    training = [{"stage": stage, "settings": {"epochs": 2, "seed": seed, **changed}, "options": {"lam": 1.0},
+                 "last_epoch": {}, "machine": {}, "train_images": 100}
+                for stage, changed in ((source, {}), ("quantized", settings))]
+    save_record({"checkpoint": path.name, "accuracy": {"correct": 60, "images": 80, "data": data},
+                 "tensors": [{"bits": bits}], "activations": [{"bits": activation_bits}],
+                 "data_set": {"digest": digest},
+                 "made_by": {"command": "python quantize.py --recipe mine", "options": {"scheme": scheme, "seed": 0},
+                             "training": training},
                  "counts": {"weights": {"all": {"sparsity": 0.5}}, "score": {"32-bit": {"score": score}}}},
                 path.with_suffix(".json"))
 
@@ -48,13 +54,14 @@ def test_rows_by_hand(tmp_path, monkeypatch, capsys):
     assert compare.main(["a", "--csv", "t.csv"]) == 0
     rows = list(csv.DictReader(Path("t.csv").open()))
     assert [list(row.values()) for row in rows] == [
-        ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0", "0.5", "0.25", ""],
-        ["a", "masked", "my.py:Net", "2 of 5", "0", "640", "1.0", "", "0.25", ""],
-        ["a", "small.pt", "", "", "0", "", "", "0.75", "0.5", "0.01"]]
+        ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0", "0.5", "test", "0.25", ""],
+        ["a", "masked", "my.py:Net", "2 of 5", "0", "640", "1.0", "", "", "0.25", ""],
+        ["a", "small.pt", "", "", "0", "", "", "0.75", "test", "0.5", "0.01"]]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == list(compare.COLUMNS)
-    assert lines[1].split() == ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0000", "50.00%", "25.00%", "-"]
-    assert lines[3].split() == ["a", "small.pt", "-", "-", "0", "-", "-", "75.00%", "50.00%", "0.01000"]
+    assert lines[1].split() == ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0000", "50.00%", "test",
+                                "25.00%", "-"]
+    assert lines[3].split() == ["a", "small.pt", "-", "-", "0", "-", "-", "75.00%", "test", "50.00%", "0.01000"]
     assert len(lines) == 4  # one run: nothing to average
 
 
@@ -63,17 +70,19 @@ def test_mean_and_deviation_over_seeds_alone(tmp_path, capsys):
     for name, seed, accuracy, lr in (("a", 0, 0.5, 1), ("b", 1, 0.7, 1), ("other", 2, 0.9, 2), ("again", 0, 0.5, 3)):
         write_stage(tmp_path / name, "pretrain", accuracy, seed, lr=lr, graphs=name == "a")
         write_stage(tmp_path / name, "masked", accuracy if name != "b" else None, seed, lr=1)
-        write_claim(tmp_path / name / "q.pt", accuracy / 10)
-    runs = [tmp_path / name for name in ("a", "b", "other", "again")]
+        write_claim(tmp_path / name / f"{name}.pt", accuracy / 10, seed=seed, lr=lr)
+    write_stage(tmp_path / "twice", "pretrain", 0.9, 1, lr=1)  # before b, of the same seed
+    runs = [tmp_path / name for name in ("a", "twice", "b", "other", "again")]
     rows = compare.over_seeds([row for run in runs for row in compare.rows_of(run, read_stages(run))])
-    assert [(row["stage"], row["runs"]) for row in rows] == [("pretrain", 2), ("masked", 2), ("q.pt", 2)]
+    assert [(row["stage"], row["runs"]) for row in rows] == [("pretrain", 2), ("masked", 2), ("a.pt", 2)]
     assert rows[0]["accuracy"] == pytest.approx((0.6, 0.02**0.5)) and rows[0]["zeros"] == (0.25, 0)
     assert rows[1]["accuracy"] is None and rows[2]["score"] == pytest.approx((0.06, 0.0002**0.5))
-    for other in ({"bits": 8}, {"activation_bits": 6}, {"scheme": "layer"}, {"scheme": "channel --ranges mse"}):
-        write_claim(tmp_path / "b" / "q.pt", 0.07, **other)
+    for other in ({"bits": 8}, {"activation_bits": 6}, {"scheme": "layer"}, {"lr": 2}, {"data": "hold-out"},
+                  {"digest": "e"}, {"source": "rew"}):
+        write_claim(tmp_path / "b" / "b.pt", 0.07, seed=1, **({"lr": 1} | other))
         assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
         out = capsys.readouterr().out
-        assert "60.00% +- 14.14%" in out and out.count("% +- ") == 3 and "0.0600 +-" not in out  # without q.pt
+        assert "60.00% +- 14.14%" in out and out.count("% +- ") == 3 and "0.0600 +-" not in out  # without b.pt
 
 
 @pytest.mark.parametrize("other", ({"data": "of others"}, {"workers": 8}))
@@ -105,7 +114,7 @@ def test_a_fine_tuning_and_the_claim_next_to_it(tmp_path):
     rows = compare.rows_of(tmp_path / "out.run", read_stages(tmp_path / "out.run"))
     assert [(row["stage"], row.get("score")) for row in rows] == [("quantized", None), ("out.pt", 0.02)]
     write_stage(tmp_path / "other.run", "quantized", 0.6, seed=1)
-    write_claim(tmp_path / "other.pt", 0.04)
+    write_claim(tmp_path / "other.pt", 0.04, seed=1)
     rows += compare.rows_of(tmp_path / "other.run", read_stages(tmp_path / "other.run"))
     assert [(row["stage"], row["runs"]) for row in compare.over_seeds(rows)] == [("quantized", 2), ("out.pt", 2)]
 
@@ -166,6 +175,12 @@ def test_runs_of_other_starts_are_no_seeds(tmp_path):
         record(tmp_path / f"late{seed}", "masked", seed, start=str(tmp_path / f"dense{seed}/rew.pt"))
     assert grouped("run0", "run1") == grouped("late0", "late1") == ["masked"] and grouped("run0", "late1") == []
     assert grouped("dense0", "dense1") == ["pretrain", "rew"]
+    for seed in (0, 1):  # each seed's own dense network as its teacher, too
+        for name, teacher in (("taught", "pretrain.pt"), ("other", "rew.pt")):
+            path = tmp_path / f"dense{seed}" / teacher
+            record(tmp_path / f"{name}{seed}", "masked", seed, teacher=["a.t7", str(path)])
+    assert grouped("taught0", "taught1") == grouped("other0", "other1") == ["masked"]
+    assert grouped("taught0", "other1") == []
     for seed in (0, 1):  # a copy of its own average, in its own folder
         record(tmp_path / f"own{seed}", "masked", seed, start=str(tmp_path / f"own{seed}/masked.copy.pt"))
     assert grouped("own0", "own1") == ["masked"]

@@ -13,7 +13,6 @@ import csv
 import io
 import itertools
 import json
-import shlex
 import statistics
 from pathlib import Path
 
@@ -27,12 +26,8 @@ from training.state import State
 
 # {column: its format}
 COLUMNS = {**dict.fromkeys(("run", "stage", "network", "epochs", "seed"), "{}"), "images": "{:,}", "loss": "{:.4f}",
-           "accuracy": "{:.2%}", "zeros": "{:.2%}", "score": "{:.5f}"}
+           "accuracy": "{:.2%}", "on": "{}", "zeros": "{:.2%}", "score": "{:.5f}"}
 AVERAGED = ("loss", "accuracy", "zeros", "score")
-# options of quantize.py, with a value and without, that say where files are (the network is the run's), or the seed, or
-# how it is computed
-PLACES = "--checkpoint", "--out", "--tuning-folder", "--data", "--seed", "--network", "--precision"
-FLAGS = "--no-cuda", "--graphs", "--no-graphs", "--resume", "--no-resume"
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -51,15 +46,23 @@ def share_of_zeros(line: dict) -> float | None:
     return line["zeros"] / max(1, line["weights"]) if "weights" in line else None
 
 
-def quantized_with(claim: dict) -> list[str]:
-    """Return the options of the command that made a claim, apart from PLACES and FLAGS."""
-    words, kept = iter(shlex.split(claim.get("made_by", {}).get("command", ""))[2:]), []
-    for word in words:
-        if word.split("=")[0] not in PLACES:
-            kept += [word] * (word not in FLAGS)
-        elif "=" not in word:
-            next(words, None)
-    return kept
+def stages_up_to(path: Path) -> dict[str, StageRecord]:
+    """Return {name: stage} of the stages in the folder of a stage's file, up to that stage; {} if it is of no stage."""
+    found = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
+    names = list(found)
+    return {name: found[name] for name in names[:names.index(stage_of(path)) + 1]} if stage_of(path) in found else {}
+
+
+def described(stage: StageRecord) -> list:
+    """Return [name, what decides a stage's result but for its seed].
+
+    A teacher that is a stage of another run is described by the stages of that run: for each seed it may be another.
+    """
+    what = stage.apart_from_seed()
+    if teachers := what.get("teacher"):
+        what["teacher"] = [[[name, each.apart_from_seed()] for name, each in stages_up_to(Path(path)).items()] or path
+                           for path in teachers]
+    return [stage.name, what]
 
 
 def before_start(stage: StageRecord) -> list[list]:
@@ -70,15 +73,35 @@ def before_start(stage: StageRecord) -> list[list]:
     if not stage.options.get("start"):
         return []
     path, epoch = Path(stage.options["start"]), stage.options.get("start_epoch") or 0
-    stages = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
-    if (last := stage_of(path)) not in stages:
-        return [[str(path), epoch]]
     found = []
-    for name in list(stages)[:list(stages).index(last) + 1]:
-        if stages[name].options.get("start") != str(path):  # else it is this stage, whose start lies in its own folder
-            found += before_start(stages[name])
-        found.append([name, stages[name].apart_from_seed()])
-    return [*found, [path.suffix, epoch]]
+    for each in (stages := stages_up_to(path)).values():
+        if each.options.get("start") != str(path):  # else it is this stage, whose start lies in its own folder
+            found += before_start(each)
+        found.append(described(each))
+    return [*found, [path.suffix, epoch]] if stages else [[str(path), epoch]]
+
+
+def measured_on(options: dict) -> str:
+    """Return the kind of images on which a stage with these options was tested, as in a claim's accuracy."""
+    return "hold-out" if options.get("holdout") else "made up" if options.get("made_up") else "test"
+
+
+def row_of_claim(run: Path, path: Path, claim: dict) -> dict:
+    """Return the row of a checkpoint with a claim. All that the claim records of its making decides its result."""
+    made, key, seeds = claim.get("made_by", {}), [], []
+    for record in made.get("training", []):
+        stage = StageRecord.of_claim(record)
+        key += before_start(stage) + [described(stage)]
+        seeds.append(stage.settings.get("seed"))
+    options = {name: value for name, value in made.get("options", {}).items() if name != "seed"}
+    bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
+    accuracy, counts = claim["accuracy"], claim["counts"]
+    key = [key, options, bits, claim.get("data_set", {}).get("digest"), accuracy["data"]]
+    return {"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
+            "seed": seeds[-1] if seeds else None, "seeds": [*seeds, made.get("options", {}).get("seed")],
+            "accuracy": accuracy["correct"] / accuracy["images"], "on": accuracy["data"],
+            "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
+            "key": json.dumps(key, sort_keys=True)}
 
 
 def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
@@ -86,42 +109,38 @@ def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
 
     Raises BadInput for a claim without accuracy or counts.
     """
-    rows, key, seed = [], [], None
+    rows, key, seeds = [], [], []
     for stage in stages:
-        key += before_start(stage) + [[stage.name, stage.apart_from_seed()]]  # the stages before decide the result, too
-        last, epochs, seed = stage.lines[-1], stage.settings["epochs"], stage.settings.get("seed")
+        key += before_start(stage) + [described(stage)]  # the stages before decide the result, too
+        last, epochs = stage.lines[-1], stage.settings["epochs"]
+        seeds.append(stage.settings.get("seed"))
         tested = [line["test_accuracy"] for line in stage.lines if "test_accuracy" in line]
         rows.append({"run": run, "stage": stage.name, "network": stage.options.get("network"),
-                     "epochs": epochs if last["epoch"] == epochs else f"{last['epoch']} of {epochs}", "seed": seed,
-                     "images": stage.images(last), "loss": last["loss"], "accuracy": tested[-1] if tested else None,
+                     "epochs": epochs if last["epoch"] == epochs else f"{last['epoch']} of {epochs}", "seed": seeds[-1],
+                     "seeds": list(seeds), "images": stage.images(last), "loss": last["loss"],
+                     "accuracy": tested[-1] if tested else None, "on": measured_on(stage.options) if tested else None,
                      "zeros": share_of_zeros(last), "key": json.dumps(key, sort_keys=True)})
     next_to_it = [run.with_suffix(".pt")] if run.suffix == ".run" else []  # of a fine-tuning, whatever it is called
     for path in (*sorted(run.glob("*.pt")), *next_to_it):
         file = claims.claim_path(path)
-        if not path.is_file() or not file.is_file():
-            continue
-        claim = claims.read(file)
-        with refused(f"{file}: not a claim with accuracy and counts", "; write it again with quantize.py"):
-            bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
-            accuracy, counts = claim["accuracy"], claim["counts"]
-            rows.append({"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
-                         "seed": seed, "accuracy": accuracy["correct"] / accuracy["images"],
-                         "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
-                         "key": json.dumps([key, path not in next_to_it and path.name, bits, quantized_with(claim)],
-                                           sort_keys=True)})
+        if path.is_file() and file.is_file():
+            claim = claims.read(file)
+            with refused(f"{file}: not a claim with accuracy and counts", "; write it again with quantize.py"):
+                rows.append(row_of_claim(run, path, claim))
     return rows
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """Return a row for each group of runs that differ in their seed alone: {column: (mean, deviation)}.
+    """Return a row for each group of runs that differ in their seeds alone: {column: (mean, deviation)}.
 
-    The deviation is the sample's (n - 1). A column that some run of the group lacks is None.
+    The deviation is the sample's (n - 1). A column that some run of the group lacks is None. Of several runs of the
+    same seeds, which are repetitions, the last counts.
     """
     groups, averaged = {}, []
     for row in rows:
-        groups.setdefault(row["key"], []).append(row)
-    for group in groups.values():
-        if len({row["seed"] for row in group}) > 1:
+        groups.setdefault(row["key"], {})[tuple(row["seeds"])] = row
+    for group in map(list, map(dict.values, groups.values())):
+        if len(group) > 1:
             averaged.append({"stage": group[0]["stage"], "network": group[0]["network"], "runs": len(group)})
             for column in AVERAGED:
                 values = [row.get(column) for row in group]

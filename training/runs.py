@@ -16,7 +16,7 @@ STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds 
 DECISIVE = {**dict.fromkeys(("network", "teacher", "made_up", "holdout"), STAGES),
             **dict.fromkeys(("penalty", "lam", "eps", "cost_power", "updates"), ("rew",)),
             **dict.fromkeys(("sparsity_type", "config_file", "target_sparsity"), ("rew", "masked")),
-            "threshold": ("masked",), **dict.fromkeys(("grids", "frozen", "teachers"), ("quantized",))}
+            "threshold": ("masked",), **dict.fromkeys(("grids", "frozen", "teachers", "normalise"), ("quantized",))}
 
 
 def stage_logs(folder) -> list[Path]:
@@ -88,6 +88,12 @@ class StageRecord:
     train_images: int | None
     data: str | None  # digest of the train images
     teachers_sha256: list | None = None  # of their files, None in a record of an older version
+
+    @classmethod
+    def of_claim(cls, record: dict) -> "StageRecord":
+        """Return the stage of an entry of a claim's made_by.training, whose log has the last epoch alone."""
+        return cls(record["stage"], [record["last_epoch"]], record["settings"], record.get("options", {}),
+                   record["machine"], record["train_images"], None, record.get("teachers_sha256"))
 
     def images(self, line: dict) -> int:
         """Return the number of images that the stage had been trained on at a line of its log."""
