@@ -31,7 +31,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from compressed.cifar100 import CLASSES, IMAGE_SIZE
 from compressed.command_line import some_text
 from compressed.errors import BadInput, refused
-from compressed.files import save_tensors
+from compressed.files import save_tensors, sha256
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
 OWN = Path(__file__).resolve().parent.parent / "mobilenet_v2.py"
@@ -83,13 +83,29 @@ def _module(place: str):
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).resolve()
-    found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses and pickle look their module up
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # at the end: none of their files can hide one of ours
-    found.loader.exec_module(module)
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() and path.stem != "__main__" else None
+    if found and found.origin and Path(found.origin).resolve() == path:
+        return importlib.import_module(path.stem)  # other files of the user import it so, and get the same classes
+    found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
+    module = sys.modules.get(found.name)
+    if getattr(module, "__file__", None) != str(path):
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses and pickle look their module up
+        try:
+            found.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[found.name]
+            raise
     return module
+
+
+def source_digest(spec: str) -> str | None:
+    """Return a digest of the file of a specification FILE.py:NAME; None for MODULE:NAME, and for a name alone."""
+    path = Path(parse(spec)[0]) if ":" in spec else Path()
+    return sha256(path)[:16] if path.suffix == ".py" and path.is_file() else None
 
 
 def find(spec: str, option: str = "--network") -> tuple:

@@ -45,6 +45,19 @@ def test_a_file_of_ones_own(tmp_path):
     assert len(networks.make(f"{tmp_path}/net.py:make?depth=4&name=any")) == 4
 
 
+@pytest.mark.parametrize("name", ("blocks_of_mine", "json"))
+def test_a_file_is_one_module_for_all_who_name_it(tmp_path, name):
+    """A penalty finds the blocks of a network by their class. json: a name that another module has."""
+    path = tmp_path / f"{name}.py"
+    path.write_text("from torch import nn\nclass Block(nn.Linear):\n    pass\n"
+                    "def make():\n    return nn.Sequential(Block(3, 3))\n")
+    model = networks.make(f"{path}:make")
+    assert isinstance(model[0], networks.find(f"{path}:Block")[0])
+    if name != "json":
+        (tmp_path / "reader.py").write_text(f"import {name} as one\ndef kind():\n    return one.Block\n")
+        assert isinstance(model[0], networks.find(f"{tmp_path}/reader.py:kind")[0]())
+
+
 @pytest.mark.parametrize("spec, named", (
     ("", "expected FILE.py:NAME"), ("mobilenet_v2:", "expected FILE.py:NAME"),
     ("mobilenet_v2:Nothing", "no class or function Nothing"), ("mobilenet_v2:SMALL", "no class or function SMALL"),

@@ -6,7 +6,7 @@ from torch import nn
 from compressed import counting
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
-from training import penalties
+from training import penalties, sparsity
 from training.feedback import FIRST
 from training.masks import GROUPS, group_norms
 from training.penalties import GradualMagnitude, LossReweightedL1, Penalty, ReweightedL1
@@ -419,6 +419,23 @@ class Early(Penalty):
 class Idle(Penalty):
     pass
 
+class Fails(Soft):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.more = self.other
+
+class Array(Soft):
+    saved = ("array",)
+    def reweight(self):
+        self.array = self.weights[0].detach().numpy()
+
+class Forgetful(Soft):
+    saved = ("other",)
+
+class Recordless(Soft):
+    def record(self):
+        return {"other": self.other}
+
 class Ridge(Penalty):
     def __init__(self, model, layers, lam):
         super().__init__(model, layers, lam=lam)
@@ -465,11 +482,22 @@ def test_the_first_lambda_of_a_penalty_of_ones_own(own):
     assert penalty.lam.item() == pytest.approx(every.sort().values[int(wanted * len(every))].item() / (0.05 * 40))
 
 
+@pytest.mark.parametrize("name, said", (("Array", "its state cannot be saved and read again .UnpicklingError: Weights"),
+                                        ("Forgetful", "its state cannot be saved and read again .AttributeError: "),
+                                        ("Recordless", "a first step with it fails .AttributeError: ")))
+def test_what_would_fail_hours_later_is_tried_at_the_start(own, name, said):
+    sparsity.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, lam=1.0))
+    with pytest.raises(BadInput, match=said):
+        sparsity.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, lam=1.0))
+
+
 @pytest.mark.parametrize("spec, options, said", (
     ("nothing", {}, "known are loss, proximal, magnitude"), ("own.py:Other", {}, "no class or function Other"),
     ("own.py:function", {}, "expected a subclass of Penalty"), ("none.py:Soft", {}, "there is no file none.py"),
-    ("own.py:Soft?speed=1", {"lam": 1.0}, "Soft refuses its arguments"), ("own.py:Soft?9", {}, "expected NAME=VALUE"),
-    ("own.py:Ridge", {"target": 0.5}, "Ridge refuses its arguments"),
+    ("own.py:Soft?speed=1", {"lam": 1.0}, "own.py:Soft.speed=1 cannot be made .TypeError: .*'speed'"),
+    ("own.py:Soft?9", {}, "expected NAME=VALUE"), ("own.py:Ridge", {"target": 0.5}, "cannot be made .TypeError"),
+    ("own.py:Soft?power=None", {"lam": 1.0, "kind": 5}, "unknown sparsity type 5"),
+    ("own.py:Fails", {"lam": 1.0}, "cannot be made .AttributeError: 'Fails' object has no attribute 'other'.$"),
     ("own.py:Idle", {"target": 0.5}, "Idle does nothing: it defines neither"),
     ("loss", {"target": 0.5}, "cannot be led to a target")))
 def test_a_penalty_that_cannot_be_is_refused_in_a_line(own, spec, options, said):

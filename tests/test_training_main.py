@@ -216,12 +216,40 @@ def test_the_penalty_of_the_page_runs(small):
     """The example in training/README.md, by a command like the one there; test_feedback.py looks at what it reaches."""
     page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
     Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    command = re.search(r"main.py (--rew --penalty \S+ --target-sparsity \S+)", page)[1].replace('"', "")
+    command = re.search(r"main.py (--rew --penalty \S+)", page)[1].replace('"', "")
     assert run(f"{QUICK} {command} --epochs 9 --sizes 8:0.8,32 --refresh 0 --eval-every 0") == 0
     line = lines("run/rew.jsonl")[-1]
     assert line["zeros_path"] == pytest.approx(0.8) and line["zeros_share"] > 0.3
     with pytest.raises(BadInput, match=r"trained with other options \(penalty lp.py:Lp.p=0.5 -> lp.py:Lp.p=1"):
         run(f"{QUICK} {command.replace('p=0.5', 'p=1')} --epochs 9 --sizes 8:0.8,32 --refresh 0")
+
+
+def test_a_change_of_the_users_own_file_is_noticed(small, capsys):
+    """When a stage is finished, and when it is resumed."""
+    page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    text = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    Path("lp.py").write_text(text)
+    command = QUICK + " --rew --penalty lp.py:Lp --refresh 0 --eval-every 0"
+    assert run(command + " --max-minutes 0") == 0
+    assert "was changed since" not in capsys.readouterr().out
+    Path("lp.py").write_text(text.replace("p=0.5", "p=0.7"))
+    assert run(command) == 0
+    assert "rew: the file of --penalty was changed since this stage began" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="trained with other options .code .*penalty"):
+        run(command)
+    Path("lp.py").write_text(text)
+    assert run(command) == 0 and "exists; --no-resume trains it again" in capsys.readouterr().out
+
+
+def test_a_default_that_is_given_is_no_other_option(small, capsys):
+    command = QUICK + " --rew --refresh 0 --eval-every 0"
+    assert run(command) == 0
+    assert "rew: penalty proximal, target 0.8, irregular, " in capsys.readouterr().out
+    options = json.loads(Path("run/rew.options.json").read_text())["options"]
+    assert (options["penalty"], options["lam"], options["target_sparsity"]) == ("proximal", None, 0.8)
+    assert run(command + " --target-sparsity 0.8 --penalty proximal") == 0
+    with pytest.raises(BadInput, match="trained with other options .target_sparsity 0.8 -> 0.7"):
+        run(command + " --target-sparsity 0.7")
 
 
 def test_the_documented_commands_run(narrow, capsys):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import counting, networks
-from compressed.errors import BadInput
+from compressed.errors import BadInput, refused
 from compressed.graph import scale_free_weights
 from training.feedback import FIRST, Feedback
 from training.masks import GROUPS, group_norms, plain_weights, quantile, target_masks
@@ -33,7 +33,7 @@ class Penalty:
     """
     form = "none"  # name in logs and states
     updates: int | None = None  # default of --updates; None: 5 with a lambda, 20 with a target
-    saved: tuple[str, ...] = ()  # names of attributes that belong to a state
+    saved: tuple[str, ...] = ()  # names of attributes that belong to a state: tensors, numbers, text, lists, dicts
 
     def __init__(self, model: nn.Module, layers, kind="irregular", lam=None, target=None):
         if kind not in GROUPS:
@@ -344,10 +344,8 @@ def make(spec: str, model: nn.Module, layers, **options) -> Penalty:
     options: arguments of the constructor. Raises BadInput for arguments that the class refuses.
     """
     kind, arguments = find(spec)
-    try:
+    with refused(f"--penalty {spec} cannot be made"):  # whatever its constructor raises
         penalty = kind(model, layers, **options, **arguments)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"--penalty {spec}: {kind.__name__} refuses its arguments ({error})") from error
     if spec not in BUILT_IN:
         penalty.form = spec  # with its arguments, which decide the result too
     return penalty

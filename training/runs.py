@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from compressed import threads
+from compressed import networks, threads
 from compressed.cifar100 import Images
 from compressed.errors import BadInput
 from compressed.files import git_commit, load_lines, load_record, sha256
@@ -33,7 +33,7 @@ def new_record(stage: str, data: Images, settings, options: dict, processes: int
     """Return what the STAGE.options.json of a stage that begins says of it, in plain values."""
     record = {"stage": stage, "machine": threads.describe_machine(data.labels.device, processes),
               "train_images": len(data), "data": fingerprint([data.images, data.labels]),
-              "data_set": dataclasses.asdict(data.data_set), "commit": git_commit(),
+              "data_set": dataclasses.asdict(data.data_set), "commit": git_commit(), "code": code_of(stage, options),
               "settings": dataclasses.asdict(settings), "options": options}
     return json.loads(json.dumps(record, default=str))  # paths as text
 
@@ -41,6 +41,13 @@ def new_record(stage: str, data: Images, settings, options: dict, processes: int
 def stage_of(path) -> str:
     """Return the stage of a file of a run: masked-1 of masked-1.average.pt."""
     return Path(path).name.split(".")[0]
+
+
+def code_of(stage: str, options: dict) -> dict[str, str]:
+    """Return {"network" or "penalty": digest} of the user's own files that decide a stage's result."""
+    named = {name: options.get(name) for name in ("network", *["penalty"] * (stage == "rew"))}
+    found = {name: networks.source_digest(spec) for name, spec in named.items() if spec}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
@@ -88,12 +95,13 @@ class StageRecord:
     train_images: int | None
     data: str | None  # digest of the train images
     teachers_sha256: list | None = None  # of their files, None in a record of an older version
+    code: dict | None = None  # digests of the user's own files, None in a record of an older version
 
     @classmethod
     def of_claim(cls, record: dict) -> "StageRecord":
         """Return the stage of an entry of a claim's made_by.training, whose log has the last epoch alone."""
         return cls(record["stage"], [record["last_epoch"]], record["settings"], record.get("options", {}),
-                   record["machine"], record["train_images"], None, record.get("teachers_sha256"))
+                   record["machine"], record["train_images"], None, record.get("teachers_sha256"), record.get("code"))
 
     def images(self, line: dict) -> int:
         """Return the number of images that the stage had been trained on at a line of its log."""
@@ -104,7 +112,7 @@ class StageRecord:
         # precision and graphs change the rounding alone; "compile" is in records of older versions
         apart = ("seed", "precision", "graphs", "compile")
         kept = {key: value for key, value in self.settings.items() if key not in apart}
-        kept["data"] = self.data
+        kept |= {"data": self.data, "code": self.code}
         for key, value in self.options.items():
             if self.name.split("-")[0] in DECISIVE.get(key, ()):
                 kept[key] = {name: v for name, v in value.items() if name != "seed"} if key == "grids" else value
@@ -117,8 +125,8 @@ def read_stage(log: Path) -> StageRecord | None:
     if not lines or not options.is_file():
         return None
     record = options_of(options)
-    return StageRecord(log.stem, lines, record["settings"], record["options"], record.get("machine"),
-                       record.get("train_images"), record.get("data"), record.get("teachers_sha256"))
+    return StageRecord(log.stem, lines, record["settings"], record["options"], *(record.get(name) for name in (
+        "machine", "train_images", "data", "teachers_sha256", "code")))
 
 
 def read_stages(folder) -> list[StageRecord]:
@@ -131,7 +139,7 @@ def stage_records(logs) -> list[dict]:
     """
     return [{"stage": stage.name, "machine": stage.machine, "train_images": stage.train_images,
              "settings": stage.settings, "options": stage.options, "last_epoch": stage.lines[-1]}
-            | ({} if stage.teachers_sha256 is None else {"teachers_sha256": stage.teachers_sha256})
+            | {name: value for name in ("teachers_sha256", "code") if (value := getattr(stage, name))}
             for stage in map(read_stage, logs) if stage]
 
 

@@ -1,5 +1,6 @@
 """Make the penalty of the reweighted stage and the masks of the masked one from the options of training/main.py."""
 import argparse
+import io
 from pathlib import Path
 
 import torch
@@ -84,6 +85,13 @@ def strength(args) -> tuple[str, float | None, float | None]:
     return spec, lam, target
 
 
+def resolved(options: dict) -> dict:
+    """Return the options of a reweighted stage with the penalty, lambda and target that they select (`strength`)."""
+    names = "penalty", "lam", "target_sparsity"
+    chosen = strength(argparse.Namespace(**dict.fromkeys((*names, "sparsity_type")) | options))
+    return options | dict(zip(names, chosen))
+
+
 def pruned_layers(args, model) -> list[str]:
     """Return the names of the layers to prune: those with a ratio in --config-file, or all but the first (the stem).
 
@@ -111,14 +119,17 @@ def say_ratios_are_idle(args, stage: str, say) -> None:
 
 
 def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
-    """Return the penalty that the options select, on the model. say(line) is called for what has no effect."""
+    """Return the penalty that the options select, on the model. say(line) is called for what was selected, and what has
+    no effect."""
     spec, lam, target = strength(args)
     say_ratios_are_idle(args, "rew", say)
     options = {"kind": args.sparsity_type, "lam": lam, "target": target,
                "eps": None if args.eps == DEFAULT_EPS else args.eps, "cost_power": args.cost_power or None}
-    return penalties.make(spec, model, pruned_layers(args, model),
-                          **{name: value for name, value in options.items()
-                             if value is not None and penalties.takes(spec, name)})
+    layers = pruned_layers(args, model)
+    say(f"rew: penalty {spec}, {f'target {target}' if lam is None else f'lambda {lam:g}'}, "
+        f"{args.sparsity_type or 'irregular'}, {len(layers)} layers")
+    return penalties.make(spec, model, layers, **{name: value for name, value in options.items()
+                                                  if value is not None and penalties.takes(spec, name)})
 
 
 def try_penalty(penalty: penalties.Penalty) -> None:
@@ -130,6 +141,12 @@ def try_penalty(penalty: penalties.Penalty) -> None:
             penalty.loss().backward()
         with torch.no_grad():
             penalty.after_step(1e-6)
+            penalty.record()
+    with refused(f"--penalty {penalty.form}: its state cannot be saved and read again"):
+        content = io.BytesIO()
+        torch.save(penalty.state_dict(), content)
+        content.seek(0)
+        penalty.load_state_dict(torch.load(content, weights_only=True))
 
 
 def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
