@@ -41,7 +41,8 @@ from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
 from training import fine_tune, loop, plan, recipes, teachers
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import stage_records, trained_here, training_record, warn_of_seen_images
+from training.runs import (options_of, stage_of, stage_records, trained_here, training_record, warn_of_a_held_out_run,
+                           warn_of_seen_images)
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -274,6 +275,8 @@ def main(argv=None) -> int:
     for file in (args.out, claim_file) if not args.replace else ():  # the default is the name of the shipped network
         if file.exists():
             raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
+    if args.out != args.checkpoint and trained_here(args.out):
+        raise BadInput(f"{args.out} is the name of a stage's weights in that run folder: give --out another name")
     tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
     check_outputs([args.out, claim_file, *(tuned_files if args.epochs else ())],
                   [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
@@ -281,6 +284,8 @@ def main(argv=None) -> int:
         raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
     if args.holdout:
         warn_of_seen_images(args.trained)
+    elif not args.made_up:
+        warn_of_a_held_out_run(args.trained)
     device = threads.use_device(args.no_cuda)
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
     if args.normalise and trained_here(args.checkpoint):
@@ -296,6 +301,9 @@ def main(argv=None) -> int:
           flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
+    if trained_here(args.checkpoint):
+        record = options_of(args.checkpoint.with_name(f"{stage_of(args.checkpoint)}.options.json"))
+        datasets.check_same(train_data.data_set, record.get("data_set"), args.checkpoint)
     tuning = tuning_options(args, train_data.data_set, device)
     for name, need in plan.without_effect(tuning.settings, tuning.teachers).items() if tuning else ():
         if name in args.given:

@@ -77,6 +77,15 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
     return dataclasses.replace(data, images=data.images[:few], labels=data.labels[:few]), name
 
 
+def check_same(data_set: DataSet, theirs: dict | None, what) -> None:
+    """Raise BadInput if `what` was made with another data set than this one. theirs: its fields in a record, or None.
+
+    Made-up images, which have no digest, pass.
+    """
+    if theirs and data_set.digest and theirs.get("digest") not in (None, data_set.digest):
+        raise BadInput(f"{what} was made with {DataSet(**theirs)}, and these images are of {data_set}: give its --data")
+
+
 # ---- Data sets -----------------------------------------------------------------------------------
 
 def load(path=None, split: str = "train", device="cpu") -> Images:

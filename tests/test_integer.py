@@ -1,6 +1,9 @@
 import json
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressed import cifar100, counting, graph, integer_network
 from compressed import exact_network as exact
 from compressed.errors import BadInput
-from compressed.files import load_json
+from compressed.files import load_json, save_record
 from compressed.formats import code_range, signed_bits
 from compressed.graph import weight_layers
 from compressed.integer_network import IntegerNetwork, Term, Value, products
 from mobilenet_v2 import MobileNetV2
 from small import CLASSES, tiny_network
-from tools import integer
+from tools import export_onnx, integer
 from tools import pack as packed
 from tools.integer import compare, main
 
@@ -138,6 +141,19 @@ def test_record(narrow, tmp_path, capsys):
         with pytest.raises(BadInput, match=line):
             main(["--checkpoint", str(other), *argv[2:]])
     assert path.with_suffix(".json").read_bytes() == kept and b'"packed"' in kept
+
+
+@pytest.mark.parametrize("script", (integer, export_onnx))
+def test_what_other_images_say_is_not_recorded(narrow, tmp_path, script):
+    path = Path(shutil.copy(narrow[0], tmp_path / "network.pt"))
+    claim = load_json(narrow[0].with_suffix(".json"))
+    save_record(claim | {"data_set": {"name": "mine", "classes": 100, "digest": "0" * 16}}, path.with_suffix(".json"))
+    images, labels = np.zeros((100, 32, 32, 3), np.uint8), np.arange(100)
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    before = path.with_suffix(".json").read_bytes()
+    with pytest.raises(BadInput, match="network.pt was made with mine .* and these images are of set"):
+        script.main(["--checkpoint", str(path), "--data", str(tmp_path / "set.npz"), "--record"])
+    assert path.with_suffix(".json").read_bytes() == before
 
 
 # ---- Integers alone ------------------------------------------------------------------------------

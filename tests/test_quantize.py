@@ -275,8 +275,28 @@ def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained
     for words in ([], ["--holdout"]):
         with pytest.raises(BadInput, match="no such checkpoint file"):
             quantize.main(["--checkpoint", str(tmp_path / "masked.pt"), "--out", str(tmp_path / "out.pt"), *words])
-        warned = "the network has seen these images" in capsys.readouterr().err
-        assert warned == (bool(words) and not trained)
+        said = capsys.readouterr().err
+        assert ("the network has seen these images" in said) == (bool(words) and not trained)
+        assert ("--holdout leaves that unused" in said) == (trained and not words)
+
+
+def test_no_stage_of_a_run_is_overwritten_and_no_other_images_are_taken(small_checkpoint, tmp_path):
+    shutil.copy(small_checkpoint, tmp_path / "rew.pt")
+    for stage in ("rew", "masked"):
+        save_record({"settings": {}, "options": {"network": SPEC},
+                     "data_set": {"name": "mine", "classes": 100, "digest": "0" * 16}},
+                    tmp_path / f"{stage}.options.json")
+    (tmp_path / "rew.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+    with pytest.raises(BadInput, match="masked.pt is the name of a stage's weights in that run folder"):
+        quantize.main(options(tmp_path / "rew.pt", tmp_path / "masked.pt", "layer"))
+    assert not (tmp_path / "masked.pt").exists()
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
+    labels = np.arange(200) % 100
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels, test_images=images[:100],
+             test_labels=labels[:100])
+    with pytest.raises(BadInput, match="rew.pt was made with mine .100 classes.*, and these images are of set"):
+        quantize.main(["--checkpoint", str(tmp_path / "rew.pt"), "--out", str(tmp_path / "out.pt"), "--data",
+                       str(tmp_path / "set.npz"), "--no-cuda"])
 
 
 def test_the_training_record(tmp_path):

@@ -369,6 +369,8 @@ def main(argv=None) -> int:
         return 0
 
     data, name = datasets.chosen(args, "test", network=model)
+    if args.record:
+        datasets.check_same(data.data_set, claim.get("data_set"), checkpoint)
     found = kernels(content)
     print("Kernels: " + ", ".join(f"{count} {name}" for name, count in found.items()), flush=True)
     report = compare(session(content), exact_network(model, claim["activations"]), data)

@@ -73,6 +73,8 @@ def main(argv=None) -> int:
     model, claim = checkpoints.load(args.checkpoint, args.network)
     network = IntegerNetwork(model, claim)
     data, name = datasets.chosen(args, "test", network=model)
+    if args.record:
+        datasets.check_same(data.data_set, claim.get("data_set"), args.checkpoint)
     report = compare(network, exact_network(model, claim["activations"]), data)
     if args.record:  # before printing: the reader of a pipe may have exited
         claims.record(args.checkpoint, "integer", {"data": name} | report, claim)

@@ -167,6 +167,13 @@ def warn_of_seen_images(trained: list[dict]) -> None:
               file=sys.stderr)
 
 
+def warn_of_a_held_out_run(trained: list[dict]) -> None:
+    """Print a warning if the last stage of a network left out a hold-out, for which the test set would stay unused."""
+    if trained and trained[-1]["options"].get("holdout"):
+        print(f"warning: the stage {trained[-1]['stage']} was trained with --holdout, and this is tested on the test "
+              "set; --holdout leaves that unused", file=sys.stderr)
+
+
 def training_record(checkpoint) -> list[dict]:
     """Return `stage_records` of all stages recorded in a checkpoint's folder, in the order of training.
 
