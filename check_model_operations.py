@@ -182,9 +182,10 @@ def parse(argv) -> argparse.Namespace:
     alone.add_argument("--dense", action="store_true", help="what if: no weight is zero")
     networks.add_option(parser, networks.CLAIM)
     parser.add_argument("--weight-bits", type=number(int, 1, WORD), metavar="N",
-                        help="what if: every layer's weights have N bits")
+                        help="what if: every layer's weights have N bits; BatchNorm and biases keep theirs, 32 without "
+                             "a checkpoint (quantize.py stores 16)")
     parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",
-                        help="every activation has N bits (default: the claim's, or 32)")
+                        help="every activation has N bits, and the image 8 or more (default: the claim's, or 32)")
     return parser.parse_args(argv)
 
 

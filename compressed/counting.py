@@ -10,7 +10,8 @@ counter (google-research/micronet_challenge). Here all counts are in bits, as ex
 what is printed divide by 32.
 
 The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
-flatters the score. Where the rules leave a choice, the costlier one is taken; reasons are in ACCOUNT.md and at `rule`.
+flatters the score. Where the rules leave a choice, the costlier reading is usually taken (not for the storage of a
+tensor, see `layout`, nor for the shift of a residual input); reasons are in ACCOUNT.md and at `rule`.
 A pointwise function counts as its formula does (KAIST AI's entry counted hard swish like this), although it may be
 looked up in a table, which is not stored: its entries follow from the function and the steps. The length of an
 accumulator is counted by one of three conventions (the challenge's table has a column for each):

@@ -420,10 +420,13 @@ def layers_as_run(model: nn.Module) -> list[str]:
 def scale_free_weights(model: nn.Module) -> list[Tensor]:
     """Return the weights of any network that can be scaled without a change of its output in training.
 
-    They are those of the convolutions whose output only a normalisation reads, or of all convolutions if the forward
-    pass cannot be followed. A bias before a GroupNorm would have to be scaled, too; being trained, it adapts.
+    They are those of the convolutions whose output only a normalisation reads. If the forward pass cannot be followed,
+    they are all convolutions of a network that has normalisations, and else none. A bias before a GroupNorm would have
+    to be scaled, too; being trained, it adapts.
     """
-    names = normalised_convolutions(model, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d))
+    norms = nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d
+    names = normalised_convolutions(model, norms)
     if names is None:
-        names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
+        has_norms = any(isinstance(module, norms) for module in model.modules())
+        names = [name for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d) and has_norms]
     return [model.get_submodule(name).weight for name in names]

@@ -249,6 +249,9 @@ def test_what_if_without_a_checkpoint(capsys, tmp_path, monkeypatch):
     assert conv["multiplications"] == 20 * conv["outputs"] and conv["additions"] == 19 * conv["outputs"]
     assert half["storage"]["steps"] == 32 * (58 + 55) and half["storage"]["weights"] >= 8 * 3_944_032 // 2
     assert half["submission"] == dense["submission"]
+    four = report(capsys, "--sparsity", "0.5", "--weight-bits", "4", "--activation-bits", "4")
+    stem, *others = ([*row["conventions"]["tree"]["multiplications"]] for row in four["rows"] if row["kind"] == "conv")
+    assert stem == ["8"] and {"4"} == {bits for row in others for bits in row}  # the stem reads the image: pixels
     with pytest.raises(SystemExit):
         main(["--dense", "--checkpoint", "x.pt"])
     assert "not allowed with" in capsys.readouterr().err

@@ -63,8 +63,9 @@ def stage_options(group) -> None:
     group.add_argument("--run-folder", "--run", dest="run", type=some_path, default=Path("runs/default"), metavar="DIR",
                        help="run folder (%(default)s)")
     group.add_argument("--start-from", "--start", dest="start", type=some_path, metavar="F",
-                       help="checkpoint that the first stage starts from (default: the stage before); a folder "
-                            "STAGE.state means the latest saved weights of that unfinished stage")
+                       help="weights that the first stage of this command starts from (default: those of the stage "
+                            "before; for --pretrain, random ones); a folder STAGE.state means the latest saved weights "
+                            "of that unfinished stage")
     group.add_argument("--start-epoch", type=number(float, 0, 10**6), default=0, metavar="E",
                        help="begin at this epoch with the weights of --start, for a stage whose state is lost")
     group.add_argument("--resume", action=FLAG, default=True, help="resume the state in the run folder (default)")
