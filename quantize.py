@@ -308,6 +308,11 @@ def main(argv=None) -> int:
     for name, need in plan.without_effect(tuning.settings, tuning.teachers).items() if tuning else ():
         if name in args.given:
             print(f"{option_name(name)} has no effect without {need}")
+    if tuning:
+        settings = tuning.settings
+        print(f"to fine-tune: {settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}, "
+              f"lr {settings.lr:g}{f', turn {settings.turn:g}' if settings.optimizer == 'muon' else ''}, mixing "
+              f"{settings.mixing}, {len(tuning.teachers)} teachers", flush=True)
     accuracies = Accuracies(test_data)
     model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
