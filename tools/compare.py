@@ -213,7 +213,8 @@ def curves(stages: list[StageRecord]) -> dict[str, list[tuple[float, float]]]:
 def save_figure(runs: dict[Path, list[StageRecord]], path: Path) -> None:
     """Draw loss, accuracy and zeros of every run against the images that it was trained on, in the path's format."""
     drawn, panels = needed("tools.figures").plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    titles = {"loss": "training loss", "accuracy": "accuracy where measured", "zeros": "zeros (while they are made, of the\npruned layers; dashed: wanted)"}
+    titles = {"loss": "training loss", "accuracy": "accuracy where measured",
+              "zeros": "zeros (while they are made, of the\npruned layers; dashed: wanted)"}
     for (name, title), axes in zip(titles.items(), panels):
         for run, stages in runs.items():
             found = curves(stages)

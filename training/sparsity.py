@@ -21,8 +21,9 @@ def add_options(group) -> None:
                        help="wanted share of zeros in the pruned layers; lambda is adjusted to reach it (0.8)")
     group.add_argument("--lambda", dest="lam", type=number(float, 0, 10**6), metavar="L",
                        help="fixed strength of the penalty, instead of --target-sparsity")
-    group.add_argument("--eps", type=number(float, 1e-9, 1), default=DEFAULT_EPS,
-                       help="eps in the penalty's weights alpha = 1 / (|w| + eps) (%(default)s)")
+    group.add_argument("--eps", type=number(float, 1e-9, 1e6), default=DEFAULT_EPS,
+                       help="eps in the penalty's weights alpha = 1 / (|w| + eps); 1000: all nearly equal, so plain L1 "
+                            "(%(default)s)")
     group.add_argument("--cost-power", type=number(float, 0, 4), default=0.0, metavar="P",
                        help="multiply a layer's penalty by (what one of its weights costs in the score)^P, to make "
                             "zeros where they save more (%(default)s)")
