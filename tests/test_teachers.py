@@ -102,11 +102,16 @@ def test_the_script_finds_all_four_and_their_mean(capsys, monkeypatch):
     wanted = [328, 327, 325, 314, 332]
     known = {name: (digest, count) for (name, (digest, _)), count in zip(teachers.KAIST.items(), wanted)}
     monkeypatch.setattr(teachers, "KAIST", known)
+    monkeypatch.setattr(teachers, "MEAN_OF_ALL", wanted[-1])
     assert teachers.main(["--folder", THERE]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split(": ")[1].split(" of ")[0]) for line in lines] == pytest.approx(wanted, abs=2)
     monkeypatch.setattr(teachers, "KAIST", {name: (digest, count - 9) for name, (digest, count) in known.items()})
-    with pytest.raises(BadInput, match="the accuracy differs"):
+    with pytest.raises(BadInput, match="pr_60.t7: the accuracy differs"):
+        teachers.main(["--folder", THERE])
+    monkeypatch.setattr(teachers, "KAIST", known)
+    monkeypatch.setattr(teachers, "MEAN_OF_ALL", 0)
+    with pytest.raises(BadInput, match="^the mean: the accuracy differs"):
         teachers.main(["--folder", THERE])
 
 
