@@ -226,7 +226,11 @@ def test_the_first_lambda_by_hand():
     model.conv.weight.data.zero_()
     penalty = ReweightedL1(model, ["conv"], target=0.6, eps=0.1)
     penalty.update(2.0)
-    assert penalty.lam.item() == pytest.approx(0.2)  # q = eps where the zeros are there: never zero
+    assert penalty.lam.item() == pytest.approx(0.001 * 0.101 / 0.1)  # q = 0.001 where the zeros are there: never zero
+    model = one(0.5, -0.1, 0.3, -0.2, 0.4)
+    plain = ReweightedL1(model, ["conv"], target=0.6, eps=1000.0)
+    plain.update(2.0)
+    assert (plain.lam * plain.alphas[0]).flatten().tolist() == pytest.approx([0.1 / 0.1] * 5, rel=1e-3)  # plain L1's
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -237,7 +237,7 @@ class ReweightedL1(Reweighted):
             torch._foreach_sub_(weights, clamped)  # w - clamp(w, -t, t)
 
     def first_lambda(self, q: float, rate: float) -> float:
-        q = max(q, self.eps)
+        q = max(q, min(self.eps, 1e-3))
         return q * (q + self.eps) / rate
 
 
