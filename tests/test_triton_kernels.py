@@ -305,13 +305,18 @@ def test_the_distance_of_results():
     assert gpu_kernels.distance([one * torch.nan, one], [one, one]) == math.inf
 
 
-def test_without_triton_nothing_changes(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "training.triton_kernels", None)
-    monkeypatch.delattr(sys.modules["training"], "triton_kernels", raising=False)
+@pytest.mark.parametrize("missing, said", (("triton", ""), ("triton.language", "GPU kernels: ModuleNotFoundError: ")))
+def test_without_triton_nothing_changes(monkeypatch, capsys, missing, said):
+    """It is said if Triton is there and does not work."""
+    gpu_kernels.say_once.cache_clear()
+    monkeypatch.delitem(sys.modules, "training.triton_kernels")
+    monkeypatch.delattr(sys.modules["training"], "triton_kernels")
+    monkeypatch.setitem(sys.modules, missing, None)
     model = network()
     with fast_on_a_gpu(model, [8], **OPTIONS):
         assert not any(isinstance(module, (Depthwise, BatchNorm)) for module in model)
-    assert capsys.readouterr() == ("", "")
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == bool(err)
 
 
 def test_a_model_that_does_not_run_is_no_fault_of_the_kernels(capsys):

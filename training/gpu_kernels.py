@@ -439,10 +439,10 @@ def fast_on_a_gpu(model: nn.Module, sizes, **options):
     """
     classes, seen = {}, []
     try:
-        with contextlib.suppress(ImportError):  # there is no Triton on this system
-            classes = faster(model, sizes, seen=seen, **options)
+        classes = faster(model, sizes, seen=seen, **options)
     except Exception as error:
-        say_once(f"without the project's GPU kernels: {one_line(error)}")
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):  # not on every system
+            say_once(f"without the project's GPU kernels: {one_line(error)}")
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     hook = model.register_forward_hook(lambda *_: update_statistics(seen))
     try:
