@@ -185,7 +185,7 @@ def parse(argv) -> argparse.Namespace:
                         help="what if: every layer's weights have N bits; BatchNorm and biases keep theirs, 32 without "
                              "a checkpoint (quantize.py stores 16)")
     parser.add_argument("--activation-bits", type=number(int, 1, WORD), metavar="N",
-                        help="every activation has N bits, and the image 8 or more (default: the claim's, or 32)")
+                        help="every activation has N bits, and the image 8 (default: the claim's, or 32)")
     return parser.parse_args(argv)
 
 

@@ -275,7 +275,8 @@ def main(argv=None) -> int:
     for file in (args.out, claim_file) if not args.replace else ():  # the default is the name of the shipped network
         if file.exists():
             raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
-    if args.out != args.checkpoint and trained_here(args.out):
+    weights = [f"{stage_of(args.out)}.pt", f"{stage_of(args.out)}.average.pt"]
+    if args.out != args.checkpoint and args.out.name in weights and trained_here(args.out):
         raise BadInput(f"{args.out} is the name of a stage's weights in that run folder: give --out another name")
     tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
     check_outputs([args.out, claim_file, *(tuned_files if args.epochs else ())],

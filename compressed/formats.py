@@ -254,14 +254,14 @@ def found_formats(model: nn.Module) -> Formats:
 def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activation_bits: int | None) -> Formats:
     """Return `formats` with other bit widths for all weights of convolutions and linear layers, or all activations.
 
-    BatchNorm and biases keep theirs, and the image has at least the 8 bits that hold its pixels exactly. The codes are
-    unknown then, so "fixed" accumulators assume the extreme codes.
+    BatchNorm and biases keep theirs, and the image has the 8 bits that hold its pixels exactly. The codes are unknown
+    then, so "fixed" accumulators assume the extreme codes.
     """
     if weight_bits is not None:
         weights = {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
         formats = replace(formats, tensors=formats.tensors | weights)
     if activation_bits is not None:
-        images = dict.fromkeys(read(model).images, Activation(max(8, activation_bits)))
+        images = dict.fromkeys(read(model).images, Activation(8))
         formats = replace(formats, activations=images, activation_bits=activation_bits)
     return formats
 

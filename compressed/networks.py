@@ -10,6 +10,7 @@ The class or function is called with these arguments, and with `num_classes` if 
 an nn.Module that maps float32 images [N, 3, 32, 32] to logits [N, classes].
 """
 import ast
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -76,8 +77,11 @@ def parse(spec: str, option: str = "--network") -> tuple[str, str, dict]:
     return place, name, arguments
 
 
+_digests: dict[Path, str] = {}  # of the imported .py files, as they were then
+
+
 def _module(place: str):
-    """Import a module by its name, or a .py file by its path."""
+    """Import a module by its name, or a .py file by its path; only the first time, whatever has changed since."""
     if place == OWN.stem and Path(getattr(importlib.util.find_spec(place), "origin", None) or "").resolve() != OWN:
         place = str(OWN)  # the user's folder has a file of that name
     if not place.endswith(".py"):
@@ -86,7 +90,11 @@ def _module(place: str):
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # at the end: none of their files can hide one of ours
     importlib.invalidate_caches()
-    found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() and path.stem != "__main__" else None
+    if path.is_file():
+        _digests.setdefault(path, sha256(path)[:16])
+    found = None
+    with contextlib.suppress(ValueError):  # of a module that was not imported in the usual way
+        found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
     if found and found.origin and Path(found.origin).resolve() == path:
         return importlib.import_module(path.stem)  # other files of the user import it so, and get the same classes
     found = importlib.util.spec_from_file_location(f"network_{path.stem}", path)
@@ -103,9 +111,12 @@ def _module(place: str):
 
 
 def source_digest(spec: str) -> str | None:
-    """Return a digest of the file of a specification FILE.py:NAME; None for MODULE:NAME, and for a name alone."""
-    path = Path(parse(spec)[0]) if ":" in spec else Path()
-    return sha256(path)[:16] if path.suffix == ".py" and path.is_file() else None
+    """Return a digest of the file of a specification FILE.py:NAME, as this process has imported it.
+
+    None for MODULE:NAME, and for a name alone. Files that this file imports do not count.
+    """
+    path = Path(parse(spec)[0]).resolve() if ":" in spec else Path()
+    return _digests.get(path, sha256(path)[:16]) if path.suffix == ".py" and path.is_file() else None
 
 
 def find(spec: str, option: str = "--network") -> tuple:

@@ -51,7 +51,11 @@ def test_rows_by_hand(tmp_path, monkeypatch, capsys):
     write_stage(Path("a"), "pretrain", 0.5)
     write_stage(Path("a"), "masked", epochs=5)
     write_claim(Path("a/small.pt"), 0.01)
-    assert compare.main(["a", "--csv", "t.csv"]) == 0
+    for _ in range(2):  # what it wrote into a run is not read
+        assert compare.main(["a", "--csv", "a/t.csv"]) == 0
+    Path("a/t.csv").rename("t.csv")
+    capsys.readouterr()
+    assert compare.main(["a"]) == 0
     rows = list(csv.DictReader(Path("t.csv").open()))
     assert [list(row.values()) for row in rows] == [
         ["a", "pretrain", "my.py:Net", "2", "0", "640", "1.0", "0.5", "test", "0.25", ""],
@@ -175,6 +179,10 @@ def test_runs_of_other_starts_are_no_seeds(tmp_path):
         record(tmp_path / f"late{seed}", "masked", seed, start=str(tmp_path / f"dense{seed}/rew.pt"))
     assert grouped("run0", "run1") == grouped("late0", "late1") == ["masked"] and grouped("run0", "late1") == []
     assert grouped("dense0", "dense1") == ["pretrain", "rew"]
+    record(tmp_path / "mixed", "masked", 0, start=str(tmp_path / "dense1/pretrain.pt"))  # of equal seed, other start
+    rows = [row for run in ("run0", "run1", "mixed")
+            for row in compare.rows_of(tmp_path / run, read_stages(tmp_path / run))]
+    assert [row["runs"] for row in compare.over_seeds(rows)] == [3]
     for seed in (0, 1):  # each seed's own dense network as its teacher, too
         for name, teacher in (("taught", "pretrain.pt"), ("other", "rew.pt")):
             path = tmp_path / f"dense{seed}" / teacher
@@ -184,6 +192,44 @@ def test_runs_of_other_starts_are_no_seeds(tmp_path):
     for seed in (0, 1):  # a copy of its own average, in its own folder
         record(tmp_path / f"own{seed}", "masked", seed, start=str(tmp_path / f"own{seed}/masked.copy.pt"))
     assert grouped("own0", "own1") == ["masked"]
+    for seed in (0, 1):  # continued twice from copies in its own folder
+        folder = tmp_path / f"twice{seed}"
+        record(folder, "masked-1", seed)
+        record(folder, "masked-2", seed, start=str(folder / "masked.first.pt"))
+        record(folder, "masked", seed, start=str(folder / "masked.second.pt"))
+    assert grouped("twice0", "twice1") == ["masked-1", "masked-2", "masked"]
+
+
+def test_a_record_of_an_older_version_is_averaged_with_a_new_one(tmp_path):
+    """Which resolves the options of the penalty, and has digests of the user's own code."""
+    for seed, options, more in ((0, {"penalty": None, "lam": None, "target_sparsity": None}, {}),
+                                (1, {"penalty": "proximal", "lam": None, "target_sparsity": 0.8}, {"code": {}})):
+        write_stage(tmp_path / str(seed), "rew", 0.5, seed)
+        path = tmp_path / f"{seed}/rew.options.json"
+        record = load_json(path)
+        save_record(record | {"options": record["options"] | options} | more, path)
+    rows = [row for run in tmp_path.iterdir() for row in compare.rows_of(run, read_stages(run))]
+    assert [row["runs"] for row in compare.over_seeds(rows)] == [2]
+    save_record(load_json(path) | {"code": {"penalty": "f" * 16}}, path)
+    rows = [row for run in tmp_path.iterdir() for row in compare.rows_of(run, read_stages(run))]
+    assert compare.over_seeds(rows) == []
+
+
+def test_networks_of_elsewhere_are_no_seeds_of_one(tmp_path):
+    """Without a record of their training, what they were quantized from tells them apart."""
+    def write(name, network, source, seed):
+        write_claim(tmp_path / f"{name}.pt", 0.1)
+        claim = load_json(tmp_path / f"{name}.json")
+        made = {"training": [], "source_sha256": source, "options": {"scheme": "layer", "seed": seed}}
+        save_record(claim | {"network": {"spec": network}, "made_by": made}, tmp_path / f"{name}.json")
+
+    def runs():
+        return [row["runs"] for row in compare.over_seeds(compare.rows_of(tmp_path, []))]
+
+    write("a", "a.py:Net", "0", 0)
+    for network, source, expected in (("b.py:Net", "0", []), ("a.py:Net", "1", []), ("a.py:Net", "0", [2])):
+        write("b", network, source, 1)
+        assert runs() == expected
 
 
 @pytest.mark.parametrize("prepare, options, said", (

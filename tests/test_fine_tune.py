@@ -158,6 +158,15 @@ def test_a_signal_in_the_last_step_keeps_the_result(small_checkpoint, tmp_path, 
     assert not list(tmp_path.glob("out.run/quantized.st*"))
 
 
+def test_a_change_of_the_networks_file_is_noticed(small_checkpoint, tmp_path, monkeypatch):
+    words = options(small_checkpoint, tmp_path / "out.pt", "layer", *TUNE)
+    monkeypatch.setattr(fine_tune, "code_of", lambda stage, options: {"network": "old"})
+    assert quantize.main(words) == 0
+    monkeypatch.setattr(fine_tune, "code_of", lambda stage, options: {"network": "new"})
+    with pytest.raises(BadInput, match="other options, teachers or code of the network; --no-resume fine-tunes again"):
+        quantize.main(words)
+
+
 def test_two_fine_tunings_in_one_folder_are_refused(small_checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     words, refused, tune = options(small_checkpoint, tmp_path / "out.pt", "channel", *TUNE), [], fine_tune.fine_tune

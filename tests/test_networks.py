@@ -56,6 +56,9 @@ def test_a_file_is_one_module_for_all_who_name_it(tmp_path, name):
     if name != "json":
         (tmp_path / "reader.py").write_text(f"import {name} as one\ndef kind():\n    return one.Block\n")
         assert isinstance(model[0], networks.find(f"{tmp_path}/reader.py:kind")[0]())
+    before = networks.source_digest(f"{path}:make")
+    path.write_text("changed")
+    assert networks.source_digest(f"{path}:make") == before  # that is the code that runs
 
 
 @pytest.mark.parametrize("spec, named", (

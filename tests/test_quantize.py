@@ -290,6 +290,7 @@ def test_no_stage_of_a_run_is_overwritten_and_no_other_images_are_taken(small_ch
     with pytest.raises(BadInput, match="masked.pt is the name of a stage's weights in that run folder"):
         quantize.main(options(tmp_path / "rew.pt", tmp_path / "masked.pt", "layer"))
     assert not (tmp_path / "masked.pt").exists()
+    assert quantize.main(options(tmp_path / "rew.pt", tmp_path / "masked.8bit.pt", "layer")) == 0
     images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
     labels = np.arange(200) % 100
     np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels, test_images=images[:100],

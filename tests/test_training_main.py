@@ -232,12 +232,17 @@ def test_a_change_of_the_users_own_file_is_noticed(small, capsys):
     command = QUICK + " --rew --penalty lp.py:Lp --refresh 0 --eval-every 0"
     assert run(command + " --max-minutes 0") == 0
     assert "was changed since" not in capsys.readouterr().out
-    Path("lp.py").write_text(text.replace("p=0.5", "p=0.7"))
+
+    def rewrite(content):  # as for a new process
+        Path("lp.py").write_text(content)
+        networks._digests.clear()
+
+    rewrite(text.replace("p=0.5", "p=0.7"))
     assert run(command) == 0
     assert "rew: the file of --penalty was changed since this stage began" in capsys.readouterr().out
     with pytest.raises(BadInput, match="trained with other options .code .*penalty"):
         run(command)
-    Path("lp.py").write_text(text)
+    rewrite(text)
     assert run(command) == 0 and "exists; --no-resume trains it again" in capsys.readouterr().out
 
 

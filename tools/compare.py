@@ -10,6 +10,7 @@ measured during training: on the test set, or with --holdout on the held-out ima
 """
 import argparse
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.errors import BadInput, refused
 from compressed.files import check_outputs, replacing, save_text
 from compressed.networks import load_state
+from training import sparsity
 from training.runs import StageRecord, read_stages, stage_of
 from training.state import State
 
@@ -46,6 +48,12 @@ def share_of_zeros(line: dict) -> float | None:
     return line["zeros"] / max(1, line["weights"]) if "weights" in line else None
 
 
+def apart_from_seed(stage: StageRecord) -> dict:
+    """Return what decides a stage's result but for its seed; also what older records leave open of the penalty."""
+    resolved = sparsity.resolved(stage.options) if stage.name == "rew" else stage.options
+    return dataclasses.replace(stage, options=resolved).apart_from_seed()
+
+
 def stages_up_to(path: Path) -> dict[str, StageRecord]:
     """Return {name: stage} of the stages in the folder of a stage's file, up to that stage; {} if it is of no stage."""
     found = {each.name: each for each in read_stages(path.parent)} if path.parent.is_dir() else {}
@@ -58,46 +66,50 @@ def described(stage: StageRecord) -> list:
 
     A teacher that is a stage of another run is described by the stages of that run: for each seed it may be another.
     """
-    what = stage.apart_from_seed()
+    what = apart_from_seed(stage)
     if teachers := what.get("teacher"):
-        what["teacher"] = [[[name, each.apart_from_seed()] for name, each in stages_up_to(Path(path)).items()] or path
+        what["teacher"] = [[[name, apart_from_seed(each)] for name, each in stages_up_to(Path(path)).items()] or path
                            for path in teachers]
     return [stage.name, what]
 
 
-def before_start(stage: StageRecord) -> list[list]:
-    """Return what decides the weights of a stage's --start but for the seed: the stages in its folder, up to that file.
+def with_start(stage: StageRecord) -> tuple[list[list], list]:
+    """Return (what decides a stage's result but for the seeds, the seeds): of the stages up to its --start, and of it.
 
-    If they are not known, it is the file's path.
+    Those are the stages in the folder of the file that it starts from. If they are not known, it is the file's path.
     """
-    if not stage.options.get("start"):
-        return []
-    path, epoch = Path(stage.options["start"]), stage.options.get("start_epoch") or 0
-    found = []
-    for each in (stages := stages_up_to(path)).values():
-        if each.options.get("start") != str(path):  # else it is this stage, whose start lies in its own folder
-            found += before_start(each)
-        found.append(described(each))
-    return [*found, [path.suffix, epoch]] if stages else [[str(path), epoch]]
+    found, seeds = [], []
+    if stage.options.get("start"):
+        path, epoch = Path(stage.options["start"]), stage.options.get("start_epoch") or 0
+        for each in (stages := stages_up_to(path)).values():
+            own = Path(each.options.get("start") or "").parent == path.parent  # a copy in the folder of its stage
+            key, before = ([described(each)], [each.settings.get("seed")]) if own else with_start(each)
+            found, seeds = found + key, seeds + before
+        found.append([path.suffix if stages else str(path), epoch])
+    return [*found, described(stage)], [*seeds, stage.settings.get("seed")]
 
 
 def measured_on(options: dict) -> str:
-    """Return the kind of images on which a stage with these options was tested, as in a claim's accuracy."""
+    """Return the kind of images on which a stage with these options was tested."""
     return "hold-out" if options.get("holdout") else "made up" if options.get("made_up") else "test"
 
 
 def row_of_claim(run: Path, path: Path, claim: dict) -> dict:
     """Return the row of a checkpoint with a claim. All that the claim records of its making decides its result."""
     made, key, seeds = claim.get("made_by", {}), [], []
-    for record in made.get("training", []):
-        stage = StageRecord.of_claim(record)
-        key += before_start(stage) + [described(stage)]
-        seeds.append(stage.settings.get("seed"))
-    options = {name: value for name, value in made.get("options", {}).items() if name != "seed"}
+    for stage in map(StageRecord.of_claim, made.get("training", [])):
+        more, its = with_start(stage)
+        key, seeds = key + more, seeds + its
+    if not any(name != "quantized" for name, *_ in key):  # trained elsewhere
+        key.append(made.get("source_sha256"))
+    options = made.get("command")  # of an older version
+    if "options" in made:
+        options = {name: value for name, value in made["options"].items() if name != "seed"}
     bits = [entry.get("bits") for part in ("tensors", "activations") for entry in claim.get(part, [])]
     accuracy, counts = claim["accuracy"], claim["counts"]
-    key = [key, options, bits, claim.get("data_set", {}).get("digest"), accuracy["data"]]
-    return {"run": run, "stage": path.name, "network": claim.get("network", {}).get("spec"),
+    network = claim.get("network", {}).get("spec")
+    key = [key, network, options, bits, claim.get("data_set", {}).get("digest"), accuracy["data"]]
+    return {"run": run, "stage": path.name, "network": network,
             "seed": seeds[-1] if seeds else None, "seeds": [*seeds, made.get("options", {}).get("seed")],
             "accuracy": accuracy["correct"] / accuracy["images"], "on": accuracy["data"],
             "zeros": counts["weights"]["all"]["sparsity"], "score": counts["score"]["32-bit"]["score"],
@@ -111,15 +123,15 @@ def rows_of(run: Path, stages: list[StageRecord]) -> list[dict]:
     """
     rows, key, seeds = [], [], []
     for stage in stages:
-        key += before_start(stage) + [described(stage)]  # the stages before decide the result, too
+        more, its = with_start(stage)
+        key, seeds = key + more, seeds + its  # the stages before decide the result, too
         last, epochs = stage.lines[-1], stage.settings["epochs"]
-        seeds.append(stage.settings.get("seed"))
         tested = [line["test_accuracy"] for line in stage.lines if "test_accuracy" in line]
         rows.append({"run": run, "stage": stage.name, "network": stage.options.get("network"),
                      "epochs": epochs if last["epoch"] == epochs else f"{last['epoch']} of {epochs}", "seed": seeds[-1],
-                     "seeds": list(seeds), "images": stage.images(last), "loss": last["loss"],
+                     "seeds": seeds, "images": stage.images(last), "loss": last["loss"],
                      "accuracy": tested[-1] if tested else None, "on": measured_on(stage.options) if tested else None,
-                     "zeros": share_of_zeros(last), "key": json.dumps(key, sort_keys=True)})
+                     "zeros": share_of_zeros(last), "key": json.dumps([key, last["epoch"]], sort_keys=True)})
     next_to_it = [run.with_suffix(".pt")] if run.suffix == ".run" else []  # of a fine-tuning, whatever it is called
     for path in (*sorted(run.glob("*.pt")), *next_to_it):
         file = claims.claim_path(path)
@@ -238,7 +250,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.figure:
         needed("tools.figures")  # before any work: matplotlib may be missing
-    read = [path for run in args.runs for path in run.rglob("*") if path.is_file()]
+    read = [path for run in args.runs for kind in ("*.jsonl", "*.json", "*.pt", "*.state/*") for path in run.glob(kind)]
     check_outputs([path for path in (args.csv, args.figure) if path], read)
     runs = {run: read_stages(run) for run in dict.fromkeys(args.runs)}
     found = {run: rows_of(run, stages) for run, stages in runs.items()}

@@ -97,8 +97,9 @@ def staging(target: Path):
 def install(new: Path, target: Path) -> None:
     """Move every file under `new` to its place under `target`, and remove other files of a run there: all or nothing.
 
-    After an error, the old files are restored; a signal waits for the end. The checkpoint moves first and its claim
-    last, so that testers.py detects a half-finished update by a process that was killed.
+    After an error, the old files are restored. Signals do not stop it; Ctrl-C ends the script afterwards. The
+    checkpoint moves first and its claim last, so that testers.py detects a half-finished update by a process that was
+    killed.
     """
     old, order = new.parent / "old", {CHECKPOINT: -1, CLAIM: 1}
     files = {path.relative_to(new) for path in new.rglob("*") if path.is_file()}

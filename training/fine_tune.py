@@ -20,7 +20,7 @@ from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
-from training.runs import new_record
+from training.runs import code_of, new_record
 from training.state import MACHINE, State, stop_noted
 
 
@@ -44,6 +44,11 @@ class Tuning:
     network: str
     others: dict
     normalise: tuple | None = None
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The digest of the user's own file of the network, if there is one."""
+        return code_of("quantized", {"network": self.network})
 
     @property
     def file(self) -> Path:
@@ -81,7 +86,8 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         tuning.start.unlink(missing_ok=True)
         record = new_record("quantized", train_data, settings, tuning.options(chosen))
         save_record(record | {"source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before),
-                              "teachers_sha256": teachers.digests(tuning.teachers)}, file.with_suffix(".options.json"))
+                              "teachers_sha256": teachers.digests(tuning.teachers), "code": tuning.code},
+                    file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
 
     start = {name: value.clone() for name, value in with_steps(model).items()}
@@ -125,9 +131,9 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
     teachers_differ = any(None not in pair and pair[0] != pair[1]
                           for pair in zip(record.get("teachers_sha256", ()), teachers.digests(tuning.teachers)))
     if (record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen)
-            or teachers_differ):
-        raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options or teachers; --no-resume "
-                       "fine-tunes again")
+            or teachers_differ or record.get("code") not in (None, tuning.code)):
+        raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options, teachers or code of the "
+                       "network; --no-resume fine-tunes again")
     model = prepare(model)
     points = read(model).activation_points
     steps = {f"{name}.step": name for name in (*dict(weight_layers(model)), *points)}

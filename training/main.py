@@ -242,7 +242,7 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
         before, now = (record | {"options": sparsity.resolved(record["options"])} for record in (before, now))
     pairs = ((before["settings"], {key: value for key, value in now["settings"].items() if key not in MACHINE}),
              (before["options"], {key: now["options"][key] for key, stages in DECISIVE.items() if stage in stages}),
-             (before, {name: now[name] for name in ("data", "code") if name in before}))
+             (before, {name: now[name] for name in ("data", "code") if before.get(name) is not None}))
     changed = {key: (old[key], value) for old, new in pairs for key, value in new.items()
                if old.get(key, value) != value}
     ours = job.data.data_set
@@ -390,13 +390,13 @@ def record_of(stage: str, args, job: Job) -> dict:
     start = {"start_sha256": sha256(before) if before and before.is_file() else None}  # None: random, or a state
     if args.resume and State(job.file(f"{stage}.state")).exists and file.is_file():
         earlier = options_of(file, "give --no-resume")
-        start = {key: earlier[key] for key in ("start_sha256", "code") if key in earlier}
+        start = {key: earlier[key] for key in ("start_sha256",) if key in earlier} | {"code": earlier.get("code")}
         options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
     taught = {"teachers_sha256": teachers.digests(args.teacher)} if args.teacher else {}
     options = sparsity.resolved(options) if stage == "rew" else options
     record = new_record(stage, job.data, job.settings(stage), options, job.processes.count)
-    for name, digest in record["code"].items():
-        if start.get("code", {}).get(name, digest) != digest:
+    for name, digest in (start.get("code") or {}).items():
+        if record["code"].get(name) != digest:
             job.say(f"{stage}: the file of --{name} was changed since this stage began, so its steps so far are of "
                     "other code; --no-resume starts it again")
     return record | start | taught

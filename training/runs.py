@@ -112,7 +112,7 @@ class StageRecord:
         # precision and graphs change the rounding alone; "compile" is in records of older versions
         apart = ("seed", "precision", "graphs", "compile")
         kept = {key: value for key, value in self.settings.items() if key not in apart}
-        kept |= {"data": self.data, "code": self.code}
+        kept |= {"data": self.data, "code": self.code or None}
         for key, value in self.options.items():
             if self.name.split("-")[0] in DECISIVE.get(key, ()):
                 kept[key] = {name: v for name, v in value.items() if name != "seed"} if key == "grids" else value
@@ -168,7 +168,7 @@ def warn_of_seen_images(trained: list[dict]) -> None:
 
 
 def warn_of_a_held_out_run(trained: list[dict]) -> None:
-    """Print a warning if the last stage of a network left out a hold-out, for which the test set would stay unused."""
+    """Print a warning if the last stage of a network was trained with --holdout, so that the test set stays unused."""
     if trained and trained[-1]["options"].get("holdout"):
         print(f"warning: the stage {trained[-1]['stage']} was trained with --holdout, and this is tested on the test "
               "set; --holdout leaves that unused", file=sys.stderr)

@@ -70,7 +70,7 @@ class State:
         """
         record = self.record()
         if part not in record["files"]:
-            raise BadInput(f"{self.folder}: the state has no {part}")
+            raise BadInput(f"{self.folder}: the state has no {part}; {AGAIN}")
         path = self.folder / record["files"][part]
         with refused(f"{path}: not part of a stage's state", f"; {AGAIN}"):
             try:
