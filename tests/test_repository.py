@@ -397,7 +397,7 @@ def test_what_method_md_says_of_pruning_methods():
         found = [value for pair in pairs for value in above(*pair)]
         return f"{min(found):.1f} to {max(found):.1f}"
 
-    best, proximal, magnitude, at_once = "loss-1e-06", "proximal", "magnitude", "one-shot"
+    best, proximal, magnitude, at_once, plain = "loss-1e-06", "proximal", "magnitude", "one-shot", "plain"
     text = (ROOT / "training/METHOD.md").read_text()
     for said in (
             "behind the others by " + span(*(((name, 0.9), (at_once, 0.9)) for name in
@@ -408,6 +408,8 @@ def test_what_method_md_says_of_pruning_methods():
             f"gradual magnitude pruning at 80% zeros, by {span(((proximal, 0.8), (magnitude, 0.8)))} points",
             f"({', '.join(f'{value:+.1f}' for value in above((proximal, 0.9), (magnitude, 0.9)))})",
             f"{span(((proximal, 0.9), (at_once, 0.9)))} points better at 90%",
+            "at 90% zeros\n  the network is " + span(((proximal, 0.9), (plain, 0.9))) + " points behind, and "
+            + span(((at_once, 0.9), (plain, 0.9))) + " behind pruning at once",
             f"with 80% zeros lose {span((('dense', 0.0), (best, 0.8)))} points, and those with 90% "
             f"{span((('dense', 0.0), (best, 0.9)))}"):
         assert said in text, said

@@ -395,7 +395,8 @@ def methods_table(measured: dict) -> str:
         "\n\n`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`: `"
         f"{about['network']}`, {epochs}, with Muon in batches of {about['batch_size']}, images "
         f"`{about['sizes']}`, without teachers, {about['precision']} on {where}. `loss-L` is the penalty in the loss "
-        "with λ = L; `one-shot` trains densely, and prunes all at once; more, and how they differ, in its `--help`."
+        "with λ = L, `plain` is `proximal` without reweighting; `one-shot` trains densely, and prunes all at once. "
+        "More, and how they differ, in its `--help`."
         f"{yardstick}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
 
 
