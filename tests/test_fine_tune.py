@@ -114,7 +114,7 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     moved = [str(teacher) if word == str(small_checkpoint) else word for word in tune]
     assert quantize.main(options(checkpoint, second, "channel", *moved)) == 0  # without the file that was the teacher
     teacher.write_bytes(b"of the same name")
-    with pytest.raises(BadInput, match="or with other options or teachers"):
+    with pytest.raises(BadInput, match="or with other options, teachers or code"):
         quantize.main(options(checkpoint, second, "channel", *moved))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "quantized.pt")
     with pytest.raises(BadInput, match="not what a fine-tuning writes .*; --no-resume"):
