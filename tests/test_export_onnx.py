@@ -129,6 +129,20 @@ def test_the_engine_runs_8_bit_kernels(exported):
     assert not found.keys() & {"Conv", "FusedConv", "MatMul", "Gemm"}
 
 
+def test_a_cpu_whose_products_overflow_gets_unsigned_weights(exported, monkeypatch, tmp_path):
+    """Two products of a code below 256 and one of up to 64 fit 16 bits; larger weights are stored as uint8."""
+    content, images = exported[1].SerializeToString(), cifar100.made_up(8, 5).images
+    monkeypatch.setattr(export_onnx, "saturates", lambda: False)
+    wanted = export_onnx.run(session(content), images)
+    monkeypatch.setattr(export_onnx, "saturates", lambda: True)
+    found = export_onnx.run(session(content, optimized_model_filepath=str(tmp_path / "optimized.onnx")), images)
+    assert torch.equal(found, wanted)
+    weights = [onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "optimized.onnx").graph.initializer
+               if len(each.dims) == 4]
+    assert {each.dtype for each in weights} == {np.dtype("int8"), np.dtype("uint8")}
+    assert all(abs(each.astype(int)).max() <= 64 for each in weights if each.dtype == np.int8)
+
+
 # -------------------------------------------------------------------------------------------------------- the script
 
 def test_script(checkpoint, tmp_path, capsys, monkeypatch):

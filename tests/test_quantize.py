@@ -126,6 +126,20 @@ def test_other_options(small_checkpoint, tmp_path):
     assert all(entry["step"] == 2.0 ** round(math.log2(entry["step"])) for entry in claim["activations"])
 
 
+def test_the_accuracy_of_a_claim(monkeypatch):
+    """That of the last step; without near-duplicates only where these are known, and of test images alone."""
+    marked, images = torch.arange(10) < 4, cifar100.made_up(10, 5)
+    monkeypatch.setattr(cifar100, "near_duplicates", lambda folder: marked if folder == "published" else None)
+    accuracies = quantize.Accuracies(images)
+    accuracies.steps += [{"step": "float", "correct": 9, "loss": 0.5}, {"step": "bits", "correct": 7, "loss": 0.75}]
+    accuracies.right = torch.tensor([1, 0, 1, 0, 1, 1, 1, 0, 1, 1]).bool()
+    found = {"data": "test", "correct": 7, "images": 10, "loss": 0.75}
+    assert quantize.accuracy_of(accuracies, "test", "reordered") == found
+    assert quantize.accuracy_of(accuracies, "hold-out", "published") == found | {"data": "hold-out"}
+    assert quantize.accuracy_of(accuracies, "test", "published") == found | {
+        "without_duplicates": {"correct": 5, "images": 6}}
+
+
 def test_narrow_scales_and_shifts(small_checkpoint, runs, tmp_path):
     out, images = tmp_path / "out.pt", cifar100.made_up(4, 5).images
     argv = options(small_checkpoint, out, "channel", "--scale-bits", "8", "--shift-bits", "10")
