@@ -32,8 +32,8 @@ from compressed.cifar100 import MEAN, STD
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_record, save_record, sha256
-from compressed.formats import (HALVES, WORD, Activation, Formats, Grid, exponent, found_formats, is_half, is_step,
-                                signed_bits)
+from compressed.formats import (HALVES, NOT_FOLDED, WORD, Activation, Formats, Grid, exponent, found_formats, is_half,
+                                is_step, signed_bits)
 from compressed.graph import prepare
 from compressed.graph import read as read_graph
 
@@ -138,9 +138,11 @@ def entries(claim: dict, key: str, path) -> dict[str, dict]:
 
 def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     """Return the claimed format of a tensor. Raises BadInput if the values do not fit its bits or its steps."""
-    bits, step = entry["bits"], entry.get("step")
-    if step is None and found.bits > bits:  # with steps, the codes tell
+    bits, step, loose = entry["bits"], entry.get("step"), found.kind == NOT_FOLDED
+    if found.bits > bits and (loose or step is None):  # with steps, the codes tell
         raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
+    if loose:
+        return found
     if "kind" in entry:
         if str(entry["kind"]) not in HALVES or bits != 16 or not is_half(parameter, entry["kind"]):
             raise BadInput(f"the values are no {bits}-bit {entry['kind']}")

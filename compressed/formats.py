@@ -114,7 +114,8 @@ class Grid:
     """Describe how a tensor is stored: `bits` per value, as integer codes times a step, or as floating point.
 
     steps: one for the tensor, one for each output channel (row), or none for floating point and what-ifs.
-    kind: "power of two", "even", "per channel", "zero", "float16", "bfloat16", "float32", "claimed", "what if".
+    kind: "power of two", "even", "per channel", "zero", "float16", "bfloat16", "float32", "claimed", "what if", or
+        NOT_FOLDED.
     """
     bits: int
     steps: tuple[float, ...] = ()
@@ -209,6 +210,10 @@ class Activation:
         return code_range(self.bits, self.signed)[1]
 
 
+# weight and bias of a BatchNorm whose statistics decide what it computes: their own values do not show the bits of that
+NOT_FOLDED = "float32, statistics not folded in"
+
+
 @dataclass(frozen=True)
 class Formats:
     """Hold the formats of a network: a Grid for each parameter, an Activation for each activation point.
@@ -245,7 +250,7 @@ def found_formats(model: nn.Module) -> Formats:
         module = model.get_submodule(name.rpartition(".")[0])
         loose = isinstance(module, nn.BatchNorm2d) and not is_folded(module)
         try:
-            tensors[name] = Grid(WORD) if loose else found_grid(parameter)
+            tensors[name] = Grid(WORD, kind=NOT_FOLDED) if loose else found_grid(parameter)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
     return Formats(tensors)

@@ -11,6 +11,13 @@ torch.backends.cudnn.allow_tf32 = False  # as threads.prepare does: results are 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
+from compressed import cifar100, claims, grids, networks
+from compressed.exact_network import exact_network, quantize_activations
+from compressed.files import save_record, save_tensors, sha256
+from compressed.graph import weight_layers
+from compressed.networks import load_checkpoint
+from small import FEW_BITS, NARROW, SPEC, few
+
 
 def pytest_runtest_setup(item):
     torch.manual_seed(0)  # the same draws whatever ran before
@@ -18,7 +25,7 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
-REAL = os.environ.get("CIFAR100_DIR")
+REAL, TEACHERS = os.environ.get("CIFAR100_DIR"), os.environ.get("TEACHERS_DIR")
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +36,27 @@ def cifar100_dir() -> Path:
     return Path(REAL).absolute()
 
 
+@pytest.fixture(scope="session")
+def teachers_dir() -> Path:
+    """The folder of KAIST AI's files, where they are."""
+    if not TEACHERS or not Path(TEACHERS).is_dir():
+        pytest.skip("TEACHERS_DIR does not name KAIST AI's files")
+    return Path(TEACHERS).absolute()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path):
+    """Every test runs in an empty folder: it finds no data, run or recipe by accident, and leaves nothing behind.
+
+    The patches are its own, so that a test may undo those of `monkeypatch`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for name in ("CIFAR100_DIR", "TEACHERS_DIR"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @torch.no_grad()
 def sparse_network(spec: str):
     """A network with random weights, three quarters of them zero, and BatchNorm statistics of no round numbers.
@@ -36,9 +64,6 @@ def sparse_network(spec: str):
     Its linear layer is fitted to the 100 made-up images that it is tested on (`--made-up 100`): some 40 are right in
     float and fewer with every rounding, so that an error in the arithmetic costs accuracy.
     """
-    from compressed import cifar100, networks
-    from compressed.graph import weight_layers
-
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -70,8 +95,6 @@ def sparse_network(spec: str):
 
 
 def saved(model, folder: Path) -> Path:
-    from compressed.files import save_tensors
-
     save_tensors(model.state_dict(), folder / "masked.pt")
     return folder / "masked.pt"
 
@@ -79,24 +102,18 @@ def saved(model, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def narrow_checkpoint(tmp_path_factory) -> Path:
     """The sparse network small.NARROW: for tests that need the submission's layers, or a network made without code."""
-    from small import NARROW
     return saved(sparse_network(NARROW), tmp_path_factory.mktemp("narrow"))
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
     """The sparse network small.Few: for every other test."""
-    from small import SPEC
     return saved(sparse_network(SPEC), tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
 def fake(small_checkpoint):
     """{scheme: the small sparse network with weights that are rounded on the way}"""
-    from compressed import grids
-    from compressed.networks import load_checkpoint
-    from small import FEW_BITS, SPEC
-
     models = {}
     for scheme in grids.SCHEMES:
         models[scheme] = load_checkpoint(small_checkpoint, SPEC)
@@ -107,10 +124,6 @@ def fake(small_checkpoint):
 @pytest.fixture(scope="session")
 def exact(fake):
     """{scheme: (shipped network, its tensors, its activations, the exact network)}"""
-    from compressed import cifar100, grids
-    from compressed.exact_network import exact_network
-    from small import few
-
     made = {}
     for scheme, ranges in zip(grids.SCHEMES, ("max", "mse", "mse")):
         network, tensors = grids.shipped(fake[scheme], few())
@@ -122,12 +135,6 @@ def exact(fake):
 @pytest.fixture(scope="session")
 def narrow(narrow_checkpoint, tmp_path_factory):
     """(path, model, claim) of the network small.NARROW, shipped as quantize.py does by default."""
-    from compressed import cifar100, claims, grids, networks
-    from compressed.exact_network import quantize_activations
-    from compressed.files import save_record, save_tensors, sha256
-    from compressed.networks import load_checkpoint
-    from small import NARROW
-
     model = load_checkpoint(narrow_checkpoint, NARROW).to(memory_format=torch.channels_last)
     grids.quantize_weights(model, grids.bit_table(None, model), "channel")
     grids.shorten_scales(model)

@@ -1,10 +1,12 @@
-"""A small network in the shipped format, for tests of everything that reads one."""
+"""A small network in the shipped format, and a run's records, for tests of everything that reads them."""
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from compressed import cifar100, claims, grids
+from compressed.files import save_record
 from compressed.formats import code_range
 from compressed.graph import read, weight_layers
 from compressed.integer_network import IntegerNetwork
@@ -78,6 +80,13 @@ def integer_logits(network: nn.Module, claim: dict, images: torch.Tensor) -> tor
     """Return the logits, float32, of a network in integer arithmetic. claim: "tensors" and "activations"."""
     integers = IntegerNetwork(network, claim)
     return (integers(images).double() * 2.0**integers.logit_exponent).float()
+
+
+def save_stage(folder, stage: str, options=(), lines=({"step": 1, "epoch": 1},), **record) -> None:
+    """Write the log and the options of a stage into a run folder, as training/main.py leaves them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_record({"settings": {}, "options": dict(options)} | record, Path(folder, f"{stage}.options.json"))
+    Path(folder, f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def random_network(seed=0, **options):

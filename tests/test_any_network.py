@@ -2,7 +2,6 @@
 import copy
 import functools
 import hashlib
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -28,7 +27,6 @@ from compressed.graph import UNSIGNED, prepare, read, weight_layers
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
 from tools import integer, pack
-from training import teachers
 
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
@@ -164,13 +162,11 @@ def test_onnxruntime_computes_the_same(spec, classes):
     assert torch.equal(export_onnx.run(engine, images), wanted) and graph.rounded == 0
 
 
-def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(tmp_path, monkeypatch, capsys):
+def test_a_network_of_somebody_else_is_fine_tuned_and_shipped(capsys):
     """By the command lines of every script, with fine-tuning; each of them has the same logits."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from tools import export_onnx
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CIFAR100_DIR", raising=False)
     spec = f"{FILE}:Wrapped"
     plain, *_ = shipped(spec, cifar100.CLASSES)
     networks.save_state(plain.state_dict(), "masked.pt")
@@ -650,11 +646,10 @@ def test_the_examples_in_docstrings(module):
 
 # ---- A board entry that somebody else counted ----------------------------------------------------
 
-@pytest.mark.skipif(not os.environ.get("TEACHERS_DIR"), reason="TEACHERS_DIR does not name KAIST AI's files")
-def test_kaists_published_score(capsys, monkeypatch):
+def test_kaists_published_score(teachers_dir, capsys, monkeypatch):
     monkeypatch.setattr(check_model_operations, "thop_counts", lambda model: None)
-    file = teachers.find() / "micronet_v2_pr_60.t7"
-    assert check_model_operations.main(["--summary", "--checkpoint", str(file)]) == 0
+    file = str(teachers_dir / "micronet_v2_pr_60.t7")
+    assert check_model_operations.main(["--summary", "--checkpoint", file]) == 0
     out = capsys.readouterr().out
     assert "score 0.00562; they publish 0.00562 for micronet_v2_pr_60" in out
     assert "twice as many, as it should be" in out

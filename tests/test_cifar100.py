@@ -15,13 +15,6 @@ from compressed import cifar100
 from compressed.errors import BadInput
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No set is found by accident, and nothing is downloaded into the repository."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CIFAR100_DIR", raising=False)
-
-
 # A set in the published layout: 200 train images (2 of each class) and 100 test images
 
 def content(n, seed):

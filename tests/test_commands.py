@@ -61,8 +61,7 @@ def test_numbers(kind, wrong):
 
 @pytest.mark.parametrize("script, option, value", [case for script in SCRIPTS for case in options(script)] + OTHERS,
                          ids=lambda part: getattr(part, "__name__", part))
-def test_impossible_command_lines(script, option, value, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_impossible_command_lines(script, option, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: script.main([f"{option}={value}"]))
     out, err = capsys.readouterr()

@@ -9,6 +9,7 @@ import torch
 from compressed import networks
 from compressed.errors import BadInput
 from compressed.files import load_json, save_record, save_tensors
+from small import save_stage
 from tiny import SPEC
 from tools import compare
 from training import main as training
@@ -19,15 +20,12 @@ from training.state import State
 def write_stage(run: Path, stage: str, accuracy=None, seed=0, zeros=25, epochs=2, data="digest", images=50_000,
                 **settings) -> None:
     """A log of two epochs of 10 steps, in batches of 32; the accuracy is of the second."""
-    run.mkdir(parents=True, exist_ok=True)
     lines = [{"stage": stage, "epoch": epoch, "step": 10 * epoch, "loss": 2 / epoch, "zeros": zeros, "weights": 100,
               "accuracy": 0.5} for epoch in (1, 2)]
     lines[1] |= {"test_accuracy": accuracy} if accuracy is not None else {}
-    (run / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_record({"settings": {"epochs": epochs, "batch_size": 32, "seed": seed, "compile": bool(seed), **settings},
-                 "data": data, "train_images": images,
-                 "options": {"network": "my.py:Net", "run": str(run), "lam": 1.0,
-                             "grids": {"seed": seed, "scheme": "channel"}}}, run / f"{stage}.options.json")
+    options = {"network": "my.py:Net", "run": str(run), "lam": 1.0, "grids": {"seed": seed, "scheme": "channel"}}
+    save_stage(run, stage, options, lines, data=data, train_images=images,
+               settings={"epochs": epochs, "batch_size": 32, "seed": seed, "compile": bool(seed), **settings})
 
 
 def write_claim(path: Path, score: float, bits=4, activation_bits=8, seed=0, scheme="channel", data="test",
@@ -46,8 +44,7 @@ def write_claim(path: Path, score: float, bits=4, activation_bits=8, seed=0, sch
                 path.with_suffix(".json"))
 
 
-def test_rows_by_hand(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_rows_by_hand(capsys):
     write_stage(Path("a"), "pretrain", 0.5)
     write_stage(Path("a"), "masked", epochs=5)
     write_claim(Path("a/small.pt"), 0.01)
@@ -147,8 +144,7 @@ def test_curves_and_layers_of_stages_one_after_the_other(tmp_path, capsys):
     assert (tmp_path / "f.svg").read_text().startswith("<?xml")
 
 
-def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_runs_as_training_leaves_them(monkeypatch, capsys):
     monkeypatch.setattr(networks, "DEFAULT", SPEC)
     quick = "--pretrain --made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --refresh 0".split()
     for seed in "01":
@@ -163,10 +159,8 @@ def test_runs_as_training_leaves_them(tmp_path, monkeypatch, capsys):
 def test_runs_of_other_starts_are_no_seeds(tmp_path):
     """Each seed may have its own dense network, but not another kind of start; an option counts where it decides."""
     def record(folder, stage, seed, **options):
-        folder.mkdir(exist_ok=True, parents=True)
-        save_record({"settings": {"epochs": 1, "batch_size": 2, "seed": seed}, "options": options, "data": "d"},
-                    folder / f"{stage}.options.json")
-        (folder / f"{stage}.jsonl").write_text('{"step": 3, "epoch": 1, "loss": 0.5, "zeros": 0, "weights": 9}\n')
+        save_stage(folder, stage, options, [{"step": 3, "epoch": 1, "loss": 0.5, "zeros": 0, "weights": 9}], data="d",
+                   settings={"epochs": 1, "batch_size": 2, "seed": seed})
 
     def grouped(*runs):
         rows = [row for run in runs for row in compare.rows_of(tmp_path / run, read_stages(tmp_path / run))]
@@ -241,8 +235,7 @@ def test_networks_of_elsewhere_are_no_seeds_of_one(tmp_path):
     (lambda: (write_stage(Path("a"), "rew"), save_record({}, "a/rew.options.json")), "a", "not what a stage writes"),
     (lambda: (write_stage(Path("a"), "rew"), Path("a/x.pt").touch(), save_record({"tensors": [8]}, "a/x.json")),
      "a", "not a claim with accuracy")))
-def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, prepare, options, said):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_compared_is_refused(prepare, options, said):
     prepare()
     with pytest.raises(BadInput, match=said):
         compare.main(options.split())

@@ -24,9 +24,7 @@ TINY = f"{user_networks.__file__}:Mobile"
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+def no_compiler(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda dtype: None)  # compiling takes longer than these small networks do
 
 

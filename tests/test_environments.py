@@ -35,12 +35,11 @@ PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch, tmp_path):
-    """An empty current folder, none of the variables that the project reads, and Ctrl-C as on a terminal."""
+def plain(monkeypatch):
+    """None of the variables that the project reads, and Ctrl-C as on a terminal."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    for name in (*PROCESS, "CC", "CIFAR100_DIR", "TEACHERS_DIR"):
+    for name in (*PROCESS, "CC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
     command_line.say_once.cache_clear()
     yield
     signal.signal(signal.SIGINT, handler)

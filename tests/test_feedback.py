@@ -69,10 +69,9 @@ def test_the_penalty_makes_the_masks_zeros(tmp_path, optimizer, schedule):
     assert lines[0]["zeros_path"] < lines[1]["zeros_path"] < lines[-1]["zeros_path"]
 
 
-def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, monkeypatch):
+def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path):
     """The example in training/README.md, which has no updates of its own."""
     page = Path(__file__).resolve().parent.parent / "training" / "README.md"
-    monkeypatch.chdir(tmp_path)
     Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
     model, penalty, lines = stage(tmp_path, "adam", "constant", spec="lp.py:Lp?p=0.5")
     assert 0.79 <= penalty.zeros_share() <= 0.82
@@ -82,10 +81,9 @@ def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spec, size", (("lp.py:Lp?p=0.5", 0.1), ("lp.py:Lp?p=0.5", 0.01), ("lp.py:Lp?p=1", 0.1)))
-def test_the_first_lambda_of_the_page_is_of_its_own_penalty(tmp_path, monkeypatch, spec, size):
+def test_the_first_lambda_of_the_page_is_of_its_own_penalty(spec, size):
     """A weight on which the loss has no gradient is zero when the learning rates sum to the given rate, not earlier."""
     page = Path(__file__).resolve().parent.parent / "training" / "README.md"
-    monkeypatch.chdir(tmp_path)
     Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
     penalty = make(spec, Small(), LAYERS, target=0.8)
     weight, left = torch.tensor([size], dtype=torch.float64), []

@@ -162,9 +162,8 @@ def test_the_longest_names_can_be_written(tmp_path):
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
+def places(tmp_path):
     """A folder, the current one, with paths of every kind."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "source.pt").write_text("source")
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "link.pt").symlink_to("source.pt")

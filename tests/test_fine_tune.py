@@ -20,11 +20,6 @@ from small import SPEC
 from test_quantize import ladder, options, short_and_whole
 from training import fine_tune, learned_steps, loop
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no run says how it was trained
-
-
 TUNE = ("--epochs", "1", "--batch-size", "50", "--augment", "none", "--mixing", "none", "--no-cuda")
 
 
@@ -75,7 +70,6 @@ def test_a_fine_tuning_that_cannot_begin_is_refused_before_the_grids(small_check
 
 
 def test_a_size_at_which_the_network_does_not_run_is_refused_before_the_grids(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quantize, "on_grids", None)
     Path("mine.py").write_text("""
 from torch import nn

@@ -123,7 +123,7 @@ def test_32_bits_are_enough_for_short_scales_and_others_get_64(narrow):
                    cifar100.made_up(50, 5, CLASSES))["identical"] == 50
 
 
-def test_record(narrow, tmp_path, capsys):
+def test_record(narrow, tmp_path):
     """Into the claim of a .pt, as it is at that moment, and nowhere else."""
     path, claim = tmp_path / "network.pt", narrow[0].with_suffix(".json")
     path.write_bytes(narrow[0].read_bytes())

@@ -305,14 +305,13 @@ def test_load(small, tmp_path):
         load(tmp_path / "alone.pt", SPEC)
 
 
-def test_script(small, tmp_path, monkeypatch, capsys):
+def test_script(small, tmp_path, capsys):
     source, model, claim = small
     path = tmp_path / "network.pt"
     path.write_bytes(source.read_bytes())
     save_record(claim, claim_path(path))
     with pytest.raises(BadInput, match="ends in .mnet"):
         main(["--checkpoint", str(path), "--out", str(path)])
-    monkeypatch.chdir(tmp_path)
     save_record(claim | {"counts": {"of": "other rules"}}, claim_path(path))
     assert main(["--checkpoint", str(path), "--out", "network.mnet"]) == 0
     out, file = capsys.readouterr().out, tmp_path / "network.mnet"

@@ -242,8 +242,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_nothing_in_a_file_is_executed(small, tmp_path, monkeypatch, zipped):
-    monkeypatch.chdir(tmp_path)
+def test_nothing_in_a_file_is_executed(small, zipped):
     torch.save({"conv1.weight": Evil()}, "a.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(BadInput, match="a.pt: not a checkpoint that torch can read as plain tensors") as raised:
         small.load("a.pt")

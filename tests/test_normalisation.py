@@ -88,9 +88,8 @@ def test_what_cannot_be_folded_exactly_is_refused(model):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_checkpoint_from_elsewhere_by_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_from_elsewhere_by_the_command_line(tmp_path, capsys):
     """Evaluated with its own normalisation, quantized to one that takes ours and whose claim says so."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(SOURCE)
     model = network()
     features = model[:-1](THEIRS)

@@ -451,8 +451,7 @@ def function(): pass
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
 
 

@@ -24,7 +24,7 @@ from compressed.files import load_json, save_json, save_record, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES
 from compressed.networks import load_checkpoint
-from small import SPEC, integer_logits, layer_neighbours
+from small import SPEC, integer_logits, layer_neighbours, save_stage
 from training.runs import stage_records, training_record
 
 
@@ -192,8 +192,7 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs
     (["--out", "new.pt", "--epochs", "1", "--tuning-folder", ".", "--teacher", "quantized.pt"],
      "quantized.pt would be written over quantized.pt, which is read"),
 ])
-def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words, said):
-    monkeypatch.chdir(tmp_path)
+def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, words, said):
     for name in ("same.pt", "t.json", "quantized.pt"):
         Path(name).write_text(name)
     Path("folder.pt").mkdir()
@@ -204,9 +203,8 @@ def test_outputs_that_are_inputs_or_cannot_be_read(tmp_path, monkeypatch, words,
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_what_exists_is_replaced_only_if_it_is_named(tmp_path, monkeypatch):
+def test_what_exists_is_replaced_only_if_it_is_named():
     """The default is the name of the shipped network."""
-    monkeypatch.chdir(tmp_path)
     for words, said in (([], "masked.pt: no such"), (["--out", "cifar100_mobilenetv2.pt"], "masked.pt: no such")):
         with pytest.raises(BadInput, match=said):
             quantize.main(words)
@@ -216,9 +214,8 @@ def test_what_exists_is_replaced_only_if_it_is_named(tmp_path, monkeypatch):
             quantize.main(words)
 
 
-def test_options_of_a_fine_tuning_need_one(tmp_path, monkeypatch, capsys):
+def test_options_of_a_fine_tuning_need_one(tmp_path, capsys):
     """Whoever gives them without --epochs would take the network for a fine-tuned one."""
-    monkeypatch.chdir(tmp_path)  # without the run of a user, which has a recipe
     for words in (["--lr", "0.1"], ["--teacher", "t.pt"], ["--epochs", "0", "--frozen", "0.5"]):
         with pytest.raises(SystemExit) as end:
             quantize.parse(words)
@@ -236,8 +233,7 @@ def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
     (tmp_path / "recipe.toml").write_text('network = "recipe:Net"\n')
     assert quantize.parse(command).network == "recipe:Net"
     for stage, options in (("rew", {"network": "first:Net"}), ("masked", {"network": SPEC})):
-        save_record({"settings": {}, "options": options}, tmp_path / f"{stage}.options.json")
-        (tmp_path / f"{stage}.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+        save_stage(tmp_path, stage, options)
     assert quantize.parse(command).network == SPEC
     assert quantize.parse([*command, "--network", "my:Net"]).network == "my:Net"
 
@@ -246,8 +242,7 @@ def test_the_network_is_that_of_the_checkpoints_last_stage(tmp_path):
 def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
     """A recipe's teachers of all stages may have been replaced on the command line; those of [quantized] were not."""
     command = ["--checkpoint", str(tmp_path / "masked.pt")]
-    save_record({"settings": {}, "options": {"teacher": trained_with}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+    save_stage(tmp_path, "masked", {"teacher": trained_with})
     recipe = 'teacher = ["recipe.pt"]\n[quantized]\nepochs = 1\n'
     path = tmp_path / "recipe.toml"
     for text, words, expected in ((recipe, [], trained_with), (recipe, ["--teacher", "other.pt"], ["other.pt"]),
@@ -258,11 +253,10 @@ def test_the_teachers_are_those_of_the_training(tmp_path, trained_with):
         assert list(map(str, quantize.parse([*command, *words]).teacher)) == expected
 
 
-def test_a_json_that_is_no_claim_is_not_replaced(small_checkpoint, tmp_path, monkeypatch):
+def test_a_json_that_is_no_claim_is_not_replaced(small_checkpoint, tmp_path):
     save_json({"lr": 0.1}, tmp_path / "out.json")
     with pytest.raises(BadInput, match="out.json, which would be replaced, is no claim: give another --out"):
         quantize.main(options(small_checkpoint, tmp_path / "out.pt", "channel"))
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar100_mobilenetv2.json").touch()
     with pytest.raises(BadInput, match="cifar100_mobilenetv2.json exists: give --out cifar100_mobilenetv2.pt to"):
         quantize.main(["--checkpoint", str(small_checkpoint)])
@@ -271,8 +265,7 @@ def test_a_json_that_is_no_claim_is_not_replaced(small_checkpoint, tmp_path, mon
 def test_a_network_that_was_trained_here_keeps_its_input(small_checkpoint, tmp_path, capsys):
     """--normalise is for its teachers then; --distill and others are said to be without effect where they are."""
     checkpoint = shutil.copy(small_checkpoint, tmp_path / "masked.pt")
-    save_record({"settings": {"augment": "none"}, "options": {"network": SPEC}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+    save_stage(tmp_path, "masked", {"network": SPEC}, settings={"augment": "none"})
     plain, other = (tmp_path / f"{name}.pt" for name in ("plain", "other"))
     words = options(checkpoint, plain, "layer")
     assert [quantize.parse(["--checkpoint", str(path)]).augment for path in (checkpoint, small_checkpoint)] == [
@@ -284,8 +277,7 @@ def test_a_network_that_was_trained_here_keeps_its_input(small_checkpoint, tmp_p
 
 @pytest.mark.parametrize("trained", (False, True))
 def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained):
-    save_record({"settings": {}, "options": {"network": SPEC, "holdout": trained}}, tmp_path / "masked.options.json")
-    (tmp_path / "masked.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+    save_stage(tmp_path, "masked", {"network": SPEC, "holdout": trained})
     for words in ([], ["--holdout"]):
         with pytest.raises(BadInput, match="no such checkpoint file"):
             quantize.main(["--checkpoint", str(tmp_path / "masked.pt"), "--out", str(tmp_path / "out.pt"), *words])
@@ -296,11 +288,9 @@ def test_a_hold_out_that_was_trained_on_is_no_hold_out(tmp_path, capsys, trained
 
 def test_no_stage_of_a_run_is_overwritten_and_no_other_images_are_taken(small_checkpoint, tmp_path):
     shutil.copy(small_checkpoint, tmp_path / "rew.pt")
-    for stage in ("rew", "masked"):
-        save_record({"settings": {}, "options": {"network": SPEC},
-                     "data_set": {"name": "mine", "classes": 100, "digest": "0" * 16}},
-                    tmp_path / f"{stage}.options.json")
-    (tmp_path / "rew.jsonl").write_text('{"step": 1, "epoch": 1}\n')
+    other = {"name": "mine", "classes": 100, "digest": "0" * 16}
+    save_stage(tmp_path, "rew", {"network": SPEC}, data_set=other)
+    save_stage(tmp_path, "masked", {"network": SPEC}, lines=(), data_set=other)
     with pytest.raises(BadInput, match="masked.pt is the name of a stage's weights in that run folder"):
         quantize.main(options(tmp_path / "rew.pt", tmp_path / "masked.pt", "layer"))
     assert not (tmp_path / "masked.pt").exists()

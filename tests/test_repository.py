@@ -27,6 +27,7 @@ from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_json, load_lines, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
+from small import save_stage
 from tools import methods, report, shipping
 from training.runs import read_stages, stage_logs
 
@@ -328,8 +329,7 @@ def test_the_figure_of_sparsity_has_zeros_and_path_of_the_pruned_layers(tmp_path
     line = load_lines(ROOT / "record/default/rew.jsonl")[0]
     lines = [line | {"epoch": 1, "zeros_share": 0.25, "zeros_path": 0.3, "lambda": 1e-6},
              line | {"epoch": 2, "zeros_share": 0.5, "zeros_path": 0.5, "lambda": 2e-6}]
-    (tmp_path / "rew.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_record({"settings": {}, "options": {"network": "m:Mine"}}, tmp_path / "rew.options.json")
+    save_stage(tmp_path, "rew", {"network": "m:Mine"}, lines)
     found = report.feedback_stages(tmp_path)
     assert list(found)[0] == "Mine, target 50.0%" and len(found) >= 3
     left, right = needed("tools.figures").sparsity_figure(found).axes

@@ -91,7 +91,6 @@ def root(tmp_path, monkeypatch):
     """A repository with a shipped network, and a run folder in it, which is the current folder."""
     for module in (ship, train, baseline):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
     for name in (CHECKPOINT, Path(CHECKPOINT).with_suffix(".mnet")):
         (tmp_path / name).write_text("old")
     save_record({"accuracy": {"data": "test", "correct": 8, "images": 10}}, tmp_path / CLAIM)
@@ -570,8 +569,7 @@ def test_quick_twice_at_once_is_refused(commands, root):
 # -------------------------------------------------------------------------------------------------- verify, run_python
 
 @pytest.mark.parametrize("statuses, status", (((0, 0), 0), ((2, 0), 2), ((0, 2), 2), ((2, 2), 2), ((137,), 137)))
-def test_verification_ends_as_its_checks_do(tmp_path, monkeypatch, capsys, statuses, status):
-    monkeypatch.chdir(tmp_path)
+def test_verification_ends_as_its_checks_do(monkeypatch, capsys, statuses, status):
     Path("x.json").write_text("a claim")
     left, ran = list(statuses), []
     monkeypatch.setattr(verify, "run_python", lambda *words: (ran.append(words), left.pop(0))[1])
@@ -607,8 +605,7 @@ def test_every_shipped_network_is_verified(commands, root, monkeypatch, capsys):
         assert verify.main(["--checkpoint", str(root / name)]) == status
 
 
-def test_a_process_of_its_own(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_process_of_its_own(tmp_path, capfd):
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
     with open(tmp_path / "out", "wb") as file:

@@ -28,12 +28,6 @@ THERE, REAL = (os.environ.get(name) and str(Path(os.environ[name]).absolute())
 NAMES = list(teachers.KAIST)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TEACHERS_DIR", raising=False)
-
-
 @torch.no_grad()
 def random_micronet() -> kaist.Micronet:
     torch.manual_seed(0)
@@ -248,7 +242,7 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(tmp_path, monkeypatc
         teachers.find()
 
 
-def test_a_download_of_another_file_is_not_kept(tmp_path, monkeypatch):
+def test_a_download_of_another_file_is_not_kept(monkeypatch):
     """Of a page of a provider, say, or a file that is cut short; the next call downloads again."""
     asked = []
     monkeypatch.setattr(cifar100, "fetch", lambda url, path, name: asked.append(url) or path.write_bytes(b"<html>"))
@@ -298,7 +292,7 @@ def test_the_normalisation_is_folded():
     assert torch.allclose(network(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_writes_what_quantize_reads(tmp_path, capsys):
+def test_the_command_writes_what_quantize_reads(capsys):
     torch.save(random_micronet().state_dict(), "some.t7")
     assert kaist_checkpoint.main(["some.t7", "--out", "float.pt"]) == 0
     assert "read it with --network mobilenet_v2:KaistMobileNetV2" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
-from compressed.formats import Activation, Formats, Grid, found_grid
+from compressed.formats import NOT_FOLDED, WORD, Activation, Formats, Grid, folded, found_grid
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_checkpoint
 from small import NARROW, layer_neighbours
@@ -370,6 +370,25 @@ def test_a_tampered_checkpoint(shipped, run, change, message):
     status, out, err = run("--checkpoint", shipped, *MADE_UP)
     assert status == 2 and "is about another file" in err and re.search(f"^testers.py: {message}", err, re.M)
     assert "NOT as recorded" in out or change is not largest_turned
+
+
+def test_scales_and_shifts_hidden_in_the_statistics(shipped):
+    """Weight and bias need a bit or two then, and the statistics, which nobody counts, hold scale and shift."""
+    model, claim = checkpoints.load(shipped)
+    scale, shift = folded(norm := model.layers[5].bn2)
+    used = scale != 0
+    with torch.no_grad():
+        norm.weight.copy_(scale.sign())
+        norm.running_var.copy_(torch.where(used, scale.abs() ** -2 - norm.eps, 1))
+        norm.running_mean.copy_(torch.where(used, -shift / scale, 0))
+        norm.bias.copy_(torch.where(used, 0, shift))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(folded(norm), (scale, shift)))
+    for entry in claim["tensors"]:
+        if entry["name"] in ("layers.5.bn2.weight", "layers.5.bn2.bias"):
+            entry |= {"bits": WORD if entry["name"].endswith("bias") else 2, "step": 1.0}
+    formats, problems = claims.hold(claim, shipped, model)
+    assert problems == ["layers.5.bn2.weight: the values need 32 bits (float32, statistics not folded in), claimed 2"]
+    assert all(formats.tensors[f"layers.5.bn2.{name}"] == Grid(WORD, kind=NOT_FOLDED) for name in ("weight", "bias"))
 
 
 def test_claimed_steps_that_are_no_powers_of_two_allow_one_rounding():

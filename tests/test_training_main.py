@@ -21,6 +21,7 @@ from compressed.errors import BadInput
 from compressed.graph import weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
+from small import save_stage
 from tiny import SPEC as TINY
 from training import augmentation
 from training import main as training
@@ -40,12 +41,6 @@ MASKED = REW.replace("--rew --sparsity-type irregular",
                      "--masked-retrain --sparsity-type threshold --config-file config_mobile_v2_0.7")
 # two steps a stage
 QUICK = "--made-up 32 --batch-size 16 --epochs 1 --no-cuda --precision float32 --lr 0.01 --average 0.9 --workers 1"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CIFAR100_DIR", raising=False)
 
 
 @pytest.fixture
@@ -706,9 +701,7 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
     args = training.parse((rew or "").split())
     args.run = Path("run")
     if rew is not None:
-        args.run.mkdir()
-        options = json.loads(json.dumps(vars(args), default=str))
-        files.save_record({"settings": {}, "options": options}, args.run / "rew.options.json")
+        save_stage(args.run, "rew", json.loads(json.dumps(vars(args), default=str)), lines=())
     args = training.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
     model = MobileNetV2(width=0.25)
@@ -720,8 +713,7 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
 
 def test_a_mask_from_the_weights_of_another_run_takes_its_target(small):
     for folder, target in (("theirs", 0.6), ("run", 0.7)):
-        Path(folder).mkdir()
-        files.save_record({"settings": {}, "options": {"target_sparsity": target}}, Path(folder, "rew.options.json"))
+        save_stage(folder, "rew", {"target_sparsity": target}, lines=())
     for run, start, target in (("new", "theirs/masked.average.pt", 0.6), ("new", "theirs/masked.state", 0.6),
                                ("run", "theirs/masked.pt", 0.7), ("new", "nowhere/masked.pt", 0.8)):
         args = training.parse(["--masked-retrain", "--run", run, "--start", start])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_they_compile_for_an_h100(tmp_path):
     """What the interpreter does not show: types, shapes in loops, and loads of 8 or 16 bytes. It needs no GPU."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
-                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
+                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
