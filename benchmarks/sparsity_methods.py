@@ -24,8 +24,8 @@ stem (more, if the second stage made more zeros). Differences between the method
   left. With proximal and the penalty in the loss it moves all weights, zeros and nearly-zeros, too; so those that
   matter move less: at 90% zeros, by estimate, a third as far.
 - Penalty in the loss: for what Muon updates, lambda is how much of each step serves the penalty instead of the loss.
-- Norms: Muon keeps those of its convolutions, and masks lower them afterwards; only proximal restores those of
-  depthwise convolutions.
+- Norms: Muon keeps those of its convolutions, and masks lower them afterwards; only proximal and plain
+  restore those of depthwise convolutions, and plain L1 shrinks the linear layer, which Muon does not update.
 - Between layers: Muon's norms are those of the initialization, and one threshold for all layers depends on them. Layers
   may lose nearly all of their weights by that, above all with one-shot ("fewest_kept" in the results).
 
