@@ -4,7 +4,8 @@
     python check_model_operations.py --checkpoint F    another one; its claim, if it has one, is F with the suffix .json
     python check_model_operations.py --sparsity 0.5    what if: no checkpoint, half of every layer's weights zero
     python check_model_operations.py --dense           what if: no checkpoint, no weight zero
-    python check_model_operations.py --checkpoint F.t7 one of the networks that KAIST AI published
+    python check_model_operations.py --checkpoint F.t7 one of the networks that KAIST AI published, as
+                                                       python -m training.teachers downloads them
 
 The widths of weights are found in the stored values and compared with the claim. If the values need more bits than it
 claims, or if it is about another file, this is printed, and the exit status is 2. Activation widths are not stored in a

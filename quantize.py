@@ -62,20 +62,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="output checkpoint, a .pt; its claim has the same name with the suffix .json (%(default)s; an existing "
         "file is replaced only if --out is given)")
     add("--table", type=some_text, metavar="T",
-        help="bits of the layers: a number for all, or a TOML file with `default = 8` and a "
+        help="bits of the layers, 2 to 8: a number for all, or a TOML file with `default = 8` and a "
         f"table [bits] of names, as tools.layers shows, or kinds: {', '.join(grids.LAYER_KINDS)} (default: the "
         f"submission's, 6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
         "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
         "channel (%(default)s)")
     add("--activation-bits", type=some_text, default="8", metavar="T",
-        help="bits of the activation points: a number for all but "
+        help="bits of the activation points, 2 to 8: a number for all but "
         "the image, which has 8, or a TOML file like --table's; kinds: " + ", ".join(grids.POINT_KINDS)
         + " (%(default)s)")
     add("--scale-bits", type=bits, default=grids.FLOAT_BITS, metavar="B",
-        help="bits of a BatchNorm's scale: 16, a float16; or fewer, a fixed-point number (%(default)s)")
+        help="bits of a BatchNorm's scale: 16, a float16; or 4 to 15, a fixed-point number (%(default)s)")
     add("--shift-bits", type=bits, default=grids.SHIFT_BITS, metavar="B", help="bits of a BatchNorm's shift, a "
-        "fixed-point number; with fewer than 16, 8-bit engines round it to whole units of the accumulator "
+        "fixed-point number of 4 to 16; with fewer than 16, 8-bit engines round it to whole units of the accumulator "
         "(%(default)s)")
     add("--ranges", choices=grids.RANGES, default="logits", help="activation steps: by largest value as in the "
         "submission, by least squared error, or from there by effect on the logits (%(default)s)")
@@ -84,11 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--renew", type=number(int, 0, 10**6), default=4000, metavar="N", help="train images from which BatchNorm "
         "statistics are re-estimated once the weights are quantized, and then the means: after steps were moved for "
         "short scales, and with --ranges mse or max again after activations are quantized; 0: keep them (%(default)s)")
-    networks.add_option(parser, "the options of the checkpoint's last stage")
+    networks.add_option(parser, "the checkpoint's last training stage, or the recipe,")
     normalisation.add_option(parser)
     datasets.add_options(parser)
-    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.jsonl, "
-                                     "quantized.pt, and quantized.start.pt and quantized.state/ while it runs")
+    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.pt, "
+                                     ".jsonl, .options.json, and quantized.start.pt and quantized.state/ while it runs")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E",
                       help="epochs of fine-tuning; 0: none (%(default)s)")
     plan.add_option(tune, "--lr", "lr", text=f"peak learning rate ({TUNING_LR}; of adam {plan.ADAM_LR})")
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
                       help="resume the fine-tuning (default)")
     add("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
     plan.add_option(parser, "--augment", "augment", text="of the train images, for --renew and for fine-tuning "
-                    "(default: as the checkpoint was trained, by its run folder; else plain)")
+                    "(default: the recipe's, else as the checkpoint was trained, by its run folder, else plain)")
     return parser
 
 

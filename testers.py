@@ -29,6 +29,7 @@ from compressed.exact_network import exact_network, is_wide, largest_product, pr
 from compressed.files import to_json
 from compressed.formats import Activation, Formats, Grid, exponent, found_formats
 from compressed.graph import read as read_graph
+from compressed.graph import weight_layers
 from compressed.integer_network import lowest_bit
 
 REORDERED = "not known, the images of this copy are not in the published order"
@@ -138,6 +139,10 @@ def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, l
         lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
     else:
         lines.append("input (pixel - 128) / 64; if it was trained elsewhere with another one, give --normalise")
+    run = {branch.name for branch in read_graph(read.model).layers}
+    if unused := sum(layer.weight.numel() for name, layer in weight_layers(read.model) if name not in run):
+        lines.append(f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, "
+                     "but not in the storage")
     return network.to(memory_format=torch.channels_last), lines
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims
+from compressed import checkpoints, cifar100, claims, threads
 from compressed.command_line import command_line, needed, number, run_script, some_path
 from compressed.files import check_outputs, save_json
 from tools import export_onnx
@@ -152,6 +152,7 @@ def main(argv=None) -> int:
     if args.json:
         check_outputs([args.json], [args.checkpoint, claims.claim_path(args.checkpoint)], suffix=".json")
     runtime = needed("onnxruntime")
+    threads.prepare()  # keeps freed memory, for torch's eager engines
     torch.set_num_threads(args.threads)
     runs, models = engines(*checkpoints.load(args.checkpoint), args.threads)
     machine = (f"{describe_processor()}, {args.threads} threads, torch {torch.__version__}, "

@@ -11,10 +11,11 @@ what is printed divide by 32.
 
 The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
 flatters the score. Where the rules leave a choice, the costlier reading is usually taken (not for the storage of a
-tensor, see `layout`, nor for the shift of a residual input); reasons are in ACCOUNT.md and at `rule`.
-A pointwise function counts as its formula does (KAIST AI's entry counted hard swish like this), although it may be
-looked up in a table, which is not stored: its entries follow from the function and the steps. The length of an
-accumulator is counted by one of three conventions (the challenge's table has a column for each):
+tensor, see `layout`, nor for the shift of a residual input, the upper clip of a ReLU's codes, and the width of what a
+hard swish reads); reasons are in ACCOUNT.md and at `rule`. A pointwise function counts as its formula does (KAIST AI's
+entry counted hard swish like this), although it may be looked up in a table, which is not stored: its entries follow
+from the function and the steps. The length of an accumulator is counted by one of three conventions (the challenge's
+table has a column for each):
 
 - "32-bit": every addition has 32 bits.
 - "fixed": per layer, the shortest length in which no sum of the stored codes can overflow, whatever the input and
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_broken
 from compressed.errors import BadInput
-from compressed.formats import WORD, Activation, Formats, Grid, float_formats, signed_bits, what_if
+from compressed.formats import WORD, Activation, Formats, Grid, exponent, float_formats, signed_bits, what_if
 from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read, weight_layers
 from compressed.operations import CLIPS, FUNCTIONS, NORMALISATIONS
 
@@ -155,8 +156,8 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     A dot product of n stored terms has n multiplications at max(weight bits, activation bits) and n - 1 additions at
     the accumulator's width (none if n is 0). A bias is one more addition, at 32 bits, because its step is not that of
     the products; a bias of zeros, as after folding into the next BatchNorm, adds nothing. If channels have different
-    steps and no BatchNorm follows (normed) whose scales could absorb them, every output is multiplied by its channel's
-    step, at 32 bits.
+    steps, or one that is no power of two, and no BatchNorm follows (normed) whose scales could absorb them, every
+    output is multiplied by its step, at 32 bits.
     """
     weight, grid = op.module.weight, formats.tensors[f"{op.name}.weight"]
     product_bits, positions = min(WORD, grid.bits + activation.bits), op.outputs // op.channels
@@ -175,7 +176,7 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     if stored.bias:
         additions[WORD] += op.outputs
         length = WORD
-    if len(set(grid.steps)) > 1 and not normed:
+    if not normed and (len(set(grid.steps)) > 1 or None in map(exponent, grid.steps)):
         multiplications[WORD] += op.outputs
         length = WORD
     return multiplications, additions, Activation(length)

@@ -272,7 +272,7 @@ class _Node:
         """Yield why this differs from the operation that it looks like. own: names of all parameters and statistics."""
         node, module, kind = self.node, self.module, self.kind
         if module is not None and not isinstance(module, (RoundsValues, RoundsWeightsAlone)):
-            steps = ("forward", "_conv_forward", "__call__")
+            steps = ("forward", "_conv_forward", "__call__", "_call_impl")
             if "forward" in vars(module) or any(getattr(type(module), step, None) is not getattr(
                     self.spelling, step, None) for step in steps):
                 yield f"{type(module).__name__} has a forward pass of its own, which has no rule"

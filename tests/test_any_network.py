@@ -262,6 +262,11 @@ class Stepped(nn.Conv2d):
         return super().forward(x * x)
 
 
+class Doubled(nn.Conv2d):
+    def _call_impl(self, *args, **kwargs):
+        return super()._call_impl(*args, **kwargs) * 2
+
+
 class Signed(nn.Module):
     signed = True
 
@@ -362,6 +367,7 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x), c=nn.ConvTranspose2d(3, 4, 2, 2)), "c: no counting rule for ConvTranspose2d"),
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=Stepped(3, 4, 1)), "c: Stepped has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=Doubled(3, 4, 1)), "c: Doubled has a forward pass of its own"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Signed()), "softmax .* no counting rule"),
     (Lone(lambda s, x: s.c(x), c=hooked(conv(padding=1))), "c: it has a forward hook"),
     (hooked(Lone(lambda s, x: s.c(x), c=conv(padding=1))), "Lone has a forward hook"),

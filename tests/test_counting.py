@@ -28,7 +28,16 @@ from compressed.counting import (
     tree_additions,
 )
 from compressed.errors import BadInput
-from compressed.formats import Activation, Formats, Grid, float_formats, found_formats, found_grid, signed_bits
+from compressed.formats import (
+    NOT_FOLDED,
+    Activation,
+    Formats,
+    Grid,
+    float_formats,
+    found_formats,
+    found_grid,
+    signed_bits,
+)
 from compressed.graph import Operation, prepare, read, trace, weight_layers
 from compressed.networks import save_state
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
@@ -278,10 +287,11 @@ def test_formats_of_batchnorm():
     model = folded(nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)))
     assert found_formats(model).tensors["1.weight"].bits == 2  # all ones
     model[1].running_mean[1] = 1e-3  # folding it would make float32 values, whatever the weight is
-    assert found_formats(model).tensors["1.weight"] == Grid(32) == found_formats(model).tensors["1.bias"]
+    loose = Grid(32, kind=NOT_FOLDED)
+    assert found_formats(model).tensors["1.weight"] == loose == found_formats(model).tensors["1.bias"]
     model[1].running_mean.zero_()
     model[1].running_var.fill_(1.0)
-    assert found_formats(model).tensors["1.weight"] == Grid(32)
+    assert found_formats(model).tensors["1.weight"] == loose
     model[0].weight.data[0] = math.inf
     with pytest.raises(BadInput, match="0.weight"):
         found_formats(model)
@@ -335,7 +345,8 @@ def test_steps_of_channels_cost_a_multiplication_unless_a_batchnorm_holds_them()
 
     alone, products = nn.Sequential(*model[:2]), {4: 6 * 16}
     assert first(model, 1.0, 0.5, 0.25) == first(alone, 0.5) == first(alone, 0.5, 0.5, 0.5) == products
-    assert first(alone, 1.0, 0.5, 0.25) == products | {32: 3 * 16}
+    assert first(alone, 1.0, 0.5, 0.25) == first(alone, 0.3) == products | {32: 3 * 16}  # 0.3: no shift
+    assert first(model, 0.3) == products
 
     class Shared(nn.Sequential):  # what the BatchNorm reads has to be rounded before, for the other reader
         def forward(self, x):
@@ -578,7 +589,7 @@ def test_against_the_slow_reference(seed):
         assert found["bits"] == 32 * (meter.mults + meter.adds)  # float32
     with torch.no_grad():
         for _, layer in weight_layers(model):
-            layer.weight.fill_(0.3)
+            layer.weight.fill_(0.25)
     meter, _ = slow_run(model, image)
     dense = totals(count(ops, found_formats(model), "32-bit", Fraction(1)))
     assert (dense["multiplications"], dense["additions"]) == (meter.mults, meter.adds)

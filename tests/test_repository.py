@@ -260,13 +260,13 @@ def test_the_row_of_the_dense_baseline(measured):
                          ({"correct": 8200, "images": 10_000, "freed": False, "images_trained": 5 * 10**6},
                           "dense | 82.00% | "),
                          ({"correct": 8200, "images": 10_000, "freed": True},
-                          "dense; ours: the masked network, trained further without mask | 82.00% | ")):
+                          "dense; ours: the masked network, trained on without its mask | 82.00% | ")):
         network = dataclasses.replace(measured, dense=dense)
         for page in (report.summary(network), report.results(network)):
             assert f"| {label}81.92% |" in page
         assert ("what compression costs is not known" in report.dense(network)) == (label != "dense | 82.00% | ")
         assert ("on 5.00M images, the shipped one on " in report.dense(network)) == (label == "dense | 82.00% | ")
-        assert ("| difference to this dense network |" in report.results(network)) == (dense is not None)
+        assert ("| difference from this dense network |" in report.results(network)) == (dense is not None)
 
 
 @shipped
@@ -422,6 +422,21 @@ def test_what_method_md_says_of_pruning_methods():
             f"with 80% zeros lose {span((('dense', 0.0), (best, 0.8)))} points, and those with 90% "
             f"{span((('dense', 0.0), (best, 0.9)))}"):
         assert said in text, said
+
+
+@shipped
+def test_what_account_md_says_of_fixed_lengths_from_the_fan_in(monkeypatch):
+    found, of_codes = [], counting.fixed_bits
+    for path in SHIPPED:
+        checkpoint = checkpoints.read(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(counting, "fixed_bits", lambda weight, grid, activation, terms=None: of_codes(
+                weight, grid, activation, weight[0].numel()))
+            by_fan_in = counting.summary(checkpoint.model, checkpoint.formats)
+        scores = [counts["score"]["fixed"]["score"] for counts in (by_fan_in, checkpoint.claim["counts"])]
+        found.append("{:.4f} instead of {:.4f}".format(*scores))
+    text = (ROOT / "ACCOUNT.md").read_text()
+    assert all(each in text for each in found) and len(found) == 2
 
 
 @shipped

@@ -164,6 +164,20 @@ def test_without_a_claim_it_is_a_float_network(narrow_checkpoint, run):
     assert "32 (float32)" in out
 
 
+def test_weights_that_never_run_are_said(run):
+    Path("spare.py").write_text("""from mobilenet_v2 import MobileNetV2, nn
+
+def make(num_classes):
+    model = MobileNetV2(num_classes, 0.25)
+    model.spare = nn.Linear(7, 5)
+    return model
+""")
+    model = networks.make("spare.py:make")
+    save_tensors(model.state_dict(), "spare.pt")
+    status, out, _ = run("--checkpoint", "spare.pt", "--network", "spare.py:make", "--made-up", "100", "--summary")
+    assert status == 0 and "\n35 weights are in layers that never run" in out
+
+
 @pytest.mark.parametrize("images, correct", [(100, 7), (10_000, 8192)])
 def test_the_accuracys_line(shipped, run, monkeypatch, images, correct):
     """`Accuracy: N/10000 (xx.xx%)`, whatever the data."""

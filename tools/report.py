@@ -92,7 +92,7 @@ class Shipped:
     def dense_row(self) -> tuple[str, ...]:
         if self.dense is None:
             return "dense; ours: not trained yet", "-", "81.92%", "`bash run.sh baseline runs/dense`"
-        label = "dense; ours: the masked network, trained further without mask" if self.dense["freed"] else "dense"
+        label = "dense; ours: the masked network, trained on without its mask" if self.dense["freed"] else "dense"
         return label, self.percent(self.dense["correct"]), "81.92%", "`python testers.py --checkpoint record/dense.pt`"
 
     def unseen_rows(self) -> list[tuple[str, ...]]:
@@ -199,7 +199,7 @@ def summary(m: Shipped) -> str:
 def results(m: Shipped) -> str:
     counts, by = m.claim["counts"], "by the submission's convention"
     difference = [] if m.dense is None else [
-        ("difference to this dense network",
+        ("difference from this dense network",
          f"{100 * m.dense['correct'] / m.dense['images'] - m.accuracy:.2f} points", "-", "these commands")]
     exact, theirs, bits = counts["weights"]["all"], counts["weights"]["submission"], m.weight_bits()
     operations = counting.submission_operations(trace(m.model))

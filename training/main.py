@@ -10,7 +10,7 @@ METHOD.md explains the method. penalties.py computes it, and loop.py is the trai
   STAGE.jsonl         the log, one line per epoch
   STAGE.state/        the state for resuming; removed when the stage is finished
   STAGE.pt            the weights of the finished stage
-  STAGE.average.pt    the same in float16, or the result so far if the stage was stopped
+  STAGE.average.pt    the same in float16, or the result so far if the stage was stopped by --max-minutes or SIGTERM
   recipe.toml         the recipe, if there is one
 If a run was stopped, the same command resumes it.
 """
