@@ -39,10 +39,11 @@ from compressed.files import check_outputs, git_commit, load_json, locked, sha25
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
-from training import fine_tune, loop, plan, recipes, teachers
+from training import fine_tune, plan, recipes, teachers, trial
 from training.batchnorm import renew_means, renew_statistics
-from training.runs import (options_of, stage_of, stage_records, trained_here, training_record, warn_of_a_held_out_run,
-                           warn_of_seen_images)
+from training.replicas import Processes
+from training.runs import (options_file, options_of, stage_of, stage_records, trained_here, training_record,
+                           warn_of_a_held_out_run, warn_of_seen_images)
 
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
@@ -199,11 +200,10 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         found = fine_tune.take_up(networks.make(tuning.network, classes), tuning, chosen)
         if found is None:
             # what it cannot begin with is refused before the long work
-            steps = plan.Plan(tuning.settings, len(train_data), loop.Processes())
+            steps = plan.Plan(tuning.settings, len(train_data), Processes())
             # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
-            least = 2 if tuning.frozen == 1 else min(2, *(share.stop - share.start for share in steps.shares))
-            loop.try_network(lambda: prepare(networks.make(tuning.network, classes)), tuning.network, classes, steps,
-                             least, train_data.labels.device)
+            trial.try_network(lambda: prepare(networks.make(tuning.network, classes)), tuning.network, classes, steps,
+                              train_data.labels.device, least=2 if tuning.frozen == 1 else None)
             for path in tuning.teachers:
                 teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)
@@ -248,7 +248,7 @@ def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fi
     """Return the options of the fine-tuning; None without one."""
     if not args.epochs:
         return None
-    settings = plan.on_device(loop.Settings(**{
+    settings = plan.on_device(plan.Settings(**{
         "lr": plan.ADAM_LR if args.optimizer == "adam" else TUNING_LR} | plan.given(args) | {
         "weight_decay": 0.0, "warmup_epochs": min(1, args.epochs / 4),
         "smoothing": 0.0 if args.teacher else 0.1, "refresh": 0}), args, device)
@@ -303,7 +303,7 @@ def main(argv=None) -> int:
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
     if trained_here(args.checkpoint):
-        record = options_of(args.checkpoint.with_name(f"{stage_of(args.checkpoint)}.options.json"))
+        record = options_of(options_file(args.checkpoint))
         datasets.check_same(train_data.data_set, record.get("data_set"), args.checkpoint)
     tuning = tuning_options(args, train_data.data_set, device)
     for name, need in plan.without_effect(tuning.settings, tuning.teachers).items() if tuning else ():

@@ -112,7 +112,7 @@ def plain_epoch(data: cifar100.Images, network: str, batch_size: int, workers: i
     return (time.perf_counter() - started) / (steps - 1) * steps
 
 
-def second_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Settings, compiled: bool,
+def second_epoch(model: nn.Module, data: cifar100.Images, settings: plan.Settings, compiled: bool,
                begun=lambda model: None, **options) -> float:
     """Return the seconds of the second epoch of training/loop.py, logging and weight average included.
 
@@ -134,7 +134,7 @@ def second_epoch(model: nn.Module, data: cifar100.Images, settings: loop.Setting
     return marks[3] - marks[2]  # the first mark is before the kernels are chosen
 
 
-def our_epoch(data: cifar100.Images, network: str, settings: loop.Settings, taught: bool = False,
+def our_epoch(data: cifar100.Images, network: str, settings: plan.Settings, taught: bool = False,
               compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
     """Return the seconds of an epoch of training/loop.py. kinds: of layers that may use gpu_kernels.py."""
     threads.prepare()
@@ -145,7 +145,7 @@ def our_epoch(data: cifar100.Images, network: str, settings: loop.Settings, taug
     return second_epoch(model, data, settings, compiled, teachers=[teacher] * taught)
 
 
-def fine_tuning_epoch(data: cifar100.Images, network: str, settings: loop.Settings, on_grids: bool = False,
+def fine_tuning_epoch(data: cifar100.Images, network: str, settings: plan.Settings, on_grids: bool = False,
                       frozen: bool = False, compiled: bool = True) -> float:
     """Return the seconds of an epoch of masked training; `on_grids`, with 4-bit weights and 8-bit activations.
 
@@ -197,7 +197,7 @@ def busy_neighbour():
         process.wait()
 
 
-def loops(args, settings: loop.Settings, device: torch.device) -> dict:
+def loops(args, settings: plan.Settings, device: torch.device) -> dict:
     """Return {loop: function that measures the images/s of one epoch}."""
     ours = functools.partial(our_epoch, network=args.network, settings=settings)
     # the third epoch, which is not measured, ends at 32x32
@@ -223,7 +223,7 @@ def loops(args, settings: loop.Settings, device: torch.device) -> dict:
     return {name: functools.partial(speed, name) for name in epochs}
 
 
-def step_parts(network: str, data: cifar100.Images, settings: loop.Settings) -> dict[str, float]:
+def step_parts(network: str, data: cifar100.Images, settings: plan.Settings) -> dict[str, float]:
     """Return the median seconds of a step's parts, and of a whole step without waiting for the device in between."""
     device, size = data.labels.device, min(settings.batch_size, len(data))
     model = networks.make(network).to(device, memory_format=torch.channels_last).train()

@@ -14,9 +14,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import itertools
 import os
-import random
 import re
 import shlex
 import sys
@@ -24,12 +22,11 @@ import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-from compressed.cifar100 import CLASSES, IMAGE_SIZE
+from compressed.cifar100 import CLASSES
 from compressed.command_line import some_text
 from compressed.errors import BadInput, refused
 from compressed.files import save_tensors, sha256
@@ -150,40 +147,6 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
     if any(isinstance(each, UninitializedTensorMixin) for each in (*network.parameters(), *network.buffers())):
         raise BadInput(f"--network {spec}: has lazy modules, whose weights do not exist yet: give them their sizes")
     return network
-
-
-def seed_all(seed: int) -> None:
-    """Seed torch, Python's random and numpy: a network may draw from any of them."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def some_images(count: int, size: int) -> torch.Tensor:
-    """Return random values in the shape of images, float32 [count, 3, size, size], channels-last as everywhere."""
-    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def check_forward(model: nn.Module, spec: str, classes: int, sizes=(IMAGE_SIZE,), least: int = 2) -> None:
-    """Raise BadInput if a network does not have one output for each of the data's classes, in evaluation or training.
-
-    Raises it, too, if the network's state can never be saved.
-    sizes: of the square images. least: the fewest that one worker trains on. The BatchNorm statistics change.
-    """
-    if faults := [f"{name} {why}" for name, value in model.state_dict().items() if (why := fault(name, value))]:
-        raise BadInput(f"--network {spec}: its state cannot be saved: {faults[0]}; a constant can be a buffer with "
-                       "persistent=False")
-    for size, training in itertools.product(sorted(sizes, reverse=True), (False, True)):
-        wanted = [least if training else 1, 3, size, size]
-        with refused(f"--network {spec}: its forward pass {'in training ' * training}fails for images {wanted}",
-                     "" if size == IMAGE_SIZE else f"; give --sizes {IMAGE_SIZE}"):
-            shape = list(model.train(training)(some_images(wanted[0], size)).shape)
-        if shape != [wanted[0], classes]:
-            raise BadInput(f"--network {spec}: its outputs for images {wanted} are {shape}, and the data have "
-                           f"{classes} classes: let the network take an argument num_classes, or state "
-                           f"?num_classes={classes}, or give other --data")
 
 
 def width(spec: str) -> float | None:

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def elsewhere(tmp_path):
         for name in ("CIFAR100_DIR", "TEACHERS_DIR"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture
+def lp() -> str:
+    """The penalty of one's own in training/README.md, as text; the file lp.py in the current folder holds it."""
+    page = Path(__file__).resolve().parent.parent / "training" / "README.md"
+    text = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    Path("lp.py").write_text(text)
+    return text
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from compressed.graph import UNSIGNED, prepare, read, weight_layers
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
 from tools import integer, pack
+from training import trial
 
 FILE = Path(user_networks.__file__)
 SPECS = {f"{FILE}:{spec}": classes for spec, classes in {
@@ -468,7 +469,7 @@ def test_a_clip_of_the_image_is_not_taken_for_the_image():
 def test_a_view_of_a_map_is_refused_in_training():
     """Maps are channels-last there as everywhere; elsewhere graph.prepare makes it a reshape."""
     with pytest.raises(BadInput, match=r"its forward pass fails for images .* Use \.reshape\(\.\.\.\) instead"):
-        networks.check_forward(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
+        trial.check_forward(networks.make(f"{FILE}:Viewed", 10), "Viewed", 10)
 
 
 class Odd(nn.Module):

@@ -94,11 +94,12 @@ def test_frozen_statistics_stay():
     assert not model[1].running_mean.any() and model[2].running_mean.any() and not model.training
 
 
-def test_no_batch_has_a_single_image():
+@pytest.mark.parametrize("images", (1, 251))
+def test_no_batch_has_a_single_image(images):
     """Of one image with maps of 1x1 there is no variance."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
-    batchnorm.renew_statistics(model, cifar100.made_up(251, 0), 251, "none", torch.Generator().manual_seed(0))
-    assert model[1].running_mean.isfinite().all()
+    batchnorm.renew_statistics(model, cifar100.made_up(251, 0), images, "none", torch.Generator().manual_seed(0))
+    assert model[1].running_mean.isfinite().all() and model[1].running_var.isfinite().all()
 
 
 def test_renewed_means_leave_the_variances():

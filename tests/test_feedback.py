@@ -1,8 +1,6 @@
 """Lambda by feedback: path and controller by hand, and stages of a small network that arrive at their target."""
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,10 +67,8 @@ def test_the_penalty_makes_the_masks_zeros(tmp_path, optimizer, schedule):
     assert lines[0]["zeros_path"] < lines[1]["zeros_path"] < lines[-1]["zeros_path"]
 
 
-def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path):
-    """The example in training/README.md, which has no updates of its own."""
-    page = Path(__file__).resolve().parent.parent / "training" / "README.md"
-    Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
+def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path, lp):
+    """One that has no updates of its own."""
     model, penalty, lines = stage(tmp_path, "adam", "constant", spec="lp.py:Lp?p=0.5")
     assert 0.79 <= penalty.zeros_share() <= 0.82
     assert all(abs(line["zeros_share"] - line["zeros_path"]) < 0.1 for line in lines)
@@ -81,10 +77,8 @@ def test_a_penalty_of_ones_own_makes_the_masks_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("spec, size", (("lp.py:Lp?p=0.5", 0.1), ("lp.py:Lp?p=0.5", 0.01), ("lp.py:Lp?p=1", 0.1)))
-def test_the_first_lambda_of_the_page_is_of_its_own_penalty(spec, size):
+def test_the_first_lambda_of_the_page_is_of_its_own_penalty(lp, spec, size):
     """A weight on which the loss has no gradient is zero when the learning rates sum to the given rate, not earlier."""
-    page = Path(__file__).resolve().parent.parent / "training" / "README.md"
-    Path("lp.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
     penalty = make(spec, Small(), LAYERS, target=0.8)
     weight, left = torch.tensor([size], dtype=torch.float64), []
     penalty.weights = [weight]

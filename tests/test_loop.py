@@ -28,7 +28,7 @@ from compressed import cifar100
 from compressed.errors import BadInput
 from compressed.files import digest, save_record, save_tensors
 from compressed.graph import weight_layers
-from training import augmentation, loop, plan, progress
+from training import augmentation, loop, plan, progress, trial
 from tiny import tiny
 from training.loop import Processes, Settings
 from training.plan import learning_rate
@@ -733,7 +733,7 @@ class Assigning(nn.Module):
 def test_a_buffer_that_is_replaced_is_refused(makes):
     steps = plan.Plan(SETTINGS, 52, Processes())
     with pytest.raises(BadInput, match="makes or replaces the buffer mean: make it in __init__, and change it in"):
-        loop.try_network(lambda: Assigning(makes), "Assigning", 10, steps, 2, torch.device("cpu"))
+        trial.try_network(lambda: Assigning(makes), "Assigning", 10, steps, torch.device("cpu"))
 
 
 class Stepping(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from compressed import counting
 from compressed.errors import BadInput
 from compressed.graph import weight_layers
-from training import penalties, sparsity
+from training import penalties, trial
 from training.feedback import FIRST
 from training.masks import GROUPS, group_norms
 from training.penalties import GradualMagnitude, LossReweightedL1, Penalty, ReweightedL1
@@ -489,9 +489,9 @@ def test_the_first_lambda_of_a_penalty_of_ones_own(own):
                                         ("Forgetful", "its state cannot be saved and read again .AttributeError: "),
                                         ("Recordless", "a first step with it fails .AttributeError: ")))
 def test_what_would_fail_hours_later_is_tried_at_the_start(own, name, said):
-    sparsity.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, lam=1.0))
+    trial.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, lam=1.0))
     with pytest.raises(BadInput, match=said):
-        sparsity.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, lam=1.0))
+        trial.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, lam=1.0))
 
 
 @pytest.mark.parametrize("spec, options, said", (

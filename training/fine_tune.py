@@ -18,7 +18,7 @@ from compressed.exact_network import Quantizer, quantize_activations
 from compressed.files import load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read, weight_layers
 from compressed.networks import load_state
-from training import loop, masks, teachers
+from training import loop, masks, plan, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
 from training.runs import code_of, new_record
 from training.state import MACHINE, State, stop_noted
@@ -35,7 +35,7 @@ class Tuning:
     network: its specification. others: what else decides the result, in plain values. normalise: the input
     normalisation of teachers that were trained elsewhere, see teachers.load.
     """
-    settings: loop.Settings
+    settings: plan.Settings
     frozen: float
     teachers: tuple[str, ...]
     source: Path
@@ -86,7 +86,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         tuning.start.unlink(missing_ok=True)
         record = new_record("quantized", train_data, settings, tuning.options(chosen))
         save_record(record | {"source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before),
-                              "teachers_sha256": teachers.digests(tuning.teachers), "code": tuning.code},
+                              "teachers_sha256": teachers.file_digests(tuning.teachers), "code": tuning.code},
                     file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
 
@@ -129,7 +129,7 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
         return None
     record = load_record(tuning.file.with_suffix(".options.json"), "--no-resume fine-tunes again")
     teachers_differ = any(None not in pair and pair[0] != pair[1]
-                          for pair in zip(record.get("teachers_sha256", ()), teachers.digests(tuning.teachers)))
+                          for pair in zip(record.get("teachers_sha256", ()), teachers.file_digests(tuning.teachers)))
     if (record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen)
             or teachers_differ or record.get("code") not in (None, tuning.code)):
         raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options, teachers or code of the "

@@ -12,16 +12,17 @@ import copy
 import dataclasses
 import hashlib
 import math
+import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressed import networks, threads
+from compressed import threads
 from compressed.cifar100 import IMAGE_SIZE, Images
 from compressed.errors import BadInput, refused
 from compressed.evaluation import evaluate
@@ -37,7 +38,7 @@ from training.muon import Muon, begin_momentum, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas, running_statistics
-from training.state import AGAIN, State, fingerprint, stop_noted
+from training.state import AGAIN, State, tensor_digest, stop_noted
 
 
 # ---- A step: random numbers, loss, optimizer, weight average -----------------------------------------------------
@@ -46,6 +47,13 @@ def generator_for(seed: int, *names) -> torch.Generator:
     """Return a CPU generator seeded by a hash of the seed and the names, such as (stage, "step", 7)."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python's random and numpy: a network may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def resized(x, size: int):
@@ -152,40 +160,6 @@ def average_decay(settings: Settings, step: int) -> float:
 LOWER = "give a lower --lr, with --no-resume or in another folder (the last state is kept)"
 
 
-# ---- Before a stage -----------------------------------------------------------------------------------------------
-
-def try_network(make: Callable[[], nn.Module], spec: str, classes: int, plan: Plan, least: int, device) -> None:
-    """Raise BadInput if a network cannot be trained by a plan: its passes fail, or it cannot be copied.
-
-    Forward and backward pass are as in training: channels-last, in its precision, with the functions of cpu_kernels.
-    make: returns the network, anew for each trial, because a pass may leave its results in it. spec: its specification,
-    for the messages. least: the fewest images of a share.
-    """
-    def copied(network):
-        with refused(f"--network {spec} cannot be copied", "; torch.nn.utils.parametrizations.weight_norm can"):
-            return copy.deepcopy(network)
-
-    networks.check_forward(make(), spec, classes, set(plan.sizes), least)
-    model = make()
-    for size in sorted(set(plan.sizes)):
-        tried = copied(model).to(device, memory_format=torch.channels_last).train()
-        images = networks.some_images(least, size).to(device)
-        with refused(f"--network {spec}: a training step fails for {least} images of {size}x{size} in "
-                     f"{plan.settings.precision}"), contextlib.ExitStack() as at_end:
-            if images.device.type == "cpu":
-                at_end.enter_context(fast_on_a_cpu(tried))
-            before = dict(tried.named_buffers())
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.settings.precision == "bfloat16"):
-                logits = tried(images).float()
-            logits.logsumexp(1).sum().backward()
-            after = dict(tried.named_buffers())
-            if others := [name for name in before | after if after.get(name) is not before.get(name)]:
-                raise BadInput(f"--network {spec}: its forward pass makes or replaces the buffer {others[0]}: make it "
-                               "in __init__, and change it in place (copy_, lerp_): states and averages hold that one")
-        if plan.settings.average == 0:  # then the trained weights themselves are copied for an evaluation
-            copied(tried)
-
-
 # ---- A stage ------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(eq=False)
@@ -238,10 +212,10 @@ class Stage:
         self.parts = {key: part for key, part in parts.items() if part is not None}
         self.state = State(
             self.folder / f"{self.name}.state", settings, images=len(self.data), context=self.context,
-            data=fingerprint([self.data.images, self.data.labels]),  # the same number of other images is another run
+            data=tensor_digest([self.data.images, self.data.labels]),  # the same number of other images is another run
             penalty=None if penalty is None else penalty.options() | {"updates": self.penalty_updates},
-            masks=None if self.masks is None else fingerprint(self.masks.factors),
-            teacher=fingerprint(v for each in self.teachers for v in each.state_dict().values())
+            masks=None if self.masks is None else tensor_digest(self.masks.factors),
+            teacher=tensor_digest(v for each in self.teachers for v in each.state_dict().values())
             if self.teachers else None)
         # A CUDA graph records work on one device, at fixed addresses. So the learning rate is read from a tensor, and
         # there is no graph with several processes, AdamW (whose step counts are not on the device), or a penalty in the
@@ -311,7 +285,7 @@ class Stage:
         index = self.order[i * plan.batch_size:(i + 1) * plan.batch_size][plan.mine]
         draws = augmentation.draw(plan.batch_size, generator_for(settings.seed, self.name, "step", step),
                                   settings.augment, mixing=plan.mixing(epoch), mixup_alpha=settings.alpha)[plan.mine]
-        networks.seed_all(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
+        seed_all(generator_for(settings.seed, self.name, "network", step, self.processes.rank).initial_seed())
         turns = self.teachers and settings.teaching == "turns"
         kind = step % len(self.teachers) if turns else None, plan.sizes[step]
         if self.graphs is None:

@@ -40,7 +40,8 @@ from compressed.files import check_outputs, held, save_record, save_text, sha256
 from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
-from training import loop, plan, recipes, sparsity, teachers
+from training import loop, plan, recipes, sparsity, teachers, trial
+from training.replicas import Processes
 from training.runs import (DECISIVE, STAGES, has_same_order, new_record, options_of, other_start, read_stage,
                            training_record, warn_of_seen_images)
 from training.state import MACHINE, State, stop_noted
@@ -115,9 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_options(group, plan.TEACHING)
     group = parser.add_argument_group("training; defaults: " + "; ".join(
         f"{stage} {EPOCHS[stage]} epochs, lr {PEAK_LR[stage]}" for stage in STAGES) + f"; lr of adam {plan.ADAM_LR}")
-    names = [field.name for field in dataclasses.fields(loop.Settings)
+    names = [field.name for field in dataclasses.fields(plan.Settings)
              if field.metadata and field.name not in (*plan.TEACHING, "lr", "step_rate")]
-    plan.add_options(group, names, seed=loop.Settings.seed)
+    plan.add_options(group, names, seed=plan.Settings.seed)
     plan.add_option(group, "--lr", "lr", text="peak learning rate (default: by stage, see above)")
     machine_options(parser.add_argument_group("machine"))
     submission_options(parser.add_argument_group("option names of the submission, so that its commands still work"))
@@ -164,20 +165,20 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     return args, dict(zip(STAGES, others))
 
 
-def settings_for(stage: str, args, device: torch.device) -> loop.Settings:
+def settings_for(stage: str, args, device: torch.device) -> plan.Settings:
     """Return the settings of a stage on a device: the given options, then the stage's defaults; --no-tricks overrides.
     """
     if args.no_tricks:
         args = argparse.Namespace(**vars(args) | recipes.NO_TRICKS)
     chosen = {"epochs": EPOCHS[stage], "lr": plan.ADAM_LR if args.optimizer == "adam" else PEAK_LR[stage],
-              "warmup_epochs": loop.Settings.warmup_epochs,
-              "smoothing": 0.0 if args.teacher else loop.Settings.smoothing, **plan.given(args)}
+              "warmup_epochs": plan.Settings.warmup_epochs,
+              "smoothing": 0.0 if args.teacher else plan.Settings.smoothing, **plan.given(args)}
     chosen["warmup_epochs"] = min(chosen["warmup_epochs"], chosen["epochs"] / 4) if args.warmup else 0
     if args.mixup is not None:
         chosen["mixing"] = "mixup" if args.mixup else "none"
     if not args.smooth:
         chosen["smoothing"] = 0.0
-    return plan.on_device(loop.Settings(**chosen), args, device)
+    return plan.on_device(plan.Settings(**chosen), args, device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +189,24 @@ class Job:
     data: Images
     test: Images
     device: torch.device
-    processes: loop.Processes
+    processes: Processes
     deadline: float  # in time.monotonic()
 
     def file(self, name: str) -> Path:
         return self.args.run / name
 
-    def settings(self, stage: str) -> loop.Settings:
+    def state(self, stage: str) -> State:
+        return State(self.file(f"{stage}.state"))
+
+    def resumes(self, stage: str) -> bool:
+        """Return True if a stage continues from its saved state."""
+        return self.args.resume and self.state(stage).exists
+
+    def keeps_start(self, stage: str) -> bool:
+        """Return True if a stage that began with a --start is resumed: --start may name other weights by now."""
+        return bool(self.by_stage[stage].start) and self.resumes(stage)
+
+    def settings(self, stage: str) -> plan.Settings:
         return settings_for(stage, self.by_stage[stage], self.device)
 
     def say(self, line: str) -> None:
@@ -211,9 +223,8 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
     for stage in stages:
         args = job.by_stage[stage]
         plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
-        least = min(2, *(share.stop - share.start for share in plans[stage].shares))
         make = functools.partial(networks.make, args.network, data_set.classes)
-        loop.try_network(make, args.network, data_set.classes, plans[stage], least, job.device)
+        trial.try_network(make, args.network, data_set.classes, plans[stage], job.device)
         model = make()
         if stage == stages[0] and job.processes.first:
             try:
@@ -223,7 +234,7 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":
-            sparsity.try_penalty(sparsity.make_penalty(args, model))
+            trial.try_penalty(sparsity.make_penalty(args, model))
         elif stage == "masked":
             sparsity.make_masks(options_of_masks(args, job, planned=job.by_stage["rew"] if "rew" in stages else None),
                                 model)
@@ -270,12 +281,12 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
     for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
-    for stage in missing if args.resume else ():
-        if State(job.file(f"{stage}.state")).exists and (stage != missing[0] or other_start(args.run, stage)):
+    for stage in filter(job.resumes, missing):
+        if stage != missing[0] or other_start(args.run, stage):
             raise BadInput(f"{job.file(f'{stage}.state')} was trained from other weights than those of the stage "
                            "before it, perhaps random ones: bring those back, or give --no-resume")
     for stage in missing if args.resume else ():
-        average, state = job.file(f"{stage}.average.pt"), State(job.file(f"{stage}.state"))
+        average, state = job.file(f"{stage}.average.pt"), job.state(stage)
         left = read_stage(job.file(f"{stage}.jsonl")) if average.is_file() and not state.exists else None
         if left and left.lines[-1]["epoch"] < left.settings["epochs"] and not by_stage[stage].start:
             raise BadInput(f"{state.folder} is lost, and {average}, which is left of that stage, would be overwritten: "
@@ -335,17 +346,12 @@ def starting_file(stage: str, args) -> Path | None:
     return args.start or {"rew": args.run / "pretrain.pt", "masked": args.run / "rew.pt"}.get(stage)
 
 
-def goes_on(stage: str, args) -> bool:
-    """Return True if a stage with a --start is resumed: from its own state, because --start may have changed by now."""
-    return bool(args.start) and args.resume and State(args.run / f"{stage}.state").exists
-
-
 def options_of_masks(args, job: Job, say=lambda line: None, planned=None) -> argparse.Namespace:
     """Return the masked stage's options, with what is not given: see sparsity.of_run.
 
     A stage with a --start that is resumed keeps its masks, and so the options that selected them.
     """
-    if not goes_on("masked", args):
+    if not job.keeps_start("masked"):
         return sparsity.of_run(args, say, planned)
     begun = options_of(job.file("masked.options.json"), "give --no-resume")["options"]
     kept = {name: begun.get(name) for name in (*sparsity.OPTIONS, "threshold")}
@@ -362,9 +368,9 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
     Without a dense stage, --rew prints a warning, and --masked-retrain raises BadInput.
     """
     classes, state = job.data.data_set.classes, args.start
-    networks.seed_all(args.seed)  # also for what a network draws and keeps outside its state
-    if goes_on(stage, args):
-        state = args.run / f"{stage}.state"
+    loop.seed_all(args.seed)  # also for what a network draws and keeps outside its state
+    if job.keeps_start(stage):
+        state = job.state(stage).folder
     if state and state.is_dir():
         weights = State(state).read("weights")
         return networks.fill(networks.make(args.network, classes), weights, f"{state} does not fit {args.network}")
@@ -373,9 +379,9 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
-        begun, file = args.resume and State(args.run / f"{stage}.state").exists, job.file(f"{stage}.options.json")
+        begun, file = job.resumes(stage), job.file(f"{stage}.options.json")
         started = begun and file.is_file() and options_of(file)["options"].get("start")
-        if State(args.run / "pretrain.state").exists and not started:
+        if job.state("pretrain").exists and not started:
             raise BadInput(f"{path} is missing, because the dense stage is not finished: repeat its command first, or "
                            "give --start CHECKPOINT")
         if job.processes.first and not begun:
@@ -388,11 +394,11 @@ def record_of(stage: str, args, job: Job) -> dict:
     """Return the STAGE.options.json of a stage; if it is resumed, it started from what was given then."""
     before, file, options = starting_file(stage, args), job.file(f"{stage}.options.json"), vars(args)
     start = {"start_sha256": sha256(before) if before and before.is_file() else None}  # None: random, or a state
-    if args.resume and State(job.file(f"{stage}.state")).exists and file.is_file():
+    if job.resumes(stage) and file.is_file():
         earlier = options_of(file, "give --no-resume")
         start = {key: earlier[key] for key in ("start_sha256",) if key in earlier} | {"code": earlier.get("code")}
         options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
-    taught = {"teachers_sha256": teachers.digests(args.teacher)} if args.teacher else {}
+    taught = {"teachers_sha256": teachers.file_digests(args.teacher)} if args.teacher else {}
     options = sparsity.resolved(options) if stage == "rew" else options
     record = new_record(stage, job.data, job.settings(stage), options, job.processes.count)
     for name, digest in (start.get("code") or {}).items():
@@ -411,7 +417,7 @@ def begin_run(stages: list[str], job: Job) -> None:
         if not job.args.resume:
             job.file(f"{stage}.average.pt").unlink(missing_ok=True)
             if stage != stages[0]:
-                State(job.file(f"{stage}.state")).remove()
+                job.state(stage).remove()
 
 
 def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, plan.Plan]) -> bool:
@@ -419,17 +425,17 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 
     plans: of all stages that this call trains. The folder is changed when the first of them begins, and not earlier.
     """
-    settings, state, stages = job.settings(stage), State(job.file(f"{stage}.state")), list(plans)
+    settings, state, stages = job.settings(stage), job.state(stage), list(plans)
     later = sum(sum(plans[other].pixels) for other in stages[stages.index(stage) + 1:])
     model = model.to(job.device, memory_format=torch.channels_last)
     job.processes.share([*model.parameters(), *model.buffers()])
-    if goes_on(stage, args):
+    if job.keeps_start(stage):
         job.say(f"{stage}: the weights are those of {state.folder}, and --start has no effect")
     penalty = sparsity.make_penalty(args, model, job.say) if stage == "rew" else None
     masks = None
     if stage == "masked":
         args = options_of_masks(args, job, job.say)
-        masks = sparsity.make_masks(args, model, job.say, goes_on(stage, args) and state.read("masks", job.device))
+        masks = sparsity.make_masks(args, model, job.say, job.keeps_start(stage) and state.read("masks", job.device))
     taught_by = [teachers.load(path, args.network, job.data.data_set).to(job.device, memory_format=torch.channels_last)
                  for path in args.teacher]
     record = record_of(stage, args, job)
@@ -497,7 +503,7 @@ def run_stages(job: Job) -> None:
                     with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
                         if job.args.holdout:
                             warn_of_seen_images(training_record(before))
-                        if not options.start_epoch and not goes_on(stage, options) \
+                        if not options.start_epoch and not job.keeps_start(stage) \
                                 and has_same_order(before, stage, options.seed):
                             job.say(f"{stage}: {before} was trained with the same seed, so the images come in the same "
                                     "order again, augmented alike; another --seed changes that")
@@ -507,14 +513,14 @@ def run_stages(job: Job) -> None:
                 break
 
 
-def join_processes(args) -> tuple[loop.Processes, torch.device]:
+def join_processes(args) -> tuple[Processes, torch.device]:
     """Connect to the other processes of torchrun, if there are any; return (Processes, the device of this one)."""
     rank, count, local = environment.processes()
     device = threads.use_device(args.no_cuda, local)
     if count > 1 and not dist.is_initialized():
         with refused(f"the {count} processes do not find each other", "; start them with torchrun"):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return loop.Processes(rank, count), device
+    return Processes(rank, count), device
 
 
 def main(argv=None) -> int:

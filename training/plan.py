@@ -199,6 +199,7 @@ class Plan:
     """The batches, learning rates and image sizes of all steps of a stage.
 
     mine:        slice of a batch on which this process trains; shares: one slice of `mine` for each worker
+    least:       images of the smallest share, 2 at most
     epoch_steps: steps of an epoch; a last partial batch is left out, with other images in each epoch
     steps:       steps of the stage
     lrs, sizes:  learning rate and image size of every step
@@ -225,6 +226,7 @@ class Plan:
                            "and BatchNorm no variance; give a larger --batch-size or other --sizes")
         self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
         self.shares = shares(share, settings.workers)
+        self.least = min(2, *(part.stop - part.start for part in self.shares))
         self.epoch_steps = images // self.batch_size
         self.steps = settings.epochs * self.epoch_steps
         self.lrs = [learning_rate(settings, step, self.steps, self.epoch_steps) for step in range(self.steps)]

@@ -9,7 +9,7 @@ from compressed import networks, threads
 from compressed.cifar100 import Images
 from compressed.errors import BadInput
 from compressed.files import git_commit, load_lines, load_record, sha256
-from training.state import fingerprint
+from training.state import tensor_digest
 
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
 # {option that is no setting but decides a result: the stages whose result it decides}
@@ -32,7 +32,7 @@ def stage_logs(folder) -> list[Path]:
 def new_record(stage: str, data: Images, settings, options: dict, processes: int = 1) -> dict:
     """Return what the STAGE.options.json of a stage that begins says of it, in plain values."""
     record = {"stage": stage, "machine": threads.describe_machine(data.labels.device, processes),
-              "train_images": len(data), "data": fingerprint([data.images, data.labels]),
+              "train_images": len(data), "data": tensor_digest([data.images, data.labels]),
               "data_set": dataclasses.asdict(data.data_set), "commit": git_commit(), "code": code_of(stage, options),
               "settings": dataclasses.asdict(settings), "options": options}
     return json.loads(json.dumps(record, default=str))  # paths as text
@@ -143,9 +143,14 @@ def stage_records(logs) -> list[dict]:
             for stage in map(read_stage, logs) if stage]
 
 
+def options_file(checkpoint) -> Path:
+    """Return the path of the options of a checkpoint's stage, such as STAGE.options.json of STAGE.average.pt."""
+    return Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
+
+
 def trained_here(checkpoint) -> bool:
-    """Return True if the folder of a checkpoint, such as STAGE.average.pt, holds the options of its stage."""
-    return Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json").is_file()
+    """Return True if the folder of a checkpoint holds the options of its stage."""
+    return options_file(checkpoint).is_file()
 
 
 def has_same_order(checkpoint, stage: str, seed: int) -> bool:
@@ -154,9 +159,8 @@ def has_same_order(checkpoint, stage: str, seed: int) -> bool:
     Random numbers depend on the seed, the stage's name and the step alone. So a stage that starts from such weights at
     step 0 trains on the same images again, in the same order, augmented alike.
     """
-    record = Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
-    return (stage_of(checkpoint).split("-")[0] == stage and record.is_file()
-            and options_of(record)["settings"].get("seed") == seed)
+    return (stage_of(checkpoint).split("-")[0] == stage and trained_here(checkpoint)
+            and options_of(options_file(checkpoint))["settings"].get("seed") == seed)
 
 
 def warn_of_seen_images(trained: list[dict]) -> None:

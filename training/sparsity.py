@@ -1,12 +1,10 @@
 """Make the penalty of the reweighted stage and the masks of the masked one from the options of training/main.py."""
 import argparse
-import io
 from pathlib import Path
 
-import torch
 
 from compressed.command_line import number, option_name, some_text
-from compressed.errors import BadInput, refused
+from compressed.errors import BadInput
 from compressed.graph import layers_as_run, weight_layers
 from compressed.networks import brief
 from training import masks, penalties, runs
@@ -131,23 +129,6 @@ def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
         f"{args.sparsity_type or 'irregular'}, {len(layers)} layers")
     return penalties.make(spec, model, layers, **{name: value for name, value in options.items()
                                                   if value is not None and penalties.takes(spec, name)})
-
-
-def try_penalty(penalty: penalties.Penalty) -> None:
-    """Make a step with a penalty on a model that is not needed. Raises BadInput if it fails."""
-    with refused(f"--penalty {penalty.form}: a first step with it fails"):
-        with torch.no_grad():
-            penalty.update(1.0)
-        if penalty.in_loss:
-            penalty.loss().backward()
-        with torch.no_grad():
-            penalty.after_step(1e-6)
-            penalty.record()
-    with refused(f"--penalty {penalty.form}: its state cannot be saved and read again"):
-        content = io.BytesIO()
-        torch.save(penalty.state_dict(), content)
-        content.seek(0)
-        penalty.load_state_dict(torch.load(content, weights_only=True))
 
 
 def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:

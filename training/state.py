@@ -130,7 +130,7 @@ class State:
         return [path for path in self.folder.iterdir() if not path.is_dir()]
 
 
-def fingerprint(tensors) -> str:
+def tensor_digest(tensors) -> str:
     """Return a digest of the values of tensors, by which a state recognises its data, masks and teachers."""
     digest = hashlib.sha256()
     for tensor in tensors:

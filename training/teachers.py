@@ -113,7 +113,7 @@ def checked(path: Path) -> Path:
     return path
 
 
-def digests(paths) -> list[str | None]:
+def file_digests(paths) -> list[str | None]:
     """Return the SHA-256 of each teacher's file: of KAIST's the published one; None where there is no file."""
     return [KAIST[path.name][0] if path.name in KAIST else sha256(path) if path.is_file() else None
             for path in map(Path, paths)]
