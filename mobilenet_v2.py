@@ -76,8 +76,11 @@ class Block(nn.Module):
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.residual:
-            out = out + self.shortcut(x)
+            out = self.gated(out) + self.shortcut(x)
         return self.out(out)
+
+    def gated(self, out):
+        return out  # see GatedBlock
 
 
 class GatedBlock(Block):
@@ -92,14 +95,8 @@ class GatedBlock(Block):
             self.relu3 = activation()
         self.shortcut = self._modules.pop("shortcut")  # after the gate, as in KAIST's files
 
-    def forward(self, x):
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.relu2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.residual:
-            gate = self.fc2(self.relu3(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
-            out = out * gate + self.shortcut(x)
-        return self.out(out)
+    def gated(self, out):
+        return out * self.fc2(self.relu3(self.fc1(out.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class MobileNetV2(nn.Module):

@@ -25,12 +25,10 @@ from compressed.cifar100 import CIFAR100, DataSet
 from compressed.command_line import command_line, run_script
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, without_duplicates
-from compressed.exact_network import exact_network, is_wide, largest_product, probe_logits
+from compressed.exact_network import exact_network, is_wide, largest_products, probe_logits
 from compressed.files import to_json
-from compressed.formats import Activation, Formats, Grid, exponent, found_formats
-from compressed.graph import read as read_graph
-from compressed.graph import weight_layers
-from compressed.integer_network import lowest_bit
+from compressed.formats import Activation, Formats, Grid, exponent, found_formats, lowest_bits
+from compressed.graph import read, weight_layers
 
 REORDERED = "not known, the images of this copy are not in the published order"
 
@@ -49,11 +47,12 @@ def largest_sum(terms: list[tuple], low: float = 2.0**-149, high: float = 2.0**1
 
 def layer_terms(layer: nn.Module, grid: Grid, source: Activation, step: float, biased: bool) -> list[tuple]:
     """Return the terms of a layer's sums as `largest_sum` takes them. step: of the codes of `source`, its input."""
-    bounds = [max(-low, high) for low, high in counting.reach(grid.codes(layer.weight), source)]
+    bounds = largest_products(layer, grid, source)
     terms = [(step * torch.tensor(grid.steps, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64))]
     if biased and layer.bias is not None and layer.bias.any():
-        smallest = 2.0**min(lowest_bit(value) for value in layer.bias.tolist() if value)
-        terms.append((smallest, layer.bias.detach().double().abs() / smallest))
+        bias = layer.bias.detach().double()
+        smallest = 2.0**int(lowest_bits(bias[bias != 0]).min())
+        terms.append((smallest, bias.abs() / smallest))
     return terms
 
 
@@ -66,7 +65,7 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
     up to which float64 is exact.
     """
     sums = [0]
-    for point in read_graph(model).points:
+    for point in read(model).points:
         value = []  # what is added up to it in float32
         for branch in point.branches:
             if branch.kind in ("pixels", "function", "norm"):
@@ -97,9 +96,9 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
 
 def too_wide(model, formats: Formats) -> str | None:
     """Return the name of a layer whose sums of products of codes may not fit 32 bits; None if there is none."""
-    for branch in (each for each in read_graph(model).layers if each.kind == "layer"):
+    for branch in (each for each in read(model).layers if each.kind == "layer"):
         layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
-        if grid.steps and largest_product(layer, grid, formats.activations[branch.source]) >= 2**31:
+        if grid.steps and max(largest_products(layer, grid, formats.activations[branch.source])) >= 2**31:
             return branch.name
     return None
 
@@ -131,40 +130,40 @@ def total_lines(summary: dict) -> list[str]:
             "  " + ", ".join(f"{kind} {bits:,}" for kind, bits in storage.items() if kind != "total") + " bits"]
 
 
-def float_network(read: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, list[str]]:
+def float_network(checkpoint: checkpoints.Checkpoint, normalise) -> tuple[nn.Module, list[str]]:
     """Return (a network without a claim, in float32; lines to print about it). normalise: as in --normalise."""
-    network, lines = read.model, ["no claim: evaluated in float32, widths as found in the values"]
+    network, lines = checkpoint.model, ["no claim: evaluated in float32, widths as found in the values"]
     if normalise is not None:
         network = normalisation.Renormalised(network, *normalise)
         lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
     else:
         lines.append("input (pixel - 128) / 64; if it was trained elsewhere with another one, give --normalise")
-    run = {branch.name for branch in read_graph(read.model).layers}
-    if unused := sum(layer.weight.numel() for name, layer in weight_layers(read.model) if name not in run):
+    run = {branch.name for branch in read(checkpoint.model).layers}
+    if unused := sum(layer.weight.numel() for name, layer in weight_layers(checkpoint.model) if name not in run):
         lines.append(f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, "
                      "but not in the storage")
     return network.to(memory_format=torch.channels_last), lines
 
 
-def claimed_network(read: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
+def claimed_network(checkpoint: checkpoints.Checkpoint) -> tuple[nn.Module, list[str]]:
     """Return (the network, quantized as the claim says, and lines to print about it).
 
-    Adds what the claim gets wrong to read.problems.
+    Adds what the claim gets wrong to checkpoint.problems.
     """
-    claim, problems = read.claim, read.problems
-    network = exact_network(read.model, claim["activations"])
+    claim, problems = checkpoint.claim, checkpoint.problems
+    network = exact_network(checkpoint.model, claim["activations"])
     steps = {entry["name"]: float(entry["step"]) for entry in claim["activations"]}
-    bound = exactness(read.model, read.formats, steps)
-    if wide := too_wide(read.model, read.formats):
+    bound = exactness(checkpoint.model, checkpoint.formats, steps)
+    if wide := too_wide(checkpoint.model, checkpoint.formats):
         problems.append(f"{wide}: its sums may need more than the 32 bits that are counted for them")
     if bound > 2**24:
         problems.append("sums of products may exceed 2^24: the accuracy may differ by an image or two between machines")
-    packed = read.claim_file == read.path  # alone: it records no logits
+    packed = checkpoint.claim_file == checkpoint.path  # alone: it records no logits
     same = probe_logits(network) == claim.get("probe_logits")
     if not same and not packed:
         problems.append("the logits of the fixed made-up batch are not those recorded in the claim")
     said = "as recorded, to the last bit" if same else "not recorded" if packed else "NOT as recorded"
-    lines = [f"weights and activations quantized as claimed by {read.claim_file.name}; the largest "
+    lines = [f"weights and activations quantized as claimed by {checkpoint.claim_file.name}; the largest "
              f"sum that float32 may have to hold is {bound:,} steps, and it is exact to {2**24:,}",
              f"logits of the fixed made-up batch: {said}"]
     if unchecked := claims.unchecked(claim):
@@ -182,15 +181,16 @@ def same_images(claimed: dict, data_set: DataSet) -> bool:
     return data_set.digest is not None and claimed | {"name": data_set.name} == dataclasses.asdict(data_set)
 
 
-def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
+def measured(network: nn.Module, args, checkpoint: checkpoints.Checkpoint) -> dict:
     """Evaluate a network on the test images; return {"data", "loss", "correct", "images"}, or {} if that fails.
 
     For CIFAR-100's test set it has "without_duplicates" too: {"correct", "images"} of the images without a
-    near-duplicate in the train set, or None if these are not known. Adds what the claim gets wrong to read.problems.
+    near-duplicate in the train set, or None if these are not known. Adds what the claim gets wrong to
+    checkpoint.problems.
     """
-    claim, problems = read.claim, read.problems
+    claim, problems = checkpoint.claim, checkpoint.problems
     try:
-        data, name = datasets.chosen(args, "test", network=read.model)
+        data, name = datasets.chosen(args, "test", network=checkpoint.model)
         loss, right = evaluate(network, data)
     except (BadInput, OSError) as error:
         problems.append(f"the accuracy was not verified: {error}")
@@ -203,7 +203,7 @@ def measured(network: nn.Module, args, read: checkpoints.Checkpoint) -> dict:
     if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
         name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
     if claimed is None:
-        problems.append(f"the accuracy was not verified: {read.claim_file} claims none")
+        problems.append(f"the accuracy was not verified: {checkpoint.claim_file} claims none")
     elif not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
         problems.append(f"the accuracy was not verified: tested on {len(data)} {name} images, the claim has {claimed}")
     elif data_set not in (None, dataclasses.asdict(data.data_set)):
@@ -246,20 +246,21 @@ def main(argv=None) -> int:
     parser.add_argument("--summary", action="store_true", help="leave out the row for every tensor")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
-    read = checkpoints.read(args.checkpoint, args.network)
-    claim, problems = read.claim, read.problems
+    checkpoint = checkpoints.read(args.checkpoint, args.network)
+    claim, problems = checkpoint.claim, checkpoint.problems
     if claim is not None and args.normalise is not None:
-        raise BadInput(f"--normalise is for a checkpoint without a claim: the input of {read.path} is as claimed")
-    network, lines = float_network(read, args.normalise) if claim is None else claimed_network(read)
+        raise BadInput(f"--normalise is for a checkpoint without a claim: the input of {checkpoint.path} is as claimed")
+    network, lines = float_network(checkpoint, args.normalise) if claim is None else claimed_network(checkpoint)
     if not args.json:  # at once: the images take a while
-        print("\n".join([f"{read.path}, SHA-256 {read.sha256}", *lines]), flush=True)
-    found = measured(network, args, read)
-    tensors = counting.tensor_rows(read.model, found_formats(read.model))
-    summary = counting.summary(read.model, read.formats)
-    if claim is not None and claim.get("counts", summary if read.claim_file == read.path else None) != summary:
+        print("\n".join([f"{checkpoint.path}, SHA-256 {checkpoint.sha256}", *lines]), flush=True)
+    found = measured(network, args, checkpoint)
+    tensors = counting.tensor_rows(checkpoint.model, found_formats(checkpoint.model))
+    summary = counting.summary(checkpoint.model, checkpoint.formats)
+    packed = checkpoint.claim_file == checkpoint.path  # alone: it records no counts
+    if claim is not None and claim.get("counts", summary if packed else None) != summary:
         problems.append("the counts in the claim are not those of the file")
     if args.json:
-        print(to_json({"checkpoint": str(read.path), "sha256": read.sha256} | found
+        print(to_json({"checkpoint": str(checkpoint.path), "sha256": checkpoint.sha256} | found
                       | {"tensors": tensors, "counts": summary, "problems": problems}, indent=1))
     else:
         rows = [] if args.summary else ["", *tensor_lines(tensors)]

@@ -48,11 +48,12 @@ from compressed import datasets
 from compressed.cifar100 import Images
 from compressed.command_line import command_line, number, run_script, some_path, some_text
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, load_record, save_json
+from compressed.files import load_json, load_record, save_json
 from compressed.networks import load_checkpoint
 from tools import methods
 from training import main as training
 from training import masks, plan, sparsity
+from training.runs import load_lines
 from training.state import stop_noted
 
 METHODS = ("proximal", "plain", "loss", "magnitude", "one-shot", "dense")

@@ -6,11 +6,11 @@ from torch import nn
 
 from compressed import claims, mnet
 from compressed.command_line import some_file
-from compressed.errors import BadInput
+from compressed.errors import BadInput, brief
 from compressed.files import sha256
 from compressed.formats import Formats, found_formats
 from compressed.graph import prepare
-from compressed.networks import DEFAULT, brief, followed, load_checkpoint
+from compressed.networks import DEFAULT, followed, load_checkpoint
 
 CHECKPOINT = "cifar100_mobilenetv2.pt"
 SHIPPED = Path(__file__).resolve().parent.parent / CHECKPOINT

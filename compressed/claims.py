@@ -29,7 +29,7 @@ from torch import nn
 
 from compressed import counting, networks
 from compressed.cifar100 import MEAN, STD
-from compressed.errors import BadInput
+from compressed.errors import BadInput, brief
 from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_record, save_record, sha256
 from compressed.formats import (HALVES, NOT_FOLDED, WORD, Activation, Formats, Grid, exponent, found_formats, is_half,
@@ -193,5 +193,5 @@ def stated_formats(model: nn.Module, claim: dict) -> Formats:
     """Return the claimed formats. Raises BadInput if one is missing, or if the network's values do not fit it."""
     formats, problems = hold(claim, "the claim", model)
     if problems:
-        raise BadInput(f"the claim does not fit the network: {networks.brief(problems)}")
+        raise BadInput(f"the claim does not fit the network: {brief(problems)}")
     return formats

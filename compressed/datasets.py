@@ -48,12 +48,13 @@ def option_words(args) -> list[str]:
             *(["--made-up", str(args.made_up)] if args.made_up else [])]
 
 
-def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> tuple[Images, str]:
+def chosen(args, split: str, device="cpu", network: nn.Module | None = None,
+           most: int | None = None) -> tuple[Images, str]:
     """Return (images, their name) of the split "train" or "test", as the options say.
 
     The name is "test", "train", "hold-out" or "made up"; the data set's name goes before it unless that is CIFAR-100.
-    network: BadInput if this prepared network (see graph.prepare) has another number of classes. If args.images is set,
-    only that many images: the first in canonical order.
+    network: BadInput if this prepared network (see graph.prepare) has another number of classes. most: the number of
+    images, the first in canonical order; None: all.
     """
     classes = None if network is None else read(network).points[-1].shape[0]
     if args.made_up and args.data:
@@ -73,8 +74,7 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None) -> 
         raise BadInput(misfit.format(classes, data.data_set.classes))
     if data.data_set.digest and data.data_set != cifar100.CIFAR100:
         name = f"{data.data_set.name} {name}"
-    few = getattr(args, "images", None)
-    return dataclasses.replace(data, images=data.images[:few], labels=data.labels[:few]), name
+    return dataclasses.replace(data, images=data.images[:most], labels=data.labels[:most]), name
 
 
 def check_same(data_set: DataSet, theirs: dict | None, what) -> None:

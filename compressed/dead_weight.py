@@ -29,7 +29,7 @@ def origins(branch: Branch, channels: int) -> Tensor:
     return (branch.index - 1) // (branch.elements // channels)
 
 
-def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
+def remove_unread(model: nn.Module, order: tuple[Point, ...]) -> None:
     """Remove what computes a channel that is never read, from the logits to the image."""
     needed = {point.name: torch.zeros(point.shape[0], dtype=torch.bool) for point in order}
     needed[order[-1].name][:] = True
@@ -52,7 +52,7 @@ def backward(model: nn.Module, order: tuple[Point, ...]) -> None:
                 needed[source] = needed[source] | used
 
 
-def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+def constant_outputs(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
     """Return (bool [C]: output channels of a branch that only zeros reach; the constant that the branch adds to them).
 
     zero: {activation point: its channels that are always zero}. Weights that read those are set to zero.
@@ -81,11 +81,11 @@ def nothing(model: nn.Module, branch: Branch, zero: dict[str, Tensor]) -> tuple[
     return zero[branch.source], 0.0
 
 
-def forward(model: nn.Module, order: tuple[Point, ...], steps: dict[str, float]) -> None:
+def remove_constant(model: nn.Module, order: tuple[Point, ...], steps: dict[str, float]) -> None:
     """Remove what reads a channel that is always zero, from the image to the logits."""
     zero = {}
     for point in order:
-        found, shifts = zip(*(nothing(model, branch, zero) for branch in point.branches))
+        found, shifts = zip(*(constant_outputs(model, branch, zero) for branch in point.branches))
         if point is order[-1]:
             return
         code = torch.round(torch.as_tensor(sum(shifts)) / steps[point.name])
@@ -112,6 +112,6 @@ def remove(model: nn.Module, activations: list[dict]) -> dict[str, int]:
     last = None
     while last != nonzeros():
         last = nonzeros()
-        backward(model, order)
-        forward(model, order, steps)
+        remove_unread(model, order)
+        remove_constant(model, order, steps)
     return {kind: before[kind] - last[kind] for kind in before}

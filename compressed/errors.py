@@ -11,6 +11,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
+def brief(problems: list[str]) -> str:
+    """Return the first three problems, and the number of the others."""
+    return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if problems[3:] else "")
+
+
 @contextlib.contextmanager
 def refused(what: str, remedy: str = "", errors=Exception):
     """Raise BadInput, "what (reason)remedy", in place of such errors in the block. BadInput itself passes unchanged."""

@@ -150,15 +150,15 @@ class WideConv2d(nn.Conv2d):
         return self._conv_forward(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
 
 
-def largest_product(layer: nn.Module, grid: Grid, source: Activation) -> int:
-    """Return how large a layer's sum of products of codes can become; the grid must have steps."""
-    return max(max(-low, high) for low, high in reach(grid.codes(layer.weight), source))
+def largest_products(layer: nn.Module, grid: Grid, source: Activation) -> list[int]:
+    """Return how large each output channel's sum of products of codes can become; the grid must have steps."""
+    return [max(-low, high) for low, high in reach(grid.codes(layer.weight), source)]
 
 
 def is_wide(layer: nn.Conv2d, source: Activation) -> bool:
     """Return True if a convolution of codes may have sums beyond 2^24 steps; its weights are multiples of a step."""
     grid = found_grid(layer.weight)
-    return bool(grid.steps) and largest_product(layer, grid, source) > 2**24
+    return bool(grid.steps) and max(largest_products(layer, grid, source)) > 2**24
 
 
 def check_input(graph: Graph) -> None:

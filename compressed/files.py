@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import secrets
 import subprocess
@@ -198,19 +197,6 @@ def find_toml(name, folder: Path, what: str) -> Path:
 def load_json(path) -> dict:
     """Return the object in a JSON file. Raises BadInput if it is missing, damaged, or not an object."""
     return parsed(path, "JSON", from_json)
-
-
-def load_lines(path) -> list[dict]:
-    """Return the lines of a stage's log, JSON objects with "step" and "epoch". Raises BadInput, naming the line, for
-    others."""
-    lines = []
-    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
-        with refused(f"{path}: line {number} is no line of a log", "; remove the file, or restore it"):
-            lines.append(from_json(text))
-            step, epoch = lines[-1]["step"], lines[-1]["epoch"]
-            if type(step) is not int or type(epoch) not in (int, float) or not 0 < epoch < math.inf:
-                raise ValueError("its step is no integer, or its epoch no number above 0")
-    return lines
 
 
 def digest(record: dict) -> str:

@@ -130,13 +130,17 @@ class Grid:
         return (values.detach().double() / self.steps_of(values)).round().long()
 
 
-def _power_of_two(values: Tensor) -> Grid | None:
-    """Return the coarsest grid with a power-of-two step that holds the values (float64, none zero) exactly, or None."""
+def lowest_bits(values: Tensor) -> Tensor:
+    """Return e of the lowest bit 2^e that is set in each value (float64, none zero)."""
     fraction, exponent = torch.frexp(values)
     significand = (fraction * 2.0**53).long()  # exact: a float64 has 53 bits
-    lowest = torch.frexp((significand & -significand).double())[1] - 1  # position of the lowest bit that is set
-    finest = int((exponent - 53 + lowest).min())
-    if int(exponent.max()) - finest > INTEGER_BITS:
+    return exponent - 54 + torch.frexp((significand & -significand).double())[1]
+
+
+def _power_of_two(values: Tensor) -> Grid | None:
+    """Return the coarsest grid with a power-of-two step that holds the values (float64, none zero) exactly, or None."""
+    finest = int(lowest_bits(values).min())
+    if int(torch.frexp(values)[1].max()) - finest > INTEGER_BITS:
         return None
     codes = values * 2.0**-finest
     bits = signed_bits(int(codes.min()), int(codes.max()))

@@ -35,7 +35,7 @@ from compressed.claims import stated_formats
 from compressed.counting import reach
 from compressed.errors import BadInput
 from compressed.exact_network import RELU6, table
-from compressed.formats import Activation, is_folded, stored_exponent
+from compressed.formats import Activation, is_folded, lowest_bits, stored_exponent
 from compressed.graph import Window
 
 # ---- Sums of products of codes -------------------------------------------------------------------
@@ -125,12 +125,6 @@ class Term:
     codes: Tensor | None = None
 
 
-def lowest_bit(x: float) -> int:
-    """Return e of the lowest bit 2^e that is set in x, which is not 0."""
-    numerator, denominator = x.as_integer_ratio()
-    return (numerator & -numerator).bit_length() - denominator.bit_length()
-
-
 class Value:
     """The value of an activation point: the sum of its terms. It is rounded to codes unless it has no step (logits).
 
@@ -144,7 +138,8 @@ class Value:
         self.dtype = torch.int8 if low < 0 else torch.uint8
         parts = torch.stack([torch.full_like(terms[0].scale, step / 2)]
                             + [part for term in terms for part in (term.scale, term.shift)])
-        self.exponents = [min((lowest_bit(x) for x in channel if x), default=0) for channel in parts.T.tolist()]
+        lowest = lowest_bits(parts.where(parts != 0, 2.0**1000)).amin(0)  # a zero has no bits
+        self.exponents = lowest.where(parts.any(0), 0).tolist()
         if not step:
             self.exponents = [min(self.exponents)] * len(self.exponents)  # logits are compared with each other
         units = 2.0**torch.tensor(self.exponents, dtype=torch.float64)

@@ -28,7 +28,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from compressed.cifar100 import CLASSES
 from compressed.command_line import some_text
-from compressed.errors import BadInput, refused
+from compressed.errors import BadInput, brief, refused
 from compressed.files import save_tensors, sha256
 
 DEFAULT = "mobilenet_v2:MobileNetV2"
@@ -270,11 +270,6 @@ def fault(key: str, value: torch.Tensor) -> str | None:
     if key.endswith("running_var") and (value < 0).any():
         return "holds a variance below zero"
     return None
-
-
-def brief(problems: list[str]) -> str:
-    """Return the first three problems, and the number of the others."""
-    return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if problems[3:] else "")
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Module:

@@ -38,11 +38,12 @@ from compressed import checkpoints, cifar100, claims, datasets, grids, kaist, ke
 from compressed import files as files_module
 from compressed.command_line import command_line, number, run_script
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, save_record, save_tensors, sha256
+from compressed.files import load_json, save_record, save_tensors, sha256
 from compressed.networks import load_checkpoint
 from small import CLASSES, WIDTH, tiny_network
 from tiny import Tiny
 from training import loop, main as training, recipes, teachers
+from training.runs import load_lines
 from training.state import State
 
 WEIRD = (None, True, "", "x", "nan", -1, 0, 1, 10**9, 10**30, 1e308, 0.5, -0.0, float("nan"), float("inf"), [], {}, [1],

@@ -20,8 +20,8 @@ from tools import report
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from tools import export_onnx  # noqa: E402
-from tools.export_onnx import Exporter, main, session  # noqa: E402
+from tools import export_onnx
+from tools.export_onnx import Exporter, main, session
 
 
 @pytest.fixture(scope="module")

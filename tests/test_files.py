@@ -13,6 +13,7 @@ from compressed import claims
 from compressed import command_line as scripts
 from compressed import files
 from compressed.errors import BadInput
+from training.runs import load_lines
 
 
 def names(folder):
@@ -272,7 +273,7 @@ def test_an_altered_record_is_refused(tmp_path):
 def test_a_line_of_a_log_has_a_step_and_an_epoch(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"step": 1, "epoch": 0.5}\n' + line)
     with pytest.raises(BadInput, match="line 2 is no line of a log"):
-        files.load_lines(tmp_path / "a.jsonl")
+        load_lines(tmp_path / "a.jsonl")
 
 
 def test_results_of_a_checkpoint_that_was_replaced_are_not_recorded(tmp_path):

@@ -24,12 +24,12 @@ from compressed.checkpoints import CHECKPOINT
 from compressed.command_line import needed
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network, probe_logits
-from compressed.files import load_json, load_lines, save_record, sha256
+from compressed.files import load_json, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
 from small import save_stage
 from tools import methods, report, shipping
-from training.runs import read_stages, stage_logs
+from training.runs import load_lines, read_stages, stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in (*report.PAGES, "training/README.md")}

@@ -42,8 +42,7 @@ def main(argv=None) -> int:
     parser.add_argument("checkpoints", nargs="+", type=some_path, metavar="CHECKPOINT")
     parser.add_argument("--teacher", nargs="+", type=some_path, metavar="F", default=list(map(Path, teachers.KAIST)),
                         help="teachers, as for training/main.py (default: KAIST AI's four)")
-    # not args.images, by which datasets.chosen would cut the data
-    parser.add_argument("--images", dest="count", type=number(int, 2, 10**6), default=3000, metavar="N",
+    parser.add_argument("--images", type=number(int, 2, 10**6), default=3000, metavar="N",
                         help="number of images (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=12345, help="random seed (%(default)s)")
     networks.add_option(parser, "the claim")
@@ -53,7 +52,7 @@ def main(argv=None) -> int:
     models = {path: read(path, args.network) for path in args.checkpoints}
     data = datasets.chosen(args, "train")[0]
     taught_by = [teachers.load(path, args.network, data.data_set) for path in args.teacher]
-    mixed = mixed_images(data, args.count, torch.Generator().manual_seed(args.seed))
+    mixed = mixed_images(data, args.images, torch.Generator().manual_seed(args.seed))
     expected = sum(answers(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, model in models.items():

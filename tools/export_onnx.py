@@ -368,7 +368,7 @@ def main(argv=None) -> int:
     if not verify:
         return 0
 
-    data, name = datasets.chosen(args, "test", network=model)
+    data, name = datasets.chosen(args, "test", network=model, most=args.images)
     if args.record:
         datasets.check_same(data.data_set, claim.get("data_set"), checkpoint)
     found = kernels(content)

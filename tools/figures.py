@@ -10,8 +10,8 @@ board_figure      accuracy against score, of what is shipped here and the challe
 from compressed import environment
 
 environment.draw_into_files()
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, GREEN, RED, PURPLE = "#3465a4", "#e07b00", "#9a9a9a", "#4e9a06", "#a40000", "#75507b"
 COLOURS = (BLUE, GREY, GREEN, ORANGE, RED, PURPLE, *plt.colormaps["Set3"].colors)  # more than there are kinds

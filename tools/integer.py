@@ -72,7 +72,7 @@ def main(argv=None) -> int:
         claims.recordable(args.checkpoint)  # before anything is computed
     model, claim = checkpoints.load(args.checkpoint, args.network)
     network = IntegerNetwork(model, claim)
-    data, name = datasets.chosen(args, "test", network=model)
+    data, name = datasets.chosen(args, "test", network=model, most=args.images)
     if args.record:
         datasets.check_same(data.data_set, claim.get("data_set"), args.checkpoint)
     report = compare(network, exact_network(model, claim["activations"]), data)

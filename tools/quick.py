@@ -10,8 +10,9 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.command_line import command_line, run_python, run_script
-from compressed.files import held, load_lines, locked
+from compressed.files import held, locked
 from tools import shipping
+from training.runs import load_lines
 
 ROOT, RUN = shipping.ROOT, Path("runs/quick")
 DATA = ("--made-up", "1000")

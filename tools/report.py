@@ -17,11 +17,11 @@ from compressed import checkpoints, claims, counting, networks
 from compressed.command_line import command_line, needed, run_script, some_path
 from compressed.counting import CONVENTIONS
 from compressed.errors import BadInput
-from compressed.files import load_json, load_lines, replacing, save_text
+from compressed.files import load_json, replacing, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
 from tools import methods, shipping
-from training.runs import images_trained, options_of, read_stage, stage_logs
+from training.runs import images_trained, load_lines, options_of, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}

@@ -26,7 +26,7 @@ from compressed import threads
 from compressed.cifar100 import IMAGE_SIZE, Images
 from compressed.errors import BadInput, refused
 from compressed.evaluation import evaluate
-from compressed.files import load_lines, save_text, to_json
+from compressed.files import save_text, to_json
 from compressed.graph import weight_layers
 from compressed.networks import half_state, save_state
 from training import augmentation
@@ -38,7 +38,8 @@ from training.muon import Muon, begin_momentum, turned_weights
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas, running_statistics
-from training.state import AGAIN, State, tensor_digest, stop_noted
+from training.runs import load_lines
+from training.state import AGAIN, State, stop_noted, tensor_digest
 
 
 # ---- A step: random numbers, loss, optimizer, weight average -----------------------------------------------------

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from compressed import networks, threads
 from compressed.cifar100 import Images
-from compressed.errors import BadInput
-from compressed.files import git_commit, load_lines, load_record, sha256
+from compressed.errors import BadInput, refused
+from compressed.files import from_json, git_commit, load_record, sha256
 from training.state import tensor_digest
 
 STAGES = ("pretrain", "rew", "masked")  # of training/main.py; quantize.py adds the stage "quantized"
@@ -36,6 +36,19 @@ def new_record(stage: str, data: Images, settings, options: dict, processes: int
               "data_set": dataclasses.asdict(data.data_set), "commit": git_commit(), "code": code_of(stage, options),
               "settings": dataclasses.asdict(settings), "options": options}
     return json.loads(json.dumps(record, default=str))  # paths as text
+
+
+def load_lines(path) -> list[dict]:
+    """Return the lines of a stage's log, JSON objects with "step" and "epoch". Raises BadInput, naming the line, for
+    others."""
+    lines = []
+    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
+        with refused(f"{path}: line {number} is no line of a log", "; remove the file, or restore it"):
+            lines.append(from_json(text))
+            step, epoch = lines[-1]["step"], lines[-1]["epoch"]
+            if type(step) is not int or type(epoch) not in (int, float) or not 0 < epoch < math.inf:
+                raise ValueError("its step is no integer, or its epoch no number above 0")
+    return lines
 
 
 def stage_of(path) -> str:

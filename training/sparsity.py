@@ -4,9 +4,8 @@ from pathlib import Path
 
 
 from compressed.command_line import number, option_name, some_text
-from compressed.errors import BadInput
+from compressed.errors import BadInput, brief
 from compressed.graph import layers_as_run, weight_layers
-from compressed.networks import brief
 from training import masks, penalties, runs
 
 OPTIONS = ("target_sparsity", "sparsity_type", "config_file")  # the masked stage takes these from the stage before
