@@ -260,6 +260,33 @@ def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fi
                             args.resume, args.network, others, args.normalise)
 
 
+def check_places(args) -> None:
+    """Raise BadInput if something that must not be replaced is where a file will be written."""
+    claim_file = claims.claim_path(args.out)
+    for file in (args.out, claim_file) if not args.replace else ():  # the default is the name of the shipped network
+        if file.exists():
+            raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
+    weights = [f"{stage_of(args.out)}.pt", f"{stage_of(args.out)}.average.pt"]
+    if args.out != args.checkpoint and args.out.name in weights and trained_here(args.out):
+        raise BadInput(f"{args.out} is the name of a stage's weights in that run folder: give --out another name")
+    tuned = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl") if args.epochs]
+    check_outputs([args.out, claim_file, *tuned],
+                  [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
+    if claim_file.is_file() and "digest" not in load_json(claim_file):
+        raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
+
+
+def say_tuning(tuning: fine_tune.Tuning, given) -> None:
+    """Print how the network will be fine-tuned, and which of the options that were given have no effect on that."""
+    settings = tuning.settings
+    for name, need in plan.without_effect(settings, tuning.teachers).items():
+        if name in given:
+            print(f"{option_name(name)} has no effect without {need}")
+    print(f"to fine-tune: {settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}, lr "
+          f"{settings.lr:g}{f', turn {settings.turn:g}' if settings.optimizer == 'muon' else ''}, mixing "
+          f"{settings.mixing}, {len(tuning.teachers)} teachers", flush=True)
+
+
 def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:
     """Return a claim's entry "accuracy" of the network that was evaluated last."""
     last = accuracies.steps[-1]
@@ -271,18 +298,7 @@ def accuracy_of(accuracies: Accuracies, data_name: str, data_folder) -> dict:
 def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
-    claim_file = claims.claim_path(args.out)
-    for file in (args.out, claim_file) if not args.replace else ():  # the default is the name of the shipped network
-        if file.exists():
-            raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
-    weights = [f"{stage_of(args.out)}.pt", f"{stage_of(args.out)}.average.pt"]
-    if args.out != args.checkpoint and args.out.name in weights and trained_here(args.out):
-        raise BadInput(f"{args.out} is the name of a stage's weights in that run folder: give --out another name")
-    tuned_files = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl")]
-    check_outputs([args.out, claim_file, *(tuned_files if args.epochs else ())],
-                  [args.checkpoint, *args.teacher, *filter(None, (args.table, args.activation_bits))], suffix=".pt")
-    if claim_file.is_file() and "digest" not in load_json(claim_file):
-        raise BadInput(f"{claim_file}, which would be replaced, is no claim: give another --out")
+    check_places(args)
     if args.holdout:
         warn_of_seen_images(args.trained)
     elif not args.made_up:
@@ -306,14 +322,8 @@ def main(argv=None) -> int:
         record = options_of(options_file(args.checkpoint))
         datasets.check_same(train_data.data_set, record.get("data_set"), args.checkpoint)
     tuning = tuning_options(args, train_data.data_set, device)
-    for name, need in plan.without_effect(tuning.settings, tuning.teachers).items() if tuning else ():
-        if name in args.given:
-            print(f"{option_name(name)} has no effect without {need}")
     if tuning:
-        settings = tuning.settings
-        print(f"to fine-tune: {settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}, "
-              f"lr {settings.lr:g}{f', turn {settings.turn:g}' if settings.optimizer == 'muon' else ''}, mixing "
-              f"{settings.mixing}, {len(tuning.teachers)} teachers", flush=True)
+        say_tuning(tuning, args.given)
     accuracies = Accuracies(test_data)
     model = quantize(model, train_data, chosen, tuning, accuracies).to("cpu", memory_format=torch.channels_last)
     # what is shipped is exact, and verified, on a CPU
@@ -333,7 +343,7 @@ def main(argv=None) -> int:
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
                     "training": args.trained + tuned}}, args.out, args.network)
-    print(f"wrote {args.out} and {claim_file}")
+    print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 
 

@@ -9,22 +9,21 @@ from compressed.command_line import number, some_path
 from compressed.files import try_to_write
 
 
-def add_options(parser, batch_size: str, output: str = "--json", rounds: int | None = 3) -> None:
-    """Add --batch-size, --rounds, --no-cuda and an option for a file to write. batch_size: text on its default."""
+def add_options(parser, batch_size: str, rounds: int | None = 3) -> None:
+    """Add --batch-size, --rounds (unless that is None), --no-cuda and --json. batch_size: text on its default."""
     parser.add_argument("--batch-size", type=number(int, 2, 10**6), metavar="B",
                         help=f"images per step (default: {batch_size})")
     if rounds:
         parser.add_argument("--rounds", type=number(int, 1, 10**6), default=rounds, metavar="R",
                             help="times that each alternative is measured (%(default)s)")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a CUDA device")
-    parser.add_argument(output, type=some_path, metavar="F", help="also write the results to F")
+    parser.add_argument("--json", type=some_path, metavar="F", help="also write the results to F")
 
 
-def begin(args, output) -> tuple[torch.device, dict]:
-    """Return (device, description of the machine), which is printed. output: path to be written to in the end, or None.
-    """
-    if output:
-        try_to_write(output)
+def begin(args) -> tuple[torch.device, dict]:
+    """Return (device, description of the machine), which is printed. Raises BadInput if --json cannot be written."""
+    if args.json:
+        try_to_write(args.json)
     device = threads.use_device(args.no_cuda)
     machine = threads.describe_machine(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)

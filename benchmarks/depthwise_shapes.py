@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     parser = command_line(__doc__)
     add_options(parser, "512 on CUDA, else 64", rounds=10)
     args = parser.parse_args(argv)
-    device, machine = begin(args, args.json)  # on a CPU one thread, as a worker of training has
+    device, machine = begin(args)  # on a CPU one thread, as a worker of training has
     batch = args.batch_size or (512 if device.type == "cuda" else 64)
     here = [name for name in VARIANTS
             if name != COMPILED or device.type == "cpu" and kernels.library(torch.bfloat16) is not None]

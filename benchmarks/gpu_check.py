@@ -1,6 +1,6 @@
 """Check a GPU in a few minutes: kernels against PyTorch's, whole steps as CUDA graphs, and the tests that need a GPU.
 
-    python -m benchmarks.gpu_check [--batch-size 256] [--seconds 300] [--out gpu_check.json]
+    python -m benchmarks.gpu_check [--batch-size 256] [--seconds 300] [--json F]
 
 1. The tests marked `cuda`, and those that compare the kernels with float64 at odd sizes.
 2. Every layer of MobileNetV2 and SmallMobileNetV2 that training/gpu_kernels.py can compute: time forward and backward
@@ -129,11 +129,11 @@ def run_tests(words: list[str], limit: float) -> str:
 
 def main(argv=None) -> int:
     parser = command_line(__doc__)
-    add_options(parser, "256", "--out", rounds=None)
+    add_options(parser, "256", rounds=None)
     parser.add_argument("--seconds", type=number(float, 1, 10**6), default=300, help="(%(default)s)")
     args = parser.parse_args(argv)
     start, batch = time.monotonic(), args.batch_size or 256
-    device, machine = begin(args, args.out)
+    device, machine = begin(args)
     if device.type != "cuda":
         raise BadInput("there is no CUDA device; on a CPU run pytest tests/test_kernels.py")
     found = {"machine": machine, "batch_size": batch, "layers": {}, "steps": {}}
@@ -143,8 +143,8 @@ def main(argv=None) -> int:
 
     def keep() -> None:
         found["seconds"] = time.monotonic() - start
-        if args.out:
-            save_json(found, args.out)
+        if args.json:
+            save_json(found, args.json)
 
     found["tests"] = []
     for words in TESTS:

@@ -1,10 +1,9 @@
 """Profile training steps: a table of the kernels of a GPU, or of a CPU's operators, by time.
 
-    python -m benchmarks.profile_step [--network N] [--batch-size B] [--size S] [--teacher] [--out F]
+    python -m benchmarks.profile_step [--network N] [--batch-size B] [--size S] [--teacher] [--json F]
 
 A step is that of training/loop.py with Muon on made-up images; on CUDA it runs as a CUDA graph, and the table has the
-kernels on the device. The first steps, which compile and record, are not counted. --out writes the table to a file, as
-JSON if its name ends in .json.
+kernels on the device. The first steps, which compile and record, are not counted.
 """
 import contextlib
 import tempfile
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import add_options, begin, synchronize
 from compressed import cifar100, kaist, networks
 from compressed.command_line import command_line, number, run_script
-from compressed.files import save_json, save_text
+from compressed.files import save_json
 from training import gpu_kernels, loop, plan, teachers
 from training import main as training_main
 
@@ -76,14 +75,14 @@ def as_text(rows: list[dict]) -> str:
 def main(argv=None) -> int:
     parser = command_line(__doc__)
     networks.add_option(parser)
-    add_options(parser, "256 on CUDA, else 32", "--out", rounds=None)
+    add_options(parser, "256 on CUDA, else 32", rounds=None)
     parser.add_argument("--size", type=int, choices=(8, 16, 24, 32), default=32, help="of the images (%(default)s)")
     parser.add_argument("--steps", type=number(int, 1, 10**4), default=5, help="profiled steps (%(default)s)")
     parser.add_argument("--teacher", action="store_true", help="distil from a teacher")
     plan.add_precision(parser)
     parser.add_argument("--no-kernels", action="store_true", help="without training/gpu_kernels.py")
     args = parser.parse_args(argv)
-    device, machine = begin(args, args.out)
+    device, machine = begin(args)
     batch = args.batch_size or (256 if device.type == "cuda" else 32)
     options = ["--precision", args.precision]
     if args.no_kernels:
@@ -91,13 +90,10 @@ def main(argv=None) -> int:
     with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,
                                  taught=args.teacher) as stage:
         rows = kernel_table(stage, args.steps, device)
-    text = f"{args.network}, batch {batch}, {args.size}x{args.size}\n{as_text(rows)}"
-    print(text, end="")
-    if args.out and args.out.suffix == ".json":
+    print(f"{args.network}, batch {batch}, {args.size}x{args.size}\n{as_text(rows)}", end="")
+    if args.json:
         save_json({"machine": machine, "network": args.network, "batch_size": batch, "size": args.size,
-                   "kernels": rows}, args.out)
-    elif args.out:
-        save_text(", ".join(f"{key} {value}" for key, value in machine.items()) + f"\n{text}", args.out)
+                   "kernels": rows}, args.json)
     return 0
 
 

@@ -279,7 +279,7 @@ def parse(argv=None):
 
 def main(argv=None) -> int:
     args = parse(argv)
-    device, machine = begin(args, args.json)
+    device, machine = begin(args)
     how = ["--optimizer", "muon"] if args.fine_tuning else ["--mixing", "none"]
     settings = training_main.settings_for("pretrain", training_main.parse(
         ["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain", "--refresh", "0", "--precision",

@@ -26,8 +26,8 @@ OTHERS = [(training, "--sizes", "24"), (training, "--sizes", "20:0.5,32"), (trai
           (training, "--recipe", "nowhere"), (export_onnx, "--out", "x.pt"), (packed, "--out", "/dev/null/x.mnet"),
           (check_model_operations, "--sparsity", "1/0"), (ship, "--checkpoint", "x"), (train, "--run-f", "x"),
           (train, "--ship", "x"), (baseline, "--out", "x"), (quick, "--out", "x"), (teachers, "--folder", "nowhere"),
-          *((script, "--json", "/dev/null/x") for script in (training_speed, depthwise_shapes, inference_speed)),
-          *((script, "--out", "/dev/null/x") for script in (profile_step, gpu_check))]
+          *((script, "--json", "/dev/null/x") for script in (
+              training_speed, depthwise_shapes, inference_speed, profile_step, gpu_check))]
 
 
 def options(script) -> list[tuple]:
