@@ -148,6 +148,7 @@ class Accuracies:
         self.data, self.steps, self.right = data, [], None
 
     def after(self, step: str, network: nn.Module) -> None:
+        """Evaluate the network as it is after a step, which is described by a few words."""
         with grids.weights_rounded_once(network):
             loss, self.right = evaluate(network.eval(), self.data)
         correct, images = int(self.right.sum()), len(self.data)

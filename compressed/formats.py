@@ -229,6 +229,7 @@ class Formats:
     activation_bits: int = WORD
 
     def activation(self, name: str, signed: bool) -> Activation:
+        """Return the format of an activation point; `signed` counts for points that are not listed."""
         return self.activations.get(name, Activation(self.activation_bits, signed))
 
 

@@ -133,9 +133,11 @@ class RoundsWeights(RoundsWeightsAlone):
     """
 
     def rounded_step(self) -> Tensor:
+        """Return the step as it is stored, in the shape of `step` and the type of the weights."""
         return self.step.to(self.weight)
 
     def rounded_weight(self) -> Tensor:
+        """Return the weights rounded to their grid; the gradient passes straight through."""
         return fake_quantize(self.weight, self.rounded_step(), *code_range(self.bits))
 
 

@@ -86,6 +86,7 @@ class Reader:
         self.data, self.position = data, 0
 
     def take(self, size: int) -> bytes:
+        """Return the next `size` bytes. Raises BadInput if there are fewer."""
         part = self.data[self.position:self.position + size]
         if len(part) < size:
             raise BadInput("it ends too early")
@@ -93,6 +94,7 @@ class Reader:
         return part
 
     def bits(self, n: int, bits: int) -> np.ndarray:
+        """Return the next n numbers of so many bits each, which end at a whole byte."""
         return from_bits(self.take((n * bits + 7) // 8), n, bits)
 
 

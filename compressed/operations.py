@@ -79,6 +79,7 @@ class Operation:
 
     @property
     def outputs(self) -> int:
+        """The number of values that it computes for one image."""
         return math.prod(self.shape)
 
     @property

@@ -411,6 +411,7 @@ BENCHMARKS = {"speed": ("training_speed.json", training_table),
 # ---- Pages and figures ---------------------------------------------------------------------------
 
 def table(head, rows) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -225,6 +225,7 @@ class Layer:
         return (self.channels + self.outputs) * self.height * self.width
 
     def maps(self, channels: int, height: int, width: int, seed: int) -> torch.Tensor:
+        """Return random feature maps [batch, channels, height, width], channels-last, in the layer's type."""
         generator = torch.Generator(self.device).manual_seed(seed)
         x = torch.randn(self.batch, channels, height, width, device=self.device, generator=generator)
         return x.to(self.dtype).contiguous(memory_format=torch.channels_last)

@@ -113,6 +113,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
+        """Rotate the matrices whose gradients have arrived and were not stepped during the backward pass."""
         length = self.ratio * self.param_groups[0]["lr"]
         groups = [[p for p in group if p.grad is not None] for group, arrived in zip(self.groups, self.arrived)
                   if len(arrived) < len(group)]

@@ -51,6 +51,7 @@ def load(pointer, at, valid, channel, inside, channels):
 
 @triton.jit
 def store(pointer, at, valid, channel, inside, channels, value):
+    """Store a tile [rows, channels] of `value` at rows `at`, where `valid` (rows) and `inside` (channels) are true."""
     tl.store(pointer + at[:, None] * channels + channel[None, :], value.to(pointer.dtype.element_ty),
              mask=valid[:, None] & inside[None, :])
 
@@ -377,6 +378,7 @@ def operator(function):
 
 
 def scratch(x: Tensor, programs: int, sums: int) -> Tensor:
+    """Return memory for `sums` partial sums of each channel by each program, float32 [sums, programs, C]."""
     return x.new_empty(sums, programs, x.shape[1], dtype=torch.float32)
 
 
@@ -386,6 +388,7 @@ def unbiased(rows: int) -> float:
 
 
 def normalised_by(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
+    """Return activation(BatchNorm(x)) in x's shape and type. statistics: [3, C], of `batch_statistics`."""
     y, rows = torch.empty_like(x), x.numel() // x.shape[1]
     launch(normalised, x.shape[1], triton.cdiv(rows, ROWS), ROWS, x, statistics, weight, bias, y, rows,
            ACTIVATION=activation)
