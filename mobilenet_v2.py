@@ -80,7 +80,8 @@ class Block(nn.Module):
         return self.out(out)
 
     def gated(self, out):
-        return out  # see GatedBlock
+        """Return what is added to the shortcut: here the projection's output, which GatedBlock scales."""
+        return out
 
 
 class GatedBlock(Block):

@@ -88,8 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
     networks.add_option(parser, "the checkpoint's last training stage, or the recipe,")
     normalisation.add_option(parser)
     datasets.add_options(parser)
-    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept; writes quantized.pt, "
-                                     ".jsonl, .options.json, and quantized.start.pt and quantized.state/ while it runs")
+    tune = parser.add_argument_group("quantization-aware fine-tuning, with the zeros kept", "It writes quantized.pt, "
+                                     "quantized.jsonl and quantized.options.json, and while it runs quantized.start.pt "
+                                     "and quantized.state/.")
     tune.add_argument("--epochs", type=number(int, 0, 10**6), default=0, metavar="E",
                       help="epochs of fine-tuning; 0: none (%(default)s)")
     plan.add_option(tune, "--lr", "lr", text=f"peak learning rate ({TUNING_LR}; of adam {plan.ADAM_LR})")

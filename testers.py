@@ -138,10 +138,6 @@ def float_network(checkpoint: checkpoints.Checkpoint, normalise) -> tuple[nn.Mod
         lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
     else:
         lines.append("input (pixel - 128) / 64; if it was trained elsewhere with another one, give --normalise")
-    run = {branch.name for branch in read(checkpoint.model).layers}
-    if unused := sum(layer.weight.numel() for name, layer in weight_layers(checkpoint.model) if name not in run):
-        lines.append(f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, "
-                     "but not in the storage")
     return network.to(memory_format=torch.channels_last), lines
 
 
@@ -169,6 +165,14 @@ def claimed_network(checkpoint: checkpoints.Checkpoint) -> tuple[nn.Module, list
     if unchecked := claims.unchecked(claim):
         lines.append("not checked here (in brackets, the command that computes it again): " + ", ".join(unchecked))
     return network, lines
+
+
+def unused_lines(model: nn.Module) -> list[str]:
+    """Return a line about the weights in layers that never run, if there are any."""
+    run = {branch.name for branch in read(model).layers}
+    unused = sum(layer.weight.numel() for name, layer in weight_layers(model) if name not in run)
+    return [f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, but not in "
+            "the storage"] if unused else []
 
 
 def same_loss(claimed, found: float) -> bool:
@@ -252,7 +256,8 @@ def main(argv=None) -> int:
         raise BadInput(f"--normalise is for a checkpoint without a claim: the input of {checkpoint.path} is as claimed")
     network, lines = float_network(checkpoint, args.normalise) if claim is None else claimed_network(checkpoint)
     if not args.json:  # at once: the images take a while
-        print("\n".join([f"{checkpoint.path}, SHA-256 {checkpoint.sha256}", *lines]), flush=True)
+        print("\n".join([f"{checkpoint.path}, SHA-256 {checkpoint.sha256}", *lines,
+                         *unused_lines(checkpoint.model)]), flush=True)
     found = measured(network, args, checkpoint)
     tensors = counting.tensor_rows(checkpoint.model, found_formats(checkpoint.model))
     summary = counting.summary(checkpoint.model, checkpoint.formats)

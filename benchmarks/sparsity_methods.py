@@ -25,7 +25,7 @@ stem (more, if the second stage made more zeros). Differences between the method
   matter move less: at 90% zeros, by estimate, a third as far.
 - Penalty in the loss: for what Muon updates, lambda is how much of each step serves the penalty instead of the loss.
 - Norms: Muon keeps those of its convolutions, and masks lower them afterwards; only proximal and plain
-  restore those of depthwise convolutions, and plain L1 shrinks the linear layer, which Muon does not update.
+  restore those of depthwise convolutions, and plain L1 may shrink the linear layer, whose norm nothing restores.
 - Between layers: Muon's norms are those of the initialization, and one threshold for all layers depends on them. Layers
   may lose nearly all of their weights by that, above all with one-shot ("fewest_kept" in the results).
 

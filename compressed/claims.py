@@ -137,11 +137,16 @@ def entries(claim: dict, key: str, path) -> dict[str, dict]:
 
 
 def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
-    """Return the claimed format of a tensor. Raises BadInput if the values do not fit its bits or its steps."""
+    """Return the claimed format of a tensor. Raises BadInput if the values do not fit its bits or its steps.
+
+    A BatchNorm whose statistics are not folded in is float32.
+    """
     bits, step, loose = entry["bits"], entry.get("step"), found.kind == NOT_FOLDED
     if found.bits > bits and (loose or step is None):  # with steps, the codes tell
         raise BadInput(f"the values need {found.bits} bits ({found.kind}), claimed {bits}")
     if loose:
+        if step is not None or "kind" in entry:
+            raise BadInput("it has no step or kind of its own: the statistics of the BatchNorm are not folded in")
         return found
     if "kind" in entry:
         if str(entry["kind"]) not in HALVES or bits != 16 or not is_half(parameter, entry["kind"]):

@@ -11,7 +11,7 @@ what is printed divide by 32.
 
 The operations are those that `torch.fx` finds in the network itself; what has no rule raises, because a skipped layer
 flatters the score. Where the rules leave a choice, the costlier reading is usually taken (not for the storage of a
-tensor, see `layout`, nor for the shift of a residual input, the upper clip of a ReLU's codes, and the width of what a
+tensor, see `layout`, nor for the shift of a residual input, the upper clip of a ReLU's codes, or the width of what a
 hard swish reads); reasons are in ACCOUNT.md and at `rule`. A pointwise function counts as its formula does (KAIST AI's
 entry counted hard swish like this), although it may be looked up in a table, which is not stored: its entries follow
 from the function and the steps. The length of an accumulator is counted by one of three conventions (the challenge's

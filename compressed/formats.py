@@ -109,6 +109,11 @@ EVEN_BITS = 8  # beyond this, float32 values fit a step that is no power of two 
 EVEN_TOLERANCE = 2.0**-22  # relative: the rounding errors of two float32 numbers, 2^-24 each, and some margin
 
 
+# kind of a BatchNorm's weight and bias while its statistics, too, decide scale and shift: its own values then say
+# nothing of their bits
+NOT_FOLDED = "float32, statistics not folded in"
+
+
 @dataclass(frozen=True)
 class Grid:
     """Describe how a tensor is stored: `bits` per value, as integer codes times a step, or as floating point.
@@ -212,10 +217,6 @@ class Activation:
     @property
     def high(self) -> int:
         return code_range(self.bits, self.signed)[1]
-
-
-# weight and bias of a BatchNorm whose statistics decide what it computes: their own values do not show the bits of that
-NOT_FOLDED = "float32, statistics not folded in"
 
 
 @dataclass(frozen=True)

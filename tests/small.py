@@ -83,10 +83,11 @@ def integer_logits(network: nn.Module, claim: dict, images: torch.Tensor) -> tor
 
 
 def save_stage(folder, stage: str, options=(), lines=({"step": 1, "epoch": 1},), **record) -> None:
-    """Write the log and the options of a stage into a run folder, as training/main.py leaves them."""
+    """Write the options of a stage and, if it has lines, its log into a run folder, as training/main.py leaves them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_record({"settings": {}, "options": dict(options)} | record, Path(folder, f"{stage}.options.json"))
-    Path(folder, f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if lines:
+        Path(folder, f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def random_network(seed=0, **options):

@@ -260,7 +260,7 @@ def test_the_row_of_the_dense_baseline(measured):
                          ({"correct": 8200, "images": 10_000, "freed": False, "images_trained": 5 * 10**6},
                           "dense | 82.00% | "),
                          ({"correct": 8200, "images": 10_000, "freed": True},
-                          "dense; ours: the masked network, trained on without its mask | 82.00% | ")):
+                          "dense; ours: the masked network, trained further without its mask | 82.00% | ")):
         network = dataclasses.replace(measured, dense=dense)
         for page in (report.summary(network), report.results(network)):
             assert f"| {label}81.92% |" in page
@@ -418,7 +418,8 @@ def test_what_method_md_says_of_pruning_methods():
             f"{span(((proximal, 0.9), (plain, 0.9)))} points behind `proximal` at 90% zeros and\n  "
             f"{span(((proximal, 0.8), (plain, 0.8)))} at 80%, and {span(((at_once, 0.9), (plain, 0.9)))} and "
             f"{span(((at_once, 0.8), (plain, 0.8)))} behind pruning at once",
-            f"{near(plain):.0%} of them are below\n  1e-4 before the mask (`proximal`: {near(proximal):.0%})",
+            f"{near(plain):.0%} of all pruned weights are below\n  1e-4 before the mask "
+            f"(`proximal`: {near(proximal):.0%})",
             f"with 80% zeros lose {span((('dense', 0.0), (best, 0.8)))} points, and those with 90% "
             f"{span((('dense', 0.0), (best, 0.9)))}"):
         assert said in text, said

@@ -512,6 +512,15 @@ def test_the_average_is_of_the_finished_weights_wherever_a_stage_is_killed(small
     assert not Path("run/pretrain.state").exists()
 
 
+def test_a_penalty_on_other_layers_is_another_run(small):
+    Path("a.toml").write_text("[prune_ratios]\nconv2 = 0.5\n")
+    Path("b.toml").write_text("[prune_ratios]\nlinear = 0.5\n")
+    rew = QUICK + " --rew --target-sparsity 0.5 --config-file "
+    assert run(rew + "a.toml --max-minutes 0") == 0
+    with pytest.raises(BadInput, match="other settings .penalty"):
+        run(rew + "b.toml")
+
+
 def test_what_fails_later_is_said_before_anything_is_trained(capsys):
     """Sizes at which the network does not run, a penalty that fails, and a network that other scripts refuse.
 

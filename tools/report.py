@@ -92,7 +92,7 @@ class Shipped:
     def dense_row(self) -> tuple[str, ...]:
         if self.dense is None:
             return "dense; ours: not trained yet", "-", "81.92%", "`bash run.sh baseline runs/dense`"
-        label = "dense; ours: the masked network, trained on without its mask" if self.dense["freed"] else "dense"
+        label = "dense; ours: the masked network, trained further without its mask" if self.dense["freed"] else "dense"
         return label, self.percent(self.dense["correct"]), "81.92%", "`python testers.py --checkpoint record/dense.pt`"
 
     def unseen_rows(self) -> list[tuple[str, ...]]:
@@ -372,7 +372,7 @@ def inference_table(measured: dict) -> str:
 
 
 def methods_table(measured: dict) -> str:
-    """Return the table of pruning methods by target: hold-out accuracy, the differences to pruning at once for each
+    """Return the table of pruning methods by target: hold-out accuracy, the differences from pruning at once for each
     seed, and the share of the pruned layers' weights that were near zero before the mask."""
     rows, lines = measured["rows"], []
     values = methods.by_seed(rows)

@@ -196,6 +196,7 @@ class Job:
         return self.args.run / name
 
     def state(self, stage: str) -> State:
+        """Return the saved state of a stage, which may not exist."""
         return State(self.file(f"{stage}.state"))
 
     def resumes(self, stage: str) -> bool:
@@ -203,7 +204,7 @@ class Job:
         return self.args.resume and self.state(stage).exists
 
     def keeps_start(self, stage: str) -> bool:
-        """Return True if a stage that began with a --start is resumed: --start may name other weights by now."""
+        """Return True if a stage with a --start resumes its own state: --start may name other weights by now."""
         return bool(self.by_stage[stage].start) and self.resumes(stage)
 
     def settings(self, stage: str) -> plan.Settings:

@@ -2,7 +2,6 @@
 import argparse
 from pathlib import Path
 
-
 from compressed.command_line import number, option_name, some_text
 from compressed.errors import BadInput, brief
 from compressed.graph import layers_as_run, weight_layers
