@@ -155,7 +155,8 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     if step is None:
         return replace(found, bits=bits)
     steps = tuple(step) if isinstance(step, list) else (step,)
-    if len(steps) not in (1, len(parameter)) or not all(map(is_step, steps)):
+    rows = len(parameter) if parameter.dim() > 1 else 1  # the values of a vector have no steps of their own
+    if len(steps) not in (1, rows) or not all(map(is_step, steps)):
         raise BadInput(f"claimed step {step!r} is neither a number from 2^-128 to 2^127 nor one for each channel")
     grid = Grid(bits, tuple(map(float, steps)), "claimed")
     codes = grid.codes(parameter)
@@ -181,7 +182,8 @@ def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
             tensors[name] = claimed_grid(listed[name], parameter, tensors[name])
         except BadInput as error:
             problems.append(f"{name}: {error}")
-    wanted = read_graph(model).activation_points
+    wanted, used = read_graph(model).activation_points, {operation.name for operation in read_graph(model).operations}
+    problems += [f"{name}: the forward pass does not use it" for name in tensors if name.rpartition(".")[0] not in used]
     problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
     unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
     problems += [f"{name}: claimed, but not in the network" for name in unknown]

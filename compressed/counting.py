@@ -201,6 +201,9 @@ def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: 
             scale, shift = (formats.tensors[f"{op.name}.{part}"].bits for part in ("weight", "bias"))
             bits = WORD if convention == "32-bit" else min(WORD, max(x + scale, shift))
             multiplications, additions = [max(x, scale)], [bits]
+            steps = [formats.tensors[f"{op.name}.{part}"].steps for part in ("weight", "bias")]
+            if any(len(each) > 1 or None in map(exponent, each) for each in steps):  # a step that is no shift
+                multiplications, bits = [*multiplications, WORD], WORD
         case "relu" | "sigmoid":  # at full width, before rounding; a transcendental function is one operation
             multiplications = [x]
         case "relu6":  # a lower and an upper clip

@@ -29,10 +29,11 @@ from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
 from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, REWRITTEN, SPELLINGS, Operation,
-                                   RoundsValues, Window, has_hooks, trace, traced)
+                                   RoundsValues, Window, copied, has_hooks, trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
+OURS = "mobilenet_v2", "compressed.kaist"  # modules whose networks run as they are written
 RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point; the exporter
 # calls the image "image"
 
@@ -313,21 +314,25 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
 def prepare(model: nn.Module) -> nn.Module:
     """Return a network in eval mode in which every value that is stored is a module's output.
 
-    That is the model itself if all of its points are modules already, as in our MobileNetV2. Otherwise it is a copy
-    with the same state dict and a rewritten forward pass: where a value has to be rounded there is an nn.Identity, or
-    the activation, called points.NAME, and pointwise functions are modules called functions.NAME. NAME is that of the
-    operation with "_" for ".": layers.0.bn1 becomes points.layers_0_bn1. Raises BadInput as `read` does.
+    That is the model itself if it is one of OURS and all of its points are modules already. Otherwise it is a copy
+    with the same state dict and a forward pass made from its graph, so that what runs is what is counted. There, where
+    a value has to be rounded is an nn.Identity, or the activation, called points.NAME, and pointwise functions are
+    modules called functions.NAME. NAME is that of the operation with "_" for ".": layers.0.bn1 becomes
+    points.layers_0_bn1. Raises BadInput as `read` does.
     """
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
-    graph, modules = copy.deepcopy(traced(model)), {}
+    graph, modules = copy.deepcopy(traced(copied(model).to("meta"))), {}
     rewritten = [node for node in graph.nodes if node.op in ("call_function", "call_method")
                  and node.target in REWRITTEN]
-    if not walk.lacking and not loose and not rewritten:
+    # any other network's own forward pass could do what its graph does not show, such as run layers from a list, which
+    # no quantizer replaces: what runs is the graph
+    ours = type(model).__module__ in OURS or hasattr(type(model), "prepared_graph")
+    if ours and not walk.lacking and not loose and not rewritten:
         _keep(model, walk)
         return model
     for taken in ("points", "functions"):
-        if hasattr(model, taken):
+        if hasattr(model, taken) and (walk.lacking or loose):
             raise BadInput(f"the network has a part called {taken}, the name of what is inserted: call it otherwise")
     nodes = {node.name: node for node in graph.nodes}
 

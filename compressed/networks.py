@@ -291,7 +291,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Mo
     if problems:
         raise BadInput(f"{misfit}: {brief(problems)}")
     model.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
-    return model.eval()
+    return model.float().eval()
 
 
 def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None, hint: bool = True) -> nn.Module:

@@ -272,8 +272,13 @@ class _Node:
     def faults(self, own: set[str]) -> Iterator[str]:
         """Yield why this differs from the operation that it looks like. own: names of all parameters and statistics."""
         node, module, kind = self.node, self.module, self.kind
-        if module is not None and not isinstance(module, (RoundsValues, RoundsWeightsAlone)):
-            steps = ("forward", "_conv_forward", "__call__", "_call_impl")
+        ours = type(module).__module__.startswith(("compressed.", "training."))
+        if module is not None and not (ours and isinstance(module, (RoundsValues, RoundsWeightsAlone))):
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                if vars(module).get(part) is not None or hasattr(type(module), part):
+                    yield f"its {part} is computed; expected a parameter or buffer of its own"
+            steps = ("forward", "_conv_forward", "__call__", "_call_impl", "__getattr__", "__getattribute__",
+                     "__deepcopy__", "train", "eval")
             if "forward" in vars(module) or any(getattr(type(module), step, None) is not getattr(
                     self.spelling, step, None) for step in steps):
                 yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
@@ -308,8 +313,8 @@ class _Node:
         if self.is_stochastic_depth() and self.arguments(p=0.5, mode="row", training=True)["training"]:
             yield "it leaves out blocks in eval mode, too; pass training=self.training"
         if node.target is operator.getitem and kind == "moved" and any(
-                isinstance(each, (list, fx.Node)) for each in (node.args[1] if isinstance(node.args[1], tuple)
-                                                               else node.args[1:])):
+                not isinstance(each, (int, slice, type(None), type(...))) for each in (
+                    node.args[1] if isinstance(node.args[1], tuple) else node.args[1:])):
             yield "a list of indices would have to be stored, and has no counting rule: use slices, chunk or transpose"
         if node.kwargs.get("out") is not None:
             yield "it writes its result over another tensor: leave out=... away"

@@ -24,6 +24,7 @@ from compressed.exact_network import FORMULAS, Quantizer, exact_network, quantiz
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
 from compressed.graph import UNSIGNED, prepare, read, weight_layers
+from compressed.operations import RoundsWeightsAlone
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
 from tools import integer, pack
@@ -268,6 +269,23 @@ class Doubled(nn.Conv2d):
         return super()._call_impl(*args, **kwargs) * 2
 
 
+class LookedUp(nn.Conv2d):
+    """What is registered as its weight is not the weight with which it computes."""
+
+    @property
+    def weight(self):
+        if "weight" not in self._parameters:
+            raise AttributeError
+        return self._parameters["weight"] * 2
+
+
+class Exempted(RoundsWeightsAlone, nn.Conv2d):
+    """It inherits what our own quantized layers inherit."""
+
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
 class Signed(nn.Module):
     signed = True
 
@@ -369,6 +387,8 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=Stepped(3, 4, 1)), "c: Stepped has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=Doubled(3, 4, 1)), "c: Doubled has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=LookedUp(3, 4, 1)), "c: its weight is computed"),
+    (Lone(lambda s, x: s.c(x), c=Exempted(3, 4, 1)), "c: Exempted has a forward pass of its own"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Signed()), "softmax .* no counting rule"),
     (Lone(lambda s, x: s.c(x), c=hooked(conv(padding=1))), "c: it has a forward hook"),
     (hooked(Lone(lambda s, x: s.c(x), c=conv(padding=1))), "Lone has a forward hook"),
@@ -384,6 +404,7 @@ REFUSED = (
     (Lone(lambda s, x: torch.cat([s.c(x), s.c(x)[:, 4:]], 1), c=conv(padding=1)), "c: it is used several times"),
     (Lone(lambda s, x: s.c(torch.cat([x, x[:, 3:]], 1)), c=conv(padding=1)), "it takes no element of what it reads"),
     (Lone(lambda s, x: s.c(x[:, [2, 0, 1]]), c=conv(padding=1)), "a list of indices would have to be stored"),
+    (Lone(lambda s, x: s.c(x[:, (2, 0, 1)]), c=conv(padding=1)), "a list of indices would have to be stored"),
     (Lone(lambda s, x: sum([s.c(x), s.d(x)]), c=conv(padding=1), d=conv(padding=1)), "add .* with a number"),
     (nn.Sequential(conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(3)), "map is 32x32"),
     (Returning(lambda s, x: s.c(x), c=conv(padding=1)), "the network returns tuple, expected one tensor"),
@@ -414,7 +435,7 @@ REFUSED = (
     (Lone(lambda s, x: s.b(s.a(s.c(x))), c=conv(padding=1), **shared("running_mean", lambda: nn.BatchNorm2d(4))),
      "b: its running_mean is shared"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=replaced(nn.ReLU())), "a: ReLU has a forward pass of its own"),
-    (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is shared"),
+    (Lone(lambda s, x: s.c(x), c=nn.utils.parametrizations.weight_norm(conv(padding=1))), "c: its weight is computed"),
     (Lone(lambda s, x: s.c(x).view(-1, 2, 2, 32, 32).relu().flatten(1, 2), c=conv(padding=1)), "4 dimensions"),
     (Lone(lambda s, x: s.c(x * torch.tensor(0.5)), c=conv(padding=1)), "Lone makes a tensor of constants"),
     (replaced(Lone(lambda s, x: s.c(x), c=conv(padding=1))), "Lone is called by a function that is not its class's"),
@@ -434,6 +455,44 @@ def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
     assert "\n" not in str(raised.value)
+
+
+class Listed(nn.Module):
+    """Its layers run from a list, in which no quantizer replaces one; and it looks at how it is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.c, self.b, self.r = nn.Identity(), conv(padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.p, self.f, self.i, self.linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Identity(), nn.Linear(4, 10)
+        self.steps = [self.image, self.c, self.b, self.r, self.p, self.f, self.i, self.linear]
+
+    def forward(self, x):
+        if torch.is_inference_mode_enabled():
+            x = x + x.flip(3)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_what_runs_is_what_is_counted():
+    """Every point is a module already, so nothing has to be inserted; the network's own forward pass is not run."""
+    class Written(Listed):
+        def forward(self, x):
+            x = self.r(self.b(self.c(self.image(x))))
+            return self.linear(self.i(self.f(self.p(x))))
+
+    listed, written, images = Listed(), Written(), torch.randn(4, 3, 32, 32)
+    written.load_state_dict(listed.state_dict())
+    found = []
+    for model in map(prepare, (listed, written)):
+        points = [{"name": name, "bits": 2, "step": 0.25, "signed": signed}
+                  for name, signed in read(model).activation_points.items()]
+        exact = model(images)
+        quantize_activations(model, points)
+        with torch.inference_mode():
+            found.append(model(images))
+        assert not torch.allclose(found[-1], exact, atol=1e-3)
+    assert torch.equal(*found)
 
 
 def test_what_is_paused_computes_the_same_again():

@@ -333,6 +333,17 @@ def test_the_widest_sum_of_a_tree_meets_the_batchnorm():
     assert rows[1].additions == {17: 8}
 
 
+def test_a_scale_whose_step_is_no_shift_costs_a_multiplication():
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)))
+
+    def second(step):
+        grids = {"1.weight": Grid(4, (1.0,), "even"), "2.weight": Grid(6, (step,)), "2.bias": Grid(6, (1.0,))}
+        return count(trace(model, (2, 4, 4)), Formats(grids, activation_bits=4), "tree")[1].multiplications
+
+    shifted = second(0.25)
+    assert second(0.3) == shifted | {32: 3 * 16} and 32 not in shifted
+
+
 def test_steps_of_channels_cost_a_multiplication_unless_a_batchnorm_holds_them():
     model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)))
     weight = torch.full((3, 2, 1, 1), 3.0)

@@ -409,6 +409,37 @@ def test_scales_and_shifts_hidden_in_the_statistics(shipped):
     assert all(formats.tensors[f"layers.5.bn2.{name}"] == Grid(WORD, kind=NOT_FOLDED) for name in ("weight", "bias"))
 
 
+def test_values_of_a_vector_have_no_steps_of_their_own():
+    """Else each would be a code of one bit, and its step the number itself."""
+    values = torch.tensor([0.25, -0.5, 1.0])
+    entry = {"name": "bn.weight", "bits": 2, "step": [0.25, 0.5, 1.0]}
+    with pytest.raises(BadInput, match="neither a number from .* nor one for each channel"):
+        claims.claimed_grid(entry, values, found_grid(values))
+
+
+def test_what_the_forward_pass_does_not_use_is_no_part_of_a_claim(shipped):
+    model, claim = checkpoints.load(shipped)
+    model.spare = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.zeros_(model.spare.weight)
+    claim["tensors"].append({"name": "spare.weight", "bits": 1, "step": 1.0})
+    assert claims.hold(claim, shipped, model)[1] == ["spare.weight: the forward pass does not use it"]
+
+
+def test_no_accuracy_without_near_duplicates_is_claimed_of_other_images(shipped, run):
+    path = shipped.with_suffix(".json")
+    claim = load_json(path)
+    claim["accuracy"]["without_duplicates"] = {"correct": 90, "images": 91}
+    save_record(claim, path)
+    status, _, err = run("--checkpoint", shipped, *MADE_UP)
+    assert status == 2 and "that is known of CIFAR-100's test set alone" in err
+
+
+def test_other_images_are_not_cifar_100():
+    own = cifar100.DataSet("mine.npz", 100, "0" * 16)
+    assert testers.same_images({"name": "yours.npz", "classes": 100, "digest": own.digest}, own)
+    assert not testers.same_images({"name": "CIFAR-100", "classes": 100, "digest": own.digest}, own)
+
+
 def test_claimed_steps_that_are_no_powers_of_two_allow_one_rounding():
     steps = torch.tensor([0.3, 0.1, 0.7, 0.013])[:, None]
     values = torch.arange(-8, 4).view(4, 3) * steps
