@@ -35,7 +35,7 @@ from compressed.command_line import command_line, number, option_name, run_scrip
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
-from compressed.files import check_outputs, git_commit, load_json, locked, sha256
+from compressed.files import check_outputs, find_toml, git_commit, load_json, locked, sha256
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read
 from compressed.step_search import choose_steps
@@ -45,6 +45,7 @@ from training.replicas import Processes
 from training.runs import (options_file, options_of, stage_of, stage_records, trained_here, training_record,
                            warn_of_a_held_out_run, warn_of_seen_images)
 
+TABLES = Path(__file__).resolve().parent / "training" / "bits"
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
           "distill", "temperature", "teaching", "step_rate")  # settings of the fine-tuning
 TUNING_LR = 0.01  # but of adam
@@ -63,8 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="output checkpoint, a .pt; its claim has the same name with the suffix .json (%(default)s; an existing "
         "file is replaced only if --out is given)")
     add("--table", type=some_text, metavar="T",
-        help="bits of the layers, 2 to 8: a number for all, or a TOML file with `default = 8` and a "
-        f"table [bits] of names, as tools.layers shows, or kinds: {', '.join(grids.LAYER_KINDS)} (default: the "
+        help="bits of the layers, 2 to 8: a number for all, or a TOML file, or its name in training/bits/, with "
+        "`default = 8` and a table [bits] of names, as tools.layers shows, or kinds: "
+        f"{', '.join(grids.LAYER_KINDS)} (default: the "
         f"submission's, 6 bits at {', '.join(map(str, grids.SIX_BITS))} and 8 elsewhere; for another network 8 bits)")
     add("--scheme", choices=grids.SCHEMES, default="channel", help="step size of the weights. power-of-two: a "
         "power of two per layer, as in the submission; layer: any value per layer; channel: any value per output "
@@ -132,6 +134,8 @@ def parse(argv=None) -> argparse.Namespace:
     if args.as_trained:
         args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
+    if args.table and not args.table.isdecimal():
+        args.table = str(find_toml(args.table, TABLES, "bit table"))
     args.replace, args.given = "out" in given, given.keys()
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):

@@ -180,8 +180,7 @@ def test_the_dense_baseline_sees_what_the_sparse_network_does():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.FOLDER.glob("*.toml")))
-def test_the_recipes_here_are_taken(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(recipes.FOLDER.parent.parent)  # their bit tables are named from there
+def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
         assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
