@@ -32,7 +32,7 @@ from compressed.counting import CONVENTIONS, NO_THOP, thop_counts
 from compressed.errors import BadInput
 from compressed.files import sha256, to_json
 from compressed.formats import WORD, Formats, float_formats, found_formats, what_if
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import prepare, read_graph, weight_layers
 
 # ---- The report ----------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def make_report(model: nn.Module, formats: Formats, density: Fraction | None = N
 
     density: as in counting.count.
     """
-    operations, whole = read(model).operations, Fraction(1)
+    operations, whole = read_graph(model).operations, Fraction(1)
     rows = [counting.count(operations, formats, convention, density) for convention in CONVENTIONS]
     found, baseline = counting.summary(model, formats, density), counting.summary(model, float_formats(model), whole)
     return {
@@ -155,7 +155,8 @@ def width_lines(model: nn.Module, formats: Formats) -> list[str]:
     weights = [f"{name}.weight" for name, _ in weight_layers(model)]
     groups = {"weight tensors": [formats.tensors[name].bits for name in weights],
               "BatchNorm and bias tensors": [g.bits for name, g in formats.tensors.items() if name not in weights],
-              "activation points": [formats.activation(name, True).bits for name in read(model).activation_points]}
+              "activation points": [formats.activation(name, True).bits
+                                    for name in read_graph(model).activation_points]}
     return [f"  {group}: " + ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(found).items()))
             for group, found in groups.items()]
 
@@ -198,7 +199,7 @@ def main(argv=None) -> int:
         density = Fraction(1) if args.dense else 1 - args.sparsity
         model = prepare(networks.make(args.network or networks.DEFAULT))
         formats = float_formats(model)
-        source["counted"] = (f"what if: the network alone, with {read(model).points[-1].shape[0]} classes, "
+        source["counted"] = (f"what if: the network alone, with {read_graph(model).points[-1].shape[0]} classes, "
                              f"{float(density):.4g} of every layer's weights non-zero")
     else:
         path = args.checkpoint

@@ -35,9 +35,9 @@ from compressed.command_line import command_line, number, option_name, run_scrip
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
-from compressed.files import check_outputs, find_toml, git_commit, load_json, locked, sha256
+from compressed.files import check_outputs, find_toml, git_commit, load_json, lock_file, sha256
 from compressed.formats import listed, stored_exponent
-from compressed.graph import prepare, read
+from compressed.graph import prepare, read_graph
 from compressed.step_search import choose_steps
 from training import fine_tune, plan, recipes, teachers, trial
 from training.batchnorm import renew_means, renew_statistics
@@ -122,7 +122,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = make_parser()
     given = recipes.given(parser, argv)
     checkpoint = given.get("checkpoint", parser.get_default("checkpoint"))
-    path = recipes.of_run(given.get("recipe"), checkpoint.parent)
+    path = recipes.path_of(given.get("recipe"), checkpoint.parent)
     recipe = path and recipes.read(path)
     args = recipes.merged(parser, given, recipe, "quantized")
     args.recipe, args.trained = path, training_record(args.checkpoint)  # now: its training may go on
@@ -135,7 +135,7 @@ def parse(argv=None) -> argparse.Namespace:
         args.teacher = [Path(teacher) for teacher in last["options"].get("teacher", ())]
     args.augment = args.augment or last["settings"].get("augment", "plain")
     if args.table and not args.table.isdecimal():
-        args.table = str(find_toml(args.table, TABLES, "bit table"))
+        args.table = str(find_toml(args.table, TABLES, "number of bits, or bit table,"))
     args.replace, args.given = "out" in given, given.keys()
     args.tuning_folder = args.tuning_folder or args.out.with_suffix(".run")
     if not args.epochs and (idle := given.keys() & OF_TUNING):
@@ -184,7 +184,7 @@ def on_grids(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
             renew_means(*renewing())
             accuracies.after("BatchNorm means re-estimated, variances kept", model)
     start = "mse" if chosen.ranges == "logits" else chosen.ranges
-    widths = dict(zip(read(model).activation_points, chosen.activation_bits, strict=True))
+    widths = dict(zip(read_graph(model).activation_points, chosen.activation_bits, strict=True))
     quantize_activations(model, grids.calibrate(model, images, widths, start))
     accuracies.after(f"activations at {listed(chosen.activation_bits)} bits, {start}", model)
     if chosen.ranges == "logits":
@@ -202,8 +202,8 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
         on_grids(model, train_data, chosen, accuracies)
         return model
     classes = train_data.data_set.classes
-    with locked(tuning.folder / "quantized.lock"):
-        found = fine_tune.take_up(networks.make(tuning.network, classes), tuning, chosen)
+    with lock_file(tuning.folder / "quantized.lock"):
+        found = fine_tune.resumed(networks.make(tuning.network, classes), tuning, chosen)
         if found is None:
             # what it cannot begin with is refused before the long work
             steps = plan.Plan(tuning.settings, len(train_data), Processes())

@@ -28,7 +28,7 @@ from compressed.evaluation import evaluate, without_duplicates
 from compressed.exact_network import exact_network, is_wide, largest_products, probe_logits
 from compressed.files import to_json
 from compressed.formats import Activation, Formats, Grid, exponent, found_formats, lowest_bits
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 
 REORDERED = "not known, the images of this copy are not in the published order"
 
@@ -65,7 +65,7 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
     up to which float64 is exact.
     """
     sums = [0]
-    for point in read(model).points:
+    for point in read_graph(model).points:
         value = []  # what is added up to it in float32
         for branch in point.branches:
             if branch.kind in ("pixels", "function", "norm"):
@@ -96,7 +96,7 @@ def exactness(model, formats: Formats, steps: dict[str, float]) -> int:
 
 def too_wide(model, formats: Formats) -> str | None:
     """Return the name of a layer whose sums of products of codes may not fit 32 bits; None if there is none."""
-    for branch in (each for each in read(model).layers if each.kind == "layer"):
+    for branch in (each for each in read_graph(model).layers if each.kind == "layer"):
         layer, grid = model.get_submodule(branch.name), formats.tensors[f"{branch.name}.weight"]
         if grid.steps and max(largest_products(layer, grid, formats.activations[branch.source])) >= 2**31:
             return branch.name
@@ -138,6 +138,10 @@ def float_network(checkpoint: checkpoints.Checkpoint, normalise) -> tuple[nn.Mod
         lines.append("input as given: (pixel / 255 - {}) / {}".format(*normalise))
     else:
         lines.append("input (pixel - 128) / 64; if it was trained elsewhere with another one, give --normalise")
+    run = {branch.name for branch in read_graph(checkpoint.model).layers}
+    if unused := sum(layer.weight.numel() for name, layer in weight_layers(checkpoint.model) if name not in run):
+        lines.append(f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, "
+                     "but not in the storage")
     return network.to(memory_format=torch.channels_last), lines
 
 
@@ -165,14 +169,6 @@ def claimed_network(checkpoint: checkpoints.Checkpoint) -> tuple[nn.Module, list
     if unchecked := claims.unchecked(claim):
         lines.append("not checked here (in brackets, the command that computes it again): " + ", ".join(unchecked))
     return network, lines
-
-
-def unused_lines(model: nn.Module) -> list[str]:
-    """Return a line about the weights in layers that never run, if there are any."""
-    run = {branch.name for branch in read(model).layers}
-    unused = sum(layer.weight.numel() for name, layer in weight_layers(model) if name not in run)
-    return [f"{unused:,} weights are in layers that never run: they are in the totals of weights and zeros, but not in "
-            "the storage"] if unused else []
 
 
 def same_loss(claimed, found: float) -> bool:
@@ -259,8 +255,7 @@ def main(argv=None) -> int:
         raise BadInput(f"--normalise is for a checkpoint without a claim: the input of {checkpoint.path} is as claimed")
     network, lines = float_network(checkpoint, args.normalise) if claim is None else claimed_network(checkpoint)
     if not args.json:  # at once: the images take a while
-        print("\n".join([f"{checkpoint.path}, SHA-256 {checkpoint.sha256}", *lines,
-                         *unused_lines(checkpoint.model)]), flush=True)
+        print("\n".join([f"{checkpoint.path}, SHA-256 {checkpoint.sha256}", *lines]), flush=True)
     found = measured(network, args, checkpoint)
     tensors = counting.tensor_rows(checkpoint.model, found_formats(checkpoint.model))
     summary = counting.summary(checkpoint.model, checkpoint.formats)

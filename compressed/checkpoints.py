@@ -91,7 +91,7 @@ def read(path, network: str | None = None) -> Checkpoint:
             problems.append(f"{claim_file} is about another file, with SHA-256 {claimed}; that of {path} is {digest}")
         if differing := mnet.format_differences(claim, own) if own else []:
             problems.append(f"{claim_file} and {path} do not agree on {brief(differing)}")
-    formats, contradictions = claims.hold(claim, claim_file, model)
+    formats, contradictions = claims.check(claim, claim_file, model)
     return Checkpoint(path, digest, model, claim, formats, problems + contradictions)
 
 

@@ -34,8 +34,7 @@ from compressed.exact_network import exact_network, probe_logits
 from compressed.files import load_record, save_record, sha256
 from compressed.formats import (HALVES, NOT_FOLDED, WORD, Activation, Formats, Grid, exponent, found_formats, is_half,
                                 is_step, signed_bits)
-from compressed.graph import prepare
-from compressed.graph import read as read_graph
+from compressed.graph import prepare, read_graph
 
 # parts that testers.py checks, and their keys if it does not compare the whole part
 CHECKED = {**dict.fromkeys(("sha256", "data_set", "counts", "probe_logits", "digest")),
@@ -99,7 +98,7 @@ def record(checkpoint, key: str, value: dict, claim: dict) -> None:
     claim: the claim that was read before the work began. Raises BadInput if the file's is of another checkpoint now.
     """
     recordable(checkpoint)
-    now = read(claim_path(checkpoint))
+    now = read_graph(claim_path(checkpoint))
     if now.get("sha256") != claim.get("sha256"):
         raise BadInput(f"{checkpoint} was replaced meanwhile, and nothing was recorded; repeat the command")
     save_record(now | {key: value}, claim_path(checkpoint))
@@ -167,7 +166,7 @@ def claimed_grid(entry: dict, parameter: torch.Tensor, found: Grid) -> Grid:
     return grid
 
 
-def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
+def check(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
     """Return the claimed formats, and one line for each contradiction between the claim and the network's values.
 
     Tensors that the claim lacks or describes wrongly keep the format that was found in their values; activation points
@@ -175,15 +174,16 @@ def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
     """
     problems, tensors, activations = [], found_formats(model).tensors, {}
     listed, points = entries(claim, "tensors", path), entries(claim, "activations", path)
+    wanted, used = read_graph(model).activation_points, {operation.name for operation in read_graph(model).operations}
     for name, parameter in model.named_parameters():
         try:
+            if name.rpartition(".")[0] not in used:
+                raise BadInput("the forward pass does not use it; take it out of the network and of the checkpoint")
             if name not in listed:
                 raise BadInput("not in the claim")
             tensors[name] = claimed_grid(listed[name], parameter, tensors[name])
         except BadInput as error:
             problems.append(f"{name}: {error}")
-    wanted, used = read_graph(model).activation_points, {operation.name for operation in read_graph(model).operations}
-    problems += [f"{name}: the forward pass does not use it" for name in tensors if name.rpartition(".")[0] not in used]
     problems += [f"activation {name}: not in the claim" for name in wanted if name not in points]
     unknown = sorted(listed.keys() - tensors.keys()) + sorted(points.keys() - set(wanted))
     problems += [f"{name}: claimed, but not in the network" for name in unknown]
@@ -198,7 +198,7 @@ def hold(claim: dict, path, model: nn.Module) -> tuple[Formats, list[str]]:
 
 def stated_formats(model: nn.Module, claim: dict) -> Formats:
     """Return the claimed formats. Raises BadInput if one is missing, or if the network's values do not fit it."""
-    formats, problems = hold(claim, "the claim", model)
+    formats, problems = check(claim, "the claim", model)
     if problems:
         raise BadInput(f"the claim does not fit the network: {brief(problems)}")
     return formats

@@ -19,7 +19,7 @@ table has a column for each):
 
 - "32-bit": every addition has 32 bits.
 - "fixed": per layer, the shortest length in which no sum of the stored codes can overflow, whatever the input and
-  whatever the order of the additions (see `reach`). The layer's worst channel decides for all of its channels.
+  whatever the order of the additions (see `sum_bounds`). The layer's worst channel decides for all of its channels.
 - "tree": a balanced binary tree whose first additions count the width of a product, the next one bit more, and so on up
   to 32 (see `tree_additions`). This is the submission's convention.
 """
@@ -37,7 +37,7 @@ from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import say_broken
 from compressed.errors import BadInput
 from compressed.formats import WORD, Activation, Formats, Grid, exponent, float_formats, signed_bits, what_if
-from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read, weight_layers
+from compressed.graph import UNSIGNED, Operation, layer_kind, prepare, read_graph, weight_layers
 from compressed.operations import CLIPS, FUNCTIONS, NORMALISATIONS
 
 STORAGE_BASE, OPERATIONS_BASE = 36_500_000, 10_490_000_000  # WideResNet-28-10, in the same units
@@ -75,14 +75,14 @@ def sum_bits(terms: int, leaf_bits: int) -> int:
     return min(WORD, leaf_bits + max(terms - 1, 0).bit_length())
 
 
-def reach(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
+def sum_bounds(codes: Tensor, activation: Activation) -> list[tuple[int, int]]:
     """Return the (lowest, highest) integer that the accumulator of each output channel can ever hold.
 
     codes: the weights', int64 [out, ...]. activation: the format of the layer's input. Partial sums stay within these
     bounds in any order, because the bounds add up the extreme of each product or 0. An input of extreme codes reaches
     them: no shorter accumulator is safe.
 
-    >>> reach(torch.tensor([[3, -2, 1]]), Activation(8, signed=False))
+    >>> sum_bounds(torch.tensor([[3, -2, 1]]), Activation(8, signed=False))
     [(-510, 1020)]
     """
     low, high, rows = activation.low, activation.high, codes.flatten(1)
@@ -98,7 +98,7 @@ def fixed_bits(weight: Tensor, grid: Grid, activation: Activation, terms: int | 
     if "float" in grid.kind or activation.bits >= WORD:
         return WORD
     if terms is None:
-        bounds = reach(grid.codes(weight), activation)
+        bounds = sum_bounds(grid.codes(weight), activation)
     else:
         bound = terms * 2 ** (grid.bits - 1) * max(activation.high, -activation.low)
         bounds = [(-bound, bound)]
@@ -176,6 +176,8 @@ def dot_products(op: Operation, activation: Activation, formats: Formats, conven
     if stored.bias:
         additions[WORD] += op.outputs
         length = WORD
+        if None in map(exponent, formats.tensors[f"{op.name}.bias"].steps):  # a step that is no shift
+            multiplications[WORD] += op.outputs
     if not normed and (len(set(grid.steps)) > 1 or None in map(exponent, grid.steps)):
         multiplications[WORD] += op.outputs
         length = WORD
@@ -202,7 +204,7 @@ def rule(op: Operation, inputs: list[Activation], formats: Formats, convention: 
             bits = WORD if convention == "32-bit" else min(WORD, max(x + scale, shift))
             multiplications, additions = [max(x, scale)], [bits]
             steps = [formats.tensors[f"{op.name}.{part}"].steps for part in ("weight", "bias")]
-            if any(len(each) > 1 or None in map(exponent, each) for each in steps):  # a step that is no shift
+            if any(None in map(exponent, each) for each in steps):
                 multiplications, bits = [*multiplications, WORD], WORD
         case "relu" | "sigmoid":  # at full width, before rounding; a transcendental function is one operation
             multiplications = [x]
@@ -287,12 +289,12 @@ def costs(operations: list[Operation], formats: Formats, convention: str, densit
 
 
 def layouts(operations: list[Operation], formats: Formats, density: Fraction | None = None) -> dict[str, Layout]:
-    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read`)."""
+    """Return {name: Layout} of every convolution and linear layer among the operations (of `graph.read_graph`)."""
     return {row.name: row.stored for row in costs(operations, formats, "32-bit", density) if row.stored}
 
 
 def count(operations: list[Operation], formats: Formats, convention: str, density: Fraction | None = None) -> list[Row]:
-    """Return a row for every operation (of `graph.read`) that multiplies or adds.
+    """Return a row for every operation (of `graph.read_graph`) that multiplies or adds.
 
     density: None counts the weights' own non-zeros, and the zeros of a tensor without a mask (see `layout`); 1 counts
     as if no weight were zero; another fraction, a what-if, that share of every layer's weights, rounded up in each
@@ -324,7 +326,7 @@ def storage(model: nn.Module, operations: list[Operation], formats: Formats,
     positions), as `layout` says. A BatchNorm is a scale and shift per channel at their widths; with it counts what
     scales or shifts the image, 32 bits per channel. Every step (of a tensor, of a channel where channels have their
     own, of an activation point) counts 32 bits, although the exponent of a power of two would fit in 8. operations: of
-    `graph.read`. density: as in `count`.
+    `graph.read_graph`. density: as in `count`.
     """
     stored, used = layouts(operations, formats, density), {op.name for op in operations}
     bits = dict.fromkeys(("weights", "masks", "batchnorm", "biases", "steps"), 0)
@@ -379,7 +381,7 @@ def prices(model: nn.Module) -> dict[str, float]:
     model = prepare(copy.deepcopy(model))
     layers = dict(weight_layers(model))
     formats = what_if(float_formats(model), model, 8, 8)
-    rows = count(read(model).operations, formats, "32-bit", Fraction(1))
+    rows = count(read_graph(model).operations, formats, "32-bit", Fraction(1))
     return {row.name: score(8, row.bits / layers[row.name].weight.numel())["score"]
             for row in rows if row.name in layers}
 
@@ -391,7 +393,7 @@ def summary(model: nn.Module, formats: Formats, density: Fraction | None = None)
     model: prepared (graph.prepare), as checkpoints.read returns it. formats: of its values, such as
     claims.stated_formats(model, claim), or the `formats` of checkpoints.read. density: as in `count`.
     """
-    operations = read(model).operations
+    operations = read_graph(model).operations
     stored = storage(model, operations, formats, density)
     by = {convention: totals(count(operations, formats, convention, density)) for convention in CONVENTIONS}
     weights = {key: part for key, part in weight_summary(model).items() if key != "tensors"}

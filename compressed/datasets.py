@@ -20,7 +20,7 @@ from compressed import cifar100
 from compressed.cifar100 import IMAGE_SIZE, DataSet, Images, digests, fingerprint
 from compressed.command_line import number, some_path
 from compressed.errors import BadInput
-from compressed.graph import read
+from compressed.graph import read_graph
 
 CIFAR10 = "cifar-10-batches-py"  # the name of the folder inside the published archive
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -56,7 +56,7 @@ def chosen(args, split: str, device="cpu", network: nn.Module | None = None,
     network: BadInput if this prepared network (see graph.prepare) has another number of classes. most: the number of
     images, the first in canonical order; None: all.
     """
-    classes = None if network is None else read(network).points[-1].shape[0]
+    classes = None if network is None else read_graph(network).points[-1].shape[0]
     if args.made_up and args.data:
         raise BadInput("--made-up and --data exclude each other: give one of them")
     misfit = "the network has {} outputs, and the data {} classes: give the --data that it was trained on, or a " \

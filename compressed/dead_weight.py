@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed.exact_network import FORMULAS
-from compressed.graph import Branch, Point, read
+from compressed.graph import Branch, Point, read_graph
 
 
 def in_groups(layer: nn.Module) -> Tensor:
@@ -108,7 +108,7 @@ def remove(model: nn.Module, activations: list[dict]) -> dict[str, int]:
         return {"weights": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1),
                 "scales and shifts": sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() == 1)}
 
-    steps, order, before = {a["name"]: a["step"] for a in activations}, read(model).points, nonzeros()
+    steps, order, before = {a["name"]: a["step"] for a in activations}, read_graph(model).points, nonzeros()
     last = None
     while last != nonzeros():
         last = nonzeros()

@@ -20,7 +20,7 @@ def text(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
 
 
-def whole(name: str, low: int) -> int | None:
+def integer(name: str, low: int) -> int | None:
     """Return the whole number, `low` or more, in a variable; None if it is not set."""
     if (value := text(name)) is None:
         return None
@@ -41,7 +41,7 @@ def processes() -> tuple[int, int, int]:
 
     Raises BadInput if torchrun's variables are incomplete, or contradict each other.
     """
-    rank, count, local = whole("RANK", 0), whole("WORLD_SIZE", 1), whole("LOCAL_RANK", 0)
+    rank, count, local = integer("RANK", 0), integer("WORLD_SIZE", 1), integer("LOCAL_RANK", 0)
     several = count is not None and count > 1
     if several and None in (rank, local) or (rank or 0) >= (count or 1):
         raise BadInput(f"the environment variables RANK={rank}, WORLD_SIZE={count}, LOCAL_RANK={local} contradict each "

@@ -23,7 +23,7 @@ def on_every_core(function, batches, cpu: bool) -> list:
     return sum(threads.in_threads(some, divided(batches, cpu)), [])
 
 
-def answers(engine, images: Tensor, size: int) -> Tensor:
+def in_batches(engine, images: Tensor, size: int) -> Tensor:
     """Return the concatenated engine(batch) of `images` in batches of `size`."""
     return torch.cat(on_every_core(engine, images.split(size), images.is_cpu))
 
@@ -53,7 +53,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
             own.network = spare.pop()
         return own.network(cifar100.normalise(batch).contiguous(memory_format=torch.channels_last))
 
-    return answers(engine, images, size)
+    return in_batches(engine, images, size)
 
 
 def evaluate(network: nn.Module, data: cifar100.Images) -> tuple[float, Tensor]:

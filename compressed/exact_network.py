@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from compressed import kernels
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput
-from compressed.counting import reach
+from compressed.counting import sum_bounds
 from compressed.evaluation import logits
 from compressed.formats import Activation, Grid, code_range, codes, exponent, folded, found_grid
-from compressed.graph import Graph, read
+from compressed.graph import Graph, read_graph
 from compressed.operations import RoundsValues
 
 # ---- The network on its grids --------------------------------------------------------------------
@@ -152,7 +152,7 @@ class WideConv2d(nn.Conv2d):
 
 def largest_products(layer: nn.Module, grid: Grid, source: Activation) -> list[int]:
     """Return how large each output channel's sum of products of codes can become; the grid must have steps."""
-    return [max(-low, high) for low, high in reach(grid.codes(layer.weight), source)]
+    return [max(-low, high) for low, high in sum_bounds(grid.codes(layer.weight), source)]
 
 
 def is_wide(layer: nn.Conv2d, source: Activation) -> bool:
@@ -174,7 +174,7 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     activations: {"name", "bits", "signed", "step"} of each point, as in a claim. Raises BadInput if the names are not
     exactly the network's points, or a format is bad.
     """
-    graph = read(model)
+    graph = read_graph(model)
     check_input(graph)
     points = {point.name: point for point in graph.points[:-1]}
     named = [str(a.get("name")) for a in activations]
@@ -200,7 +200,7 @@ def exact_network(model: nn.Module, activations: list[dict]) -> nn.Module:
     """
     # without oneDNN, PyTorch would leave 3x3 convolutions of 16 images or more to NNPACK, which does not sum products
     torch.backends.nnpack.set_flags(False)
-    network, graph = copy.deepcopy(model).eval(), read(model)
+    network, graph = copy.deepcopy(model).eval(), read_graph(model)
     quantize_activations(network, activations)
     sources = {entry["name"]: Activation(entry["bits"], entry["signed"]) for entry in activations}
     for branch in graph.layers:

@@ -87,8 +87,8 @@ def check_outputs(outputs, inputs=(), suffix: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def held(folder):
-    """Lock a folder against other processes while the block runs; the lock also ends with the process.
+def lock_folder(folder):
+    """Lock a folder, or a file, against other processes while the block runs; the lock also ends with the process.
 
     Raises BadInput if another process holds the lock. Does nothing where folders cannot be locked (Windows, some
     network disks).
@@ -110,7 +110,7 @@ def held(folder):
 
 
 @contextlib.contextmanager
-def locked(file: Path):
+def lock_file(file: Path):
     """Keep other processes out of the block, by a lock on a file that exists meanwhile.
 
     For a folder that other scripts must be able to hold within the block. Raises BadInput if another process is in it,
@@ -119,7 +119,7 @@ def locked(file: Path):
     with refused(f"{file}: cannot be made", errors=OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    with held(file):
+    with lock_folder(file):
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed.errors import BadInput
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 
 WORD = 32  # bits of a number for which no narrower format is known
 
@@ -272,7 +272,7 @@ def what_if(formats: Formats, model: nn.Module, weight_bits: int | None, activat
         weights = {f"{name}.weight": Grid(weight_bits, kind="what if") for name, _ in weight_layers(model)}
         formats = replace(formats, tensors=formats.tensors | weights)
     if activation_bits is not None:
-        images = dict.fromkeys(read(model).images, Activation(8))
+        images = dict.fromkeys(read_graph(model).images, Activation(8))
         formats = replace(formats, activations=images, activation_bits=activation_bits)
     return formats
 

@@ -1,8 +1,8 @@
 """The graph of a network, found in its own forward pass: what is computed from what, and where values are stored.
 
-`read` lists the operations, which are counted, and the activation points: the values that are rounded to codes and
-stored, each with the branches whose sum it is. Quantizer, dead weight, integer network, packed file and ONNX model are
-built on them. `prepare` inserts a module wherever a forward pass stores a value without one.
+`read_graph` lists the operations, which are counted, and the activation points: the values that are rounded to codes
+and stored, each with the branches whose sum it is. Quantizer, dead weight, integer network, packed file and ONNX model
+are built on them. `prepare` inserts a module wherever a forward pass stores a value without one.
 
 A value is an activation point if it is
   the output of a ReLU or ReLU6;
@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressed.errors import BadInput
-from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, REWRITTEN, SPELLINGS, Operation,
+from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, PREPARED, REWRITTEN, SPELLINGS, Operation,
                                    RoundsValues, Window, copied, has_hooks, trace, traced)
 
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
+KNOWN = "torch.nn.", "compressed.", "training."  # where the classes of a prepared network's modules are from
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
-OURS = "mobilenet_v2", "compressed.kaist"  # modules whose networks run as they are written
 RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point; the exporter
 # calls the image "image"
 
@@ -156,9 +156,9 @@ class _Walk:
         for op in operations:
             self.values[op.key] = self.value(op, [self.values[key] for key in op.inputs])
 
-    def value(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
-        """Return the value of an operation. read: the values that it reads."""
-        value = self.branches(op, read)
+    def value(self, op: Operation, inputs: list) -> Point | tuple[Branch, ...]:
+        """Return the value of an operation. inputs: the values that it reads."""
+        value = self.branches(op, inputs)
         if isinstance(value, Point):
             return value
         own = self.alone(op) and op.kind in ("point", *CLIPS)  # its module can round
@@ -166,36 +166,36 @@ class _Walk:
             return self.point(op, value, own)
         return value
 
-    def branches(self, op: Operation, read: list) -> Point | tuple[Branch, ...]:
+    def branches(self, op: Operation, inputs: list) -> Point | tuple[Branch, ...]:
         """Return the value of an operation before it is rounded; where it passes a point on, the point."""
         if op.kind in NORMALISATIONS.values():
-            return (replace(read[0][0], name=op.name),)
+            return (replace(inputs[0][0], name=op.name),)
         if op.kind == "input":
             return (Branch("pixels", "pixels", "pixels"),)
         if op.kind in ("conv", "linear"):
-            return (Branch("layer", op.name, read[0].name, window=op.window),)
+            return (Branch("layer", op.name, inputs[0].name, window=op.window),)
         if op.kind == "mean" and op.fan_in & (op.fan_in - 1):
             raise BadInput(f"{op.name} averages {op.fan_in} values: expected a power of two, whose division is a shift")
         if op.kind in ("mean", "max"):
-            return (Branch(op.kind, op.name, read[0].name, terms=op.fan_in, window=op.window),)
+            return (Branch(op.kind, op.name, inputs[0].name, terms=op.fan_in, window=op.window),)
         if op.kind in FUNCTIONS:
-            return (Branch("function", op.name, read[0].name, function=op.kind),)
+            return (Branch("function", op.name, inputs[0].name, function=op.kind),)
         if op.kind == "product":
-            return (Branch("product", op.name, read[0].name, other=read[1].name),)
+            return (Branch("product", op.name, inputs[0].name, other=inputs[1].name),)
         if op.kind in MOVES:
-            moved = [branch for each, index in zip(read, op.index) for branch in moved_branches(each, index)]
+            moved = [branch for each, index in zip(inputs, op.index) for branch in moved_branches(each, index)]
             return tuple(replace(branch, name=self.new(f"{op.name}.{i}")) for i, branch in enumerate(moved))
         if op.kind == "batchnorm":
-            if folds(read[0]):
-                return (replace(read[0][0], norm=op.name),)
-            return (Branch("norm", op.name, read[0].name, norm=op.name),)
+            if folds(inputs[0]):
+                return (replace(inputs[0][0], norm=op.name),)
+            return (Branch("norm", op.name, inputs[0].name, norm=op.name),)
         if op.kind == "add":
             shortcut = ".".join([*op.name.split(".")[:-1], "shortcut" + op.name.split("add")[-1]])
             return sum(((Branch("unchanged", self.new(shortcut), each.name),) if isinstance(each, Point) else each
-                        for each in read), ())
-        if isinstance(read[0], Point) and (op.kind in CLIPS or isinstance(op.module, RoundsValues)):
-            return (Branch("unchanged", op.name, read[0].name),)
-        return read[0]
+                        for each in inputs), ())
+        if isinstance(inputs[0], Point) and (op.kind in CLIPS or isinstance(op.module, RoundsValues)):
+            return (Branch("unchanged", op.name, inputs[0].name),)
+        return inputs[0]
 
     def new(self, name: str) -> str:
         """Return a name for a branch that is no operation's result: as given, with ".1" added while it is taken."""
@@ -279,13 +279,13 @@ def _structure(model: nn.Module) -> list:
             for name, module in model.named_modules()]
 
 
-def read(model: nn.Module) -> Graph:
+def read_graph(model: nn.Module) -> Graph:
     """Return the graph of a network. It is traced once; the network keeps it until one of its modules is changed.
 
     Raises BadInput, naming it, for an operation without a rule, and where a stored value is no module's output.
 
     >>> net = prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)))
-    >>> [(point.name, point.branches[0].kind) for point in read(net).points]
+    >>> [(point.name, point.branches[0].kind) for point in read_graph(net).points]
     [('points.image', 'pixels'), ('1', 'layer'), ('points.2', 'moved'), ('logits', 'layer')]
     """
     kept = vars(model).get(KEPT)
@@ -314,21 +314,18 @@ def _keep(model: nn.Module, walk: _Walk) -> Graph:
 def prepare(model: nn.Module) -> nn.Module:
     """Return a network in eval mode in which every value that is stored is a module's output.
 
-    That is the model itself if it is one of OURS and all of its points are modules already. Otherwise it is a copy
-    with the same state dict and a forward pass made from its graph, so that what runs is what is counted. There, where
-    a value has to be rounded is an nn.Identity, or the activation, called points.NAME, and pointwise functions are
-    modules called functions.NAME. NAME is that of the operation with "_" for ".": layers.0.bn1 becomes
-    points.layers_0_bn1. Raises BadInput as `read` does.
+    It is a copy with the same state dict whose forward pass is made from the model's graph, and whose modules are those
+    of torch.nn, and of this repository, alone: what runs is what is counted. There, where a value has to be rounded is
+    an nn.Identity, or the activation, called points.NAME, and pointwise functions are modules called functions.NAME.
+    NAME is that of the operation with "_" for ".": layers.0.bn1 becomes points.layers_0_bn1. A prepared network is
+    returned as it is, if no value lacks a module again. Raises BadInput as `read_graph` does.
     """
     walk = _Walk(trace(model.eval()))
     loose = [op for op in walk.operations if op.kind in FUNCTIONS and not walk.alone(op)]
     graph, modules = copy.deepcopy(traced(copied(model).to("meta"))), {}
     rewritten = [node for node in graph.nodes if node.op in ("call_function", "call_method")
                  and node.target in REWRITTEN]
-    # any other network's own forward pass could do what its graph does not show, such as run layers from a list, which
-    # no quantizer replaces: what runs is the graph
-    ours = type(model).__module__ in OURS or hasattr(type(model), "prepared_graph")
-    if ours and not walk.lacking and not loose and not rewritten:
+    if type(model) in PREPARED and not walk.lacking and not loose and not rewritten:
         _keep(model, walk)
         return model
     for taken in ("points", "functions"):
@@ -352,7 +349,11 @@ def prepare(model: nn.Module) -> nn.Module:
         becomes_a_module(op, unused("functions." + op.name.replace(".", "_"), modules))
     for node in rewritten:
         node.target = REWRITTEN[node.target]
+    # a network's own code could do what its graph does not show, such as run layers from a list, which no quantizer
+    # replaces
     network = copy.deepcopy(model)
+    for module in network.modules():
+        module.__class__ = next(base for base in type(module).__mro__ if base.__module__.startswith(KNOWN))
     for name, module in modules.items():
         holder, _, own = name.partition(".")
         if not hasattr(network, holder):
@@ -360,9 +361,9 @@ def prepare(model: nn.Module) -> nn.Module:
         network.get_submodule(holder).add_module(own, module)
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
-    base = nn.Module if isinstance(model, fx.GraphModule) else type(model)  # copies of that have a class of their own
-    network.__class__ = type(type(model).__name__, (base,), {"forward": forward, "prepared_graph": graph})
-    read(network)
+    network.__class__ = type(type(model).__name__, (nn.Module,), {"forward": forward})
+    PREPARED[type(network)] = graph
+    read_graph(network)
     return network
 
 
@@ -380,22 +381,18 @@ def sole_readers(model: nn.Module, training: bool = False) -> dict[str, str] | N
     It is so in eval mode and, with `training`, in the modules' own modes as well, in which a pass may leave out some at
     random. Return None if the forward pass cannot be followed.
     """
-    if training:
-        now, readers = _sole_readers(model, True), _sole_readers(model, False)
-        return None if None in (now, readers) else dict(now.items() & readers.items())
-    return _sole_readers(model, False)
-
-
-def _sole_readers(model: nn.Module, training: bool) -> dict[str, str] | None:
-    try:
-        nodes = list(traced(model, training).nodes)
-    except BadInput:
-        return None
-    times = Counter(node.target for node in nodes if node.op == "call_module"
-                    and not has_hooks(model.get_submodule(node.target)))
-    return {node.target: reader.target for node in nodes for reader in list(node.users)[:1]
-            if node.op == reader.op == "call_module" and len(node.users) == 1
-            and times[node.target] == times[reader.target] == 1}
+    found = []
+    for mode in (False, True)[:1 + training]:
+        try:
+            nodes = list(traced(model, mode).nodes)
+        except BadInput:
+            return None
+        times = Counter(node.target for node in nodes if node.op == "call_module"
+                        and not has_hooks(model.get_submodule(node.target)))
+        found.append({node.target: reader.target for node in nodes for reader in list(node.users)[:1]
+                      if node.op == reader.op == "call_module" and len(node.users) == 1
+                      and times[node.target] == times[reader.target] == 1})
+    return {name: reader for name, reader in found[0].items() if found[-1].get(name) == reader}
 
 
 def normalised_convolutions(model: nn.Module, norms=(nn.BatchNorm2d,)) -> dict[str, str] | None:

@@ -19,7 +19,7 @@ from compressed.errors import BadInput
 from compressed.exact_network import check_input
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, folded, power_of_two_step
-from compressed.graph import layer_kind, read, weight_layers
+from compressed.graph import layer_kind, read_graph, weight_layers
 from compressed.operations import RoundsWeightsAlone
 
 # the submission's 6-bit layers, by index among its 58 layers; every other has 8 bits
@@ -82,7 +82,7 @@ def activation_table(option: str, model: nn.Module) -> dict[str, int]:
         first = branches[0].kind
         return "image" if first == "pixels" else "sum" if len(branches) > 1 and first != "moved" else first
 
-    kinds = {point.name: kind(point.branches) for point in read(model).points[:-1]}
+    kinds = {point.name: kind(point.branches) for point in read_graph(model).points[:-1]}
     return chosen_bits(option, "activation point", kinds, POINT_KINDS, exempt="image")
 
 
@@ -204,7 +204,7 @@ def quantize_weights(model: nn.Module, table: list[int], scheme: str) -> None:
     """
     if scheme not in SCHEMES:
         raise BadInput(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    free = {branch.name for branch in read(model).layers if branch.norm and scheme != "power-of-two"}
+    free = {branch.name for branch in read_graph(model).layers if branch.norm and scheme != "power-of-two"}
     for (name, module), bits in zip(weight_layers(model), table, strict=True):
         weight = module.weight.detach()
         module.__class__, module.bits = quantized_class(module), bits  # same keys, same tensors
@@ -225,7 +225,7 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
     step and the three below it: a clipped outlier costs less than a coarse grid. The image needs no calibration at 8
     bits: its pixels are exactly code * 2^-6.
     """
-    graph = read(model)
+    graph = read_graph(model)
     points = graph.activation_points
     bits = bits if isinstance(bits, dict) else dict.fromkeys(points, bits)
     largest = dict.fromkeys(points, 0.0)
@@ -267,7 +267,7 @@ def check_quantizable(model: nn.Module) -> None:
     That is a network that scales or shifts its input itself, or has a parameter that its forward pass does not read:
     nothing says how that is stored.
     """
-    graph = read(model)
+    graph = read_graph(model)
     check_input(graph)
     used = {name for branch in graph.layers for name in (branch.name, branch.norm)}
     for name, _ in model.named_parameters():
@@ -287,7 +287,7 @@ def shipped(model: nn.Module, network: nn.Module, scale_bits: int = FLOAT_BITS,
     network.load_state_dict(model.state_dict())
     network.eval()
     ours = {}
-    for branch in read(network).layers:
+    for branch in read_graph(network).layers:
         layer = network.get_submodule(branch.name)
         norm = network.get_submodule(branch.norm) if branch.norm else None
         bias, scale = None, torch.ones(len(layer.weight), dtype=torch.float64)
@@ -383,7 +383,7 @@ def shorten_scales(model: nn.Module, bits: int = FLOAT_BITS) -> None:
 
     Weights are rounded to the changed step, so this adds no rounding error of its own.
     """
-    for branch in read(model).layers:
+    for branch in read_graph(model).layers:
         if branch.kind == "layer" and branch.norm:
             conv, (scale, _) = model.get_submodule(branch.name), folded(model.get_submodule(branch.norm))
             conv.step = short_step(conv.step, scale.view_as(conv.step), bits).float()
@@ -398,7 +398,7 @@ def drop_negligible(network: nn.Module, tensors: list[dict], activations: list[d
     as strong weight decay leaves them, become constants.
     """
     steps = {entry["name"]: entry["step"] for entry in tensors + activations if "step" in entry}
-    for branch in read(network).layers:
+    for branch in read_graph(network).layers:
         if branch.kind == "layer" and branch.norm:
             norm = network.get_submodule(branch.norm)
             units = norm.weight.double().abs() * steps[f"{branch.name}.weight"] * steps[branch.source]
@@ -415,7 +415,7 @@ def round_shifts(network: nn.Module, tensors: list[dict], activations: list[dict
     part of the unit and of both powers of two. Engines add a bias to the accumulator, as an integer.
     """
     steps = {entry["name"]: Fraction(entry["step"]) for entry in tensors + activations if "step" in entry}
-    bits, graph = {entry["name"]: entry["bits"] for entry in tensors}, read(network)
+    bits, graph = {entry["name"]: entry["bits"] for entry in tensors}, read_graph(network)
     for branch in graph.layers:
         name = branch.norm or branch.name
         owner = network.get_submodule(name)

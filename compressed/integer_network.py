@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from compressed import cifar100, graph
 from compressed.claims import stated_formats
-from compressed.counting import reach
+from compressed.counting import sum_bounds
 from compressed.errors import BadInput
 from compressed.exact_network import RELU6, table
 from compressed.formats import Activation, is_folded, lowest_bits, stored_exponent
@@ -119,7 +119,7 @@ class Term:
     """
     branch: graph.Branch
     sums: Callable[..., Tensor]
-    reach: list[tuple[int, int]]
+    sum_bounds: list[tuple[int, int]]
     scale: Tensor
     shift: Tensor
     codes: Tensor | None = None
@@ -198,7 +198,7 @@ class IntegerNetwork:
                 raise BadInput(f"activation {name} has {activation.bits} bits: expected at most 8")
         self.steps = {entry["name"]: 2.0**stored_exponent(entry.get("step"), f"activation {entry['name']}")
                       for entry in claim["activations"]}
-        *self.values, self.logits = map(self._value, graph.read(model).points)
+        *self.values, self.logits = map(self._value, graph.read_graph(model).points)
         self.logit_exponent = self.logits.exponents[0]
 
     def _value(self, point: graph.Point) -> Value:
@@ -221,7 +221,8 @@ class IntegerNetwork:
             scale, shift = self._folded(branch.norm)
         if module.bias is not None:
             shift = shift + scale * module.bias
-        return Term(branch, layer_sums(module, codes, branch.window), reach(codes, source), scale * step, shift, codes)
+        sums = layer_sums(module, codes, branch.window)
+        return Term(branch, sums, sum_bounds(codes, source), scale * step, shift, codes)
 
     def _folded(self, norm: str) -> tuple[Tensor, Tensor]:
         """Return the scale and the shift of a BatchNorm, float64 [C]."""

@@ -54,7 +54,7 @@ from compressed import cifar100, claims, counting, networks
 from compressed.errors import BadInput, refused
 from compressed.files import replacing
 from compressed.formats import Grid, stored_exponent
-from compressed.graph import prepare, read
+from compressed.graph import prepare, read_graph
 
 MAGIC, VERSIONS = b"MNET", (1, 2)
 HEADER, WIDTH, LENGTH, INPUT = (struct.Struct(form) for form in ("<4sBBH", "<d", "<H", "<ff32s"))
@@ -145,7 +145,7 @@ def unpack_tensor(reader: Reader, shape: torch.Size, name: str) -> tuple[Tensor,
 
 def header(model: nn.Module, spec: str) -> bytes:
     """Return the header of a network: of version 1 if that can say which one it is."""
-    graph = read(model)
+    graph = read_graph(model)
     classes = graph.points[-1].shape[0]
     if (width := networks.width(spec)) is not None:
         return HEADER.pack(MAGIC, 1, 0, classes) + WIDTH.pack(width)
@@ -163,9 +163,9 @@ def pack(model: nn.Module, claim: dict, path) -> dict[str, int]:
     spec = claim.get("network", {}).get("spec", networks.DEFAULT)
     formats = claims.stated_formats(model, claim)
     steps = {entry["name"]: entry.get("step") for entry in claim["activations"]}
-    layouts = {f"{name}.weight": each for name, each in counting.layouts(read(model).operations, formats).items()}
+    layouts = {f"{name}.weight": each for name, each in counting.layouts(read_graph(model).operations, formats).items()}
     parts = [("header", header(model, spec))]
-    for name in read(model).activation_points:
+    for name in read_graph(model).activation_points:
         activation = formats.activations[name]
         if activation.bits > 16:
             raise BadInput(f"activation {name} has {activation.bits} bits: the packed file holds up to 16")
@@ -276,7 +276,7 @@ def unpack_bytes(data: bytes, network: str | None = None) -> tuple[nn.Module, di
     reader = Reader(data[:-CHECKSUM])
     model, stated = stated_network(reader, network)
     tensors, activations, state = [], [], {}
-    for name in read(model).activation_points:
+    for name in read_graph(model).activation_points:
         kind, e = FORMAT.unpack(reader.take(FORMAT.size))
         if not 1 <= kind & BITS <= 16 or kind & (HALF | MASKED):
             raise BadInput(f"activation {name} has the unknown format {kind:#04x}")

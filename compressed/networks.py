@@ -132,7 +132,7 @@ def find(spec: str, option: str = "--network") -> tuple:
 
 
 def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
-    """Return the network of a specification, with random weights from torch's global generator.
+    """Return the network of a specification, in float32, with random weights from torch's global generator.
 
     num_classes is an argument of the network unless the specification states one. Raises BadInput for a specification
     that names nothing, and for one whose constructor fails.
@@ -146,7 +146,7 @@ def make(spec: str = DEFAULT, num_classes: int = CLASSES) -> nn.Module:
         raise BadInput(f"--network {spec}: returns {type(network).__name__}, expected an nn.Module")
     if any(isinstance(each, UninitializedTensorMixin) for each in (*network.parameters(), *network.buffers())):
         raise BadInput(f"--network {spec}: has lazy modules, whose weights do not exist yet: give them their sizes")
-    return network
+    return network.float()
 
 
 def width(spec: str) -> float | None:
@@ -291,7 +291,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], misfit: str) -> nn.Mo
     if problems:
         raise BadInput(f"{misfit}: {brief(problems)}")
     model.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
-    return model.float().eval()
+    return model.eval()
 
 
 def load_checkpoint(path, network: str = DEFAULT, num_classes: int | None = None, hint: bool = True) -> nn.Module:

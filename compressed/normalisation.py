@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressed import cifar100
 from compressed.errors import BadInput
-from compressed.graph import read
+from compressed.graph import read_graph
 
 
 def add_option(parser) -> None:
@@ -59,7 +59,7 @@ def fold(model: nn.Module, means, deviations) -> nn.Module:
     Equal but for one rounding of every changed value to float32: scales multiply the weights, and shifts go into the
     BatchNorm's mean or the bias. Raises BadInput where the network cannot be folded exactly.
     """
-    graph, (scale, shift) = read(model), scale_and_shift(means, deviations)
+    graph, (scale, shift) = read_graph(model), scale_and_shift(means, deviations)
     first = {branch for point in graph.points for branch in point.branches if graph.images & set(branch.sources)}
     if clipped := [point.name for point in graph.points if point.name in graph.images and point.activation != "none"]:
         raise BadInput(f"--normalise cannot be folded exactly: {clipped[0]} clips the image before any layer")

@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import operator
+import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ REWRITTEN = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "
              "view": "reshape"}
 NORMALISATIONS = {"product": "scale", "add": "shift"}  # of the image, by constants
 NOT_LISTED = "size", "constant", "split"  # no operations: numbers, stored tensors, and tuples, whose parts are some
+PREPARED = weakref.WeakKeyDictionary()  # class of a network that graph.prepare made: the graph of its forward pass
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
 
@@ -162,11 +164,11 @@ def traced(model: nn.Module, training: bool = False) -> fx.Graph:
     Raises BadInput if the forward pass cannot be followed, because it depends on values, or is not that of the class.
     """
     name = type(model).__name__
-    if hasattr(type(model), "prepared_graph"):
-        return type(model).prepared_graph
     own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
     if "forward" in vars(model) or own_call:  # torch.fx follows the class's
         raise BadInput(f"{name} is called by a function that is not its class's forward(): make that its forward pass")
+    if type(model) in PREPARED:
+        return PREPARED[type(model)]
     twin = copied(model) if training else copied(model).eval()
     with refused(f"the forward pass of {name} cannot be followed"):  # whatever it raises on a torch.fx.Proxy
         return Tracer().followed(twin)
@@ -277,9 +279,8 @@ class _Node:
             for part in ("weight", "bias", "running_mean", "running_var"):
                 if vars(module).get(part) is not None or hasattr(type(module), part):
                     yield f"its {part} is computed; expected a parameter or buffer of its own"
-            steps = ("forward", "_conv_forward", "__call__", "_call_impl", "__getattr__", "__getattribute__",
-                     "__deepcopy__", "train", "eval")
-            if "forward" in vars(module) or any(getattr(type(module), step, None) is not getattr(
+            steps = "forward", "_conv_forward", "__call__", "_call_impl", "__getattr__", "__getattribute__"
+            if vars(module).keys() & set(steps) or any(getattr(type(module), step, None) is not getattr(
                     self.spelling, step, None) for step in steps):
                 yield f"{type(module).__name__} has a forward pass of its own, which has no rule"
         if module is not None and has_hooks(module):
@@ -289,7 +290,7 @@ class _Node:
         if kind in ("conv", "linear", "batchnorm"):
             for part in ("weight", "bias", "running_mean", "running_var"):
                 if getattr(module, part, None) is not None and f"{node.target}.{part}" not in own:
-                    yield f"its {part} is shared with another layer, or computed; expected one of its own"
+                    yield f"its {part} is shared with another layer; expected one of its own"
             if sum(each.op == "call_module" and each.target == node.target for each in node.graph.nodes) > 1:
                 yield "it is used several times: each layer may run once"
         if kind == "linear" and self.inputs[0].dim() != 2:

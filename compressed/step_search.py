@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressed import cifar100, grids
 from compressed.command_line import with_progress
 from compressed.evaluation import on_every_core
-from compressed.graph import read
+from compressed.graph import read_graph
 from compressed.operations import traced
 
 FIRST = 50  # minimum number of images of a first trial
@@ -44,7 +44,7 @@ class Paused:
             return interpreter.env
         return on_every_core(resumed, self.values, self.cpu)
 
-    def reach(self, name: str) -> None:
+    def advance_to(self, name: str) -> None:
         """Continue to just before the module of this name, still ahead."""
         at = next(i for i, node in enumerate(self.nodes) if node.target == name)
         self.values, self.nodes = self._run(self.nodes[:at]), self.nodes[at:]
@@ -81,11 +81,11 @@ def choose_steps(model: nn.Module, images: Tensor, reference: Tensor) -> None:
     with grids.weights_rounded_once(model):
         networks = [Paused(model, some) for some in images.split(parts)]
         least = [divergences(k) for k in range(len(parts))]
-        graph = read(model)
+        graph = read_graph(model)
         points = [name for name in graph.activation_points if name not in graph.images]
         for name in with_progress(points, "activation steps chosen"):
             for network in networks:
-                network.reach(name)
+                network.advance_to(name)
             quantizer = model.get_submodule(name)
             before = quantizer.step
             for step in (2 * before, before / 2):

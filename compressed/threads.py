@@ -36,7 +36,7 @@ def cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max": no quota
         quota, period = map(int, QUOTA.read_text().split())
         count = min(count, math.ceil(quota / period))
-    return max(1, count // (environment.whole("LOCAL_WORLD_SIZE", 1) or 1))
+    return max(1, count // (environment.integer("LOCAL_WORLD_SIZE", 1) or 1))
 
 
 def use_device(no_cuda: bool, local: int = 0) -> torch.device:
@@ -100,12 +100,17 @@ def in_threads(function, parts) -> list:
         raise
     finally:
         wait(waiting)  # after an error, too, no thread may still change the caller's data
-        _stopped.clear()
+        resume()
 
 
 def stop() -> None:
     """Make every thread of `in_threads` end at its next call of `go_on`."""
     _stopped.set()
+
+
+def resume() -> None:
+    """Take `stop` back, for work that comes after what was stopped."""
+    _stopped.clear()
 
 
 def go_on() -> None:

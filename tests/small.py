@@ -8,7 +8,7 @@ from torch import nn
 from compressed import cifar100, claims, grids
 from compressed.files import save_record
 from compressed.formats import code_range
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 from compressed.integer_network import IntegerNetwork
 from mobilenet_v2 import MobileNetV2, Table
 
@@ -73,7 +73,7 @@ def tiny_network(classes: int = CLASSES, width: float = WIDTH) -> tuple[MobileNe
 
 def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
     """{convolution: (its BatchNorm, the activation point that it reads)}."""
-    return {branch.name: (branch.norm, branch.source) for branch in read(model).layers if branch.norm}
+    return {branch.name: (branch.norm, branch.source) for branch in read_graph(model).layers if branch.norm}
 
 
 def integer_logits(network: nn.Module, claim: dict, images: torch.Tensor) -> torch.Tensor:

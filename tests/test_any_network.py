@@ -23,7 +23,7 @@ from compressed.evaluation import logits
 from compressed.exact_network import FORMULAS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
 from compressed.formats import Activation
-from compressed.graph import UNSIGNED, prepare, read, weight_layers
+from compressed.graph import UNSIGNED, prepare, read_graph, weight_layers
 from compressed.operations import RoundsWeightsAlone
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
@@ -73,7 +73,7 @@ def shipped(spec: str, classes: int, activation_bits: str = "8") -> tuple[nn.Mod
 def signs(model: nn.Module) -> dict[str, bool]:
     """{activation point: True if any of its values is below zero for some images}"""
     found = {}
-    for name in read(model).activation_points:
+    for name in read_graph(model).activation_points:
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, out, name=name: found.__setitem__(name, bool((out < 0).any())))
     model(cifar100.normalise(cifar100.made_up(8, 5).images))
@@ -87,7 +87,7 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
     x = cifar100.normalise(images[:2])
     assert list(network.state_dict()) == list(plain.state_dict()) and torch.equal(prepare(plain)(x), plain(x))
     negative = signs(copy.deepcopy(prepare(plain)))
-    for point in read(network).points[:-1]:  # a mean of values of both signs may be above zero in all images
+    for point in read_graph(network).points[:-1]:  # a mean of values of both signs may be above zero in all images
         assert point.signed == negative[point.name] or point.signed and point.branches[0].kind == "mean"
 
     wanted = logits(exact_network(network, claim["activations"]), images)
@@ -98,7 +98,7 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
     assert costs["tree"]["bits"] < costs["32-bit"]["bits"] and costs["fixed"]["bits"] < costs["32-bit"]["bits"]
     with FlopCounterMode(display=False) as counter:
         plain(x[:1])
-    assert counter.get_total_flops() == 2 * counting.macs(read(network).operations)
+    assert counter.get_total_flops() == 2 * counting.macs(read_graph(network).operations)
 
     path = tmp_path / "packed.mnet"
     mnet.pack(network, claim, path)
@@ -109,7 +109,7 @@ def test_a_network_of_somebody_else(spec, classes, tmp_path):
         mnet.unpack(path, "mobilenet_v2:SmallMobileNetV2")
     content = path.read_bytes()[:-32]
     for part, said in ((struct.pack("<ff", 128, 64), "mean 0.0 and not 128"),
-                       (bytes.fromhex(read(network).digest), "graph 0000"), (b":", "cannot be printed")):
+                       (bytes.fromhex(read_graph(network).digest), "graph 0000"), (b":", "cannot be printed")):
         changed = content.replace(part, bytes(len(part)), 1)
         with pytest.raises(BadInput, match=said):
             mnet.unpack_bytes(changed + hashlib.sha256(changed).digest(), spec)
@@ -121,7 +121,7 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
     save_tensors(network.state_dict(), path)
     save_record(claim | {"sha256": sha256(path)}, path.with_suffix(".json"))
     read_back = checkpoints.read(path, spec)
-    assert not read_back.problems and read(read_back.model).points == read(network).points
+    assert not read_back.problems and read_graph(read_back.model).points == read_graph(network).points
     with pytest.raises(BadInput, match="network.json: it is of the network .*Excited: to run that code, say --network"):
         checkpoints.read(path)
     with pytest.raises(BadInput, match="network.json: it is of the network .*Excited, and not of .*Mobile"):
@@ -146,7 +146,8 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     formats = stated_formats(network, claim)
     assert 2**8 < testers.exactness(network, formats, steps) < 2**24
-    product = next(branch for point in read(network).points for branch in point.branches if branch.kind == "product")
+    branches = (branch for point in read_graph(network).points for branch in point.branches)
+    product = next(branch for branch in branches if branch.kind == "product")
     steps[product.other] *= 2.0**-30  # finer than what is added to it by more than a float32 holds
     assert testers.exactness(network, formats, steps) > 2**24
 
@@ -203,7 +204,7 @@ def test_the_family_of_the_small_network(monkeypatch):
     images = cifar100.made_up(16, 3).images
     wanted = logits(exact_network(network, claim["activations"]), images)
     assert wanted.shape == (16, 10) and torch.equal(integer_logits(network, claim, images), wanted)
-    points = read(network).activation_points
+    points = read_graph(network).activation_points
     assert all(f"points.layers_0_{name}" in points for name in ("bn1", "relu1", "bn2", "relu2"))
 
 
@@ -267,6 +268,22 @@ class Stepped(nn.Conv2d):
 class Doubled(nn.Conv2d):
     def _call_impl(self, *args, **kwargs):
         return super()._call_impl(*args, **kwargs) * 2
+
+
+class Getting(nn.Conv2d):
+    def __getattr__(self, name):
+        return super().__getattr__(name) * 2 if name == "weight" else super().__getattr__(name)
+
+
+class Got(nn.Conv2d):
+    def __getattribute__(self, name):
+        return super().__getattribute__(name)
+
+
+def bound(layer):
+    """A layer with a convolution of its own that is not its class's."""
+    layer._conv_forward = lambda x, weight, bias: nn.Conv2d._conv_forward(layer, x, weight, bias) * 2
+    return layer
 
 
 class LookedUp(nn.Conv2d):
@@ -387,6 +404,9 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=Stepped(3, 4, 1)), "c: Stepped has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=Doubled(3, 4, 1)), "c: Doubled has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=Getting(3, 4, 1)), "c: Getting has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=Got(3, 4, 1)), "c: Got has a forward pass of its own"),
+    (Lone(lambda s, x: s.c(x), c=bound(conv())), "c: Conv2d has a forward pass of its own"),
     (Lone(lambda s, x: s.c(x), c=LookedUp(3, 4, 1)), "c: its weight is computed"),
     (Lone(lambda s, x: s.c(x), c=Exempted(3, 4, 1)), "c: Exempted has a forward pass of its own"),
     (Lone(lambda s, x: s.a(s.c(x)), c=conv(padding=1), a=Signed()), "softmax .* no counting rule"),
@@ -486,7 +506,7 @@ def test_what_runs_is_what_is_counted():
     found = []
     for model in map(prepare, (listed, written)):
         points = [{"name": name, "bits": 2, "step": 0.25, "signed": signed}
-                  for name, signed in read(model).activation_points.items()]
+                  for name, signed in read_graph(model).activation_points.items()]
         exact = model(images)
         quantize_activations(model, points)
         with torch.inference_mode():
@@ -501,8 +521,8 @@ def test_what_is_paused_computes_the_same_again():
     images = cifar100.made_up(60, 0).images
     with torch.no_grad():
         expected, paused = logits(model, images), step_search.Paused(model, images)
-        for name in list(read(model).activation_points)[1:]:
-            paused.reach(name)
+        for name in list(read_graph(model).activation_points)[1:]:
+            paused.advance_to(name)
             for _ in range(2):
                 assert torch.allclose(paused.finish(), expected, atol=1e-5)
 
@@ -510,7 +530,7 @@ def test_what_is_paused_computes_the_same_again():
 def test_a_clip_of_the_image_is_not_taken_for_the_image():
     """The exporter and --normalise know the image alone."""
     model = prepare(Lone(lambda s, x: s.c(x.relu()), c=conv(padding=1)).eval())
-    point, *_ = read(model).points
+    point, *_ = read_graph(model).points
     assert (point.branches[0].kind, point.activation) == ("pixels", "relu")
     with pytest.raises(BadInput, match="points.image clips the image before any layer"):
         normalisation.fold(model, (0, 0, 0), (1, 1, 1))
@@ -547,7 +567,7 @@ class Odd(nn.Module):
 
 def test_what_is_inserted_has_a_name_of_its_own():
     model = Odd().eval()
-    names = list(read(prepare(model)).activation_points)
+    names = list(read_graph(prepare(model)).activation_points)
     assert names == ["points.image", "points.a_b", "points.silu", "points.a_b_1", "points.silu_1", "points.mean"]
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(prepare(model)(x), model(x))
@@ -556,7 +576,7 @@ def test_what_is_inserted_has_a_name_of_its_own():
 def test_a_graph_of_torch_fx_is_a_network():
     plain = nn.Sequential(conv(padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10))
     model = prepare(torch.fx.symbolic_trace(plain).eval())
-    assert list(read(model).activation_points) == ["points.image", "1", "points.2"]
+    assert list(read_graph(model).activation_points) == ["points.image", "1", "points.2"]
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy.deepcopy(model)(x), plain(x))
 
@@ -571,7 +591,7 @@ def test_training_follows_a_network_that_makes_constants():
 def test_every_branch_has_a_name_of_its_own():
     net = prepare(Lone(lambda s, x: (s.shortcut(h := s.c(x).relu()) + h).relu(), c=conv(padding=1),
                        shortcut=nn.Conv2d(4, 4, 1)))
-    names = [branch.name for point in read(net).points for branch in point.branches]
+    names = [branch.name for point in read_graph(net).points for branch in point.branches]
     assert sorted(names) == sorted(set(names)) and {"shortcut", "shortcut.1"} <= set(names)
 
 
@@ -590,7 +610,7 @@ def test_a_prepared_network_changes_nothing_in_place():
 
     network = Lone(run, c=conv(padding=1), d=nn.Conv2d(4, 4, 1), **{n: nn.Identity() for n in ("image", "i", "after")})
     network, prepared = network.eval(), prepare(network)
-    assert list(read(prepared).activation_points) == ["image", "i", "after", "points.mean"]
+    assert list(read_graph(prepared).activation_points) == ["image", "i", "after", "points.mean"]
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(prepared(x), network(x))
     assert not any(node.target in operations.REWRITTEN for node in operations.traced(prepared).nodes)
@@ -604,8 +624,8 @@ def test_torchvisions_networks_are_counted_and_quantized(name, points):
     assert torch.equal(prepare(plain)(x), plain(x)) and list(network.state_dict()) == list(plain.state_dict())
     with FlopCounterMode(display=False) as counter:
         plain(x)
-    assert counter.get_total_flops() == 2 * counting.macs(read(network).operations)
-    assert len(read(network).activation_points) == points
+    assert counter.get_total_flops() == 2 * counting.macs(read_graph(network).operations)
+    assert len(read_graph(network).activation_points) == points
     assert counting.summary(network, stated_formats(network, claim))["weights"]["all"]["zeros"] > 0  # if none is linear
     images = cifar100.made_up(2, 3).images
     wanted = logits(exact_network(network, claim["activations"]), images)
@@ -620,7 +640,7 @@ def test_elements_that_are_moved_several_times_are_moved_once():
         return torch.cat([second, nn.functional.pad(first, (1, 1)).transpose(2, 3)[:, :, 1:33], second], 1)[:, :4]
 
     network = prepare(Lone(run, c=conv(padding=1)).eval())
-    found = {point.name: point for point in read(network).points}
+    found = {point.name: point for point in read_graph(network).points}
     assert list(found)[:3] == ["points.image", "points.relu", "points.moved_5"]
     moved = found["points.moved_5"].branches
     assert [branch.source for branch in moved] == ["points.relu"] * 2 and not found["points.moved_5"].signed
@@ -632,7 +652,7 @@ def test_elements_that_are_moved_several_times_are_moved_once():
 def test_a_map_of_another_shape_is_moved():
     """A 3x3 convolution reads other neighbours then."""
     network = Lone(lambda s, x: s.d(s.c(x).view(-1, 4, 16, 64)), c=conv(padding=1), d=nn.Conv2d(4, 4, 3, padding=1))
-    kinds = {op.name: op.kind for op in read(prepare(network.eval())).operations}
+    kinds = {op.name: op.kind for op in read_graph(prepare(network.eval())).operations}
     assert kinds["moved"] == "moved"
 
 
@@ -640,7 +660,7 @@ def test_an_identity_that_runs_twice_rounds_nothing():
     def run(s, x):
         return s.d(s.i(s.c(s.i(x))))
     network = Lone(run, i=nn.Identity(), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)).eval()
-    assert list(read(prepare(network)).activation_points) == ["points.image", "points.i_1", "points.d",
+    assert list(read_graph(prepare(network)).activation_points) == ["points.image", "points.i_1", "points.d",
                                                                   "points.mean"]
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(prepare(network)(x), network(x))
@@ -685,7 +705,7 @@ def test_the_digest_is_of_what_is_computed():
     def digest(run=lambda s, x: s.c(x), groups=1, **options):
         network = prepare(Lone(run, a=nn.Conv2d(3, 4, 1), c=nn.Conv2d(4, 4, 3, padding=1, groups=groups, **options),
                                m=nn.ReLU()).eval())
-        return read(network).digest
+        return read_graph(network).digest
 
     def swapped(s, x):
         first, second = x.chunk(2, 1)

@@ -7,10 +7,10 @@ from torch import nn
 import check_model_operations
 from check_model_operations import main
 from compressed import checkpoints, claims, counting
-from compressed.claims import hold
+from compressed.claims import check
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 from small import NARROW as SPEC
@@ -43,7 +43,7 @@ def shipped(tmp_path_factory):
     path = tmp_path_factory.mktemp("shipped") / "network.pt"
     save_tensors(model.state_dict(), path)
     activations = [{"name": name, "bits": 8, "signed": signed, "step": 0.0625}
-                   for name, signed in read(model).activation_points.items()]
+                   for name, signed in read_graph(model).activation_points.items()]
     claim = {"sha256": sha256(path), "tensors": tensors, "activations": activations,
              "network": claims.network(SPEC, model)}
     save_record(claim, path.with_suffix(".json"))
@@ -137,7 +137,7 @@ def changed(claim, key, index, **values):
 def test_wrong_claims(shipped):
     path, claim = shipped
     tensors, model = claim["tensors"], load_checkpoint(path, SPEC)
-    assert hold(claim, path, model)[1] == []
+    assert check(claim, path, model)[1] == []
     cases = [
         (changed(claim, "tensors", 2, bits=7), "layers.0.conv2.weight: the values are no 7-bit multiples"),
         (changed(claim, "tensors", 2, step=2.0**-4), "layers.0.conv2.weight: the values are no 8-bit multiples"),
@@ -157,7 +157,7 @@ def test_wrong_claims(shipped):
         (claim | {"activations": claim["activations"][1:]}, "activation image: not in the claim"),
     ]
     for wrong, message in cases:
-        formats, problems = hold(wrong, path, model)
+        formats, problems = check(wrong, path, model)
         assert len(problems) == 1 and problems[0].startswith(message), message
         assert all(formats.tensors[entry["name"]].bits >= entry["bits"] for entry in tensors)
 
@@ -169,14 +169,14 @@ def test_values_one_unit_in_the_last_place_off_their_grids(shipped):
     for name in stepped:
         value = model.get_parameter(name)
         value.copy_(torch.where(value != 0, value.nextafter(torch.tensor(9.0)), value))
-    problems = hold(claim, path, model)[1]
+    problems = check(claim, path, model)[1]
     assert {problem.split(":")[0] for problem in problems} == stepped
 
 
 def test_claims_about_another_file_or_other_counts(shipped, claimed, capsys):
     path, claim = shipped
     model = load_checkpoint(path, SPEC)
-    formats, _ = hold(claim, path, model)
+    formats, _ = check(claim, path, model)
     counts = counting.summary(model, formats)
     claimed(claim | {"counts": counts})
     assert main(["--checkpoint", str(path), "--summary"]) == 0 and not capsys.readouterr().err

@@ -19,7 +19,7 @@ from compressed.counting import (
     count,
     fixed_bits,
     layouts,
-    reach,
+    sum_bounds,
     score,
     storage,
     sum_bits,
@@ -38,7 +38,7 @@ from compressed.formats import (
     found_grid,
     signed_bits,
 )
-from compressed.graph import Operation, prepare, read, trace, weight_layers
+from compressed.graph import Operation, prepare, read_graph, trace, weight_layers
 from compressed.networks import save_state
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 
@@ -82,7 +82,7 @@ def test_network_figures(network, operations):
     assert kinds == {"conv": 57, "batchnorm": 57, "relu": 36, "add": 14, "mean": 1, "linear": 1, "point": 19,
                      "input": 1}
     assert sum(op.outputs for op in operations if op.kind == "batchnorm") == 2_284_288
-    assert len(read(network).activation_points) == 55
+    assert len(read_graph(network).activation_points) == 55
     names = [name for name, _ in weight_layers(network)]
     assert [op.name for op in operations if op.kind in ("conv", "linear")] == names
     assert {"layers.0.add", "mean", "layers.16.shortcut.0"} <= {op.name for op in operations}
@@ -108,7 +108,7 @@ def test_weight_summary(network):
     assert rows[0] == {"index": 0, "name": "conv1.weight", "shape": [40, 3, 3, 3], "total": 1080, "zeros": 81,
                        "nonzeros": 999, "bits": 32, "kind": "float32"}
     assert rows[1]["name"] == "bn1.weight" and rows[1]["index"] is None
-    whole, operations = counting.summary(model, formats), read(model).operations
+    whole, operations = counting.summary(model, formats), read_graph(model).operations
     assert json.loads(json.dumps(whole)) == whole and whole["storage"] == storage(model, operations, formats)
     assert whole["weights"]["all"] == summary["all"] and "tensors" not in whole["weights"]
     for c in CONVENTIONS:
@@ -185,7 +185,7 @@ def test_fixed_accumulator_by_brute_force(codes, signed):
             for order in itertools.permutations(range(3)):
                 seen |= set(itertools.accumulate(row[i] * inputs[i] for i in order))
     grid = Grid(3, (step,), "power of two")
-    bounds = reach(grid.codes(weight), activation)
+    bounds = sum_bounds(grid.codes(weight), activation)
     assert len(bounds) == len(codes)
     # reached, never left
     assert (min(low for low, _ in bounds), max(high for _, high in bounds)) == (min(seen), max(seen))
@@ -333,15 +333,23 @@ def test_the_widest_sum_of_a_tree_meets_the_batchnorm():
     assert rows[1].additions == {17: 8}
 
 
-def test_a_scale_whose_step_is_no_shift_costs_a_multiplication():
-    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)))
+def test_a_step_that_is_no_shift_costs_a_multiplication():
+    """One of a BatchNorm's scale or shift, after which a ReLU is at 32 bits, or of a layer's bias."""
+    normed = folded(nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU()))
+    biased = nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1))
 
-    def second(step):
-        grids = {"1.weight": Grid(4, (1.0,), "even"), "2.weight": Grid(6, (step,)), "2.bias": Grid(6, (1.0,))}
-        return count(trace(model, (2, 4, 4)), Formats(grids, activation_bits=4), "tree")[1].multiplications
+    def found(model, **steps):
+        grids = {f"{layer[1:]}.{part}": Grid(6, (step,), "even") for layer, part, step in
+                 ((*key.split("_"), step) for key, step in steps.items())}
+        rows = count(trace(model, (2, 4, 4)), Formats(grids, activation_bits=4), "tree")
+        return [row.multiplications for row in rows]
 
-    shifted = second(0.25)
-    assert second(0.3) == shifted | {32: 3 * 16} and 32 not in shifted
+    layer, norm, relu = found(normed, l1_weight=1.0, l2_weight=0.25, l2_bias=1.0)
+    for scale, shift in ((0.3, 1.0), (0.25, 0.3), (0.3, 0.3)):
+        assert found(normed, l1_weight=1.0, l2_weight=scale, l2_bias=shift) == [
+            layer, norm | {32: 3 * 16}, {32: 3 * 16}] != [layer, norm, relu]
+    (shifted,), (multiplied,) = (found(biased, l1_weight=1.0, l1_bias=step) for step in (0.25, 0.3))
+    assert 32 not in norm | relu | shifted and multiplied == shifted | {32: 3 * 16}
 
 
 def test_steps_of_channels_cost_a_multiplication_unless_a_batchnorm_holds_them():
@@ -385,8 +393,8 @@ def test_an_input_that_the_network_scales_itself_is_counted():
 
     for network in Scaled(), Turned():
         model = prepare(network.eval())
-        assert storage(model, read(model).operations, float_formats(model))["batchnorm"] == 3 * 3 * 32
-        rows = count(read(model).operations, float_formats(model), "tree")
+        assert storage(model, read_graph(model).operations, float_formats(model))["batchnorm"] == 3 * 3 * 32
+        rows = count(read_graph(model).operations, float_formats(model), "tree")
         assert [(row.kind, row.multiplications, row.additions) for row in rows[:3]] == [
             ("scale", {32: 3072}, {}), ("shift", {}, {32: 3072}), ("scale", {32: 3072}, {})]
 

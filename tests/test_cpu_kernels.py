@@ -13,7 +13,7 @@ from torch import nn
 
 from compressed import grids, kernels
 from compressed.exact_network import Quantizer, quantize_activations
-from compressed.graph import prepare, read
+from compressed.graph import prepare, read_graph
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from small import with_hardswish
 from test_kernels import DTYPES, PYTORCHS, maps, pair
@@ -201,7 +201,7 @@ def test_a_network_with_trained_steps_is_changed_and_changed_back(there, most, m
     model.train()(x)
     model.eval()  # with frozen statistics, a code that is one off does not change those of all others
     quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 2.0**-5}
-                                 for name, signed in read(model).activation_points.items()])
+                                 for name, signed in read_graph(model).activation_points.items()])
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.most = most  # as of a ReLU6: its upper clip is no function of kernels.c

@@ -55,7 +55,7 @@ def dense():
     return model
 
 
-ONES = [{"name": name, "step": 0.125} for name in graph.read(few()).activation_points]
+ONES = [{"name": name, "step": 0.125} for name in graph.read_graph(few()).activation_points]
 
 
 def test_a_dense_network_has_none():

@@ -21,7 +21,7 @@ import user_networks
 from compressed import cifar100, command_line, counting, environment, kernels, networks, threads
 from compressed.command_line import run_script
 from compressed.errors import BadInput
-from compressed.evaluation import answers
+from compressed.evaluation import in_batches
 from compressed.files import save_tensors
 from tools import compare, divergence, integer, layers, pack, report
 from training import main as training
@@ -431,9 +431,9 @@ def test_ctrl_c_ends_an_evaluation_at_once(monkeypatch, cores):
     interrupt_after(0.3)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        answers(lambda batch: (time.sleep(0.1), batch)[1], torch.zeros(300 * cores, 1), 1)
+        in_batches(lambda batch: (time.sleep(0.1), batch)[1], torch.zeros(300 * cores, 1), 1)
     assert time.monotonic() - began < 10
-    assert len(answers(lambda batch: batch, torch.zeros(7, 1), 1)) == 7  # and it is forgotten
+    assert len(in_batches(lambda batch: batch, torch.zeros(7, 1), 1)) == 7  # and it is forgotten
 
 
 def test_an_error_in_the_main_thread_ends_the_others_soon(monkeypatch):
@@ -450,7 +450,7 @@ def test_an_error_in_the_main_thread_ends_the_others_soon(monkeypatch):
     images = torch.arange(300.0)[:, None]
     images[5] = 299  # in the main thread's part
     with pytest.raises(BadInput, match="this one"):
-        answers(engine, images, 1)
+        in_batches(engine, images, 1)
     assert len(done) < 100  # of 205
 
 
@@ -463,7 +463,7 @@ def test_a_noted_ctrl_c_ends_the_process_only_behind_the_block():
                 inside.append(list(asked))
             inside.append(list(outer))
     assert inside == [[signal.SIGINT], [signal.SIGINT]]
-    threads._stopped.clear()
+    threads.go_on()  # does not raise: what was stopped has ended
 
 
 def test_a_second_ctrl_c_ends_it_at_once():
@@ -475,7 +475,6 @@ def test_a_second_ctrl_c_ends_it_at_once():
                 os.kill(os.getpid(), signal.SIGINT)
                 went_on = True
     assert not went_on
-    threads._stopped.clear()
 
 
 def test_ctrl_c_in_training_writes_the_state_and_the_same_command_goes_on(monkeypatch, capsys):

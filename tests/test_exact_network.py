@@ -11,7 +11,7 @@ from compressed import cifar100, kernels
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.formats import code_range, is_folded
-from compressed.graph import prepare, read
+from compressed.graph import prepare, read_graph
 from compressed.grids import SCHEMES
 from compressed.integer_network import IntegerNetwork
 from small import integer_logits
@@ -101,7 +101,7 @@ def test_a_convolutions_sums_are_exact_beyond_float32():
         codes = torch.randint(100, 128, (4, channels, 3, 3), generator=generator)
         model[0].weight.fill_(1.0), model[0].bias.fill_(64.0), model[2].weight.copy_(codes * 2.0**-7)
         activations = [{"name": name, "bits": 8, "signed": signed, "step": 2.0**-6 if name == "points.image" else 1.0}
-                       for name, signed in read(model).activation_points.items()]
+                       for name, signed in read_graph(model).activation_points.items()]
         network = exact_module.exact_network(model, activations)
         assert (type(network[2]) is exact_module.WideConv2d) == wide
         hidden = torch.randint(200, 256, (2, channels, 5, 5), generator=generator)
@@ -121,9 +121,9 @@ def test_a_network_that_scales_its_input_itself_is_refused():
             return self.layers(x * self.scale)
 
     model = prepare(Scaled())
-    assert read(model).normalised and not read(prepare(Scaled().layers)).normalised
+    assert read_graph(model).normalised and not read_graph(prepare(Scaled().layers)).normalised
     points = [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
-              for name, signed in read(model).activation_points.items()]
+              for name, signed in read_graph(model).activation_points.items()]
     with pytest.raises(BadInput, match="scales or shifts its input itself"):
         exact_module.exact_network(model, points)
 

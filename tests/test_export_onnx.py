@@ -12,7 +12,7 @@ from compressed import checkpoints, cifar100, claims
 from compressed.errors import BadInput
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_record, save_tensors, sha256
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 from compressed.networks import load_state
 from small import NARROW, SPEC
 from tools import report
@@ -106,14 +106,14 @@ def test_each_layer_from_our_codes(shipped, long_scales, scheme):
     graph = Exporter(model, claim)
     onnx_model = graph.finished({})
     assert graph.rounded == 0 if scheme == "channel" else graph.rounded > 500
-    signed, codes = read(model).activation_points, {}
+    signed, codes = read_graph(model).activation_points, {}
     for name, found in graph.network.codes(cifar100.made_up(4, 3).images).items():
         found = (found.int() + 128 * signed.get(name, 0)).to(torch.uint8)
         codes[name] = found.permute(0, 3, 1, 2).contiguous() if found.dim() == 4 else found[:, :, None, None]
     assert torch.equal(codes["image"], codes["pixels"])
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(onnx_model))
     largest = 0
-    for point in read(model).points[1:-1]:
+    for point in read_graph(model).points[1:-1]:
         inputs = list(dict.fromkeys(branch.source for branch in point.branches))
         part = extractor.extract_model(inputs, [point.name])
         got = session(part.SerializeToString()).run(None, {name: codes[name].numpy() for name in inputs})[0]

@@ -11,7 +11,7 @@ from compressed import cifar100
 from compressed.graph import weight_layers
 from training import feedback, loop
 from training.feedback import Feedback
-from training.progress import zeros
+from training.progress import zeros_text
 from training.masks import already_zero, group_norms, target_masks
 from training.penalties import make
 
@@ -104,7 +104,7 @@ def test_groups_go_whole_and_as_many(tmp_path, kind, optimizer, schedule):
     assert max(line["zeros_share"] - line["zeros_path"] for line in lines[2:]) < 0.15
     gone = sum(int((group_norms(weight, kind) == 0).sum()) for weight in penalty.weights)
     assert (lines[-1]["zero_groups"], lines[-1]["kind"]) == (gone, kind)
-    assert f"{gone:,} of {lines[-1]['groups']:,} {kind}s" in zeros(lines[-1])
+    assert f"{gone:,} of {lines[-1]['groups']:,} {kind}s" in zeros_text(lines[-1])
 
 
 def test_a_stage_taken_up_in_its_middle_is_led_from_there(tmp_path):

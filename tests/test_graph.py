@@ -8,14 +8,14 @@ from torch import nn
 from compressed import exact_network as exact
 from compressed import graph, grids
 from compressed.errors import BadInput
-from compressed.graph import Branch, Point, prepare, read
+from compressed.graph import Branch, Point, prepare, read_graph
 from compressed.kaist import Micronet
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
 from tools.layers import layer_table
 
 
 def test_the_points_of_a_block_of_each_kind():
-    found = {point.name: point for point in read(MobileNetV2(width=0.5)).points}
+    found = {point.name: point for point in read_graph(MobileNetV2(width=0.5)).points}
     assert list(found)[:4] == ["image", "relu1", "layers.0.relu1", "layers.0.relu2"]
     assert list(found)[-3:] == ["relu2", "features", "logits"]
     assert found["image"] == Point("image", (Branch("pixels", "pixels", "pixels"),), "none", True)
@@ -31,11 +31,11 @@ def test_the_points_of_a_block_of_each_kind():
 
 def test_quantized_modules_have_the_same_graph():
     model = MobileNetV2(width=0.5).eval()
-    plain = read(model).points
+    plain = read_graph(model).points
     grids.quantize_weights(model, grids.bit_table("8", model), "layer")
     exact.quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.5}
-                                          for name, signed in graph.read(model).activation_points.items()])
-    found = read(model).points
+                                          for name, signed in graph.read_graph(model).activation_points.items()])
+    found = read_graph(model).points
     assert [(p.name, p.branches, p.signed) for p in found] == [(p.name, p.branches, p.signed) for p in plain]
 
 
@@ -43,11 +43,11 @@ def test_the_points_of_the_small_network():
     """A hard swish reads codes and gives codes: there is a point before it and one behind it."""
     model = SmallMobileNetV2().eval()
     with pytest.raises(BadInput, match="bn1.*graph.prepare"):
-        read(model)
+        read_graph(model)
     network, x = prepare(model), torch.randn(2, 3, 32, 32)
     assert torch.equal(network(x), model(x)) and list(network.state_dict()) == list(model.state_dict())
-    assert isinstance(network, SmallMobileNetV2) and prepare(network) is network
-    found = {point.name: point for point in read(network).points}
+    assert type(network).__name__ == "SmallMobileNetV2" and prepare(network) is network
+    found = {point.name: point for point in read_graph(network).points}
     assert list(found)[:4] == ["image", "points.bn1", "points.relu1", "points.layers_0_bn1"]
     assert found["points.bn1"] == Point("points.bn1", (Branch("layer", "conv1", "image", "bn1"),), "none", True)
     assert found["points.relu1"] == Point("points.relu1", (
@@ -55,14 +55,52 @@ def test_the_points_of_the_small_network():
     assert len(found) == 1 + 2 * (1 + 2 * 16) + 16 + 2  # image; two for each hard swish; blocks; features, logits
 
 
+class Flipping(nn.Module):
+    """A block that does in inference what its graph does not show, and changes its weights in eval mode."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def train(self, mode=True):
+        for parameter in self.parameters():
+            parameter.data *= 2
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.block(x + x.flip(3) if torch.is_inference_mode_enabled() else x)
+
+
+class Frozen(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_a_prepared_network_runs_nothing_but_its_graph():
+    """None of the user's classes is left in it, also within a network of ours; a layer may have a train() of its own.
+    """
+    model = MobileNetV2(width=0.25)
+    model.layers[3], model.bn1 = Flipping(model.layers[3]), Frozen(model.bn1.num_features)
+    x, model = torch.randn(2, 3, 32, 32), model.eval()
+    network, weights = prepare(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        wanted = network(x)
+        assert torch.equal(model(x), wanted)
+    with torch.inference_mode():
+        assert torch.equal(network(x), wanted) and not torch.equal(model(x), wanted)
+    network.eval()
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert type(network.bn1) is nn.BatchNorm2d and type(network.layers[3]) is nn.Module
+
+
 def test_a_network_keeps_its_graph_until_it_is_changed():
     model = MobileNetV2(width=0.25)
-    found = read(model)
-    assert read(model) is found and read(copy.deepcopy(model)).points == found.points
+    found = read_graph(model)
+    assert read_graph(model) is found and read_graph(copy.deepcopy(model)).points == found.points
     model.load_state_dict(model.state_dict())
-    assert read(model) is found and graph.KEPT not in model.state_dict()
+    assert read_graph(model) is found and graph.KEPT not in model.state_dict()
     model.layers[1].residual = False
-    assert len(read(model).points[7].branches) < len(found.points[7].branches)
+    assert len(read_graph(model).points[7].branches) < len(found.points[7].branches)
 
 
 def test_modules_whose_output_one_module_reads():
@@ -189,4 +227,4 @@ def test_the_table_of_layers_shows_those_that_never_run():
 
 def test_a_value_without_a_point_is_named():
     with pytest.raises(BadInput, match="conv1 gives a value that has to be rounded"):
-        read(Odd(lambda self, x: x))
+        read_graph(Odd(lambda self, x: x))

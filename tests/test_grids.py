@@ -15,7 +15,7 @@ from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.formats import code_range, codes, fake_quantize, power_of_two_step
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import prepare, read_graph, weight_layers
 from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
@@ -162,7 +162,7 @@ def test_bit_tables_of_another_network(tmp_path):
 
 def test_bits_of_activations(tmp_path):
     model = prepare(SmallMobileNetV2())
-    points = read(model).activation_points
+    points = read_graph(model).activation_points
     six = activation_table("6", model)
     assert list(six) == list(points) and six.pop("image") == 8 and set(six.values()) == {6}
     path = tmp_path / "t.toml"
@@ -263,7 +263,7 @@ def test_bit_tables_that_are_not_there(submission, option, message):
 # ------------------------------------------------------------------------------------------------------- activations
 
 def test_the_55_activation_points(submission):
-    points = read(submission).activation_points
+    points = read_graph(submission).activation_points
     signed = {"image", *(f"layers.{i}.out" for i in range(17))}
     unsigned = {"relu1", "relu2", "features", *(f"layers.{i}.relu{j}" for i in range(17) for j in (1, 2))}
     assert points == dict.fromkeys(signed, True) | dict.fromkeys(unsigned, False) and len(points) == 55
@@ -274,7 +274,7 @@ def seen(model, images):
     """{name: all values at the activation point}, looked at with hooks of our own."""
     values = {}
     hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: values.__setitem__(name, out))
-             for name in read(model).activation_points]
+             for name in read_graph(model).activation_points]
     model.eval()((images.float() - 128) / 64)
     for hook in hooks:
         hook.remove()
@@ -298,7 +298,7 @@ def values(small_checkpoint, images):
 def test_calibrated_ranges(small_checkpoint, images, values, bits, ranges):
     model = load_checkpoint(small_checkpoint, SPEC)
     chosen = calibrate(model, images, bits, ranges)
-    points, finer = read(model).activation_points, 0
+    points, finer = read_graph(model).activation_points, 0
     assert [entry["name"] for entry in chosen] == list(points)
     assert not any(module._forward_hooks for module in model.modules())
     for entry, (name, signed) in zip(chosen, points.items()):
@@ -401,7 +401,7 @@ UNCHANGED = few()
 
 def claimed_activations(**changes):
     return [{"name": name, "bits": 8, "signed": signed, "step": 0.125} | changes.get(name, {})
-            for name, signed in read(UNCHANGED).activation_points.items()]
+            for name, signed in read_graph(UNCHANGED).activation_points.items()]
 
 
 @pytest.mark.parametrize("entry, message", [
@@ -429,7 +429,7 @@ def test_a_quantizer_stands_at_every_point():
     exact_module.quantize_activations(model, claimed_activations(relu2={"step": 0.5, "bits": 4}))
     values = seen(model, cifar100.made_up(2, 0).images)
     assert len(values) == 25 and isinstance(model.relu2, exact_module.Quantizer) and model.relu2.bits == 4
-    for name, signed in read(model).activation_points.items():
+    for name, signed in read_graph(model).activation_points.items():
         low, high, step = (0, 15, 0.5) if name == "relu2" else (*code_range(8, signed), 0.125)
         scaled = values[name] / step
         assert torch.equal(scaled, scaled.round()) and scaled.min() >= low and scaled.max() <= high

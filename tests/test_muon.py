@@ -7,7 +7,7 @@ from torch import nn
 
 from compressed import grids
 from compressed.exact_network import quantize_activations
-from compressed.graph import read, weight_layers
+from compressed.graph import read_graph, weight_layers
 from mobilenet_v2 import MobileNetV2
 from training.learned_steps import learn_steps
 from training.masks import Masks, target_masks
@@ -156,7 +156,7 @@ def test_what_it_turns_in_the_network():
     layers = [layer for _, layer in weight_layers(model)]
     wanted = [id(layer.weight) for layer in layers[:-1] if layer.groups == 1]
     assert len(wanted) == 40 and list(map(id, turned_weights(model))) == wanted
-    points = read(model).activation_points
+    points = read_graph(model).activation_points
     grids.quantize_weights(model, grids.bit_table("4", model), "channel")
     quantize_activations(model, [{"name": name, "bits": 8, "signed": signed, "step": 0.125}
                                  for name, signed in points.items()])

@@ -124,6 +124,11 @@ def test_a_network_that_has_a_wrappers_name(tmp_path):
         assert all(torch.equal(value, state[key]) for key, value in found.items()), wrap
 
 
+def test_a_network_in_another_type_becomes_float32(tmp_path):
+    (tmp_path / "halves.py").write_text("from torch import nn\n\ndef net():\n    return nn.Linear(3, 4).double()\n")
+    assert networks.make(f"{tmp_path / 'halves.py'}:net").weight.dtype == torch.float32
+
+
 def test_float16_becomes_float32(small):
     path = small(lambda state: {key: value.half() if value.is_floating_point() else value
                                 for key, value in state.items()})

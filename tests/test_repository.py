@@ -418,7 +418,7 @@ def test_what_method_md_says_of_pruning_methods():
             f"{span(((proximal, 0.9), (plain, 0.9)))} points behind `proximal` at 90% zeros and\n  "
             f"{span(((proximal, 0.8), (plain, 0.8)))} at 80%, and {span(((at_once, 0.9), (plain, 0.9)))} and "
             f"{span(((at_once, 0.8), (plain, 0.8)))} behind pruning at once",
-            f"{near(plain):.0%} of all pruned weights are below\n  1e-4 before the mask "
+            f"{near(plain):.0%} of the pruned layers' weights are\n  below 1e-4 before the mask "
             f"(`proximal`: {near(proximal):.0%})",
             f"with 80% zeros lose {span((('dense', 0.0), (best, 0.8)))} points, and those with 90% "
             f"{span((('dense', 0.0), (best, 0.9)))}"):

@@ -15,7 +15,7 @@ import user_networks
 from compressed import cifar100, kaist
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
-from compressed.graph import prepare, read
+from compressed.graph import prepare, read_graph
 from compressed.networks import fill, load_checkpoint, make
 from compressed.normalisation import Renormalised
 from mobilenet_v2 import KaistMobileNetV2
@@ -297,6 +297,6 @@ def test_the_command_writes_what_quantize_reads(capsys):
     assert kaist_checkpoint.main(["some.t7", "--out", "float.pt"]) == 0
     assert "read it with --network mobilenet_v2:KaistMobileNetV2" in capsys.readouterr().out
     network = load_checkpoint("float.pt", kaist_checkpoint.NETWORK)
-    assert len(read(prepare(network)).points) > 50
+    assert len(read_graph(prepare(network)).points) > 50
     with pytest.raises(BadInput, match="some.t7, which is read|ends in .pt"):
         kaist_checkpoint.main(["some.t7", "--out", "some.t7"])

@@ -24,7 +24,7 @@ from compressed.evaluation import logits
 from compressed.exact_network import exact_network
 from compressed.files import load_json, save_json, save_record, save_tensors, sha256
 from compressed.formats import NOT_FOLDED, WORD, Activation, Formats, Grid, folded, found_grid
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import prepare, read_graph, weight_layers
 from compressed.networks import load_checkpoint
 from small import NARROW, layer_neighbours
 from tools import report, shipping
@@ -402,7 +402,7 @@ def test_scales_and_shifts_hidden_in_the_statistics(shipped):
         if entry["name"] in ("layers.5.bn2.weight", "layers.5.bn2.bias"):
             entry.pop("kind", None)
             entry |= {"bits": WORD if entry["name"].endswith("bias") else 2, "step": 1.0}
-    formats, problems = claims.hold(claim, shipped, model)
+    formats, problems = claims.check(claim, shipped, model)
     assert problems == ["layers.5.bn2.weight: the values need 32 bits (float32, statistics not folded in), claimed 2",
                         "layers.5.bn2.bias: it has no step or kind of its own: the statistics of the BatchNorm are not "
                         "folded in"]
@@ -422,7 +422,8 @@ def test_what_the_forward_pass_does_not_use_is_no_part_of_a_claim(shipped):
     model.spare = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.zeros_(model.spare.weight)
     claim["tensors"].append({"name": "spare.weight", "bits": 1, "step": 1.0})
-    assert claims.hold(claim, shipped, model)[1] == ["spare.weight: the forward pass does not use it"]
+    assert claims.check(claim, shipped, model)[1] == [
+        "spare.weight: the forward pass does not use it; take it out of the network and of the checkpoint"]
 
 
 def test_no_accuracy_without_near_duplicates_is_claimed_of_other_images(shipped, run):
@@ -510,7 +511,7 @@ def test_more_than_32_bits_are_not_counted():
         parameter.data.fill_(127.0)
     grids = {name: Grid(8, (1.0,)) for name, _ in model.named_parameters()}
     for bits, wide in ((8, None), (16, "5")):
-        activations = {name: Activation(bits, signed) for name, signed in read(model).activation_points.items()}
+        activations = {name: Activation(bits, signed) for name, signed in read_graph(model).activation_points.items()}
         assert testers.too_wide(model, Formats(grids, activations)) == wide
 
 
@@ -539,7 +540,7 @@ def test_every_sum_is_bounded(normalised, changes, bits, bound):
     for name, parameter in model.named_parameters():
         parameter.fill_(changes.get(name, 2.0**-6))
     model = prepare(model)
-    activations = {name: Activation(bits, signed) for name, signed in read(model).activation_points.items()}
+    activations = {name: Activation(bits, signed) for name, signed in read_graph(model).activation_points.items()}
     tensors = {name: Grid(2, (parameter.flatten()[0].item(),)) for name, parameter in model.named_parameters()}
     formats = Formats(tensors, activations)
     assert testers.exactness(model, formats, dict.fromkeys(activations, 1.0)) == bound

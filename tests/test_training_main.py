@@ -687,7 +687,7 @@ def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
     args = training.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
     model = MobileNetV2(width=0.25)
-    sparsity.make_masks(sparsity.of_run(args, print), model, print)
+    sparsity.make_masks(sparsity.masked_options(args, print), model, print)
     out = capsys.readouterr().out
     assert said in out and "; 0.00% of them were zero already" in out
     assert ("as given, though run/rew.options.json has" in out) == (masked not in ("", "--target-sparsity 0.3"))
@@ -699,7 +699,7 @@ def test_a_mask_from_the_weights_of_another_run_takes_its_target(small):
     for run, start, target in (("new", "theirs/masked.average.pt", 0.6), ("new", "theirs/masked.state", 0.6),
                                ("run", "theirs/masked.pt", 0.7), ("new", "nowhere/masked.pt", 0.8)):
         args = training.parse(["--masked-retrain", "--run", run, "--start", start])
-        assert sparsity.of_run(args, print).target_sparsity == target
+        assert sparsity.masked_options(args, print).target_sparsity == target
 
 
 @pytest.mark.parametrize("kind", ("irregular", "column", "kernel", "filter"))
@@ -1004,7 +1004,7 @@ def test_the_real_command_is_ended_and_goes_on_bit_for_bit():
 def test_one_process_a_run_folder_and_what_is_refused_leaves_it(small):
     assert run(QUICK + " --pretrain --max-minutes 0") == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    with files.held("run"), pytest.raises(BadInput, match="run: another process is at work there"):
+    with files.lock_folder("run"), pytest.raises(BadInput, match="run: another process is at work there"):
         run(QUICK + " --pretrain --no-resume")
     with pytest.raises(BadInput, match="lr 0.01 -> 0.07"):
         run(QUICK + " --pretrain --lr 0.07")

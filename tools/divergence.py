@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from compressed import checkpoints, cifar100, claims, datasets, networks, threads
 from compressed.command_line import command_line, number, run_script, some_path
 from compressed.errors import BadInput
-from compressed.evaluation import answers
+from compressed.evaluation import in_batches
 from compressed.exact_network import exact_network
 from compressed.graph import prepare_if_possible
 from training import augmentation, teachers
@@ -53,10 +53,10 @@ def main(argv=None) -> int:
     data = datasets.chosen(args, "train")[0]
     taught_by = [teachers.load(path, args.network, data.data_set) for path in args.teacher]
     mixed = mixed_images(data, args.images, torch.Generator().manual_seed(args.seed))
-    expected = sum(answers(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
+    expected = sum(in_batches(teacher, mixed, 16).double().softmax(1) for teacher in taught_by) / len(taught_by)
     print(f"Kullback-Leibler divergence from the mean of {len(taught_by)} teacher(s), on {len(mixed):,} mixed images:")
     for path, model in models.items():
-        found = answers(model, mixed, 16).double().log_softmax(1)
+        found = in_batches(model, mixed, 16).double().log_softmax(1)
         if found.shape != expected.shape:
             raise BadInput(f"{path} has {found.shape[1]} classes, and the teachers {expected.shape[1]}")
         apart = F.kl_div(found, expected, reduction="none").sum(1)

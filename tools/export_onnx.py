@@ -42,11 +42,11 @@ from compressed import checkpoints, cifar100, claims, datasets, threads
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.command_line import needed, run_script, some_file
 from compressed.errors import BadInput
-from compressed.evaluation import answers, logits
+from compressed.evaluation import in_batches, logits
 from compressed.exact_network import exact_network, table
 from compressed.files import check_outputs, git_commit, replacing, sha256
 from compressed.formats import Activation
-from compressed.graph import Branch, Window, read, weight_layers
+from compressed.graph import Branch, Window, read_graph, weight_layers
 from compressed.integer_network import IntegerNetwork, Term, Value
 from tools.agreement import agreement, describe, option_parser
 
@@ -67,7 +67,7 @@ class Exporter:
 
     def __init__(self, model: nn.Module, claim: dict):
         self.onnx, self.network = needed("onnx"), IntegerNetwork(model, claim)
-        self.steps, self.signed = self.network.steps, read(model).activation_points
+        self.steps, self.signed = self.network.steps, read_graph(model).activation_points
         self.nodes, self.constants = [], {}
         self.codes = {}  # of each activation point: the name of the ONNX value
         self.rounded = 0
@@ -310,7 +310,7 @@ def compare(engine, exact: nn.Module, data: cifar100.Images) -> dict:
     Returns what tools.agreement counts, and {"differing": [{"image", "label", "engine", "exact", "margin"}]} for
     predictions that differ. margin: the exact logit of the exact prediction minus that of the engine's prediction.
     """
-    theirs = answers(functools.partial(run, engine), data.images, BATCH)
+    theirs = in_batches(functools.partial(run, engine), data.images, BATCH)
     ours = logits(exact, data.images)
     found, wanted = theirs.argmax(1), ours.argmax(1)
     differing = [{"image": i, "label": int(data.labels[i]), "engine": int(found[i]), "exact": int(wanted[i]),

@@ -14,7 +14,7 @@ from torch import nn
 
 from compressed import checkpoints, cifar100, claims, datasets, threads
 from compressed.command_line import run_script
-from compressed.evaluation import answers, logits
+from compressed.evaluation import in_batches, logits
 from compressed.exact_network import exact_network
 from compressed.files import to_json
 from compressed.formats import signed_bits
@@ -37,7 +37,7 @@ def compare(network: IntegerNetwork, floats: nn.Module, data: cifar100.Images) -
     def watch(name, sums):
         ranges[name].append(tuple(map(int, sums.aminmax())))
 
-    found = answers(lambda images: network(images, watch), data.images, BATCH)
+    found = in_batches(lambda images: network(images, watch), data.images, BATCH)
     # the exact network's logits are float32: exact values that are rounded once, at the very end
     found = (found.double() * 2.0**network.logit_exponent).float()
     for value in (*network.values, network.logits):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressed import claims
 from compressed.command_line import command_line, run_python, run_script
-from compressed.files import held, locked
+from compressed.files import lock_folder, lock_file
 from tools import shipping
 from training.runs import load_lines
 
@@ -38,14 +38,14 @@ def summary(seconds: dict[str, float]) -> list[str]:
 
 def main(argv=None) -> int:
     command_line(__doc__).parse_args(argv)
-    with locked(RUN.with_suffix(".lock")):
+    with lock_file(RUN.with_suffix(".lock")):
         return run()
 
 
 def run() -> int:
     """Train, ship and print the table; return 0, or the status of the first script that fails."""
     RUN.mkdir(parents=True, exist_ok=True)
-    with held(RUN):
+    with lock_folder(RUN):
         for path in RUN.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     commands = {stage: (ROOT / "training" / "main.py", *options.split(), *COMMON) for stage, options in STAGES.items()}

@@ -21,7 +21,7 @@ from compressed.files import load_json, replacing, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
 from tools import methods, shipping
-from training.runs import images_trained, load_lines, options_of, read_stage, stage_logs
+from training.runs import StageRecord, load_lines, options_of, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -133,8 +133,8 @@ class Shipped:
         """Return the images on which all stages were trained by their logs, for each kind of device."""
         images = Counter()
         for stage in self.stages.values():
-            images[device(machine(stage["machine"]))] += images_trained(
-                stage["last_epoch"], stage["settings"], stage.get("options", {}), stage.get("train_images"))
+            record = StageRecord.of_claim(stage)
+            images[device(machine(record.machine))] += record.images(record.lines[-1])
         return images
 
     def effort(self) -> str:

@@ -49,7 +49,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     args, words = parse_own(parser, argv)
     args.run = Path(run)
     words = [*(["--recipe", args.recipe] if args.recipe else []), *words]
-    recipes.take_images(args, recipes.of_run(args.recipe, args.run))
+    recipes.take_images(args, recipes.path_of(args.recipe, args.run))
     candidate = (args.run / CANDIDATE).resolve()
     if candidate in (args.into.resolve(), *args.into.resolve().parents):
         parser.error(f"--into {args.into}: what cannot be shipped is kept there; give another folder")
@@ -127,7 +127,7 @@ def build(args, words: list[str], new: Path) -> str | None:
     shipping.run("-m", "tools.pack", *checkpoint)
     shipping.run("-m", "tools.integer", "--record", *checkpoint, *data)
     shipping.run("-m", "tools.export_onnx", "--record", *checkpoint, *data)
-    copy_record(args.run, claim, recipes.of_run(args.recipe, args.run), new / "record")
+    copy_record(args.run, claim, recipes.path_of(args.recipe, args.run), new / "record")
     shipping.run("-m", "tools.verify", *checkpoint, *data)
     return why
 

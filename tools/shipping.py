@@ -14,7 +14,7 @@ from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
-from compressed.files import held, load_json
+from compressed.files import lock_folder, load_json
 from training.runs import stage_of
 from training.state import stop_noted
 
@@ -88,7 +88,7 @@ def staging(target: Path):
     with refused(f"{target}: cannot be written", "; give another folder", OSError):
         target.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target, prefix="new.", suffix=".tmp")
-    with temporary as folder, held(target):
+    with temporary as folder, lock_folder(target):
         new = Path(folder, "new")
         new.mkdir()
         yield new

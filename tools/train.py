@@ -39,7 +39,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     began = any(args.run.glob("*.options.json")) or (args.run / "recipe.toml").is_file()
     if args.recipe is None and not began and (recipes.FOLDER / "default.toml").is_file():
         args.recipe = "default"
-    path = recipes.of_run(args.recipe, args.run)
+    path = recipes.path_of(args.recipe, args.run)
     recipes.take_images(args, path)
     args.given_network = args.network
     args.network = args.network or (path and recipes.read(path)["common"].get("network")) or networks.DEFAULT

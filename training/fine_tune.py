@@ -16,7 +16,7 @@ from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
 from compressed.files import load_record, save_record, save_tensors, sha256
-from compressed.graph import prepare, read, weight_layers
+from compressed.graph import prepare, read_graph, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, plan, teachers
 from training.learned_steps import Oscillation, fix_steps, learn_steps
@@ -117,7 +117,7 @@ def with_steps(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in content.items()}
 
 
-def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn.Module, list[dict], bool] | None:
+def resumed(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn.Module, list[dict], bool] | None:
     """Return the network that a fine-tuning of the same options left, the accuracies before it, whether it is finished.
 
     If it is not, the network is the one that it starts from. model: a plain network of its kind, which is filled. None
@@ -135,7 +135,7 @@ def take_up(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
         raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options, teachers or code of the "
                        "network; --no-resume fine-tunes again")
     model = prepare(model)
-    points = read(model).activation_points
+    points = read_graph(model).activation_points
     steps = {f"{name}.step": name for name in (*dict(weight_layers(model)), *points)}
     content = load_state(file, model.state_dict().keys() | steps.keys())
     with refused(f"{file}: not what a fine-tuning writes", "; --no-resume starts it again"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressed import grids
 from compressed.exact_network import Quantizer
 from compressed.formats import code_range, codes, fake_quantize, folded
-from compressed.graph import layer_kind, read, weight_layers
+from compressed.graph import layer_kind, read_graph, weight_layers
 
 
 def straight_through(value: Tensor, latent: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BIT
 
     The image's step is fixed: its pixels are exactly on its grid.
     """
-    graph = read(model)
+    graph = read_graph(model)
     norms = {branch.name: branch.norm for branch in graph.layers}
     for name, layer in weight_layers(model):
         layer.log_step = nn.Parameter(layer.step.detach().log2())
@@ -93,7 +93,7 @@ def learn_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BIT
 @torch.no_grad()
 def fix_steps(model: nn.Module, scheme: str, scale_bits: int = grids.FLOAT_BITS) -> None:
     """Make trained steps plain values again, in place, each where the forward pass had rounded it to."""
-    graph = read(model)
+    graph = read_graph(model)
     for _, layer in weight_layers(model):
         layer.step = (layer.log_step.round() if layer.whole else layer.log_step).detach().exp2()
         layer.__class__ = grids.quantized_class(layer)

@@ -36,7 +36,7 @@ from compressed import datasets, environment, networks, threads
 from compressed.cifar100 import DataSet, Images
 from compressed.command_line import command_line, number, option_name, run_script, some_path, some_text
 from compressed.errors import BadInput, refused
-from compressed.files import check_outputs, held, save_record, save_text, sha256, try_to_write
+from compressed.files import check_outputs, lock_folder, save_record, save_text, sha256, try_to_write
 from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
@@ -156,7 +156,7 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     """
     parser = make_parser()
     given = recipes.given(parser, argv)
-    path = recipes.of_run(given.get("recipe"), given.get("run", parser.get_default("run")))
+    path = recipes.path_of(given.get("recipe"), given.get("run", parser.get_default("run")))
     recipe = path and recipes.read(path)
     args, *others = (parse(argv, recipe, stage) for stage in ("common", *STAGES))
     for each in (args, *others):
@@ -248,7 +248,7 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
     if not path.is_file():
         return {}
     before = options_of(path, "remove it, or give --no-resume")
-    options = vars(sparsity.of_run(args) if stage == "masked" else args)
+    options = vars(sparsity.masked_options(args) if stage == "masked" else args)
     now = new_record(stage, job.data, job.settings(stage), options)
     if stage == "rew":
         before, now = (record | {"options": sparsity.resolved(record["options"])} for record in (before, now))
@@ -348,12 +348,12 @@ def starting_file(stage: str, args) -> Path | None:
 
 
 def options_of_masks(args, job: Job, say=lambda line: None, planned=None) -> argparse.Namespace:
-    """Return the masked stage's options, with what is not given: see sparsity.of_run.
+    """Return the masked stage's options, with what is not given: see sparsity.masked_options.
 
     A stage with a --start that is resumed keeps its masks, and so the options that selected them.
     """
     if not job.keeps_start("masked"):
-        return sparsity.of_run(args, say, planned)
+        return sparsity.masked_options(args, say, planned)
     begun = options_of(job.file("masked.options.json"), "give --no-resume")["options"]
     kept = {name: begun.get(name) for name in (*sparsity.OPTIONS, "threshold")}
     for name, value in kept.items():
@@ -532,7 +532,7 @@ def main(argv=None) -> int:
     try:
         data, test = (datasets.chosen(args, split, device)[0] for split in ("train", "test"))
         try_to_write(args.run / "options.json")
-        with held(args.run) if processes.first else contextlib.nullcontext():
+        with lock_folder(args.run) if processes.first else contextlib.nullcontext():
             run_stages(Job(args, by_stage, data, test, device, processes, deadline))
         return 0
     finally:

@@ -58,10 +58,10 @@ def describe(record: dict, epochs: int) -> str:
     """Return an epoch's log record as a line of text. epochs: those of the stage."""
     tested = f", test {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
     return (f"{record['stage']} epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, "
-            f"train {record['accuracy']:.2%}{tested}, {zeros(record)}, {record['seconds']:.0f} s")
+            f"train {record['accuracy']:.2%}{tested}, {zeros_text(record)}, {record['seconds']:.0f} s")
 
 
-def zeros(record: dict) -> str:
+def zeros_text(record: dict) -> str:
     """Return the zeros of an epoch's record as text: their share and, with a penalty, the wanted share and groups."""
     if "zeros_share" not in record:
         return f"zeros {record['zeros'] / max(1, record['weights']):.2%}"

@@ -36,7 +36,7 @@ EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda 
 NO_TRICKS = {"mixing": "none", "mixup": None, "smoothing": 0.0, "warmup": False, "schedule": "constant", "cooldown": 0}
 
 
-def of_run(name: str | None, folder: Path) -> Path | None:
+def path_of(name: str | None, folder: Path) -> Path | None:
     """Return the path of a recipe: a file, or a name in training/recipes; without a name, a run folder's, or None.
 
     Raises BadInput if there is none of this name.

@@ -88,15 +88,6 @@ def other_start(folder: Path, stage: str) -> tuple[str, str] | None:
     return started or "random weights", now
 
 
-def images_trained(line: dict, settings: dict, options: dict, train_images: int | None) -> int:
-    """Return the number of images, repetitions counted, on which a stage had been trained at a line of its log.
-
-    The epochs before a --start-epoch do not count: they are in the log that the stage's start has.
-    """
-    before = round((options.get("start_epoch") or 0) * line["step"] / line["epoch"])
-    return (line["step"] - before) * min(settings["batch_size"], train_images or math.inf)
-
-
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
     """What a stage leaves: its log (one dict per epoch), settings and further options, in plain values."""
@@ -114,11 +105,16 @@ class StageRecord:
     def of_claim(cls, record: dict) -> "StageRecord":
         """Return the stage of an entry of a claim's made_by.training, whose log has the last epoch alone."""
         return cls(record["stage"], [record["last_epoch"]], record["settings"], record.get("options", {}),
-                   record["machine"], record["train_images"], None, record.get("teachers_sha256"), record.get("code"))
+                   record["machine"], record.get("train_images"), None, record.get("teachers_sha256"),
+                   record.get("code"))
 
     def images(self, line: dict) -> int:
-        """Return the number of images that the stage had been trained on at a line of its log."""
-        return images_trained(line, self.settings, self.options, self.train_images)
+        """Return the number of images, repetitions counted, on which the stage had been trained at a line of its log.
+
+        The epochs before a --start-epoch do not count: they are in the log that the stage's start has.
+        """
+        before = round((self.options.get("start_epoch") or 0) * line["step"] / line["epoch"])
+        return (line["step"] - before) * min(self.settings["batch_size"], self.train_images or math.inf)
 
     def apart_from_seed(self) -> dict:
         """Return what decides the stage's result but for its seed and rounding, as far as its folder records it."""

@@ -129,7 +129,7 @@ def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
                                                   if value is not None and penalties.takes(spec, name)})
 
 
-def of_run(args, say=lambda line: None, planned=None) -> argparse.Namespace:
+def masked_options(args, say=lambda line: None, planned=None) -> argparse.Namespace:
     """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
 
     That is the run's, or else the one in the folder of --start, unless that is a dense stage's file. say(line) is

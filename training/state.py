@@ -164,6 +164,8 @@ def stop_noted():
     try:
         yield arrived
     finally:
+        if signal.SIGINT in arrived:
+            threads.resume()
         for number, handler in before.items():
             signal.signal(number, handler)
         for number, handler in before.items():
