@@ -98,7 +98,7 @@ def record(checkpoint, key: str, value: dict, claim: dict) -> None:
     claim: the claim that was read before the work began. Raises BadInput if the file's is of another checkpoint now.
     """
     recordable(checkpoint)
-    now = read_graph(claim_path(checkpoint))
+    now = read(claim_path(checkpoint))
     if now.get("sha256") != claim.get("sha256"):
         raise BadInput(f"{checkpoint} was replaced meanwhile, and nothing was recorded; repeat the command")
     save_record(now | {key: value}, claim_path(checkpoint))

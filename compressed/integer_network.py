@@ -119,7 +119,7 @@ class Term:
     """
     branch: graph.Branch
     sums: Callable[..., Tensor]
-    sum_bounds: list[tuple[int, int]]
+    reach: list[tuple[int, int]]
     scale: Tensor
     shift: Tensor
     codes: Tensor | None = None
