@@ -14,7 +14,7 @@ from compressed import claims
 from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
-from compressed.files import lock_folder, load_json
+from compressed.files import load_json, lock_folder
 from training.runs import stage_of
 from training.state import stop_noted
 
