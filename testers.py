@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     import compressed.interrupt  # noqa: F401
@@ -182,6 +183,30 @@ def same_images(claimed: dict, data_set: DataSet) -> bool:
             and claimed | {"name": data_set.name} == dataclasses.asdict(data_set))
 
 
+def contradiction(claim: dict, file: Path, found: dict, tested: DataSet) -> str | None:
+    """Return what a claim gets wrong about the accuracy that was `found` on the images of `tested`, or None."""
+    claimed, data_set, name = claim.get("accuracy"), claim.get("data_set"), found["data"]
+    if data_set is None and tested.digest:  # a claim without one is about CIFAR-100
+        data_set = dataclasses.asdict(CIFAR100)
+    if isinstance(data_set, dict) and same_images(data_set, tested):  # in a file that was renamed, perhaps
+        name, data_set = name.replace(tested.name, str(data_set.get("name")), 1), None
+    if claimed is None:
+        return f"the accuracy was not verified: {file} claims none"
+    if not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, found["images"]):
+        return f"the accuracy was not verified: tested on {found['images']} {name} images, the claim has {claimed}"
+    if data_set not in (None, dataclasses.asdict(tested)):
+        return f"the accuracy was not verified: tested on {tested}, the claim is about {data_set}"
+    if claimed.get("correct") != found["correct"]:
+        return f"the claim has {claimed.get('correct')} correct images, but {found['correct']} were found"
+    if not same_loss(claimed.get("loss", found["loss"]), found["loss"]):
+        return f"the claim has the loss {claimed['loss']}, but {found['loss']:.4f} was found"
+    part, stated = found.get("without_duplicates"), claimed.get("without_duplicates")
+    if "without_duplicates" not in found:
+        return "without near-duplicates: that is known of CIFAR-100's test set alone" if stated is not None else None
+    if "without_duplicates" in claimed and stated != part:
+        return f"without near-duplicates in the train set, claimed is {stated}, found {part or REORDERED}"
+
+
 def measured(network: nn.Module, args, checkpoint: checkpoints.Checkpoint) -> dict:
     """Evaluate a network on the test images; return {"data", "loss", "correct", "images"}, or {} if that fails.
 
@@ -189,37 +214,18 @@ def measured(network: nn.Module, args, checkpoint: checkpoints.Checkpoint) -> di
     near-duplicate in the train set, or None if these are not known. Adds what the claim gets wrong to
     checkpoint.problems.
     """
-    claim, problems = checkpoint.claim, checkpoint.problems
     try:
         data, name = datasets.chosen(args, "test", network=checkpoint.model)
         loss, right = evaluate(network, data)
     except (BadInput, OSError) as error:
-        problems.append(f"the accuracy was not verified: {error}")
+        checkpoint.problems.append(f"the accuracy was not verified: {error}")
         return {}
-    correct = int(right.sum())
-    found = {"data": name, "loss": loss, "correct": correct, "images": len(data)}
-    claimed, data_set = (found, None) if claim is None else (claim.get("accuracy"), claim.get("data_set"))
-    if claim is not None and data_set is None and data.data_set.digest:  # a claim without one is about CIFAR-100
-        data_set = dataclasses.asdict(CIFAR100)
-    if isinstance(data_set, dict) and same_images(data_set, data.data_set):  # in a file that was renamed, perhaps
-        name, data_set = name.replace(data.data_set.name, str(data_set.get("name")), 1), None
-    if claimed is None:
-        problems.append(f"the accuracy was not verified: {checkpoint.claim_file} claims none")
-    elif not isinstance(claimed, dict) or (claimed.get("data"), claimed.get("images")) != (name, len(data)):
-        problems.append(f"the accuracy was not verified: tested on {len(data)} {name} images, the claim has {claimed}")
-    elif data_set not in (None, dataclasses.asdict(data.data_set)):
-        problems.append(f"the accuracy was not verified: tested on {data.data_set}, the claim is about {data_set}")
-    elif claimed.get("correct") != correct:
-        problems.append(f"the claim has {claimed.get('correct')} correct images, but {correct} were found")
-    elif not same_loss(claimed.get("loss", loss), loss):
-        problems.append(f"the claim has the loss {claimed['loss']}, but {loss:.4f} was found")
-    elif name == "test":
-        part = without_duplicates(right, args.data)
-        if (stated := claimed.get("without_duplicates", part)) != part:
-            problems.append(f"without near-duplicates in the train set, claimed is {stated}, found {part or REORDERED}")
-        found["without_duplicates"] = part
-    elif claimed.get("without_duplicates") is not None:
-        problems.append("without near-duplicates: that is known of CIFAR-100's test set alone")
+    found = {"data": name, "loss": loss, "correct": int(right.sum()), "images": len(data)}
+    if name == "test":
+        found["without_duplicates"] = without_duplicates(right, args.data)
+    if checkpoint.claim is not None:
+        problem = contradiction(checkpoint.claim, checkpoint.claim_file, found, data.data_set)
+        checkpoint.problems += [problem] if problem else []
     return found
 
 

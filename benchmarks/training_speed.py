@@ -49,6 +49,7 @@ from compressed.files import save_json
 from compressed.graph import prepare, weight_layers
 from training import augmentation, cpu_kernels, gpu_kernels, learned_steps, loop, masks, plan, teachers
 from training import main as training_main
+from training.batchnorm import freeze
 
 STEPS = 8  # whose parts are timed
 PYTORCHS = "ours, 24x24, PyTorch's functions"
@@ -163,11 +164,7 @@ def fine_tuning_epoch(data: cifar100.Images, network: str, settings: plan.Settin
     model = model.to(data.labels.device, memory_format=torch.channels_last)
     zeros = masks.Masks(model, masks.zero_masks(model))
 
-    def begun(network):
-        for module in network.modules():
-            if frozen and isinstance(module, nn.BatchNorm2d):
-                module.eval()
-    return second_epoch(model, data, settings, compiled, begun, masks=zeros)
+    return second_epoch(model, data, settings, compiled, freeze if frozen else lambda model: None, masks=zeros)
 
 
 # ---- Their comparison ----------------------------------------------------------------------------

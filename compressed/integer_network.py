@@ -123,6 +123,8 @@ class Term:
     scale: Tensor
     shift: Tensor
     codes: Tensor | None = None
+    multiplier: Tensor | None = None  # set by its Value, as is the addend: whole numbers, in units of that
+    addend: Tensor | None = None
 
 
 class Value:

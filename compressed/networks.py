@@ -229,14 +229,14 @@ def bare(key: str, own) -> str:
 
 
 def save_state(state: dict[str, torch.Tensor], path) -> str:
-    """Write a state dict as a checkpoint file (see `files.save_tensors`); return its SHA-256.
+    """Write a state dict, of any device, as a checkpoint file (see `files.save_tensors`); return its SHA-256.
 
     Raises BadInput, and keeps the file that is there, for values that `load_checkpoint` would refuse.
     """
     problems = [f"{key} {problem}" for key, value in state.items() if (problem := fault(key, value))]
     if problems:
         raise BadInput(f"{path}: not written: {brief(problems)}")
-    return save_tensors(state, path)
+    return save_tensors({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
 
 
 def half_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from test_loop import LAYERS, SETTINGS, TRAIN
 from tiny import tiny
 from training import cuda_graphs as captured
 from training import gpu_kernels, loop
+from training.batchnorm import freeze
 from training.loop import Processes, Settings
 from training.masks import Masks, target_masks
 
@@ -115,11 +116,10 @@ def test_a_stage_leaves_no_graphs(tmp_path):
     assert forgotten == [True]
 
 
-def freeze(stage: loop.Stage, epoch: int) -> None:
+def frozen_late(stage: loop.Stage, epoch: int) -> None:
     """From the third epoch on the BatchNorm statistics stay as they are, as in fine_tune.py."""
-    for module in stage.model.modules():
-        if epoch >= 2 and isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
+    if epoch >= 2:
+        freeze(stage.model)
 
 
 def test_graphs_are_recorded_anew_in_other_modes(tmp_path, monkeypatch, waits):
@@ -137,7 +137,7 @@ def test_graphs_are_recorded_anew_in_other_modes(tmp_path, monkeypatch, waits):
         return SimpleNamespace(replay=replay)
     monkeypatch.setattr(graphs, "record", record)
     recorded.graphs = graphs
-    assert_close(steps(recorded, prepare=freeze), steps(plain, prepare=freeze))
+    assert_close(steps(recorded, prepare=frozen_late), steps(plain, prepare=frozen_late))
 
 
 def test_muons_steps_beside_the_backward_pass_are_the_same(tmp_path, monkeypatch, waits):
@@ -193,9 +193,9 @@ def test_graphs_compute_what_plain_steps_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # Muon makes much of the last bits
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
     plain.graphs = plain.batch_stream = plain.teacher_stream = None
-    expected = steps(plain, prepare=freeze)
+    expected = steps(plain, prepare=frozen_late)
     with recorded.fast_kernels():
-        found = steps(recorded, prepare=freeze)
+        found = steps(recorded, prepare=frozen_late)
         assert all(recorded.graphs.graphs.values())  # each kind was recorded
     for (key, one), two in zip(expected.items(), found.values(), strict=True):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-5), key

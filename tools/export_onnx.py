@@ -68,6 +68,7 @@ class Exporter:
     def __init__(self, model: nn.Module, claim: dict):
         self.onnx, self.network = needed("onnx"), IntegerNetwork(model, claim)
         self.steps, self.signed = self.network.steps, read_graph(model).activation_points
+        self.shapes = {value.point.name: value.point.shape for value in self.network.values}
         self.nodes, self.constants = [], {}
         self.codes = {}  # of each activation point: the name of the ONNX value
         self.rounded = 0
@@ -248,7 +249,6 @@ class Exporter:
     def finished(self, about: dict[str, str]):
         """Build all values; return the checked ModelProto. about: its metadata."""
         network, helper, types = self.network, self.onnx.helper, self.onnx.TensorProto
-        self.shapes = {value.point.name: value.point.shape for value in network.values}
         for value in network.values:
             self.codes[value.point.name] = self.value(value)
         self.node("Flatten", "logits", self.sums(network.logits))

@@ -11,6 +11,13 @@ from compressed.evaluation import divided
 from training import augmentation
 
 
+def freeze(model: nn.Module) -> None:
+    """Keep the statistics of all BatchNorms as they are, in place, until the model is put in training mode again."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
 def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, generator: torch.Generator) -> None:
     """Re-estimate the BatchNorm statistics from `count` train images, in place; leave the model in eval mode.
 

@@ -19,6 +19,7 @@ from compressed.files import load_record, save_record, save_tensors, sha256
 from compressed.graph import prepare, read_graph, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, plan, teachers
+from training.batchnorm import freeze
 from training.learned_steps import Oscillation, fix_steps, learn_steps
 from training.runs import code_of, new_record
 from training.state import MACHINE, State, stop_noted
@@ -75,11 +76,9 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     """
     settings, file, device = tuning.settings, tuning.file, train_data.labels.device
 
-    def freeze(network, epoch):
+    def at_epoch(network, epoch):
         if epoch >= round((1 - tuning.frozen) * settings.epochs):
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+            freeze(network)
 
     def began():
         file.unlink(missing_ok=True)  # of other options
@@ -99,7 +98,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                  for path in tuning.teachers]
     with stop_noted():  # a fine-tuning that gets a signal during its last step still finishes
         finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
-                              teachers=taught_by, prepare=freeze, resume=tuning.resume, eval_every=0, began=began,
+                              teachers=taught_by, prepare=at_epoch, resume=tuning.resume, eval_every=0, began=began,
                               context=tuning.options(chosen), watch=Oscillation(model))
         if finished is None:
             raise BadInput("fine-tuning was stopped; the same command resumes it")

@@ -455,10 +455,9 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
             show_seconds=args.show_seconds, max_seconds=job.deadline - time.monotonic(), later=later,
             processes=job.processes, began=began)
         if finished is not None and job.processes.first:
-            weights = {key: value.detach().cpu().contiguous() for key, value in finished.state_dict().items()}
             # in this order: what is there after a kill between two of them belongs together
             save_state(half_state(finished.state_dict()), job.file(f"{stage}.average.pt"))
-            save_state(weights, job.file(f"{stage}.pt"))
+            save_state(finished.state_dict(), job.file(f"{stage}.pt"))
             state.remove()
             job.say(f"{stage}: wrote {job.file(f'{stage}.pt')}")
     if finished is None:

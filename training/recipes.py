@@ -23,15 +23,10 @@ STAGES = (*runs.STAGES, "quantized")
 OF_A_COMMAND = ("help", "pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume",
                 "max_minutes")
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
-# {option of the command line: function of its value that returns which options of a recipe it excludes}
-EXCLUDED = {"lam": lambda value: ["target_sparsity"], "target_sparsity": lambda value: ["lam"],
-            "mixup": lambda value: ["mixing"], "mixing": lambda value: ["mixup"],
-            "holdout": lambda value: ["made_up"], "made_up": lambda value: ["holdout", "data"],
-            "data": lambda value: ["made_up"],
-            "warmup_epochs": lambda value: ["warmup"], "smoothing": lambda value: ["smooth"],
-            "smooth": lambda value: ["smoothing"] if value else [],
-            "schedule": lambda value: [] if value == "constant" else ["cooldown"], "penalty": sparsity.not_taken,
-            "sparsity_type": lambda value: ["target_sparsity"] if value == "threshold" else []}
+# {option of the command line: options of a recipe that it excludes, whatever its value}
+EXCLUDED = {"lam": ["target_sparsity"], "target_sparsity": ["lam"], "mixup": ["mixing"], "mixing": ["mixup"],
+            "holdout": ["made_up"], "made_up": ["holdout", "data"], "data": ["made_up"], "warmup_epochs": ["warmup"],
+            "smoothing": ["smooth"]}
 # what --no-tricks means, so that an option of the command line stands above one part of it in a recipe
 NO_TRICKS = {"mixing": "none", "mixup": None, "smoothing": 0.0, "warmup": False, "schedule": "constant", "cooldown": 0}
 
@@ -105,13 +100,22 @@ def given(parser: argparse.ArgumentParser, argv=None) -> dict:
     return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
 
 
+def excluded(name: str, value) -> list[str]:
+    """Return the options of a recipe that an option of the command line excludes."""
+    if name == "penalty":
+        return sparsity.not_taken(value)
+    others = {("smooth", True): ["smoothing"], ("sparsity_type", "threshold"): ["target_sparsity"],
+              ("schedule", "cosine"): ["cooldown"], ("schedule", "default"): ["cooldown"]}
+    return EXCLUDED.get(name, []) + others.get((name, value), [])
+
+
 def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
     """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
 
     An option of ours removes the recipe's options that it excludes. If ours changes the optimizer from Adam to SGD or
     Muon, or back, the recipe's learning rate is dropped, too: it would be wrong by orders of magnitude.
     """
-    excluded = {other for name, value in ours.items() if name in EXCLUDED for other in EXCLUDED[name](value)}
+    dropped = {other for name, value in ours.items() for other in excluded(name, value)}
     def refuse(message):
         raise BadInput(f"the recipe's options of {stage}: {message}")
     command_lines, parser.error = parser.error, refuse
@@ -119,8 +123,8 @@ def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] 
     parser.error = command_lines
     optimizers = theirs.get("optimizer"), ours.get("optimizer", theirs.get("optimizer"))
     if [each == "adam" for each in optimizers] in ([True, False], [False, True]):
-        excluded.add("lr")
+        dropped.add("lr")
     if theirs.pop("no_tricks", False):
         theirs |= NO_TRICKS
-    theirs = {name: value for name, value in theirs.items() if name not in excluded}
+    theirs = {name: value for name, value in theirs.items() if name not in dropped}
     return argparse.Namespace(**vars(parser.parse_args([])) | theirs | ours)
