@@ -16,7 +16,6 @@ from compressed.files import digest, save_record, save_tensors, sha256
 from compressed.graph import trace, weight_layers
 from compressed.mnet import from_bits, pack, to_bits, unpack, unpack_bytes
 from compressed.networks import load_checkpoint
-from mobilenet_v2 import MobileNetV2
 from small import CLASSES, WIDTH, tiny_network
 from tools.pack import main
 
@@ -327,4 +326,4 @@ def test_script(small, tmp_path, capsys):
     assert main(["--checkpoint", str(file), "--out", str(again)]) == 0
     assert again.read_bytes() == file.read_bytes()
     assert json.loads(claim_path(path).read_text()) == recorded | {"digest": digest(recorded)}
-    assert same(load_checkpoint(path, SPEC), load(again)[0]) and isinstance(load(again)[0], MobileNetV2)
+    assert same(load_checkpoint(path, SPEC), load(again)[0]) and type(load(again)[0]).__name__ == "MobileNetV2"
