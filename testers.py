@@ -223,9 +223,9 @@ def measured(network: nn.Module, args, checkpoint: checkpoints.Checkpoint) -> di
     found = {"data": name, "loss": loss, "correct": int(right.sum()), "images": len(data)}
     if name == "test":
         found["without_duplicates"] = without_duplicates(right, args.data)
-    if checkpoint.claim is not None:
-        problem = contradiction(checkpoint.claim, checkpoint.claim_file, found, data.data_set)
-        checkpoint.problems += [problem] if problem else []
+    if checkpoint.claim is not None and (
+            problem := contradiction(checkpoint.claim, checkpoint.claim_file, found, data.data_set)):
+        checkpoint.problems.append(problem)
     return found
 
 
