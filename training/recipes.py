@@ -23,7 +23,7 @@ STAGES = (*runs.STAGES, "quantized")
 OF_A_COMMAND = ("help", "pretrain", "rew", "masked_retrain", "recipe", "run", "start", "start_epoch", "resume",
                 "max_minutes")
 OF_ALL_STAGES = ("data", "holdout", "made_up", "no_cuda")
-# {option of the command line: options of a recipe that it excludes, whatever its value}
+# {option of the command line: options of a recipe that it excludes, whatever its value}; see `excluded` for others
 EXCLUDED = {"lam": ["target_sparsity"], "target_sparsity": ["lam"], "mixup": ["mixing"], "mixing": ["mixup"],
             "holdout": ["made_up"], "made_up": ["holdout", "data"], "data": ["made_up"], "warmup_epochs": ["warmup"],
             "smoothing": ["smooth"]}
@@ -104,9 +104,13 @@ def excluded(name: str, value) -> list[str]:
     """Return the options of a recipe that an option of the command line excludes."""
     if name == "penalty":
         return sparsity.not_taken(value)
-    others = {("smooth", True): ["smoothing"], ("sparsity_type", "threshold"): ["target_sparsity"],
-              ("schedule", "cosine"): ["cooldown"], ("schedule", "default"): ["cooldown"]}
-    return EXCLUDED.get(name, []) + others.get((name, value), [])
+    if name == "smooth":
+        return ["smoothing"] if value else []
+    if name == "schedule":
+        return [] if value == "constant" else ["cooldown"]
+    if name == "sparsity_type":
+        return ["target_sparsity"] if value == "threshold" else []
+    return EXCLUDED.get(name, [])
 
 
 def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] | None, stage: str):
