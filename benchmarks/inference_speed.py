@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compressed import checkpoints, cifar100, claims, threads
+from compressed import checkpoints, cifar100, claims, networks, threads
 from compressed.command_line import command_line, needed, number, run_script, some_path
 from compressed.files import check_outputs, save_json
 from tools import export_onnx
@@ -55,7 +55,9 @@ class FromPixels(nn.Module):
 
 def engines(model: nn.Module, claim: dict, threads: int) -> tuple[dict, dict[str, bytes]]:
     """Return {name: function from uint8 images [N, 3, 32, 32] to logits}, and the bytes of the two ONNX models."""
-    network, file = FromPixels(model.to(memory_format=torch.channels_last)).eval(), io.BytesIO()
+    plain = networks.make(claim["network"]["spec"], claim["network"]["classes"])  # `model` is its graph, without blocks
+    plain.load_state_dict(model.state_dict())
+    network, file = FromPixels(plain.to(memory_format=torch.channels_last)).eval(), io.BytesIO()
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the newer exporter needs onnxscript
         torch.onnx.export(network, (cifar100.made_up(2, seed=0).images,), file, dynamo=False, input_names=["image"],
                           opset_version=export_onnx.OPSET, dynamic_axes={"image": {0: "N"}})
