@@ -43,7 +43,7 @@ from training import fine_tune, plan, recipes, teachers, trial
 from training.batchnorm import renew_means, renew_statistics
 from training.replicas import Processes
 from training.runs import (options_file, options_of, stage_of, stage_records, trained_here, training_record,
-                           warn_of_a_held_out_run, warn_of_seen_images)
+                           warn_of_a_held_out_run, warn_of_another_network, warn_of_seen_images)
 
 TABLES = Path(__file__).resolve().parent / "training" / "bits"
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
@@ -250,8 +250,8 @@ def grid_options(args, model: nn.Module) -> grids.Options:
                          args.calibration, args.renew, args.augment, args.seed, args.scale_bits, args.shift_bits)
 
 
-def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fine_tune.Tuning | None:
-    """Return the options of the fine-tuning; None without one."""
+def tuning_options(args, data_set: cifar100.DataSet, device: torch.device, source: str) -> fine_tune.Tuning | None:
+    """Return the options of the fine-tuning; None without one. source: SHA-256 of the checkpoint that was read."""
     if not args.epochs:
         return None
     settings = plan.on_device(plan.Settings(**{
@@ -262,7 +262,7 @@ def tuning_options(args, data_set: cifar100.DataSet, device: torch.device) -> fi
     others = {"data_set": ([data_set.classes, data_set.digest], [cifar100.CLASSES, cifar100.CIFAR100.digest]),
               "made_up": (args.made_up, None), "holdout": (args.holdout, False), "normalise": (args.normalise, None)}
     others = {key: value for key, (value, default) in others.items() if value != default}
-    return fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), args.checkpoint, args.tuning_folder,
+    return fine_tune.Tuning(settings, args.frozen, tuple(map(str, args.teacher)), source, args.tuning_folder,
                             args.resume, args.network, others, args.normalise)
 
 
@@ -305,8 +305,9 @@ def main(argv=None) -> int:
     threads.prepare()
     args, commit = parse(argv), git_commit()  # now: what this writes may itself be tracked
     check_places(args)
+    warn_of_another_network(args.checkpoint, args.network)
     if args.holdout:
-        warn_of_seen_images(args.trained)
+        warn_of_seen_images(args.trained, args.checkpoint)
     elif not args.made_up:
         warn_of_a_held_out_run(args.trained)
     device = threads.use_device(args.no_cuda)
@@ -327,7 +328,7 @@ def main(argv=None) -> int:
     if trained_here(args.checkpoint):
         record = options_of(options_file(args.checkpoint))
         datasets.check_same(train_data.data_set, record.get("data_set"), args.checkpoint)
-    tuning = tuning_options(args, train_data.data_set, device)
+    tuning = tuning_options(args, train_data.data_set, device, source)
     if tuning:
         say_tuning(tuning, args.given)
     accuracies = Accuracies(test_data)

@@ -157,6 +157,13 @@ def width(spec: str) -> float | None:
     return float(found) if ours else None
 
 
+def same(spec: str, other: str) -> bool:
+    """Return True if two specifications name the same network, with the same arguments, wherever its file is."""
+    (place, *theirs), (own_place, *ours) = parse(spec), parse(other)
+    return (os.path.basename(place) == os.path.basename(own_place) and theirs == ours
+            or width(spec) is not None and width(spec) == width(other))
+
+
 def followed(spec: str, given: str | None) -> str:
     """Return the specification to make a file's network from; spec: what the file states; given: the user's --network.
 
@@ -169,9 +176,7 @@ def followed(spec: str, given: str | None) -> str:
         if not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
             raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)}")
         return spec
-    (place, *theirs), (own_place, *ours) = parse(spec), parse(given)
-    same = os.path.basename(place) == os.path.basename(own_place) and theirs == ours
-    if not same and (width(spec) is None or width(spec) != width(given)):
+    if not same(spec, given):
         raise BadInput(f"it is of the network {spec}, and not of {given}")
     return given
 

@@ -107,6 +107,8 @@ def test_a_finished_fine_tuning_is_taken_up(small_checkpoint, tmp_path, monkeypa
     teacher = elsewhere / small_checkpoint.name
     moved = [str(teacher) if word == str(small_checkpoint) else word for word in tune]
     assert quantize.main(options(checkpoint, second, "channel", *moved)) == 0  # without the file that was the teacher
+    with pytest.raises(BadInput, match="fine-tuned from another checkpoint or with other options"):  # another argument
+        quantize.main(options(checkpoint, second, "channel", *tune, "--network", f"{SPEC}?num_classes=100"))
     teacher.write_bytes(b"of the same name")
     with pytest.raises(BadInput, match="or with other options, teachers or code"):
         quantize.main(options(checkpoint, second, "channel", *moved))

@@ -440,6 +440,14 @@ class Recordless(Soft):
     def record(self):
         return {"other": self.other}
 
+class Tensors(Soft):
+    def record(self):
+        return super().record() | {"first": self.weights[0].sum()}
+
+class Endless(Soft):
+    def first_lambda(self, q, rate):
+        return float("nan")
+
 class Ridge(Penalty):
     def __init__(self, model, layers, lam):
         super().__init__(model, layers, lam=lam)
@@ -487,11 +495,13 @@ def test_the_first_lambda_of_a_penalty_of_ones_own(own):
 
 @pytest.mark.parametrize("name, said", (("Array", "its state cannot be saved and read again .UnpicklingError: Weights"),
                                         ("Forgetful", "its state cannot be saved and read again .AttributeError: "),
-                                        ("Recordless", "a first step with it fails .AttributeError: ")))
+                                        ("Recordless", "a first step with it fails .AttributeError: "),
+                                        ("Tensors", "a first step with it fails .TypeError: .*not JSON"),
+                                        ("Endless", "a first step with it fails .ValueError: its first lambda is nan")))
 def test_what_would_fail_hours_later_is_tried_at_the_start(own, name, said):
-    trial.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, lam=1.0))
+    trial.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, target=0.5))
     with pytest.raises(BadInput, match=said):
-        trial.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, lam=1.0))
+        trial.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, target=0.5))
 
 
 @pytest.mark.parametrize("spec, options, said", (

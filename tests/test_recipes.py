@@ -47,6 +47,17 @@ def test_a_value_of_a_wrong_type_is_refused_with_its_place(tmp_path, line, said)
         training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run")])
 
 
+def test_a_lambda_leaves_the_masks_target(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[rew]\ntarget-sparsity = 0.6\n[masked]\ntarget-sparsity = 0.95\n")
+    args = ["--recipe", str(path), "--run", str(tmp_path / "run")]
+    for words, targets in (([], [0.6, 0.95]), (["--lambda", "1e-3"], [None, 0.95]),
+                           (["--target-sparsity", "0.7"], [0.7, 0.7])):
+        _, by_stage = training.parse_stages([*args, *words])
+        assert [by_stage[stage].target_sparsity for stage in ("rew", "masked")] == targets
+        assert by_stage["masked"].lam is None
+
+
 def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -188,6 +199,6 @@ def test_the_recipes_here_are_taken(name, tmp_path):
                            "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
-    assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu")).settings.lr == 0.5
+    assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu"), "").settings.lr == 0.5
     assert len(chosen.table) == len(weight_layers(model))
     assert args.network == training.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network

@@ -1,5 +1,6 @@
 """KAIST's network by its facts, its files where they are there, and what happens where they are not."""
 import copy
+import dataclasses
 import os
 import shutil
 from collections import defaultdict
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import user_networks
-from compressed import cifar100, kaist
+from compressed import cifar100, kaist, networks
+from compressed.cifar100 import CIFAR100
 from compressed.errors import BadInput
 from compressed.files import save_record, save_tensors, sha256
 from compressed.graph import prepare, read_graph
@@ -48,6 +50,30 @@ def test_a_teacher_of_which_there_is_a_record_takes_images_as_here(narrow_checkp
         save_record({"settings": {}, "options": {}}, tmp_path / name)
         assert not isinstance(teachers.load(path, NARROW, normalise=normalise), Renormalised)
         (tmp_path / name).unlink()
+
+
+def test_a_teacher_of_another_data_set_is_refused(narrow_checkpoint, tmp_path):
+    """Also if it has as many classes."""
+    path = Path(shutil.copy(narrow_checkpoint, tmp_path / "masked.pt"))
+    theirs = dataclasses.asdict(dataclasses.replace(CIFAR100, name="other", digest="0" * 16))
+    save_record({"settings": {}, "options": {}, "data_set": theirs}, tmp_path / "masked.options.json")
+    with pytest.raises(BadInput, match="--teacher .*masked.pt was made with .*other.* give its --data"):
+        teachers.load(path, NARROW)
+
+
+@pytest.mark.parametrize("spec", (NARROW, f"{NARROW}&num_classes=100"))
+def test_a_teacher_that_is_read_as_another_network_is_named(narrow_checkpoint, tmp_path, capsys, spec):
+    path = Path(shutil.copy(narrow_checkpoint, tmp_path / "masked.pt"))
+    save_record({"settings": {}, "options": {"network": spec}}, tmp_path / "masked.options.json")
+    teachers.load(path, NARROW)
+    said = f"warning: {path} was trained as {spec}, and is read as {NARROW}"
+    assert (said in capsys.readouterr().err) == (spec != NARROW)
+
+
+@pytest.mark.parametrize("network", (networks.DEFAULT, NARROW))
+def test_a_teacher_that_is_not_there_is_named(network):
+    with pytest.raises(BadInput, match="^--teacher nowhere.pt: no such checkpoint file[^;]*; [^;]*$"):
+        teachers.load("nowhere.pt", network)
 
 
 @torch.no_grad()

@@ -312,6 +312,30 @@ def test_no_resume_starts_a_stage_again(small, capsys):
     assert_same(Path("again.pt"), Path("first.pt"))
 
 
+def test_a_stage_that_begins_anew_keeps_nothing_of_the_one_before(small):
+    """Nor removes what it starts from."""
+    assert run(QUICK) == 0 and run(QUICK + " --no-resume --max-minutes 0") == 0
+    left = sorted(path.name for path in Path("run").iterdir())
+    assert left == ["pretrain.average.pt", "pretrain.options.json", "pretrain.state"]
+    with pytest.raises(BadInput, match="run/pretrain.state would be removed, which is read"):
+        run(QUICK + " --pretrain --start run/pretrain.state --no-resume")
+    assert sorted(path.name for path in Path("run").iterdir()) == left
+
+
+def test_a_length_that_changes_is_said(small, capsys):
+    constant = " --pretrain --schedule constant --no-warmup"
+    assert run(QUICK + constant + " --max-minutes 0") == 0
+    assert run(QUICK.replace("--epochs 1", "--epochs 2") + constant) == 0
+    assert "run/pretrain.state: the stage goes on with another length (epochs 1 -> 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ("--no-warmup --warmup-epochs 0.2", "--no-smooth --smoothing 0.1"))
+def test_a_switch_and_its_value_exclude_each_other(small, options, capsys):
+    with pytest.raises(SystemExit):
+        run(f"{QUICK} {options}")
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_a_state_is_never_resumed_from_other_weights(small):
     """Whether the stage before was lost, or all stages are trained again and that is interrupted."""
     assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew --max-minutes 0") == 0

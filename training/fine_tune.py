@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressed import grids
+from compressed import grids, networks
 from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
-from compressed.files import load_record, save_record, save_tensors, sha256
+from compressed.files import load_record, save_record, save_tensors
 from compressed.graph import prepare, read_graph, weight_layers
 from compressed.networks import load_state
 from training import loop, masks, plan, teachers
@@ -32,14 +32,14 @@ class Tuning:
     """How a network is fine-tuned.
 
     frozen: share of the epochs, at the end, in which the BatchNorm statistics stay as they are. teachers: checkpoints,
-    as in training/main.py. source: the float checkpoint. folder: where state, log and result are written.
+    as in training/main.py. source_sha256: of the float checkpoint. folder: where state, log and result are written.
     network: its specification. others: what else decides the result, in plain values. normalise: the input
     normalisation of teachers that were trained elsewhere, see teachers.load.
     """
     settings: plan.Settings
     frozen: float
     teachers: tuple[str, ...]
-    source: Path
+    source_sha256: str
     folder: Path
     resume: bool
     network: str
@@ -63,8 +63,10 @@ class Tuning:
     def options(self, chosen: grids.Options) -> dict:
         """Return what decides the result, in plain values."""
         settings = {key: value for key, value in dataclasses.asdict(self.settings).items() if key not in MACHINE}
+        place, name, arguments = networks.parse(self.network)
         return json.loads(json.dumps({"grids": dataclasses.asdict(chosen), "frozen": self.frozen, "settings": settings,
-                                      "teachers": [Path(path).name for path in self.teachers]} | self.others))
+                                      "teachers": [Path(path).name for path in self.teachers],
+                                      "built_by": f"{Path(place).name}:{name} {arguments}"} | self.others))
 
 
 def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: Tuning, chosen: grids.Options,
@@ -84,7 +86,7 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
         file.unlink(missing_ok=True)  # of other options
         tuning.start.unlink(missing_ok=True)
         record = new_record("quantized", train_data, settings, tuning.options(chosen))
-        save_record(record | {"source_sha256": sha256(tuning.source), "accuracy_by_step": list(steps_before),
+        save_record(record | {"source_sha256": tuning.source_sha256, "accuracy_by_step": list(steps_before),
                               "teachers_sha256": teachers.file_digests(tuning.teachers), "code": tuning.code},
                     file.with_suffix(".options.json"))
         save_tensors(start, tuning.start)
@@ -101,7 +103,8 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
                               teachers=taught_by, prepare=at_epoch, resume=tuning.resume, eval_every=0, began=began,
                               context=tuning.options(chosen), watch=Oscillation(model))
         if finished is None:
-            raise BadInput("fine-tuning was stopped; the same command resumes it")
+            raise BadInput("fine-tuning was stopped; the same command" + " without --no-resume" * (not tuning.resume)
+                           + " resumes it")
         fix_steps(finished, chosen.scheme, chosen.scale_bits)
         save_tensors(with_steps(finished), file)
         tuning.start.unlink(missing_ok=True)
@@ -129,7 +132,7 @@ def resumed(model: nn.Module, tuning: Tuning, chosen: grids.Options) -> tuple[nn
     record = load_record(tuning.file.with_suffix(".options.json"), "--no-resume fine-tunes again")
     teachers_differ = any(None not in pair and pair[0] != pair[1]
                           for pair in zip(record.get("teachers_sha256", ()), teachers.file_digests(tuning.teachers)))
-    if (record.get("source_sha256") != sha256(tuning.source) or record.get("options") != tuning.options(chosen)
+    if (record.get("source_sha256") != tuning.source_sha256 or record.get("options") != tuning.options(chosen)
             or teachers_differ or record.get("code") not in (None, tuning.code)):
         raise BadInput(f"{file} was fine-tuned from another checkpoint or with other options, teachers or code of the "
                        "network; --no-resume fine-tunes again")

@@ -43,7 +43,7 @@ from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers, trial
 from training.replicas import Processes
 from training.runs import (DECISIVE, STAGES, has_same_order, new_record, options_of, other_start, read_stage,
-                           training_record, warn_of_seen_images)
+                           training_record, warn_of_another_network, warn_of_seen_images)
 from training.state import MACHINE, State, stop_noted
 
 # defaults that differ between the stages; all others are in plan.Settings
@@ -156,6 +156,9 @@ def parse_stages(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Name
     """
     parser = make_parser()
     given = recipes.given(parser, argv)
+    for option, switch in (("warmup_epochs", "warmup"), ("smoothing", "smooth")):
+        if given.get(option) and given.get(switch) is False:
+            parser.error(f"{option_name(option)} and --no-{switch} exclude each other")
     path = recipes.path_of(given.get("recipe"), given.get("run", parser.get_default("run")))
     recipe = path and recipes.read(path)
     args, *others = (parse(argv, recipe, stage) for stage in ("common", *STAGES))
@@ -280,6 +283,9 @@ def compare_with_folder(stages: list[str], job: Job) -> tuple[list[str], list[st
             raise BadInput(f"{job.file(f'{after}.pt')} is there, and {before}.pt, which comes before it, is not: bring "
                            "that back, or name the stage to train, or give --no-resume to train all stages again")
     for i, stage in enumerate(missing):  # the weights of this stage and the later ones are removed before it begins
+        start = by_stage[stage].start
+        if start and not args.resume and start.resolve() in [job.state(each).folder.resolve() for each in missing[i:]]:
+            raise BadInput(f"{start} would be removed, which is read: give another --run folder")
         check_outputs([job.file(f"{each}.{kind}") for each in missing[i:] for kind in ("pt", "average.pt")],
                       filter(None, [*by_stage[stage].teacher, by_stage[stage].start]))
     for stage in filter(job.resumes, missing):
@@ -377,9 +383,12 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
         return networks.fill(networks.make(args.network, classes), weights, f"{state} does not fit {args.network}")
     if path := starting_file(stage, args):
         if args.start or path.is_file():
+            if job.processes.first:
+                warn_of_another_network(path, args.network)
             return load_checkpoint(path, args.network, classes)
         if stage == "masked":
-            raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT")
+            raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT"
+                           + ", as when this stage began" * job.resumes(stage))
         begun, file = job.resumes(stage), job.file(f"{stage}.options.json")
         started = begun and file.is_file() and options_of(file)["options"].get("start")
         if job.state("pretrain").exists and not started:
@@ -410,13 +419,14 @@ def record_of(stage: str, args, job: Job) -> dict:
 
 
 def begin_run(stages: list[str], job: Job) -> None:
-    """Copy the recipe to the run folder, and remove the weights that the stages to be trained had."""
+    """Copy the recipe to the run folder, and remove what the stages to be trained had, but for a state to resume."""
     if job.args.recipe:
         save_text(job.args.recipe.read_text(encoding="utf-8-sig"), job.file("recipe.toml"))
     for stage in stages:
         job.file(f"{stage}.pt").unlink(missing_ok=True)
         if not job.args.resume:
-            job.file(f"{stage}.average.pt").unlink(missing_ok=True)
+            for kind in ("average.pt", "jsonl", *["options.json"] * (stage != stages[0])):
+                job.file(f"{stage}.{kind}").unlink(missing_ok=True)
             if stage != stages[0]:
                 job.state(stage).remove()
 
@@ -473,6 +483,19 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     return not job.processes.agree(bool(asked), job.device)
 
 
+def warn_of_images(stage: str, options, job: Job) -> None:
+    """Print a warning if what a stage starts from, or a teacher, was trained on the hold-out; or if images recur."""
+    before = starting_file(stage, options)
+    for file in (before, *options.teacher):
+        with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
+            if file and file.exists() and job.args.holdout:
+                warn_of_seen_images(training_record(file), file)
+            if file and file == before and not options.start_epoch and not job.keeps_start(stage) \
+                    and has_same_order(file, stage, options.seed):
+                job.say(f"{stage}: {file} was trained with the same seed, so the images come in the same order again, "
+                        "augmented alike; another --seed changes that")
+
+
 def run_stages(job: Job) -> None:
     """Train the chosen stages, by default all that the run folder lacks, one after the other."""
     by_stage, chosen = job.by_stage, chosen_stages(job.args)
@@ -492,21 +515,15 @@ def run_stages(job: Job) -> None:
                     + "; --start has no effect on it" * bool(options.start)
                     + "; --no-resume trains it again" * bool(chosen))
         elif late and not begins:
-            job.say(f"{stage}: not begun, because --max-minutes is over; the same command begins it")
+            job.say(f"{stage}: not begun, because --max-minutes is over; the same command"
+                    + " without --no-resume" * (not job.args.resume) + " begins it")
             break
         else:
             model = starting_point(stage, options, job)
             if begins:
                 say_what_is_trained(plans, job)
-                before = starting_file(stage, options)
-                if before and before.exists() and job.processes.first:
-                    with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
-                        if job.args.holdout:
-                            warn_of_seen_images(training_record(before))
-                        if not options.start_epoch and not job.keeps_start(stage) \
-                                and has_same_order(before, stage, options.seed):
-                            job.say(f"{stage}: {before} was trained with the same seed, so the images come in the same "
-                                    "order again, augmented alike; another --seed changes that")
+                if job.processes.first:
+                    warn_of_images(stage, options, job)
             for line in idle_options(stage, job, alone=bool(chosen)):
                 job.say(f"{stage}: {line} has no effect")
             if not run_stage(stage, options, model, job, plans):

@@ -7,6 +7,7 @@ magnitude of a weight or the 2-norm of a group, see masks.GROUPS. METHOD.md deri
 subclass of Penalty: `--penalty FILE.py:NAME`.
 """
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,10 @@ class Penalty:
             return
         wanted = feedback.begin(self.zeros_share().item(), lr_to_come)
         sizes = torch.cat([size.expand_as(weight).flatten() for size, weight in zip(self.sizes(), self.weights)])
-        feedback.set(self.first_lambda(quantile(sizes, wanted).item(), FIRST * lr_to_come), sizes.device)
+        first = self.first_lambda(quantile(sizes, wanted).item(), FIRST * lr_to_come)
+        if not 0 <= first < math.inf:
+            raise ValueError(f"its first lambda is {first}, expected a number from 0 on")
+        feedback.set(first, sizes.device)
         self.norms = self.convolution_norms()
 
     @torch.no_grad()

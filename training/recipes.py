@@ -117,14 +117,17 @@ def merged(parser: argparse.ArgumentParser, ours: dict, recipe: dict[str, dict] 
     """Return all options of a stage, or of "common": `ours` (see `given`), else the recipe's, else the defaults.
 
     An option of ours removes the recipe's options that it excludes. If ours changes the optimizer from Adam to SGD or
-    Muon, or back, the recipe's learning rate is dropped, too: it would be wrong by orders of magnitude.
+    Muon, or back, the recipe's learning rate is dropped, too: it would be wrong by orders of magnitude. Lambda is the
+    penalty's, so the masked stage keeps the recipe's target.
     """
-    dropped = {other for name, value in ours.items() for other in excluded(name, value)}
     def refuse(message):
         raise BadInput(f"the recipe's options of {stage}: {message}")
     command_lines, parser.error = parser.error, refuse
     theirs = given(parser, words(recipe, stage, parser)) if recipe else {}
     parser.error = command_lines
+    if stage == "masked" and "target_sparsity" in theirs:
+        ours = {name: value for name, value in ours.items() if name != "lam"}
+    dropped = {other for name, value in ours.items() for other in excluded(name, value)}
     optimizers = theirs.get("optimizer"), ours.get("optimizer", theirs.get("optimizer"))
     if [each == "adam" for each in optimizers] in ([True, False], [False, True]):
         dropped.add("lr")

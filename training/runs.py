@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compressed import networks, threads
 from compressed.cifar100 import Images
+from compressed.command_line import say_once
 from compressed.errors import BadInput, refused
 from compressed.files import from_json, git_commit, load_record, sha256
 from training.state import tensor_digest
@@ -162,6 +163,16 @@ def trained_here(checkpoint) -> bool:
     return options_file(checkpoint).is_file()
 
 
+def warn_of_another_network(checkpoint, spec: str) -> None:
+    """Print a warning if a checkpoint was trained here as another network, or with other arguments, than it is read.
+
+    Its shapes may fit all the same, as with another dilation or activation.
+    """
+    theirs = options_of(options_file(checkpoint))["options"].get("network") if trained_here(checkpoint) else None
+    if theirs and not networks.same(theirs, spec):
+        say_once(f"warning: {checkpoint} was trained as {theirs}, and is read as {spec}")
+
+
 def has_same_order(checkpoint, stage: str, seed: int) -> bool:
     """Return True if a checkpoint comes from a stage of the same kind and seed, as its folder records it.
 
@@ -172,12 +183,11 @@ def has_same_order(checkpoint, stage: str, seed: int) -> bool:
             and options_of(options_file(checkpoint))["settings"].get("seed") == seed)
 
 
-def warn_of_seen_images(trained: list[dict]) -> None:
-    """Print a warning if a hold-out is one on which some stage of a network was trained. trained: its `stage_records`.
-    """
+def warn_of_seen_images(trained: list[dict], checkpoint) -> None:
+    """Print a warning if a hold-out is one on which some stage of a checkpoint was trained: its `stage_records`."""
     if stages := [stage["stage"] for stage in trained if not stage["options"].get("holdout")]:
-        print(f"warning: the stage {stages[0]} was trained without --holdout: the network has seen these images",
-              file=sys.stderr)
+        print(f"warning: {checkpoint}: the stage {stages[0]} was trained without --holdout: the network has seen these "
+              "images", file=sys.stderr)
 
 
 def warn_of_a_held_out_run(trained: list[dict]) -> None:

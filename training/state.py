@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from compressed import threads
-from compressed.command_line import ENDING, end_in_order
+from compressed.command_line import ENDING, end_in_order, say_once
 from compressed.errors import BadInput, refused
 from compressed.files import load_record, save_record, save_tensors
 from training.plan import constant_so_far
@@ -56,8 +56,10 @@ class State:
         constant = all(constant_so_far(each, step, epoch_steps) for each in (theirs, self.settings))
         if "warmup_epochs" in changed:  # the learning rate must not fall back
             constant &= step >= epoch_steps * max(each["warmup_epochs"] for each in (theirs, self.settings))
-        if changed and not (longer and constant):
-            pairs = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
+        pairs = ", ".join(f"{key} {theirs[key]} -> {self.settings[key]}" for key in changed)
+        if changed and longer and constant:
+            say_once(f"{self.folder}: the stage goes on with another length ({pairs})")
+        elif changed:
             raise BadInput(f"{self.folder} holds a run with other settings ({pairs}): give the same options to resume "
                            "it, or --no-resume to start it again, or another --run folder"
                            + "; its length may change only while the learning rate is constant" * longer)

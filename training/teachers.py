@@ -26,13 +26,14 @@ from compressed import cifar100, environment, networks, threads
 from compressed.cifar100 import CIFAR100, DataSet
 from compressed.claims import claim_path
 from compressed.command_line import command_line, run_script, say_once, some_path
+from compressed.datasets import check_same
 from compressed.errors import BadInput, refused
 from compressed.evaluation import logits
 from compressed.files import sha256
 from compressed.graph import normalised_convolutions, prepare_if_possible
 from compressed.kaist import load_micronet
 from compressed.normalisation import Renormalised
-from training.runs import trained_here
+from training.runs import options_file, options_of, trained_here, warn_of_another_network
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -74,8 +75,11 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
         raise BadInput(f"--teacher {path}: KAIST's networks know the classes of CIFAR-100, not those of {data_set}; "
                        "give a checkpoint that was trained on the same data, or --teacher without a value for none")
     path = located(path)
-    teacher = load_micronet(path) if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
+    teacher, spec = (load_micronet(path), "") if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     teacher = fold_batchnorm(teacher)
+    if not theirs and trained_here(path):
+        check_same(data_set, options_of(options_file(path)).get("data_set"), f"--teacher {path}")
+        warn_of_another_network(path, spec)
     if not theirs and not claim_path(path).is_file() and not trained_here(path):
         how = "as --normalise says" if normalise else "as (pixel - 128) / 64, whatever it was trained with"
         say_once(f"{path}: no record of its training here, so this teacher takes images {how}")
@@ -83,12 +87,14 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     return teacher.requires_grad_(False)
 
 
-def ours(path, network: str, classes: int) -> nn.Module:
-    """Return the network of a checkpoint: the specified one or, if keys or shapes do not fit, the default one."""
+def ours(path, network: str, classes: int) -> tuple[nn.Module, str]:
+    """Return the network of a checkpoint, and its specification: that given or, if keys or shapes do not fit, the
+    default.
+    """
     try:
-        return prepare_if_possible(networks.load_checkpoint(path, network, classes, hint=False))
+        return prepare_if_possible(networks.load_checkpoint(path, network, classes, hint=False)), network
     except BadInput as error:
-        if network == networks.DEFAULT or "classes, expected" in str(error):
+        if network == networks.DEFAULT or "classes, expected" in str(error) or not Path(path).is_file():
             raise BadInput(f"--teacher {error}") from error
     try:
         return ours(path, networks.DEFAULT, classes)

@@ -10,6 +10,7 @@ from torch import nn
 
 from compressed.cifar100 import IMAGE_SIZE
 from compressed.errors import BadInput, refused
+from compressed.files import to_json
 from compressed.networks import fault
 from training.cpu_kernels import fast_on_a_cpu
 from training.penalties import Penalty
@@ -88,7 +89,7 @@ def try_penalty(penalty: Penalty) -> None:
             penalty.loss().backward()
         with torch.no_grad():
             penalty.after_step(1e-6)
-            penalty.record()
+            to_json(penalty.record())
     with refused(f"--penalty {penalty.form}: its state cannot be saved and read again"):
         content = io.BytesIO()
         torch.save(penalty.state_dict(), content)
