@@ -322,6 +322,18 @@ def test_a_stage_that_begins_anew_keeps_nothing_of_the_one_before(small):
     assert sorted(path.name for path in Path("run").iterdir()) == left
 
 
+def test_muon_that_turns_nothing_is_said(small, capsys):
+    Path("bare.py").write_text("""
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 100))
+""")
+    for network, said in (("bare.py:net", True), (TINY, False)):
+        assert run(f"{QUICK} --pretrain --optimizer muon --network {network} --no-resume") == 0
+        assert ("so Muon turns none: SGD trains all weights" in capsys.readouterr().out) == said
+
+
 def test_a_length_that_changes_is_said(small, capsys):
     constant = " --pretrain --schedule constant --no-warmup"
     assert run(QUICK + constant + " --max-minutes 0") == 0

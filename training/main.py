@@ -41,6 +41,7 @@ from compressed.graph import prepare
 from compressed.grids import check_quantizable
 from compressed.networks import half_state, load_checkpoint, save_state
 from training import loop, plan, recipes, sparsity, teachers, trial
+from training.muon import turned_weights
 from training.replicas import Processes
 from training.runs import (DECISIVE, STAGES, has_same_order, new_record, options_of, other_start, read_stage,
                            training_record, warn_of_another_network, warn_of_seen_images)
@@ -235,6 +236,9 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
                 check_quantizable(prepare(model))
             except BadInput as error:
                 print(f"warning: this network can be trained, but not quantized: {error}", file=sys.stderr)
+        if plans[stage].settings.optimizer == "muon" and not turned_weights(model):
+            job.say(f"{stage}: no convolution of this network is followed by a normalisation, so Muon turns none: SGD "
+                    "trains all weights, and --turn has no effect")
         for path in args.teacher:
             teachers.load(path, args.network, data_set)
         if stage == "rew":
