@@ -131,6 +131,8 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         with np.load(path, allow_pickle=False) as content:
             train_images, train_labels, test_images, test_labels = (content[name] for name in names)
+    except KeyError as error:
+        raise BadInput(f"{path}: {str(error).strip(chr(39))}; expected the arrays {', '.join(names)}") from error
     except Exception as error:  # not in numpy's words, which advise to allow pickles
         raise BadInput(f"{path}: no .npz file with the plain arrays {', '.join(names)}, or damaged "
                        f"({type(error).__name__})") from error
@@ -138,7 +140,8 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for part, (images, labels) in found.items():
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not images.size:
             raise BadInput(f"{path}: {part}_images is {images.dtype} {list(images.shape)}, expected uint8 [N, "
-                           f"{IMAGE_SIZE}, {IMAGE_SIZE}, 3]: scale the images, and put the channels last")
+                           f"{IMAGE_SIZE}, {IMAGE_SIZE}, 3]: pixels of 0 to 255, scaled to that size, three channels, "
+                           "channels last")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise BadInput(f"{path}: {part}_labels is {labels.dtype} {list(labels.shape)}, expected {len(images)} "
                            "integers, one for each image")

@@ -174,7 +174,8 @@ def followed(spec: str, given: str | None) -> str:
         raise BadInput("the specification of its network holds characters that cannot be printed")
     if given is None:
         if not re.fullmatch(r"mobilenet_v2:[A-Z]\w*(\?.*)?", spec):
-            raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)}")
+            raise BadInput(f"it is of the network {spec}: to run that code, say --network {shlex.quote(spec)} "
+                           "(in Python: network=...)")
         return spec
     if not same(spec, given):
         raise BadInput(f"it is of the network {spec}, and not of {given}")

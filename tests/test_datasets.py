@@ -110,12 +110,12 @@ NUMBERED = "expected labels from 0 to the number of classes - 1, two classes or 
 
 
 @pytest.mark.parametrize("changes, said", (
-    ({"test_labels": None}, "no .npz file with the plain arrays train_images, .*, test_labels, or damaged .KeyError"),
+    ({"test_labels": None}, "test_labels is not a file in the archive; expected the arrays train_images, "),
     ({"train_images": np.array([{}], object)}, "no .npz file with the plain arrays .* .ValueError"),
     ({"train_images": np.uint8(3)}, r"train_images is uint8 \[\], expected"),
-    ({"train_images": IMAGES.transpose(0, 3, 1, 2)}, r"expected uint8 \[N, 32, 32, 3\]: .*put the channels last"),
+    ({"train_images": IMAGES.transpose(0, 3, 1, 2)}, r"expected uint8 \[N, 32, 32, 3\]: .*channels last"),
     ({"train_images": IMAGES.astype(np.float32)}, r"train_images is float32 \[60, 32, 32, 3\], expected uint8"),
-    ({"train_images": IMAGES[:, :28, :28]}, r"\[60, 28, 28, 3\], .*scale the images"),
+    ({"train_images": IMAGES[:, :28, :28]}, r"\[60, 28, 28, 3\], .*scaled to that size"),
     ({"train_images": IMAGES[:0]}, r"\[0, 32, 32, 3\]"),
     ({"train_images": IMAGES[:59]}, r"train_labels is uint8 \[60\], expected 59 integers, one for each image"),
     ({"train_labels": np.zeros(60)}, r"train_labels is float64 \[60\], expected 60 integers"),

@@ -440,6 +440,10 @@ class Recordless(Soft):
     def record(self):
         return {"other": self.other}
 
+class Movement(Soft):
+    def after_step(self, lr):
+        self.score = sum((weight * weight.grad).sum() for weight in self.weights)
+
 class Tensors(Soft):
     def record(self):
         return super().record() | {"first": self.weights[0].sum()}
@@ -499,7 +503,8 @@ def test_the_first_lambda_of_a_penalty_of_ones_own(own):
                                         ("Tensors", "a first step with it fails .TypeError: .*not JSON"),
                                         ("Endless", "a first step with it fails .ValueError: its first lambda is nan")))
 def test_what_would_fail_hours_later_is_tried_at_the_start(own, name, said):
-    trial.try_penalty(penalties.make("own.py:Soft", Net(), LAYERS, target=0.5))
+    for good in ("Soft", "Movement"):
+        trial.try_penalty(penalties.make(f"own.py:{good}", Net(), LAYERS, target=0.5))
     with pytest.raises(BadInput, match=said):
         trial.try_penalty(penalties.make(f"own.py:{name}", Net(), LAYERS, target=0.5))
 

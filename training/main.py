@@ -227,7 +227,10 @@ def make_plans(stages: list[str], job: Job) -> dict[str, plan.Plan]:
     plans, data_set = {}, job.data.data_set
     for stage in stages:
         args = job.by_stage[stage]
-        plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
+        try:
+            plans[stage] = plan.Plan(job.settings(stage), len(job.data), job.processes)
+        except BadInput as error:
+            raise BadInput(f"{stage}: {error}" + f" (options of {args.recipe})" * bool(args.recipe)) from error
         make = functools.partial(networks.make, args.network, data_set.classes)
         trial.try_network(make, args.network, data_set.classes, plans[stage], job.device)
         model = make()
@@ -477,11 +480,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
     if finished is None:
         return False
     if job.processes.first:
-        if penalty is not None and penalty.feedback:
+        if penalty is not None and penalty.target is not None:
             zeros = float(penalty.zeros_share())
             if abs(zeros - penalty.target) > 0.05:
-                job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}; with more --epochs lambda (see "
-                        "the log) is adjusted more often")
+                job.say(f"{stage}: {zeros:.1%} zeros instead of {penalty.target:.1%}" + (
+                    "; with more --epochs lambda (see the log) is adjusted more often" if penalty.feedback else ""))
     if job.processes.count > 1:
         dist.barrier()  # the next stage reads what the first process wrote
     return not job.processes.agree(bool(asked), job.device)

@@ -25,7 +25,7 @@ class Penalty:
     A subclass usually defines `shrink` or `loss`, and may define `reweight`, `sizes`, `first_lambda` and `kept`. A rule
     that is no penalty overrides `update` and `after_step` instead, as GradualMagnitude does, and has to reach a target
     without the feedback.
-    Everything but `loss` is called without gradients.
+    Everything but `loss` is called without gradients; in `after_step` the weights have their own, as `weight.grad`.
 
     weights: list of the weight tensors to make zero. kind: the groups that become zero together (masks.GROUPS).
     lam, target: strength of the penalty, or the wanted share of zeros in `weights`; one of them is given. With a target

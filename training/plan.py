@@ -59,7 +59,8 @@ class Settings:
     mixing: str = setting("both", ("both", "mixup", "cutmix", "none"), "both: mixup or CutMix, drawn for every image")
     alpha: float = setting(0.3, number(float, 0.01, 1000), "parameter of mixup's Beta distribution")
     clean: float = setting(0.05, number(float, 0, 1), "share of the epochs, at the end, without mixing")
-    sizes: str = setting("32", sizes_text, "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
+    sizes: str = setting(str(IMAGE_SIZE), sizes_text,
+                         "image sizes: 24:0.6,32 scales the first 60%% of a stage's batches to 24x24")
     average: float | None = setting(None, number(float, 0, 1),
                                     "decay of the weight average (EMA); 0: none (default: over the last 3%% of the "
                                     "steps so far)")

@@ -88,6 +88,8 @@ def try_penalty(penalty: Penalty) -> None:
         if penalty.in_loss:
             penalty.loss().backward()
         with torch.no_grad():
+            for weight in penalty.weights:
+                weight.grad = torch.zeros_like(weight)
             penalty.after_step(1e-6)
             to_json(penalty.record())
     with refused(f"--penalty {penalty.form}: its state cannot be saved and read again"):
