@@ -195,7 +195,7 @@ def test_a_teacher_trained_elsewhere_has_its_normalisation(small_checkpoint, tmp
 
 def test_the_learning_rate_of_adam_is_another():
     rates = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
-                                     torch.device("cpu")).settings.lr
+                                     torch.device("cpu"), "").settings.lr
              for words in ([], ["--optimizer", "adam"], ["--optimizer", "adam", "--lr", "0.5"])]
     assert rates == [0.01, 0.001, 0.5]
 
@@ -211,7 +211,7 @@ def test_what_has_no_effect_on_the_fine_tuning_is_named(small_checkpoint, tmp_pa
 
 def test_labels_are_smoothed_where_no_teacher_is():
     found = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
-                                     torch.device("cpu")).settings.smoothing for words in ([], ["--teacher", "t.pt"])]
+                                     torch.device("cpu"), "").settings.smoothing for words in ([], ["--teacher", "t.pt"])]
     assert found == [0.1, 0.0]
 
 
@@ -251,7 +251,7 @@ def test_fine_tuning_trains_everything_but_zeros_and_statistics(small_checkpoint
                            "--scheme", "layer", "--step-rate", "0.01", "--network", SPEC, "--tuning-folder",
                            str(tmp_path), *TUNE])
     chosen = quantize.grid_options(args, model)
-    tuning = quantize.tuning_options(args, cifar100.CIFAR100, torch.device("cpu"))
+    tuning = quantize.tuning_options(args, cifar100.CIFAR100, torch.device("cpu"), "")
     grids.quantize_weights(model, chosen.table, "layer")
     exact_module.quantize_activations(model, calibrate(model, cifar100.made_up(10, 0).images, 8, "max"))
     before, steps = copy.deepcopy(model.state_dict()), fine_tune.with_steps(model)
