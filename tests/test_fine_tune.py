@@ -211,7 +211,8 @@ def test_what_has_no_effect_on_the_fine_tuning_is_named(small_checkpoint, tmp_pa
 
 def test_labels_are_smoothed_where_no_teacher_is():
     found = [quantize.tuning_options(quantize.parse(["--epochs", "1", *words]), cifar100.CIFAR100,
-                                     torch.device("cpu"), "").settings.smoothing for words in ([], ["--teacher", "t.pt"])]
+                                     torch.device("cpu"), "").settings.smoothing
+             for words in ([], ["--teacher", "t.pt"])]
     assert found == [0.1, 0.0]
 
 
