@@ -361,7 +361,7 @@ def prepare(model: nn.Module) -> nn.Module:
         network.get_submodule(holder).add_module(own, module)
     graph.lint()
     forward = type(fx.GraphModule(network, graph)).forward
-    network.__class__ = type(type(model).__name__, (nn.Module,), {"forward": forward})
+    network.__class__ = type(type(model).__name__, (type(network),), {"forward": forward})
     PREPARED[type(network)] = graph
     read_graph(network)
     return network

@@ -351,14 +351,14 @@ def test_a_switch_and_its_value_exclude_each_other(small, options, capsys):
 def test_a_state_is_never_resumed_from_other_weights(small):
     """Whether the stage before was lost, or all stages are trained again and that is interrupted."""
     assert run(QUICK + " --pretrain") == 0 and run(QUICK + " --rew --max-minutes 0") == 0
-    trained = Path("run/pretrain.pt").rename("kept.pt")
+    trained, of_it = Path("run/pretrain.pt").rename("kept.pt"), Path("run/pretrain.jsonl").read_text()
     before = {path: path.read_bytes() for path in Path("run").glob("*/*")}
     with pytest.raises(BadInput, match="rew.state was trained from other weights than those of the stage before"):
         run(QUICK)
     assert before == {path: path.read_bytes() for path in Path("run").glob("*/*")}
     assert run(QUICK + " --no-resume --max-minutes 0") == 0
     assert Path("run/pretrain.state").is_dir() and not Path("run/rew.state").exists()
-    trained.rename("run/pretrain.pt")
+    trained.rename("run/pretrain.pt"), Path("run/pretrain.jsonl").write_text(of_it)
     assert run(QUICK) == 0
     assert run(QUICK + " --rew --no-resume --seed 3") == 0 and Path("run/masked.pt").is_file()  # with other zeros now
     with pytest.raises(BadInput, match="masked.pt was trained with other options .start_sha256 .* -> "):
