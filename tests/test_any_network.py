@@ -22,9 +22,9 @@ from compressed.errors import BadInput
 from compressed.evaluation import logits
 from compressed.exact_network import FORMULAS, Quantizer, exact_network, quantize_activations, table
 from compressed.files import save_record, save_tensors, sha256
-from compressed.formats import Activation
+from compressed.formats import Activation, Formats
 from compressed.graph import UNSIGNED, prepare, read_graph, weight_layers
-from compressed.operations import RoundsWeightsAlone
+from compressed.operations import FUNCTIONS, Operation, RoundsWeightsAlone
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2, Table
 from small import integer_logits
 from tools import integer, pack
@@ -209,6 +209,14 @@ def test_the_family_of_the_small_network(monkeypatch):
 
 
 # ---- Pointwise functions -------------------------------------------------------------------------
+
+def test_every_function_has_a_formula_and_a_rule():
+    assert set(FORMULAS) == set(FUNCTIONS) and set(UNSIGNED) <= set(FUNCTIONS)
+    for function in FUNCTIONS:
+        operation = Operation("f", "f", function, ("x",), 0, (1, 2, 2))
+        for convention in counting.CONVENTIONS:
+            assert counting.rule(operation, [Activation(8)], Formats({}, {}), convention)[0]
+
 
 @pytest.mark.parametrize("function", FORMULAS)
 def test_a_function_is_a_table_of_codes(function):

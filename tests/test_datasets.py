@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,23 @@ def options(**given):
 
 
 # ---- Reading -------------------------------------------------------------------------------------
+
+def test_images_in_folders_become_an_npz_file():
+    """By the code in training/README.md."""
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 2), ("test", 1)):
+        for label, name in enumerate(("apple", "bear")):
+            Path("my_images", part, name).mkdir(parents=True)
+            for i in range(count):
+                image.new("RGB", (40, 50), (50 * label, 20, i)).save(f"my_images/{part}/{name}/{i}.png")
+    page = (Path(training.__file__).parent / "README.md").read_text()
+    code, = (block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "ImageFolder" in block)
+    exec(code)
+    data = datasets.load("mine.npz", "train")
+    assert data.images.shape == (4, 3, 32, 32)  # in an order of their own
+    found = zip(data.labels.tolist(), data.images[:, :, 9, 9].tolist())
+    assert sorted(found) == [(0, [0, 20, 0]), (0, [0, 20, 1]), (1, [50, 20, 0]), (1, [50, 20, 1])]
+
 
 def test_an_npz_file_is_read_in_canonical_order():
     content = arrays()
