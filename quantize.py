@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -35,7 +36,7 @@ from compressed.command_line import command_line, number, option_name, run_scrip
 from compressed.errors import BadInput
 from compressed.evaluation import evaluate, logits, without_duplicates
 from compressed.exact_network import Quantizer, exact_network, quantize_activations
-from compressed.files import check_outputs, find_toml, git_commit, load_json, lock_file, sha256
+from compressed.files import check_outputs, find_toml, git_commit, load_json, lock_file, replacing, sha256
 from compressed.formats import listed, stored_exponent
 from compressed.graph import prepare, read_graph
 from compressed.step_search import choose_steps
@@ -338,8 +339,7 @@ def main(argv=None) -> int:
     plain = prepare(networks.make(args.network, train_data.data_set.classes))
     network, formats = ship(model, plain, chosen, accuracies)
     tuned = stage_records([tuning.folder / "quantized.jsonl"]) if tuning else []
-    networks.save_state(network.state_dict(), args.out)
-    claims.write(formats | {
+    claim = formats | {
         "data_set": dataclasses.asdict(test_data.data_set),
         "accuracy": accuracy_of(accuracies, data_name, args.data),
         "accuracy_by_step": accuracies.steps,
@@ -349,7 +349,14 @@ def main(argv=None) -> int:
                                 if name not in ("table", "activation_bits")},  # these are those of tensors, activations
                     "machine": threads.describe_machine(device),
                     "source_sha256": source,
-                    "training": args.trained + tuned}}, args.out, args.network)
+                    "training": args.trained + tuned}}
+    with tempfile.TemporaryDirectory() as folder:  # no weights are replaced before there is a claim about them
+        new = Path(folder, args.out.name)
+        networks.save_state(network.state_dict(), new)
+        claims.write(claim, new, args.network)
+        for target in (args.out, claims.claim_path(args.out)):
+            with replacing(target) as file:
+                file.write(new.with_name(target.name).read_bytes())
     print(f"wrote {args.out} and {claims.claim_path(args.out)}")
     return 0
 

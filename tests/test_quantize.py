@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs
     out.with_suffix(".json").write_bytes(old)
 
     def full(source, target):
-        if str(target).endswith(".json"):
+        if Path(target) == out.with_suffix(".json"):
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         replace(source, target)
 
@@ -180,6 +180,16 @@ def test_a_disk_that_is_full_after_the_weights_is_noticed(small_checkpoint, runs
     assert out.with_suffix(".json").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
     assert testers.main(["--checkpoint", str(out), "--made-up", "100", "--network", SPEC]) == 2
     assert "is about another file" in capsys.readouterr().err
+
+
+def test_without_a_claim_there_are_no_weights(small_checkpoint, tmp_path, monkeypatch):
+    def unknown(*_):
+        raise BadInput("no counting rule")
+
+    monkeypatch.setattr(claims.counting, "summary", unknown)
+    with pytest.raises(BadInput, match="no counting rule"):
+        quantize.main(options(small_checkpoint, tmp_path / "out.pt", "power-of-two"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words, said", [
