@@ -1,4 +1,5 @@
 """The command line of training, run in the process on a tiny network, and for a few cases as it stands."""
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -320,6 +321,18 @@ def test_a_stage_that_begins_anew_keeps_nothing_of_the_one_before(small):
     with pytest.raises(BadInput, match="run/pretrain.state would be removed, which is read"):
         run(QUICK + " --pretrain --start run/pretrain.state --no-resume")
     assert sorted(path.name for path in Path("run").iterdir()) == left
+
+
+@pytest.mark.parametrize("held_out", (True, False))
+def test_a_teacher_that_saw_the_hold_out_is_named(tmp_path, capsys, held_out):
+    save_stage(tmp_path, "pretrain", {"holdout": held_out})
+    teacher = tmp_path / "pretrain.pt"
+    teacher.touch()
+    options = argparse.Namespace(run=Path("run"), start=None, start_epoch=0, seed=0, teacher=[teacher])
+    job = argparse.Namespace(args=argparse.Namespace(holdout=True), keeps_start=lambda stage: False, say=print)
+    training.warn_of_images("pretrain", options, job)
+    said = f"warning: {teacher}: the stage pretrain was trained without --holdout: the network has seen these images"
+    assert (said in capsys.readouterr().err) != held_out
 
 
 def test_muon_that_turns_nothing_is_said(small, capsys):

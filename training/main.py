@@ -493,11 +493,11 @@ def run_stage(stage: str, args, model: nn.Module, job: Job, plans: dict[str, pla
 def warn_of_images(stage: str, options, job: Job) -> None:
     """Print a warning if what a stage starts from, or a teacher, was trained on the hold-out; or if images recur."""
     before = starting_file(stage, options)
-    for file in (before, *options.teacher):
+    for file in (each for each in (before, *options.teacher) if each and each.exists()):
         with contextlib.suppress(BadInput):  # of a folder whose stages do not go together
-            if file and file.exists() and job.args.holdout:
+            if job.args.holdout:
                 warn_of_seen_images(training_record(file), file)
-            if file and file == before and not options.start_epoch and not job.keeps_start(stage) \
+            if file == before and not options.start_epoch and not job.keeps_start(stage) \
                     and has_same_order(file, stage, options.seed):
                 job.say(f"{stage}: {file} was trained with the same seed, so the images come in the same order again, "
                         "augmented alike; another --seed changes that")
