@@ -161,11 +161,18 @@ def is_wide(layer: nn.Conv2d, source: Activation) -> bool:
     return bool(grid.steps) and max(largest_products(layer, grid, source)) > 2**24
 
 
-def check_input(graph: Graph) -> None:
-    """Raise BadInput for a network that scales or shifts its input itself."""
+def check_integer_form(graph: Graph) -> None:
+    """Raise BadInput for a network that can be counted, but not computed in integers here.
+
+    It scales or shifts its input itself, or divides a sum by a number that is no power of two.
+    """
     if graph.normalised:
         raise BadInput("the network scales or shifts its input itself, which has no integer form here: take that out "
                        "of the forward pass, and train with (pixel - 128) / 64")
+    for branch in (branch for point in graph.points for branch in point.branches):
+        if branch.kind == "mean" and branch.terms & (branch.terms - 1):
+            raise BadInput(f"{branch.name} averages {branch.terms} values, which has no integer form here: expected a "
+                           "power of two, whose division is a shift")
 
 
 def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
@@ -175,7 +182,7 @@ def quantize_activations(model: nn.Module, activations: list[dict]) -> None:
     exactly the network's points, or a format is bad.
     """
     graph = read_graph(model)
-    check_input(graph)
+    check_integer_form(graph)
     points = {point.name: point for point in graph.points[:-1]}
     named = [str(a.get("name")) for a in activations]
     if sorted(named) != sorted(points):

@@ -174,8 +174,6 @@ class _Walk:
             return (Branch("pixels", "pixels", "pixels"),)
         if op.kind in ("conv", "linear"):
             return (Branch("layer", op.name, inputs[0].name, window=op.window),)
-        if op.kind == "mean" and op.fan_in & (op.fan_in - 1):
-            raise BadInput(f"{op.name} averages {op.fan_in} values: expected a power of two, whose division is a shift")
         if op.kind in ("mean", "max"):
             return (Branch(op.kind, op.name, inputs[0].name, terms=op.fan_in, window=op.window),)
         if op.kind in FUNCTIONS:

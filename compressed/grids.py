@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressed import cifar100
 from compressed.counting import has_submissions_layers
 from compressed.errors import BadInput
-from compressed.exact_network import check_input
+from compressed.exact_network import check_integer_form
 from compressed.files import load_toml
 from compressed.formats import code_range, codes, fake_quantize, folded, power_of_two_step
 from compressed.graph import layer_kind, read_graph, weight_layers
@@ -264,11 +264,11 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | dict[str, int], rang
 def check_quantizable(model: nn.Module) -> None:
     """Raise BadInput if a prepared network's values cannot all be put on grids.
 
-    That is a network that scales or shifts its input itself, or has a parameter that its forward pass does not read:
-    nothing says how that is stored.
+    That is a network without an integer form, or with a parameter that its forward pass does not read: nothing says how
+    that is stored.
     """
     graph = read_graph(model)
-    check_input(graph)
+    check_integer_form(graph)
     used = {name for branch in graph.layers for name in (branch.name, branch.norm)}
     for name, _ in model.named_parameters():
         if name.rpartition(".")[0] not in used:

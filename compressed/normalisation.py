@@ -66,7 +66,7 @@ def fold(model: nn.Module, means, deviations) -> nn.Module:
     for branch in first:
         layer = model.get_submodule(branch.name) if branch.kind == "layer" else None
         plain = isinstance(layer, nn.Conv2d) and layer.groups == 1
-        if not plain or shift.any() and (layer.padding != (0, 0) or branch.norm is None and layer.bias is None):
+        if not plain or shift.any() and (branch.window.padding != (0, 0) or branch.norm is None and layer.bias is None):
             raise BadInput(f"--normalise cannot be folded exactly: {branch.name} reads the image, and is no convolution"
                            " that has one group, a BatchNorm or a bias, and no padding (zeros at the border would be "
                            "another colour); train it further with (pixel - 128) / 64: training/main.py --network SPEC "

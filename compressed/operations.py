@@ -219,6 +219,15 @@ def _pair(value) -> tuple[int, int]:
     return values * 2 if len(values) == 1 else values
 
 
+def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Return the zeros (above, to the left) that a convolution adds; None if they differ from those on the other side.
+    """
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    added = [d * (k - 1) * (conv.padding == "same") for d, k in zip(conv.dilation, conv.kernel_size)]
+    return None if any(each % 2 for each in added) else tuple(each // 2 for each in added)
+
+
 class _Node:
     """A node of a traced graph.
 
@@ -295,8 +304,9 @@ class _Node:
                 yield "it is used several times: each layer may run once"
         if kind == "linear" and self.inputs[0].dim() != 2:
             yield f"it reads {self.inputs[0].dim() - 1} dimensions of an image, expected one: flatten it before"
-        if kind == "conv" and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
-            yield f"padding {module.padding!r} in mode {module.padding_mode!r}; expected numbers, and zeros"
+        if kind == "conv" and (module.padding_mode != "zeros" or _padding(module) is None):
+            yield (f"padding {module.padding!r} in mode {module.padding_mode!r}; expected zeros, as many on "
+                   "both sides")
         if kind not in NORMALISATIONS.values() and any(each.op == "get_attr" for each in self.read):
             yield "it reads a constant: only the image can, a buffer with at most one value for each channel"
         if kind in ("add", "product"):
@@ -347,7 +357,7 @@ class _Node:
     def window(self) -> Window | None:
         """Return the window of a convolution or a pooling, otherwise None. Raises BadInput for one that has no rule."""
         if self.kind == "conv":
-            return Window(self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
+            return Window(self.module.kernel_size, self.module.stride, _padding(self.module), self.module.dilation)
         if self.kind not in ("mean", "max"):
             return None
         size, out = tuple(self.inputs[0].shape[2:]), tuple(self.result.shape[2:])

@@ -404,9 +404,8 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x), c=computed(conv(padding=1))), "Lone cannot be copied"),
     (Lone(lambda s, x: s.c(x).relu6(), c=conv(padding=1)), "cannot be followed|does not take an image"),
     (Lone(lambda s, x: s.c(x).flatten(1).flatten(3), c=conv(padding=1)), "does not take an image"),
-    (Lone(lambda s, x: s.c(x), c=conv(padding="same")), "c: padding 'same'"),
+    (Lone(lambda s, x: s.c(x), c=nn.Conv2d(3, 4, (3, 2), padding="same")), "c: padding 'same'"),
     (Lone(lambda s, x: s.c(x), c=conv(padding=1, padding_mode="reflect")), "c: padding .* in mode 'reflect'"),
-    (Lone(lambda s, x: s.c(x), c=conv()), "averages 900 values: expected a power of two"),
     (Lone(lambda s, x: s.d(s.d(s.c(x))), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)), "d: it is used several times"),
     (Lone(lambda s, x: s.c(x), c=nn.ConvTranspose2d(3, 4, 2, 2)), "c: no counting rule for ConvTranspose2d"),
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),
@@ -483,6 +482,28 @@ def test_what_is_not_known_is_named(network, said):
     with pytest.raises(BadInput, match=said) as raised:
         prepare(network)
     assert "\n" not in str(raised.value)
+
+
+def test_a_mean_of_any_number_is_counted_but_not_quantized():
+    model = prepare(Lone(lambda s, x: s.c(x), c=conv()))  # of a map of 30x30
+    mean = next(op for op in read_graph(model).operations if op.kind == "mean")
+    for convention, width in (("32-bit", 32), ("fixed", 19), ("tree", 18)):  # 900 x 255 needs 18, and a sign
+        multiplications, additions, _ = counting.rule(mean, [Activation(8, False)], Formats({}, {}), convention)
+        assert multiplications == {width: 4} and sum(additions.values()) == 899 * 4, convention
+    with pytest.raises(BadInput, match="averages 900 values, which has no integer form"):
+        grids.check_quantizable(model)
+    with pytest.raises(BadInput, match="averages 900 values, which has no integer form"):
+        exact_network(model, [])
+
+
+@pytest.mark.parametrize("named, number", ((dict(padding="same"), dict(padding=1)),
+                                           (dict(padding="same", dilation=2), dict(padding=2, dilation=2)),
+                                           (dict(padding="valid", stride=2), dict(stride=2))))
+def test_padding_by_name_is_padding_by_number(named, number):
+    """The integer network and the ONNX model take it from the window, and PyTorch's layers from the layer itself."""
+    windows = [read_graph(prepare(Lone(lambda s, x: s.c(x), c=conv(**options)))).layers[0].window
+               for options in (named, number)]
+    assert windows[0] == windows[1]
 
 
 class Listed(nn.Module):
