@@ -13,7 +13,7 @@ each kind of layer costs in float and in 8 bits.
   onnx 8-bit   tools.export_onnx
 
 Variants of the 8-bit graph that were tried on an EPYC with VNNI (onnxruntime 1.32, 2 threads): images/s relative to
-the graph of that time, and why the variant was rejected:
+the graph of that time, and why the variant was rejected (not kept):
   projections as convolutions, rounded before the residual sum   1.07 to 1.25   not our definition
   expansions as matrix products, too                             0.63 to 0.79   float32 between, exact shifts
   uint8 weights (which "session.x64quantprecision" makes)        0.51 to 0.54   the engine's slower kernels

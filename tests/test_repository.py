@@ -346,7 +346,7 @@ def test_the_page_of_the_small_network_is_that_of_its_files():
     assert claim["made_by"]["source_sha256"] == sha256(folder / "masked.average.pt")
     for stage in ("pretrain", "rew", "masked", "quantized"):
         assert f"{last[stage]['test_accuracy']:.2%}" in page
-    assert f"{last['rew']['zeros_share']:.2%} of the pruned weights are zero" in page
+    assert f"{last['rew']['zeros_share']:.2%} of the pruned layers' weights are zero" in page
     accuracy, scores = claim["accuracy"], claim["counts"]["score"]
     assert f"its accuracy, {accuracy['correct'] / accuracy['images']:.2%}, is below" in page
     assert " / ".join(f"{scores[name]['score']:.4f}" for name in counting.CONVENTIONS) in page

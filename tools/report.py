@@ -212,7 +212,7 @@ def results(m: Shipped) -> str:
         *difference,
         ("weights, convolutions and linear, exact", f"{exact['total']:,}", "-", TEST),
         ("zeros, exact", f"{exact['zeros']:,} ({100 * exact['sparsity']:.2f}%)", "-", TEST),
-        ("of these, made by the penalty (the others by the mask, and by rounding)",
+        ("of these, made by the penalty (the others by mask, rounding and dead weight)",
          f"{by_penalty:,} ({by_penalty / exact['zeros']:.0%})", "-", "`record/rew.jsonl`"),
         (f"weights, {by}", f"{theirs['total']:,}", "3,905,632", TEST),
         (f"zeros, {by}", f"{theirs['zeros']:,}", "3,005,523", TEST),

@@ -23,8 +23,9 @@ def renew_statistics(model: nn.Module, data: Images, count: int, augment: str, g
 
     augment: "none", "plain" or "trivial", preferably as in training, although the test images have no augmentation: a
     network trained on crops with black borders had 56% of the train images correct with statistics of clean images, and
-    62% with those of crops. Images are not mixed, and what is random in the network, such as dropout, is off, as it is
-    when these statistics are used. Layers that the network's own train() leaves in eval mode keep theirs.
+    62% with those of crops (the run was not kept). Images are not mixed, and what is random in the network, such as
+    dropout, is off, as it is when these statistics are used. Layers that the network's own train() leaves in eval mode
+    keep theirs.
     """
     count = max(count, 2)  # the values of one image may have no variance
     chosen = torch.randperm(len(data), generator=generator)[:count].to(data.labels.device)

@@ -3,7 +3,7 @@
     minimise  f(w) + lambda * sum_g alpha_g |w_g|,    alpha_g <- 1 / (|w_g| + eps) every T epochs
 
 is reweighted L1 (Candes, Wakin and Boyd, "Enhancing Sparsity by Reweighted L1 Minimization", 2008). |w_g| is the
-magnitude of a weight or the 2-norm of a group, see masks.GROUPS. METHOD.md derives the formulas. Your own penalty is a
+magnitude of a weight or the 2-norm of a group, see masks.GROUPS. METHOD.md explains the formulas. Your own penalty is a
 subclass of Penalty: `--penalty FILE.py:NAME`.
 """
 import inspect
