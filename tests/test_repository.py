@@ -610,4 +610,4 @@ def test_the_times_of_an_epoch():
     for stage in ("pretrain", "rew"):
         last = load_lines(ROOT / f"record/default/{stage}.jsonl")[-1]
         assert f"{last['seconds']:.0f} s; {last['test_accuracy']:.2%} on the test set" in page
-    assert f"{last['zeros_share']:.2%} zeros, all made by the penalty" in page
+    assert f"{last['zeros_share']:.2%} zeros in the pruned layers, all made by the penalty" in page

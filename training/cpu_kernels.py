@@ -3,8 +3,8 @@
 PyTorch's BatchNorm with a ReLU takes 13 passes over memory where 8 are enough, and such passes are a third of a
 bfloat16 step. In fine-tuning, the same 8 include the rounding of activations to trained steps. oneDNN has no fast
 bfloat16 kernel for the gradients of a depthwise convolution, least of all with a stride
-(benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step (the profile was not kept).
-Without a C compiler, PyTorch's own functions are used.
+(benchmarks/depthwise_shapes.py): three of the network's 57 convolutions took two fifths of a step (the profile
+was not kept). Without a C compiler, PyTorch's own functions are used.
 """
 import contextlib
 import math
