@@ -43,8 +43,8 @@ from compressed.step_search import choose_steps
 from training import fine_tune, plan, recipes, teachers, trial
 from training.batchnorm import renew_means, renew_statistics
 from training.replicas import Processes
-from training.runs import (options_file, options_of, stage_of, stage_records, trained_here, training_record,
-                           warn_of_a_held_out_run, warn_of_another_network, warn_of_seen_images)
+from training.runs import (record_next_to, stage_of, stage_records, training_record, warn_of_a_held_out_run,
+                           warn_of_another_network, warn_of_seen_images)
 
 TABLES = Path(__file__).resolve().parent / "training" / "bits"
 TUNING = ("lr", "optimizer", "turn", "batch_size", "mixing", "seed", "schedule", "cooldown", "clean", "sizes",
@@ -211,8 +211,7 @@ def quantize(model: nn.Module, train_data: cifar100.Images, chosen: grids.Option
             # in training mode a BatchNorm of single values needs two images; it is frozen where `frozen` is 1
             trial.try_network(lambda: prepare(networks.make(tuning.network, classes)), tuning.network, classes, steps,
                               train_data.labels.device, least=2 if tuning.frozen == 1 else None)
-            for path in tuning.teachers:
-                teachers.load(path, tuning.network, train_data.data_set, tuning.normalise)
+            teachers.load_all(tuning.teachers, tuning.network, train_data.data_set, tuning.normalise)
             on_grids(model, train_data, chosen, accuracies)
             found = model, accuracies.steps, False
         model, accuracies.steps, finished = found
@@ -274,7 +273,7 @@ def check_places(args) -> None:
         if file.exists():
             raise BadInput(f"{file} exists: give --out {args.out} to replace it, or another name")
     weights = [f"{stage_of(args.out)}.pt", f"{stage_of(args.out)}.average.pt"]
-    if args.out != args.checkpoint and args.out.name in weights and trained_here(args.out):
+    if args.out != args.checkpoint and args.out.name in weights and record_next_to(args.out):
         raise BadInput(f"{args.out} is the name of a stage's weights in that run folder: give --out another name")
     tuned = [args.tuning_folder / f"quantized.{kind}" for kind in ("pt", "options.json", "jsonl") if args.epochs]
     check_outputs([args.out, claim_file, *tuned],
@@ -313,7 +312,8 @@ def main(argv=None) -> int:
         warn_of_a_held_out_run(args.trained)
     device = threads.use_device(args.no_cuda)
     model, source = prepare(networks.load_checkpoint(args.checkpoint, args.network)), sha256(args.checkpoint)
-    if args.normalise and trained_here(args.checkpoint):
+    record = record_next_to(args.checkpoint)
+    if args.normalise and record:
         print(f"{args.checkpoint} was trained here: --normalise has no effect on it, but on teachers from elsewhere")
     elif args.normalise:
         model = normalisation.fold(model, *args.normalise)
@@ -326,8 +326,7 @@ def main(argv=None) -> int:
           flush=True)
     (train_data, _), (test_data, data_name) = (datasets.chosen(args, split, device, model)
                                                for split in ("train", "test"))
-    if trained_here(args.checkpoint):
-        record = options_of(options_file(args.checkpoint))
+    if record:
         datasets.check_same(train_data.data_set, record.get("data_set"), args.checkpoint)
     tuning = tuning_options(args, train_data.data_set, device, source)
     if tuning:

@@ -16,8 +16,7 @@ from benchmarks.common import add_options, begin, synchronize
 from compressed import cifar100, kaist, networks
 from compressed.command_line import command_line, number, run_script
 from compressed.files import save_json
-from training import gpu_kernels, loop, plan, teachers
-from training import main as training_main
+from training import arguments, gpu_kernels, loop, plan, teachers
 
 WARM_UP = 4  # steps: compile, record, replay
 LONGEST = 40  # operations in the table
@@ -25,17 +24,18 @@ LONGEST = 40  # operations in the table
 
 @contextlib.contextmanager
 def stage_on_made_up_images(network: str, batch_size: int, size: int, steps: int, device: torch.device, *options: str,
-                            taught: bool = False):
+                            taught: bool = False, kernels=gpu_kernels.KINDS):
     """Yield a stage that can make this many steps, with its kernels in use. options: of training/main.py."""
     words = ["--epochs", "1", "--batch-size", str(batch_size), "--optimizer", "muon", "--average", "0.999"]
     words += ["--sizes", "32" if size == 32 else f"{size}:0.999999,32"]
-    settings = training_main.settings_for("pretrain", training_main.parse([*words, *options]), device)
+    settings = arguments.settings_for("pretrain", arguments.parse([*words, *options]), device)
     torch.manual_seed(0)
     model = networks.make(network).to(device, memory_format=torch.channels_last)
     teacher = teachers.fold_batchnorm(kaist.Micronet().eval()).to(device, memory_format=torch.channels_last)
     data = cifar100.made_up(batch_size * (steps + 1), seed=0, device=device)  # the last step may have another size
     with tempfile.TemporaryDirectory() as folder:
-        stage = loop.Stage("profile", model, data, settings, Path(folder), teachers=[teacher] * taught)
+        stage = loop.Stage("profile", model, data, settings, Path(folder), teachers=[teacher] * taught,
+                           kernels=kernels)
         stage.resume(False, 0)
         with stage.fast_kernels():
             stage.begin(0)
@@ -85,10 +85,8 @@ def main(argv=None) -> int:
     device, machine = begin(args)
     batch = args.batch_size or (256 if device.type == "cuda" else 32)
     options = ["--precision", args.precision]
-    if args.no_kernels:
-        gpu_kernels.KINDS = ()
     with stage_on_made_up_images(args.network, batch, args.size, WARM_UP + args.steps, device, *options,
-                                 taught=args.teacher) as stage:
+                                 taught=args.teacher, kernels=() if args.no_kernels else gpu_kernels.KINDS) as stage:
         rows = kernel_table(stage, args.steps, device)
     print(f"{args.network}, batch {batch}, {args.size}x{args.size}\n{as_text(rows)}", end="")
     if args.json:

@@ -50,11 +50,11 @@ from compressed.command_line import command_line, number, run_script, some_path,
 from compressed.errors import BadInput
 from compressed.files import load_json, load_record, save_json
 from compressed.networks import load_checkpoint
+from compressed.threads import stop_noted
 from tools import methods
 from training import main as training
 from training import masks, plan, sparsity
 from training.runs import load_lines
-from training.state import stop_noted
 
 METHODS = ("proximal", "plain", "loss", "magnitude", "one-shot", "dense")
 COMMON = ("--optimizer muon --augment plain --mixing both --schedule cosine --warmup-epochs 0.5 "

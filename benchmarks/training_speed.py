@@ -47,9 +47,9 @@ from compressed.command_line import command_line, number, run_script
 from compressed.exact_network import quantize_activations
 from compressed.files import save_json
 from compressed.graph import prepare, weight_layers
-from training import augmentation, cpu_kernels, gpu_kernels, learned_steps, loop, masks, plan, teachers
-from training import main as training_main
+from training import arguments, augmentation, cpu_kernels, gpu_kernels, learned_steps, loop, masks, plan, teachers
 from training.batchnorm import freeze
+from training.optimizers import make_optimizer
 
 STEPS = 8  # whose parts are timed
 PYTORCHS = "ours, 24x24, PyTorch's functions"
@@ -139,11 +139,10 @@ def our_epoch(data: cifar100.Images, network: str, settings: plan.Settings, taug
               compiled: bool = True, kinds=gpu_kernels.KINDS) -> float:
     """Return the seconds of an epoch of training/loop.py. kinds: of layers that may use gpu_kernels.py."""
     threads.prepare()
-    gpu_kernels.KINDS = kinds
     torch.manual_seed(0)
     model, teacher = (each.to(data.labels.device, memory_format=torch.channels_last) for each in (
         networks.make(network), teachers.fold_batchnorm(kaist.Micronet().eval())))
-    return second_epoch(model, data, settings, compiled, teachers=[teacher] * taught)
+    return second_epoch(model, data, settings, compiled, teachers=[teacher] * taught, kernels=kinds)
 
 
 def fine_tuning_epoch(data: cifar100.Images, network: str, settings: plan.Settings, on_grids: bool = False,
@@ -224,7 +223,7 @@ def step_parts(network: str, data: cifar100.Images, settings: plan.Settings) -> 
     """Return the median seconds of a step's parts, and of a whole step without waiting for the device in between."""
     device, size = data.labels.device, min(settings.batch_size, len(data))
     model = networks.make(network).to(device, memory_format=torch.channels_last).train()
-    optimizer = loop.make_optimizer(settings, model)
+    optimizer = make_optimizer(settings, model)
     made = {}  # what the parts of a step hand on
 
     def augment():
@@ -278,7 +277,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     device, machine = begin(args)
     how = ["--optimizer", "muon"] if args.fine_tuning else ["--mixing", "none"]
-    settings = training_main.settings_for("pretrain", training_main.parse(
+    settings = arguments.settings_for("pretrain", arguments.parse(
         ["--epochs", "2", "--batch-size", str(args.batch_size), "--augment", "plain", "--refresh", "0", "--precision",
          args.precision, *how]), device)
     print(f"{args.images} images, batch {args.batch_size}, {settings.precision}")

@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import platform
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from compressed import environment
+from compressed.command_line import ENDING, end_in_order
 from compressed.errors import BadInput, refused
 
 _pool = ThreadPoolExecutor(1024, initializer=torch.set_num_threads, initargs=(1,))  # threads start when needed
@@ -117,6 +119,41 @@ def go_on() -> None:
     """Raise KeyboardInterrupt if `stop` was called. Only the main thread gets Ctrl-C directly."""
     if _stopped.is_set():
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stop_noted():
+    """Yield a list to which SIGTERM, SIGHUP and Ctrl-C append their signal numbers, instead of ending the process.
+
+    The first Ctrl-C cuts evaluations in `in_threads` short, and the second raises KeyboardInterrupt. At the end
+    of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C, the outermost
+    block ends with KeyboardInterrupt. After the others it does not end the script, which has saved what it wants to
+    save, and decides. Signals that are ignored stay so. Only the main thread can install handlers; in others the list
+    stays empty.
+    """
+    arrived, before = [], {}
+
+    def note(number, _):
+        if number == signal.SIGINT:
+            if number in arrived:
+                raise KeyboardInterrupt
+            stop()
+        arrived.append(number)
+
+    with contextlib.suppress(ValueError):
+        for number in (*ENDING, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield arrived
+    finally:
+        if signal.SIGINT in arrived:
+            resume()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, handler in before.items():
+            if number in arrived and callable(handler) and handler is not end_in_order:
+                handler(number, None)
 
 
 def for_each(function, *lists) -> None:

@@ -42,7 +42,7 @@ from compressed.files import load_json, save_record, save_tensors, sha256
 from compressed.networks import load_checkpoint
 from small import CLASSES, WIDTH, tiny_network
 from tiny import Tiny
-from training import loop, main as training, recipes, teachers
+from training import arguments, loop, recipes, teachers
 from training.runs import load_lines
 from training.state import State
 
@@ -121,7 +121,7 @@ def resolved(recipe):
     """Return the options of every stage that a recipe gives."""
     content = recipes.read(recipe)
     return {stage: vars(parser.parse_args(recipes.words(content, stage, parser))) for stage, parser in (
-        ("pretrain", training.make_parser()), ("rew", training.make_parser()), ("masked", training.make_parser()),
+        ("pretrain", arguments.make_parser()), ("rew", arguments.make_parser()), ("masked", arguments.make_parser()),
         ("quantized", quantize.make_parser()))}
 
 

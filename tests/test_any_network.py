@@ -16,7 +16,7 @@ import quantize
 import testers
 import user_networks
 from compressed import cifar100, checkpoints, claims, counting, dead_weight, formats, graph, grids, mnet, networks
-from compressed import normalisation, operations, step_search
+from compressed import exactness, normalisation, operations, step_search
 from compressed.claims import stated_formats
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -145,11 +145,11 @@ def test_a_claim_says_which_network_it_is_of(tmp_path):
 
     steps = {entry["name"]: entry["step"] for entry in claim["activations"]}
     formats = stated_formats(network, claim)
-    assert 2**8 < testers.exactness(network, formats, steps) < 2**24
+    assert 2**8 < exactness.float32_bound(network, formats, steps) < 2**24
     branches = (branch for point in read_graph(network).points for branch in point.branches)
     product = next(branch for branch in branches if branch.kind == "product")
     steps[product.other] *= 2.0**-30  # finer than what is added to it by more than a float32 holds
-    assert testers.exactness(network, formats, steps) > 2**24
+    assert exactness.float32_bound(network, formats, steps) > 2**24
 
 
 @pytest.mark.parametrize("spec, classes", SPECS.items(), ids=[spec.split(":")[1] for spec in SPECS])

@@ -182,16 +182,17 @@ def test_the_kernels_are_chosen_for_the_steps_to_come(tmp_path, monkeypatch):
     for stage.progress["step"] in (0, 10):
         with stage.fast_kernels():
             pass
-    options = {"batch": 16, "dtype": torch.bfloat16, "device": stage.device, "captured": False, "seen": []}
+    options = {"batch": 16, "dtype": torch.bfloat16, "device": stage.device, "captured": False, "seen": [],
+               "kinds": gpu_kernels.KINDS}
     assert found == [([16, 32], options), ([32], options)]
 
 
 @pytest.mark.cuda
 def test_graphs_compute_what_plain_steps_do(tmp_path, monkeypatch):
     """The augmentation, the teachers and Muon on streams of their own, too."""
-    monkeypatch.setattr(gpu_kernels, "KINDS", ())
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # Muon makes much of the last bits
     plain, recorded = new_stage(tmp_path, MUON, "cuda"), new_stage(tmp_path, MUON, "cuda")
+    recorded.kernels = ()
     plain.graphs = plain.batch_stream = plain.teacher_stream = None
     expected = steps(plain, prepare=frozen_late)
     with recorded.fast_kernels():

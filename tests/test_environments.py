@@ -27,7 +27,6 @@ from tools import compare, divergence, integer, layers, pack, report
 from training import main as training
 from training import plan, replicas, teachers
 from training.progress import Progress
-from training.state import stop_noted
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER_IMPORTS = signal.getsignal(signal.SIGINT)
@@ -457,8 +456,8 @@ def test_an_error_in_the_main_thread_ends_the_others_soon(monkeypatch):
 def test_a_noted_ctrl_c_ends_the_process_only_behind_the_block():
     inside = []
     with pytest.raises(KeyboardInterrupt):
-        with stop_noted() as outer:
-            with stop_noted() as asked:
+        with threads.stop_noted() as outer:
+            with threads.stop_noted() as asked:
                 os.kill(os.getpid(), signal.SIGINT)
                 inside.append(list(asked))
             inside.append(list(outer))
@@ -469,7 +468,7 @@ def test_a_noted_ctrl_c_ends_the_process_only_behind_the_block():
 def test_a_second_ctrl_c_ends_it_at_once():
     went_on = False
     with pytest.raises(KeyboardInterrupt):
-        with stop_noted():
+        with threads.stop_noted():
             os.kill(os.getpid(), signal.SIGINT)
             with contextlib.suppress(ZeroDivisionError):
                 os.kill(os.getpid(), signal.SIGINT)

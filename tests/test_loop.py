@@ -28,7 +28,7 @@ from compressed import cifar100
 from compressed.errors import BadInput
 from compressed.files import digest, save_record, save_tensors
 from compressed.graph import weight_layers
-from training import augmentation, loop, plan, progress, trial
+from training import augmentation, loop, optimizers, plan, progress, trial
 from tiny import tiny
 from training.loop import Processes, Settings
 from training.plan import learning_rate
@@ -150,7 +150,7 @@ def test_every_name_has_its_own_generator():
 def test_weight_decay_is_for_weights_alone():
     model = tiny()
     for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW)):
-        optimizer = loop.make_optimizer(dataclasses.replace(SETTINGS, optimizer=name, weight_decay=0.1), model)
+        optimizer = optimizers.make_optimizer(dataclasses.replace(SETTINGS, optimizer=name, weight_decay=0.1), model)
         assert type(optimizer) is kind
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -695,8 +695,8 @@ def test_trained_quantization_steps_move_between_gpu_and_cpu():
     def new(capturable):
         weight, step = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
         weight.grad, step.grad = torch.ones(2), torch.ones(2)
-        return step, loop.Together([torch.optim.SGD([weight], lr=0.1),
-                                    torch.optim.Adam([{"params": [step], "factor": 2.0}], capturable=capturable)])
+        return step, optimizers.Together([torch.optim.SGD([weight], lr=0.1),
+                                          torch.optim.Adam([{"params": [step], "factor": 2.0}], capturable=capturable)])
     _, there = new(False)
     there.step()
     state = there.state_dict()

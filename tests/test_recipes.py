@@ -11,7 +11,7 @@ from compressed.errors import BadInput
 from compressed.graph import prepare, weight_layers
 from tiny import SPEC as TINY
 from training import main as training
-from training import recipes
+from training import arguments, recipes
 from training.runs import training_record
 
 
@@ -25,15 +25,15 @@ def recipe(tmp_path):
 
 def test_the_command_line_stands_above_the_recipe(recipe, tmp_path):
     run = str(tmp_path / "run")
-    args, by_stage = training.parse_stages(["--recipe", str(recipe), "--run", run])
+    args, by_stage = arguments.parse_stages(["--recipe", str(recipe), "--run", run])
     assert [by_stage[stage].lr for stage in training.STAGES] == [0.5, 0.25, None]
     assert {options.batch_size for options in by_stage.values()} == {20}
     assert by_stage["pretrain"].warmup is False and by_stage["rew"].warmup is True and args.batch_size == 20
     assert list(map(str, by_stage["masked"].teacher)) == ["a.pt", "b.pt"]
-    _, by_stage = training.parse_stages(["--recipe", str(recipe), "--lr", "0.1", "--teacher", "c.pt", "--run", run])
+    _, by_stage = arguments.parse_stages(["--recipe", str(recipe), "--lr", "0.1", "--teacher", "c.pt", "--run", run])
     assert {options.lr for options in by_stage.values()} == {0.1}
     assert list(map(str, by_stage["rew"].teacher)) == ["c.pt"]
-    assert training.parse_stages(["--recipe", str(recipe), "--run", run, "--teacher"])[1]["masked"].teacher == []
+    assert arguments.parse_stages(["--recipe", str(recipe), "--run", run, "--teacher"])[1]["masked"].teacher == []
 
 
 @pytest.mark.parametrize("line, said", (
@@ -44,7 +44,7 @@ def test_a_value_of_a_wrong_type_is_refused_with_its_place(tmp_path, line, said)
     path = tmp_path / "mine.toml"
     path.write_text(f"no-cuda = false\nholdout = false\n[pretrain]\n{line}\n")
     with pytest.raises(BadInput, match=said):
-        training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run")])
+        arguments.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run")])
 
 
 def test_a_lambda_leaves_the_masks_target(tmp_path):
@@ -53,7 +53,7 @@ def test_a_lambda_leaves_the_masks_target(tmp_path):
     args = ["--recipe", str(path), "--run", str(tmp_path / "run")]
     for words, targets in (([], [0.6, 0.95]), (["--lambda", "1e-3"], [None, 0.95]),
                            (["--target-sparsity", "0.7"], [0.7, 0.7])):
-        _, by_stage = training.parse_stages([*args, *words])
+        _, by_stage = arguments.parse_stages([*args, *words])
         assert [by_stage[stage].target_sparsity for stage in ("rew", "masked")] == targets
         assert by_stage["masked"].lam is None
 
@@ -62,9 +62,9 @@ def test_a_run_folder_keeps_its_recipe(recipe, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.toml").write_bytes(recipe.read_bytes())
-    args, by_stage = training.parse_stages(["--rew", "--run", str(run)])
+    args, by_stage = arguments.parse_stages(["--rew", "--run", str(run)])
     assert by_stage["rew"].lr == 0.25 and args.recipe == run / "recipe.toml"
-    assert training.parse_stages(["--rew", "--run", str(tmp_path / "other")])[1]["rew"].lr is None
+    assert arguments.parse_stages(["--rew", "--run", str(tmp_path / "other")])[1]["rew"].lr is None
 
 
 COOLDOWN = recipes.read(recipes.FOLDER / "default.toml")["masked"]["cooldown"]
@@ -91,9 +91,9 @@ def test_an_option_of_the_command_line_removes_what_it_excludes(tmp_path, words,
     text = "holdout = true\nwarmup = false\nsmooth = false\n" + (recipes.FOLDER / "default.toml").read_text("utf-8")
     path.write_text(text.replace("[rew]", "[rew]\ncost-power = 0.5\nno-tricks = true")
                     .replace("[masked]", '[masked]\nsparsity-type = "threshold"'), "utf-8")
-    _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), *words.split()])
+    _, by_stage = arguments.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), *words.split()])
     assert {name: getattr(by_stage[stage], name) for name in expected} == expected
-    steps = training.plan.Plan(training.settings_for(stage, by_stage[stage], training.torch.device("cpu")), 256,
+    steps = training.plan.Plan(arguments.settings_for(stage, by_stage[stage], training.torch.device("cpu")), 256,
                                training.loop.Processes())
     assert steps.settings.cooldown == (0 if by_stage[stage].no_tricks else by_stage[stage].cooldown or 0)
 
@@ -107,7 +107,7 @@ def test_what_a_recipe_says_of_images_and_device_holds(tmp_path, capsys):
     text = (f'holdout = true\nno-cuda = true\ndata = "{data}"\nnetwork = "{TINY}"\nbatch-size = 60\nepochs = 1\n'
             'refresh = 0\nlr = 0.01\nprecision = "float32"\n')
     path.write_text(text)
-    assert training.parse_stages(["--recipe", str(path)])[0].no_cuda
+    assert arguments.parse_stages(["--recipe", str(path)])[0].no_cuda
     assert training.main(["--recipe", str(path), "--run", str(run)]) == 0
     assert "3 epochs" not in capsys.readouterr().out
     record = json.loads((run / "pretrain.options.json").read_text())
@@ -152,18 +152,18 @@ def test_what_cannot_be_is_named(tmp_path, text, named):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(BadInput, match=named):
-        training.parse_stages(["--recipe", str(path), "--run", str(tmp_path)])
+        arguments.parse_stages(["--recipe", str(path), "--run", str(tmp_path)])
 
 
 def test_an_unknown_recipe_is_named(tmp_path):
     with pytest.raises(BadInput, match="there is no recipe nothing.*small"):
-        training.parse_stages(["--recipe", "nothing", "--run", str(tmp_path)])
+        arguments.parse_stages(["--recipe", "nothing", "--run", str(tmp_path)])
 
 
 def test_real_images_and_sgd_in_place_of_a_recipes_made_up_ones_and_adam(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('made-up = 100\noptimizer = "adam"\nlr = 0.001\n')
-    _, by_stage = training.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), "--holdout",
+    _, by_stage = arguments.parse_stages(["--recipe", str(path), "--run", str(tmp_path / "run"), "--holdout",
                                          "--optimizer", "sgd"])
     assert (by_stage["rew"].holdout, by_stage["rew"].made_up, by_stage["rew"].lr) == (True, None, None)
 
@@ -192,13 +192,13 @@ def test_the_dense_baseline_sees_what_the_sparse_network_does():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.FOLDER.glob("*.toml")))
 def test_the_recipes_here_are_taken(name, tmp_path):
-    _, by_stage = training.parse_stages(["--recipe", name, "--run", str(tmp_path)])
+    _, by_stage = arguments.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
-        assert training.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
+        assert arguments.settings_for(stage, options, training.torch.device("cpu")).epochs > 0
     args = quantize.parse(["--recipe", name, "--epochs", "1", "--lr", "0.5",
                            "--checkpoint", str(tmp_path / "masked.pt")])
     model = prepare(networks.make(args.network))
     chosen = quantize.grid_options(args, model)
     assert quantize.tuning_options(args, CIFAR100, training.torch.device("cpu"), "").settings.lr == 0.5
     assert len(chosen.table) == len(weight_layers(model))
-    assert args.network == training.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network
+    assert args.network == arguments.parse_stages(["--recipe", name, "--run", str(tmp_path)])[1]["masked"].network

@@ -16,7 +16,7 @@ from torch import nn
 import check_model_operations
 import quantize
 import testers
-from compressed import checkpoints, cifar100, claims, grids, mnet, networks
+from compressed import checkpoints, cifar100, claims, exactness, grids, mnet, networks
 from compressed.checkpoints import SHIPPED
 from compressed.command_line import run_script
 from compressed.errors import BadInput
@@ -490,18 +490,18 @@ def test_the_largest_sum(original):
 
     for width in (8, 9):
         formats = Formats(grids, activations | {"relu2": Activation(width, False), "relu1": Activation(width, False)})
-        assert testers.exactness(model, formats, steps) == largest(formats) < 2**24
+        assert exactness.float32_bound(model, formats, steps) == largest(formats) < 2**24
     formats = Formats(grids, dict.fromkeys(activations, Activation(16, False)))
-    assert testers.exactness(model, formats, steps) <= 2**24 < largest(formats)  # the largest are not in float32
+    assert exactness.float32_bound(model, formats, steps) <= 2**24 < largest(formats)  # the largest are not in float32
     for grid in (Grid(8, (0.3,), "even"), Grid(16, kind="float16")):
         for name in ("conv2.weight", "linear.weight"):
-            assert testers.exactness(model, Formats(grids | {name: grid}, activations), steps) == sys.maxsize
+            assert exactness.float32_bound(model, Formats(grids | {name: grid}, activations), steps) == sys.maxsize
 
 
 def test_sums_that_floats_cannot_hold():
-    assert testers.largest_sum([(2.0**-140, 100)]) == 100 and testers.largest_sum([(2.0**-150, 100)]) == sys.maxsize
-    assert testers.largest_sum([(2.0**120, 100)]) == 100 and testers.largest_sum([(2.0**121, 100)]) == sys.maxsize
-    assert testers.largest_sum([(2.0**-150, 100)], 0, math.inf) == 100
+    assert exactness.largest_sum([(2.0**-140, 100)]) == 100 and exactness.largest_sum([(2.0**-150, 100)]) == sys.maxsize
+    assert exactness.largest_sum([(2.0**120, 100)]) == 100 and exactness.largest_sum([(2.0**121, 100)]) == sys.maxsize
+    assert exactness.largest_sum([(2.0**-150, 100)], 0, math.inf) == 100
 
 
 def test_more_than_32_bits_are_not_counted():
@@ -512,7 +512,7 @@ def test_more_than_32_bits_are_not_counted():
     grids = {name: Grid(8, (1.0,)) for name, _ in model.named_parameters()}
     for bits, wide in ((8, None), (16, "5")):
         activations = {name: Activation(bits, signed) for name, signed in read_graph(model).activation_points.items()}
-        assert testers.too_wide(model, Formats(grids, activations)) == wide
+        assert exactness.too_wide(model, Formats(grids, activations)) == wide
 
 
 class Sum(nn.Module):
@@ -543,7 +543,7 @@ def test_every_sum_is_bounded(normalised, changes, bits, bound):
     activations = {name: Activation(bits, signed) for name, signed in read_graph(model).activation_points.items()}
     tensors = {name: Grid(2, (parameter.flatten()[0].item(),)) for name, parameter in model.named_parameters()}
     formats = Formats(tensors, activations)
-    assert testers.exactness(model, formats, dict.fromkeys(activations, 1.0)) == bound
+    assert exactness.float32_bound(model, formats, dict.fromkeys(activations, 1.0)) == bound
 
 
 # ----------------------------------------------------------------------------------------- what the repository ships

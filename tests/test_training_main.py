@@ -23,7 +23,7 @@ from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2
 from small import save_stage
 from tiny import SPEC as TINY
-from training import augmentation
+from training import arguments, augmentation
 from training import main as training
 from training import runs, sparsity
 from training.masks import group_norms, prune_ratios
@@ -95,8 +95,8 @@ def test_the_documented_commands_stand_in_run_sh():
 
 
 def test_the_first_documented_command_means_what_it_meant():
-    args = training.parse(REW.split())
-    settings = training.settings_for("rew", args, CPU)
+    args = arguments.parse(REW.split())
+    settings = arguments.settings_for("rew", args, CPU)
     assert (settings.epochs, settings.batch_size, settings.optimizer, settings.lr) == (300, 64, "adam", 0.001)
     # --no-tricks turns the tricks off that the same command names
     tricks = settings.mixing, settings.smoothing, settings.warmup_epochs, settings.schedule
@@ -117,7 +117,7 @@ def test_a_target_of_the_reweighted_stage_in_a_recipe_is_the_masks_too():
 
 
 def test_the_second_documented_command_means_what_it_meant():
-    args = training.parse(MASKED.split())
+    args = arguments.parse(MASKED.split())
     assert args.masked_retrain and not args.rew and args.epochs == 300
     model = MobileNetV2(width=0.5)
     with torch.no_grad():
@@ -135,54 +135,54 @@ def test_a_layer_without_any_weight_left_is_named(capsys):
     model = MobileNetV2(width=0.25)
     with torch.no_grad():
         model.linear.weight.mul_(1e-4)
-    sparsity.make_masks(training.parse(["--masked-retrain", "--target-sparsity", "0.5"]), model, print)
+    sparsity.make_masks(arguments.parse(["--masked-retrain", "--target-sparsity", "0.5"]), model, print)
     assert capsys.readouterr().out.endswith("masked: all weights of linear are zero\n")
 
 
 def test_the_tricks_are_on_without_no_tricks():
-    args = training.parse(REW.replace("--no-tricks ", "").split())
-    settings = training.settings_for("rew", args, CPU)
+    args = arguments.parse(REW.replace("--no-tricks ", "").split())
+    settings = arguments.settings_for("rew", args, CPU)
     assert (settings.mixing, settings.alpha, settings.smoothing, settings.warmup_epochs, settings.schedule) == (
         "mixup", 0.3, 0.1, 5, "cosine")
-    args = training.parse("--no-mixup --no-smooth --no-warmup --lr-scheduler default".split())
-    settings = training.settings_for("pretrain", args, CPU)
+    args = arguments.parse("--no-mixup --no-smooth --no-warmup --lr-scheduler default".split())
+    settings = arguments.settings_for("pretrain", args, CPU)
     tricks = settings.mixing, settings.smoothing, settings.warmup_epochs, settings.schedule
     assert tricks == ("none", 0.0, 0, "default")
-    args = training.parse("--no-tricks --schedule constant --cooldown 5".split())
-    assert training.settings_for("rew", args, CPU).cooldown == 0
+    args = arguments.parse("--no-tricks --schedule constant --cooldown 5".split())
+    assert arguments.settings_for("rew", args, CPU).cooldown == 0
 
 
 def test_steps_are_recorded_as_graphs_unless_told_otherwise():
-    assert [training.settings_for("rew", training.parse(words), CPU).graphs for words in ([], ["--no-graphs"])] == [
+    assert [arguments.settings_for("rew", arguments.parse(words), CPU).graphs for words in ([], ["--no-graphs"])] == [
         True, False]
 
 
 def test_defaults_of_the_stages():
-    args = training.parse([])
+    args = arguments.parse([])
     for stage in training.STAGES:
-        settings = training.settings_for(stage, args, CPU)
+        settings = arguments.settings_for(stage, args, CPU)
         assert (settings.epochs, settings.lr, settings.smoothing) == {
             "pretrain": (300, 0.4, 0.1), "rew": (120, 0.1, 0.1), "masked": (200, 0.2, 0.1)}[stage]
-        taught = training.settings_for(stage, training.parse(["--teacher", "t.pt"]), CPU)
+        taught = arguments.settings_for(stage, arguments.parse(["--teacher", "t.pt"]), CPU)
         assert dataclasses.replace(taught, smoothing=0.1) == settings and taught.smoothing == 0
         assert settings.mixing == "both" and settings.average is None
-        muon = training.settings_for(stage, training.parse(["--optimizer", "muon"]), CPU)
+        muon = arguments.settings_for(stage, arguments.parse(["--optimizer", "muon"]), CPU)
         assert dataclasses.replace(muon, optimizer="sgd") == settings and muon.turn == 0.01
     penalty = sparsity.make_penalty(args, MobileNetV2(width=0.25))
     assert (penalty.kind, penalty.form, penalty.target) == ("irregular", "proximal", 0.8)
 
 
 def test_magnitude_takes_the_penaltys_place():
-    args = training.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
+    args = arguments.parse(["--rew", "--penalty", "magnitude", "--target-sparsity", "0.7"])
     pruning = sparsity.make_penalty(args, MobileNetV2(width=0.25))
     assert (pruning.form, pruning.target, args.updates) == ("magnitude", 0.7, 100)
     assert "conv1" not in pruning.options()["layers"]
-    assert training.parse([]).updates == 20 and training.parse("--lambda 1".split()).updates == 5
-    assert training.parse("--penalty magnitude --updates 10".split()).updates == 10
+    assert arguments.parse([]).updates == 20 and arguments.parse("--lambda 1".split()).updates == 5
+    assert arguments.parse("--penalty magnitude --updates 10".split()).updates == 10
     for wrong in ("--lambda 1", "--sparsity-type filter", "--updates 9"):
         with pytest.raises(SystemExit):
-            training.parse(["--penalty", "magnitude", *wrong.split()])
-    penalty = sparsity.make_penalty(training.parse("--rew --penalty proximal --sparsity-type filter".split()),
+            arguments.parse(["--penalty", "magnitude", *wrong.split()])
+    penalty = sparsity.make_penalty(arguments.parse("--rew --penalty proximal --sparsity-type filter".split()),
                                     MobileNetV2(width=0.25))
     assert (penalty.form, penalty.kind, penalty.target) == ("proximal", "filter", 0.8)
 
@@ -201,9 +201,9 @@ def test_a_target_is_not_dropped(capsys):
                               "    def __init__(self, model, layers, lam=1e-4):\n"
                               "        super().__init__(model, layers, lam=lam)\n"
                               "    def loss(self):\n        return self.lam * self.weights[0].square().sum()\n")
-    training.parse(["--rew", "--penalty", "own.py:Ridge"])
+    arguments.parse(["--rew", "--penalty", "own.py:Ridge"])
     with pytest.raises(SystemExit):
-        training.parse(["--rew", "--penalty", "own.py:Ridge", "--target-sparsity", "0.9"])
+        arguments.parse(["--rew", "--penalty", "own.py:Ridge", "--target-sparsity", "0.9"])
     assert "--penalty own.py:Ridge has no --target-sparsity" in capsys.readouterr().err
 
 
@@ -428,7 +428,7 @@ def test_a_folder_without_a_state_is_none(small, capsys):
 
 def test_a_short_stage_is_made_longer(small):
     """Its warm-up, a quarter of the epochs, becomes longer with it, unless the learning rate would fall by that."""
-    settings = {epochs: training.settings_for("pretrain", training.parse(
+    settings = {epochs: arguments.settings_for("pretrain", arguments.parse(
         ["--pretrain", "--schedule", "constant", "--epochs", str(epochs)]), CPU) for epochs in (8, 16)}
     assert [each.warmup_epochs for each in settings.values()] == [2, 4]
     state = State(Path("a.state"), settings[8])
@@ -729,11 +729,11 @@ def test_sparsity_is_stated_once_for_a_run(small, capsys):
     (None, "", "masked: target 0.8, irregular, all layers but the stem; what was not given is by default: there is no"),
     (None, "--target-sparsity 0.3", "masked: target 0.3, irregular")))
 def test_what_the_mask_takes_over(small, capsys, rew, masked, said):
-    args = training.parse((rew or "").split())
+    args = arguments.parse((rew or "").split())
     args.run = Path("run")
     if rew is not None:
         save_stage(args.run, "rew", json.loads(json.dumps(vars(args), default=str)), lines=())
-    args = training.parse(["--masked-retrain", *masked.split()])
+    args = arguments.parse(["--masked-retrain", *masked.split()])
     args.run = Path("run")
     model = MobileNetV2(width=0.25)
     sparsity.make_masks(sparsity.masked_options(args, print), model, print)
@@ -747,7 +747,7 @@ def test_a_mask_from_the_weights_of_another_run_takes_its_target(small):
         save_stage(folder, "rew", {"target_sparsity": target}, lines=())
     for run, start, target in (("new", "theirs/masked.average.pt", 0.6), ("new", "theirs/masked.state", 0.6),
                                ("run", "theirs/masked.pt", 0.7), ("new", "nowhere/masked.pt", 0.8)):
-        args = training.parse(["--masked-retrain", "--run", run, "--start", start])
+        args = arguments.parse(["--masked-retrain", "--run", run, "--start", start])
         assert sparsity.masked_options(args, print).target_sparsity == target
 
 
@@ -786,10 +786,10 @@ def test_no_class_loses_its_filter():
     """The filters of the last layer are the classes'; single weights and --config-file are as they are."""
     model = networks.make("mobilenet_v2:MobileNetV2?width=0.25")
     words = "--rew --target-sparsity 0.9 --sparsity-type"
-    layers = {kind: sparsity.pruned_layers(training.parse([*words.split(), kind]), model)
+    layers = {kind: sparsity.pruned_layers(arguments.parse([*words.split(), kind]), model)
               for kind in ("irregular", "filter")}
     assert layers["irregular"] == [*layers["filter"], "linear"] and "conv1" not in layers["irregular"]
-    args = training.parse(["--masked-retrain", "--target-sparsity", "0.9", "--sparsity-type", "filter"])
+    args = arguments.parse(["--masked-retrain", "--target-sparsity", "0.9", "--sparsity-type", "filter"])
     sparsity.make_masks(args, model)
     assert model.linear.weight.flatten(1).any(1).all()
     with pytest.raises(BadInput, match="no layer between the first and the last whose filters"):
@@ -901,11 +901,11 @@ def test_a_branch_goes_on_when_its_start_is_gone(small, words, other):
     ("--batch-size 24 --workers 2", 64, 2)))
 def test_each_worker_has_enough_images_by_default(monkeypatch, words, cores, wanted):
     monkeypatch.setattr(training.threads, "cores", lambda: cores)
-    args = training.parse(words.split())
-    assert training.settings_for("pretrain", args, CPU).workers == wanted
-    assert training.settings_for("pretrain", args, torch.device("cuda")).workers == 1
+    args = arguments.parse(words.split())
+    assert arguments.settings_for("pretrain", args, CPU).workers == wanted
+    assert arguments.settings_for("pretrain", args, torch.device("cuda")).workers == 1
     monkeypatch.setattr(training.plan.environment, "processes", lambda: (0, 4, 0))
-    assert training.settings_for("pretrain", args, CPU).workers == (2 if "--workers" in words else min(wanted, 4))
+    assert arguments.settings_for("pretrain", args, CPU).workers == (2 if "--workers" in words else min(wanted, 4))
 
 
 @pytest.mark.parametrize("words", ("--recipe", "--network", "--penalty", "--config-file"))
@@ -1100,7 +1100,7 @@ def test_a_full_disk_exits_2_and_loses_nothing(small, monkeypatch, capsys):
     ("--nonsense", "--nonsense")))
 def test_impossible_options_are_refused_at_once(options, said, capsys):
     with pytest.raises(SystemExit) as error:
-        training.parse(options.split())
+        arguments.parse(options.split())
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.value.code == 2 and re.match(r"\S+: error: ", last) and said in last
 
@@ -1171,7 +1171,7 @@ def torchrun(options, folder, script=SCRIPT):
 
 
 def test_one_process_of_several_warns(small, capsys):
-    args, data = training.parse(["--rew"]), cifar100.made_up(2, 0)
+    args, data = arguments.parse(["--rew"]), cifar100.made_up(2, 0)
     for rank in (0, 1):
         job = training.Job(args, {"rew": args}, data, data, CPU, training.Processes(rank, 2), 1e9)
         training.starting_point("rew", args, job)

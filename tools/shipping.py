@@ -15,8 +15,8 @@ from compressed.checkpoints import CHECKPOINT, SHIPPED
 from compressed.command_line import run_python
 from compressed.errors import BadInput, refused
 from compressed.files import load_json, lock_folder
+from compressed.threads import stop_noted
 from training.runs import stage_of
-from training.state import stop_noted
 
 ROOT = SHIPPED.parent
 CLAIM = claims.claim_path(CHECKPOINT).name

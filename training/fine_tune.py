@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressed import grids, networks
+from compressed import grids, networks, threads
 from compressed.cifar100 import Images
 from compressed.errors import BadInput, refused
 from compressed.exact_network import Quantizer, quantize_activations
@@ -22,7 +22,7 @@ from training import loop, masks, plan, teachers
 from training.batchnorm import freeze
 from training.learned_steps import Oscillation, fix_steps, learn_steps
 from training.runs import code_of, new_record
-from training.state import MACHINE, State, stop_noted
+from training.state import MACHINE, State
 
 
 # ---- The stage -----------------------------------------------------------------------------------
@@ -94,11 +94,9 @@ def fine_tune(model: nn.Module, train_data: Images, test_data: Images, tuning: T
     start = {name: value.clone() for name, value in with_steps(model).items()}
     zeros = masks.Masks(model, masks.zero_masks(model))
     learn_steps(model, chosen.scheme, chosen.scale_bits)
-    layout = {"device": device, "memory_format": torch.channels_last}
-    model.to(**layout)  # the steps of activations are new
-    taught_by = [teachers.load(path, tuning.network, train_data.data_set, tuning.normalise).to(**layout)
-                 for path in tuning.teachers]
-    with stop_noted():  # a fine-tuning that gets a signal during its last step still finishes
+    model.to(device, memory_format=torch.channels_last)  # the steps of activations are new
+    taught_by = teachers.load_all(tuning.teachers, tuning.network, train_data.data_set, tuning.normalise, device)
+    with threads.stop_noted():  # a fine-tuning that gets a signal during its last step still finishes
         finished = loop.train("quantized", model, train_data, test_data, settings, file.parent, masks=zeros,
                               teachers=taught_by, prepare=at_epoch, resume=tuning.resume, eval_every=0, began=began,
                               context=tuning.options(chosen), watch=Oscillation(model))

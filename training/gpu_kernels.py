@@ -351,7 +351,6 @@ def layers_of(model: nn.Module, sizes, **options) -> dict[nn.Module, list[Layer]
     kinds |= {norm: ("BatchNorm", norm.num_features, norm.num_features, False, 1, activation, [norm, *behind])
               for norm, (activation, behind) in chains(model, ACTIVATIONS).items()
               if BatchNorm.fits(norm) and norm.training}
-    kinds = {module: what for module, what in kinds.items() if what[0] in KINDS}
     inputs = input_sizes(model, kinds, sizes, options["device"])
     return {module: [Layer(*counts, *size, stride, activation, example=example, **options)
                      for size in sorted(inputs[module])]
@@ -370,20 +369,20 @@ def speedup(tried: list[Layer]) -> float:
     return 0.0 if any(each["ours"] == math.inf for each in times) else times[-1]["pytorch"] / times[-1]["ours"]
 
 
-def faster(model: nn.Module, sizes, seen: list, **options) -> dict[nn.Module, type]:
+def faster(model: nn.Module, sizes, seen: list, kinds=KINDS, **options) -> dict[nn.Module, type]:
     """Return {module: class to give it} where the kernels are faster, and print how much. See fast_on_a_gpu.
 
     seen: the list to which all BatchNorms append their statistics (see BatchNorm).
     """
-    if not KINDS:
+    if not kinds:
         return {}
     importlib.import_module("training.triton_kernels")  # registers the operators; to import Triton takes seconds
-    began, classes, ratios, kinds = time.monotonic(), {}, {}, defaultdict(list)
+    began, classes, ratios, titles = time.monotonic(), {}, {}, defaultdict(list)
     for several in layers_of(model, sizes, **options).values():
-        if several:  # the module runs
-            kinds[several[0].title].append(several)
+        if several and several[0].kind in kinds:  # the module runs
+            titles[several[0].title].append(several)
     chosen, gains = {}, {}  # {module: (its layer, attributes)}; {"statistics of TITLE": gain}
-    for title, layers in kinds.items():
+    for title, layers in titles.items():
         tried = variants(sum(layers, []))
         ratios[title] = speedup(tried)
         if ratios[title] <= 1:
@@ -435,8 +434,8 @@ def fast_teacher(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def fast_on_a_gpu(model: nn.Module, sizes, **options):
     """Use the kernels within the block where they are faster, by changing the classes of the model's modules.
 
-    sizes: of the square images. options: batch, dtype, device and captured as in a Layer. Weights and state-dict keys
-    stay the same, and results differ by rounding only.
+    sizes: of the square images. options: batch, dtype, device and captured as in a Layer; kinds: of layers that may
+    use the kernels (default: all). Weights and state-dict keys stay the same, and results differ by rounding only.
     """
     classes, seen = {}, []
     try:

@@ -33,16 +33,16 @@ from training import augmentation
 from training.batchnorm import renew_statistics
 from training.cpu_kernels import fast_on_a_cpu
 from training.cuda_graphs import Graphs
-from training.gpu_kernels import fast_on_a_gpu, fast_teacher
-from training.muon import Muon, begin_momentum, turned_weights
+from training.gpu_kernels import KINDS, fast_on_a_gpu, fast_teacher
+from training.optimizers import Together, make_optimizer
 from training.plan import Plan, Settings
 from training.progress import Progress, describe
 from training.replicas import Processes, Replicas, running_statistics
 from training.runs import load_lines
-from training.state import AGAIN, State, stop_noted, tensor_digest
+from training.state import AGAIN, State, tensor_digest
 
 
-# ---- A step: random numbers, loss, optimizer, weight average -----------------------------------------------------
+# ---- A step: random numbers, loss, weight average -----------------------------------------------------------------
 
 def generator_for(seed: int, *names) -> torch.Generator:
     """Return a CPU generator seeded by a hash of the seed and the names, such as (stage, "step", 7)."""
@@ -84,60 +84,6 @@ def distillation(logits, taught: list, temperature: float):
     return F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean") * temperature**2
 
 
-def make_optimizer(settings: Settings, model: nn.Module, kept: dict | None = None):
-    """Return the optimizer of a model's weights. If quantization steps are trained too, Adam is added for those.
-
-    Weight decay acts on the weights of convolutions and the linear layer, not on BatchNorm, biases and steps.
-    kept: {weight: mask, 0 where it is pruned}. Only Muon uses it: its steps have a given length, in which pruned
-    weights must not count.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = [p for name, p in trained if not name.endswith("log_step")]
-    steps = [p for name, p in trained if name.endswith("log_step")]
-    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": settings.weight_decay},
-              {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
-    if settings.optimizer == "muon":
-        dtype = getattr(torch, settings.precision)
-        optimizer = Muon(weights, turned_weights(model), settings.lr, settings.turn, settings.weight_decay, kept or {},
-                         dtype)
-    elif settings.optimizer == "adam":
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
-        begin_momentum(optimizer)
-    if not steps:
-        return optimizer
-    factor = settings.step_rate / settings.lr if settings.lr else 0.0
-    adam = torch.optim.Adam([{"params": steps, "factor": factor}], lr=settings.step_rate, capturable=steps[0].is_cuda)
-    return Together([optimizer, adam])
-
-
-class Together:
-    """Several optimizers behind the interface of one."""
-
-    def __init__(self, optimizers: list):
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for each in self.optimizers for group in each.param_groups]
-
-    def step(self) -> None:
-        for each in self.optimizers:
-            each.step()
-
-    def state_dict(self) -> dict:
-        return {str(k): each.state_dict() for k, each in enumerate(self.optimizers)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Load a state, of another device perhaps: `capturable`, where Adam keeps its steps, stays as it is here."""
-        for k, each in enumerate(self.optimizers):
-            theirs = state[str(k)]
-            groups = [group | {key: own[key] for key in own.keys() & {"capturable"}}
-                      for group, own in zip(theirs["param_groups"], each.param_groups, strict=True)]
-            each.load_state_dict(theirs | {"param_groups": groups})
-
-
 def averaged(model: nn.Module) -> list:
     """Return the tensors of a model that the weight average covers: parameters and BatchNorm statistics."""
     return [*(p for p in model.parameters() if p.is_floating_point()), *running_statistics(model)]
@@ -177,6 +123,7 @@ class Stage:
     watch:      an object whose step() is called after every step, and whose record() is added to an epoch's log line;
                 with state_dict and load_state_dict
     test, eval_every: images to evaluate on, and the epochs between evaluations; 0: only after the last epoch
+    kernels:    on a GPU, kinds of layers that may use the project's own kernels
     """
     name: str
     model: nn.Module
@@ -192,6 +139,7 @@ class Stage:
     watch: object = None
     test: Images | None = None
     eval_every: int = 1
+    kernels: tuple[str, ...] = KINDS
 
     def __post_init__(self):
         model, settings, penalty = self.model, self.settings, self.penalty
@@ -252,8 +200,9 @@ class Stage:
             if self.device.type == "cuda":
                 plan, sizes = self.plan, set(self.plan.sizes[self.progress["step"]:])
                 at_end.enter_context(fast_on_a_gpu(
-                    self.model, sorted(sizes), batch=len(range(plan.batch_size)[plan.mine]), device=self.device,
-                    dtype=getattr(torch, self.settings.precision), captured=self.graphs is not None))
+                    self.model, sorted(sizes), kinds=self.kernels, batch=len(range(plan.batch_size)[plan.mine]),
+                    dtype=getattr(torch, self.settings.precision), device=self.device,
+                    captured=self.graphs is not None))
             if self.graphs is not None and self.settings.optimizer == "muon":
                 muon = self.optimizer.optimizers[0] if isinstance(self.optimizer, Together) else self.optimizer
                 at_end.enter_context(muon.made_early())
@@ -539,7 +488,7 @@ def train(name: str, model: nn.Module, train_data: Images, test_data: Images | N
     began()
     plan, agree, saved = stage.plan, stage.processes.agree, time.monotonic()
     with contextlib.ExitStack() as at_end:
-        asked = at_end.enter_context(stop_noted())  # on a signal, the step is finished and the state saved first
+        asked = at_end.enter_context(threads.stop_noted())  # on a signal, finish the step and save the state first
         prepare(model, stage.progress["step"] // plan.epoch_steps)  # kernels depend on the modes of the modules
         at_end.enter_context(stage.fast_kernels())
         while stage.result is None:

@@ -153,14 +153,10 @@ def stage_records(logs) -> list[dict]:
             for stage in map(read_stage, logs) if stage]
 
 
-def options_file(checkpoint) -> Path:
-    """Return the path of the options of a checkpoint's stage, such as STAGE.options.json of STAGE.average.pt."""
-    return Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
-
-
-def trained_here(checkpoint) -> bool:
-    """Return True if the folder of a checkpoint holds the options of its stage."""
-    return options_file(checkpoint).is_file()
+def record_next_to(checkpoint) -> dict | None:
+    """Return what STAGE.options.json says of a checkpoint's stage, as of STAGE.average.pt; None if it is not there."""
+    file = Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
+    return options_of(file) if file.is_file() else None
 
 
 def warn_of_another_network(checkpoint, spec: str) -> None:
@@ -168,7 +164,8 @@ def warn_of_another_network(checkpoint, spec: str) -> None:
 
     Its shapes may fit all the same, as with another dilation or activation.
     """
-    theirs = options_of(options_file(checkpoint))["options"].get("network") if trained_here(checkpoint) else None
+    record = record_next_to(checkpoint)
+    theirs = record and record["options"].get("network")
     if theirs and not networks.same(theirs, spec):
         say_once(f"warning: {checkpoint} was trained as {theirs}, and is read as {spec}")
 
@@ -179,8 +176,8 @@ def has_same_order(checkpoint, stage: str, seed: int) -> bool:
     Random numbers depend on the seed, the stage's name and the step alone. So a stage that starts from such weights at
     step 0 trains on the same images again, in the same order, augmented alike.
     """
-    return (stage_of(checkpoint).split("-")[0] == stage and trained_here(checkpoint)
-            and options_of(options_file(checkpoint))["settings"].get("seed") == seed)
+    record = record_next_to(checkpoint) if stage_of(checkpoint).split("-")[0] == stage else None
+    return record is not None and record["settings"].get("seed") == seed
 
 
 def warn_of_seen_images(trained: list[dict], checkpoint) -> None:

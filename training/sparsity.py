@@ -2,6 +2,8 @@
 import argparse
 from pathlib import Path
 
+from torch import Tensor
+
 from compressed.command_line import number, option_name, some_text
 from compressed.errors import BadInput, brief
 from compressed.graph import layers_as_run, weight_layers
@@ -129,22 +131,30 @@ def make_penalty(args, model, say=lambda line: None) -> penalties.Penalty:
                                                   if value is not None and penalties.takes(spec, name)})
 
 
-def masked_options(args, say=lambda line: None, planned=None) -> argparse.Namespace:
-    """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
+def inherited(args, planned=None) -> tuple[Path, dict]:
+    """Return (path, options) of the reweighted stage whose OPTIONS the masked stage takes where none are given.
 
-    That is the run's, or else the one in the folder of --start, unless that is a dense stage's file. say(line) is
-    called for what was taken, and for every given option that differs. Nothing is taken if the options select the
-    submission's rule: without a target, --sparsity-type threshold, or any type with --config-file. planned: the options
-    of a reweighted stage that this call trains before, instead of those of the run's.
+    That is the run's, or else the one in the folder of --start, unless that is a dense stage's file. If there is none,
+    every option is None. planned: see `masked_options`.
     """
-    path, theirs = args.run / "rew.options.json", dict.fromkeys(OPTIONS)
+    path = args.run / "rew.options.json"
     if (args.start and not path.is_file() and (of_start := Path(args.start).parent / path.name).is_file()
             and runs.stage_of(args.start) != "pretrain"):
         path = of_start
-    if planned is not None or path.is_file():
-        options = planned or argparse.Namespace(**dict.fromkeys(("lam", "penalty", *OPTIONS))
-                                                | runs.options_of(path, "give another --run folder")["options"])
-        theirs = {name: getattr(options, name) for name in OPTIONS} | {"target_sparsity": strength(options)[2]}
+    if planned is None and not path.is_file():
+        return path, dict.fromkeys(OPTIONS)
+    theirs = resolved(vars(planned) if planned else runs.options_of(path, "give another --run folder")["options"])
+    return path, {name: theirs.get(name) for name in OPTIONS}
+
+
+def masked_options(args, say=lambda line: None, planned=None) -> argparse.Namespace:
+    """Return the masked stage's options, with those of OPTIONS that are not given taken from the reweighted stage.
+
+    say(line) is called for what was taken, and for every given option that differs. Nothing is taken if the options
+    select the submission's rule: without a target, --sparsity-type threshold, or any type with --config-file. planned:
+    the options of a reweighted stage that this call trains before, instead of those of the run's.
+    """
+    path, theirs = inherited(args, planned)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name, value in given.items():
         before = theirs[name] or ("irregular" if name == "sparsity_type" and path.is_file() else None)
@@ -156,14 +166,33 @@ def masked_options(args, say=lambda line: None, planned=None) -> argparse.Namesp
     if args.target_sparsity is None and args.config_file is None and "sparsity_type" not in given:
         args.target_sparsity = DEFAULT_TARGET  # theirs was a lambda
     if len(given) < len(OPTIONS):
-        target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
-        source = f"as {path} has it" if path.is_file() else f"by default: there is no {path}"
-        default = " by default" * (path.is_file() and not given.get("target_sparsity", theirs["target_sparsity"]))
-        say(f"masked: {f'target {target}{default}' if target else 'ratios'}, {args.sparsity_type or 'irregular'}, "
-            f"{f'layers of {args.config_file}' if args.config_file else 'all layers but the stem'}"
-            f"{' and the last' * (not args.config_file and args.sparsity_type == 'filter')}; "
-            f"what was not given is {source}")
+        by_default = path.is_file() and not given.get("target_sparsity", theirs["target_sparsity"])
+        say(f"masked: {described(args, by_default)}; what was not given is "
+            + (f"as {path} has it" if path.is_file() else f"by default: there is no {path}"))
     return args
+
+
+def described(args, by_default: bool) -> str:
+    """Return what the masks are made for, as text: target, groups and layers. by_default: that is why the target."""
+    target = args.target_sparsity or (None if args.sparsity_type else DEFAULT_TARGET)
+    layers = f"layers of {args.config_file}" if args.config_file else "all layers but the stem"
+    last = " and the last" * (not args.config_file and args.sparsity_type == "filter")
+    return (f"{f'target {target}' + ' by default' * by_default if target else 'ratios'}, "
+            f"{args.sparsity_type or 'irregular'}, {layers}{last}")
+
+
+def chosen_masks(args, model, say) -> dict[str, Tensor]:
+    """Return {layer: mask} that the options select."""
+    if args.target_sparsity is not None or args.sparsity_type is None:
+        kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
+        say_ratios_are_idle(args, "masked", say)
+        return masks.target_masks(model, pruned_layers(args, model), args.target_sparsity or DEFAULT_TARGET, kind)
+    if args.sparsity_type == "threshold":
+        return masks.threshold_masks(model, pruned_layers(args, model), args.threshold)
+    if args.config_file:
+        return masks.ratio_masks(model, masks.prune_ratios(args.config_file, model), args.sparsity_type)
+    raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a --config-file, "
+                   "or a --target-sparsity")
 
 
 def make_masks(args, model, say=lambda line: None, kept=None) -> masks.Masks:
@@ -171,20 +200,7 @@ def make_masks(args, model, say=lambda line: None, kept=None) -> masks.Masks:
 
     kept: {layer: mask} of a stage that is resumed, instead; None or False: none.
     """
-    layers = pruned_layers(args, model)
-    if kept:
-        pass
-    elif args.target_sparsity is not None or args.sparsity_type is None:
-        kind = args.sparsity_type if args.sparsity_type in masks.GROUPS else "irregular"
-        kept = masks.target_masks(model, layers, args.target_sparsity or DEFAULT_TARGET, kind)
-        say_ratios_are_idle(args, "masked", say)
-    elif args.sparsity_type == "threshold":
-        kept = masks.threshold_masks(model, layers, args.threshold)
-    elif args.config_file:
-        kept = masks.ratio_masks(model, masks.prune_ratios(args.config_file, model), args.sparsity_type)
-    else:
-        raise BadInput(f"--masked-retrain --sparsity-type {args.sparsity_type} needs the prune ratios of a "
-                       "--config-file, or a --target-sparsity")
+    kept = kept or chosen_masks(args, model, say)
     total, pruned, already = masks.already_zero(model, kept)
     say(f"masked: {pruned:,} of {total:,} weights are frozen at zero ({pruned / total:.2%}); "
         f"{already / max(1, pruned):.2%} of them were zero already")

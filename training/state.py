@@ -6,13 +6,11 @@ import io
 import itertools
 import json
 import math
-import signal
 from pathlib import Path
 
 import torch
 
-from compressed import threads
-from compressed.command_line import ENDING, end_in_order, say_once
+from compressed.command_line import say_once
 from compressed.errors import BadInput, refused
 from compressed.files import load_record, save_record, save_tensors
 from training.plan import constant_so_far
@@ -138,38 +136,3 @@ def tensor_digest(tensors) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def stop_noted():
-    """Yield a list to which SIGTERM, SIGHUP and Ctrl-C append their signal numbers, instead of ending the process.
-
-    The first Ctrl-C cuts evaluations in `threads.in_threads` short, and the second raises KeyboardInterrupt. At the end
-    of the block the previous handlers are restored and called for the signals that arrived: after Ctrl-C, the outermost
-    block ends with KeyboardInterrupt. After the others it does not end the script, which has saved what it wants to
-    save, and decides. Signals that are ignored stay so. Only the main thread can install handlers; in others the list
-    stays empty.
-    """
-    arrived, before = [], {}
-
-    def note(number, _):
-        if number == signal.SIGINT:
-            if number in arrived:
-                raise KeyboardInterrupt
-            threads.stop()
-        arrived.append(number)
-
-    with contextlib.suppress(ValueError):
-        for number in (*ENDING, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    try:
-        yield arrived
-    finally:
-        if signal.SIGINT in arrived:
-            threads.resume()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number, handler in before.items():
-            if number in arrived and callable(handler) and handler is not end_in_order:
-                handler(number, None)

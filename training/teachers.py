@@ -33,7 +33,7 @@ from compressed.files import sha256
 from compressed.graph import normalised_convolutions, prepare_if_possible
 from compressed.kaist import load_micronet
 from compressed.normalisation import Renormalised
-from training.runs import options_file, options_of, trained_here, warn_of_another_network
+from training.runs import record_next_to, warn_of_another_network
 
 FOLDER = Path("data.teachers")
 COMMIT = "fb41bbb"
@@ -77,14 +77,20 @@ def load(path, network: str | None = None, data_set: DataSet = CIFAR100, normali
     path = located(path)
     teacher, spec = (load_micronet(path), "") if theirs else ours(path, network or networks.DEFAULT, data_set.classes)
     teacher = fold_batchnorm(teacher)
-    if not theirs and trained_here(path):
-        check_same(data_set, options_of(options_file(path)).get("data_set"), f"--teacher {path}")
+    record = None if theirs else record_next_to(path)
+    if record:
+        check_same(data_set, record.get("data_set"), f"--teacher {path}")
         warn_of_another_network(path, spec)
-    if not theirs and not claim_path(path).is_file() and not trained_here(path):
+    elif not theirs and not claim_path(path).is_file():
         how = "as --normalise says" if normalise else "as (pixel - 128) / 64, whatever it was trained with"
         say_once(f"{path}: no record of its training here, so this teacher takes images {how}")
         teacher = Renormalised(teacher, *normalise).eval() if normalise else teacher
     return teacher.requires_grad_(False)
+
+
+def load_all(paths, network: str, data_set: DataSet, normalise=None, device="cpu") -> list[nn.Module]:
+    """Return the teachers in several checkpoint files, on a device, channels-last; the other arguments: see `load`."""
+    return [load(path, network, data_set, normalise).to(device, memory_format=torch.channels_last) for path in paths]
 
 
 def ours(path, network: str, classes: int) -> tuple[nn.Module, str]:
