@@ -51,7 +51,7 @@ from compressed.errors import BadInput
 from compressed.files import load_json, load_record, save_json
 from compressed.networks import load_checkpoint
 from compressed.threads import stop_noted
-from tools import methods
+from tools import tables
 from training import main as training
 from training import masks, plan, sparsity
 from training.runs import load_lines
@@ -197,10 +197,10 @@ def main(argv=None) -> int:
         results["rows"].append(row)
         save_json(results, args.json)
         print(f"seed {seed}, {target:.0%} zeros, {method}: {row['accuracy']:.2%} of the hold-out", flush=True)
-    for target, found in methods.by_seed(results["rows"]).items():
+    for target, found in tables.by_seed(results["rows"]).items():
         for method, accuracies in found.items():
-            beside = methods.differences(accuracies, found.get("one-shot", {})) if method != "one-shot" else ""
-            print(f"{target:.0%} zeros, {method}: {methods.mean_of(accuracies)}"
+            beside = tables.differences(accuracies, found.get("one-shot", {})) if method != "one-shot" else ""
+            print(f"{target:.0%} zeros, {method}: {tables.mean_of(accuracies)}"
                   + f"; minus one-shot, by seed: {beside} points" * bool(beside))
     images = len(runs.held_out)
     error = max(100 * math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / images) for row in results["rows"])

@@ -13,7 +13,7 @@ from compressed import cifar100, kernels
 from compressed.errors import BadInput
 from compressed.files import load_json, load_record, save_record
 from tiny import tiny
-from tools import methods, report
+from tools import tables
 from training import loop
 
 
@@ -45,7 +45,7 @@ def test_training_speed(one_round, tmp_path, capsys):
     assert len(speeds) == count and min(speeds.values()) > 0 and len(figures["ratios"]) == count - 1
     assert figures["ratios"]["training / the plain loop"] == pytest.approx(speeds["ours"] / speeds["plain"])
     assert "step: " in capsys.readouterr().out
-    rows = report.training_table(figures).splitlines()[2:]
+    rows = tables.training_table(figures).splitlines()[2:]
     assert rows[count] == f"| training / the plain loop | **{speeds['ours'] / speeds['plain']:.2f}** |"
     assert len(rows) == 2 * count - 1 + 4
     shares = [float(re.search(r"([\d.]+)%", row)[1]) for row in rows[-4:]]
@@ -64,7 +64,7 @@ def test_the_second_epoch_is_measured(monkeypatch):
 
 def test_fine_tuning_speed(one_round, tmp_path, capsys):
     assert one_round("--fine-tuning", "--json", str(tmp_path / "speed.json")) == 0
-    assert len(report.training_table(load_json(tmp_path / "speed.json")).splitlines()) == 2 + 4 + 3
+    assert len(tables.training_table(load_json(tmp_path / "speed.json")).splitlines()) == 2 + 4 + 3
     _, _, first, *others = capsys.readouterr().out.splitlines()
     assert all(name in first for name in training_speed.FINE_TUNING) and first.count("images/s") == 4
     ratios = [float(line.split(" / masked training: ")[1]) for line in others]
@@ -186,11 +186,11 @@ def test_means_and_differences_of_seeds():
     rows = [{"method": method, "target": 0.8, "seed": seed, "accuracy": accuracy} for method, seed, accuracy in (
         ("one-shot", 2, 0.4), ("one-shot", 0, 0.5), ("loss-0.0001", 1, 0.7), ("loss-0.0001", 0, 0.5),
         ("loss-1e-05", 0, 0.6), ("loss-1e-05", 2, 0.3875))]
-    found = methods.by_seed(rows)[0.8]
+    found = tables.by_seed(rows)[0.8]
     assert list(found) == ["loss-1e-05", "loss-0.0001", "one-shot"] and found["one-shot"] == {0: 0.5, 2: 0.4}
-    assert methods.mean_of(found["loss-0.0001"]) == "60.00% ± 14.14% (2)" and methods.mean_of({1: 0.7}) == "70.00% (1)"
-    assert methods.differences(found["loss-1e-05"], found["one-shot"]) == "+10.00, -1.25"
-    assert methods.differences(found["loss-0.0001"], found["one-shot"]) == "+0.00"
+    assert tables.mean_of(found["loss-0.0001"]) == "60.00% ± 14.14% (2)" and tables.mean_of({1: 0.7}) == "70.00% (1)"
+    assert tables.differences(found["loss-1e-05"], found["one-shot"]) == "+10.00, -1.25"
+    assert tables.differences(found["loss-0.0001"], found["one-shot"]) == "+0.00"
 
 
 def test_profile_step(capsys):

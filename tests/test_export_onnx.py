@@ -15,7 +15,7 @@ from compressed.files import load_json, save_record, save_tensors, sha256
 from compressed.graph import read_graph, weight_layers
 from compressed.networks import load_state
 from small import NARROW, SPEC
-from tools import report
+from tools import tables
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -285,7 +285,7 @@ def test_benchmark(checkpoint, tmp_path, capsys):
     for logits in others:
         assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert "images/s" in capsys.readouterr().out
-    rows = report.inference_table(figures).splitlines()[2:]
+    rows = tables.inference_table(figures).splitlines()[2:]
     assert len(rows) == 8 + 6
     median = figures["speeds"]["onnx 8-bit, 2"]
     ratios = f"{median['ratio_to_torch']:.2f} | {median['ratio_to_onnx_float']:.2f}"

@@ -28,7 +28,7 @@ from compressed.files import load_json, save_record, sha256
 from compressed.graph import trace
 from mobilenet_v2 import MobileNetV2
 from small import save_stage
-from tools import methods, report, shipping
+from tools import report, shipping, tables
 from training.runs import load_lines, read_stages, stage_logs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".
                for folder in (".", "compressed", "tools", "training") for path in (ROOT / folder).glob("*.py")
                if path.name != "__init__.py")
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.methods", "tools.shipping"}  # no scripts
+TOOL_LIBRARIES = {"tools.agreement", "tools.figures", "tools.shipping", "tools.tables"}  # no scripts
 SCRIPTS = {"quantize", "testers", "check_model_operations", "training.main",
            *(name for name in FILES if name.startswith("tools."))} - TOOL_LIBRARIES
 
@@ -360,15 +360,15 @@ def test_the_comparison_of_pruning_methods():
                 ("proximal", 0.9, 0, 0.5, 0.8), ("proximal", 0.9, 1, 0.52, 0.9), ("one-shot", 0.9, 1, 0.4, 0.005),
                 ("proximal", 0.8, 0, 0.6, 0.75))]
     about = {"network": "m:Mine", "epochs": [3, 2, 1], "batch_size": 4, "sizes": "24:0.5,32", "precision": "float32"}
-    table = report.methods_table({"about": about, "rows": rows}).splitlines()
+    table = tables.methods_table({"about": about, "rows": rows}).splitlines()
     assert table[2:4] == ["| one-shot |  |  |  | 40.00% (1) | 0.5% |  |",
                           "| proximal | 60.00% (1) | 75.0% |  | 51.00% ± 1.41% (2) | 85.0% | +12.00 |"]
     assert "`m:Mine`, 3 epochs dense, 2 to make" in table[5] and "on 2 CPU cores" in table[5]
     assert "Without pruning" not in table[5]
     rows.append(rows[0] | {"method": "dense", "target": 0, "accuracy": 0.7})
-    assert "Without pruning, the same training reaches 70.00% (1)." in report.methods_table(
+    assert "Without pruning, the same training reaches 70.00% (1)." in tables.methods_table(
         {"about": about, "rows": rows}).splitlines()[5]
-    left, right = needed("tools.figures").methods_figure(methods.by_seed(rows)).axes
+    left, right = needed("tools.figures").methods_figure(tables.by_seed(rows)).axes
     assert [text.get_text() for text in right.get_xticklabels()] == ["one-shot", "proximal"]
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["seed 0"]
     assert [list(line.get_ydata()) for line in left.lines] == [[60], [70, 70]]
@@ -378,16 +378,16 @@ def test_the_comparison_of_pruning_methods():
 
 def test_every_pruning_method_has_three_seeds():
     """Of the penalty in the loss, one lambda."""
-    values = methods.by_seed(load_json(ROOT / "benchmarks/sparsity_methods.json")["rows"])
+    values = tables.by_seed(load_json(ROOT / "benchmarks/sparsity_methods.json")["rows"])
     assert set(values) == {0.0, 0.8, 0.9} and set(values[0.0]["dense"]) == {0, 1, 2}
     for target in (0.8, 0.9):
-        complete = {methods.kind_of(method) for method, found in values[target].items() if set(found) == {0, 1, 2}}
+        complete = {tables.by_lambda(method)[0] for method, found in values[target].items() if set(found) == {0, 1, 2}}
         assert complete == {"proximal", "loss", "magnitude", "one-shot", "plain"}
 
 
 def test_what_method_md_says_of_pruning_methods():
     rows = load_json(ROOT / "benchmarks/sparsity_methods.json")["rows"]
-    values = methods.by_seed(rows)
+    values = tables.by_seed(rows)
     points = {(name, target): {seed: 100 * accuracy for seed, accuracy in found.items()}
               for target, each in values.items() for name, found in each.items()}
 
@@ -498,7 +498,7 @@ def test_the_dense_baseline_is_the_file_that_was_tested(capsys):
     ({"device": "AMD Instinct MI300X", "cores": 8, "processes": 1}, "1 AMD Instinct MI300X"),
     ({"device": "CPU", "cores": 8, "processes": 3}, "24 CPU cores")))
 def test_the_machine_of_a_record(recorded, device):
-    assert report.device(report.machine(recorded)) == device
+    assert tables.device(report.machine(recorded)) == device
 
 
 def test_images_and_hours_are_summed_by_device():
@@ -523,7 +523,7 @@ def test_the_gpu_check_runs_the_tests_of_a_gpu():
 
 def test_every_table_has_a_place():
     places = re.findall(r"<!-- (\w+) -->\n", "".join(PAGES.values()))
-    assert sorted(places) == sorted([*(make.__name__ for make in report.TABLES), *report.BENCHMARKS])
+    assert sorted(places) == sorted([*(make.__name__ for make in report.TABLES), *tables.BENCHMARKS])
 
 
 def test_fill():

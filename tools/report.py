@@ -7,7 +7,6 @@
 import dataclasses
 import functools
 import re
-import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from compressed.errors import BadInput
 from compressed.files import load_json, replacing, save_text
 from compressed.formats import listed
 from compressed.graph import trace, weight_layers
-from tools import methods, shipping
+from tools import shipping
+from tools.tables import BENCHMARKS, by_seed, device, table
 from training.runs import StageRecord, load_lines, options_of, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
@@ -163,14 +163,6 @@ def machine(recorded: dict | str) -> dict:
     name, = (part for part in recorded.split(", ") if not re.search("core|process|torch|Python", part))
     return {"device": name, "cores": numbers.get("core", 1), "processes": numbers.get("process", 1),
             "torch": re.search(r"torch ([^,]+)", recorded)[1]}
-
-
-def device(machine: dict) -> str:
-    """Return the number and kind of a machine's devices as text: "2 CPU cores", "1 NVIDIA H200"."""
-    if machine["device"] != "CPU":
-        return f"{machine['processes']} {machine['device']}"
-    cores = machine["cores"] * machine["processes"]
-    return f"{cores} CPU core{'s' * (cores > 1)}"
 
 
 # ---- Tables: of the shipped network --------------------------------------------------------------
@@ -329,92 +321,7 @@ TABLES = (summary, results, dense, steps, stages, score, storage, account, dead,
 LATER = {"packed", "integer", "onnx"}  # what other tools add to the claim after quantize.py
 
 
-# ---- Tables: of the benchmarks -------------------------------------------------------------------
-
-def training_table(measured: dict) -> str:
-    """Return the table of training speed: images/s of every loop (median and range), ratios, and parts of a step."""
-    rows = [(f"{name}, images/s", f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})")
-            for name, speeds in measured["images_per_second"].items()]
-    rows += [(name, f"**{ratio:.2f}**") for name, ratio in measured["ratios"].items()]
-    shares = {part: seconds for part, seconds in measured.get("step", {}).items() if part != "whole"}
-    rows += [(f"share of a step: {part}", f"{100 * seconds / sum(shares.values()):.2f}%")
-             for part, seconds in shares.items()]
-    precision = f"ours in {measured['precision']}, plain in float32" if shares else measured["precision"]
-    return table((f"batch {measured['batch_size']}; {precision}",
-                  f"median of {len(next(iter(measured['images_per_second'].values())))} rounds (range)"), rows)
-
-
-def depthwise_table(measured: dict) -> str:
-    """Return the table of depthwise convolutions: milliseconds by stride."""
-    rows = []
-    for what, stride in (("14 with stride 1", 1), ("3 with stride 2", 2)):
-        chosen = [row for row in measured["shapes"] if row["stride"] == stride]
-        rows.append((what, *(f"{1000 * sum(row[name][part] for row in chosen):.1f}"
-                             for name in ("bfloat16", "float32", "bfloat16 compiled")
-                             for part in ("forward", "backward"))))
-    return table(("depthwise convolutions", "bfloat16, forward", "backward", "float32, forward", "backward",
-                  "compiled, bfloat16, forward", "backward"), rows)
-
-
-def inference_table(measured: dict) -> str:
-    """Return the table of inference speed by batch size, then that of each kind of layer alone (onnxruntime's profile).
-    """
-    rows = []
-    for name, found in measured["speeds"].items():
-        engine, batch = name.rsplit(", ", 1)
-        rows.append((batch, engine, f"{statistics.median(found['images_per_second']):,.0f}",
-                     f"{found['ratio_to_torch']:.2f}", f"{found['ratio_to_onnx_float']:.2f}"))
-    batch = max(int(name.rsplit(", ", 1)[1]) for name in measured["parts"])
-    floats, codes = (measured["parts"][f"{engine}, {batch}"] for engine in ("onnx float", "onnx 8-bit"))
-    rows += [(batch, f"onnx 8-bit: {part} alone", f"{1e6 / codes[part]:,.0f}", "", f"{floats[part] / codes[part]:.2f}")
-             for part in floats]
-    return table(("batch", "engine", "images/s", "ratio to torch", "ratio to onnx float"), rows)
-
-
-def methods_table(measured: dict) -> str:
-    """Return the table of pruning methods by target: hold-out accuracy, the differences from pruning at once for each
-    seed, and the share of the pruned layers' weights that were near zero before the mask."""
-    rows, lines = measured["rows"], []
-    values = methods.by_seed(rows)
-    dense = values.pop(0, {}).get("dense")
-    for method in sorted({method for found in values.values() for method in found}, key=methods.by_lambda):
-        lines.append([method])
-        for target, found in values.items():
-            near = [row["near_zero"] for row in rows if (row["method"], row["target"]) == (method, target)]
-            lines[-1] += [methods.mean_of(found[method]), f"{statistics.mean(near):.1%}" if near else "",
-                          methods.differences(found[method], found.get("one-shot", {})) if method != "one-shot" else ""
-                          ] if method in found else ["", "", ""]
-    head = ["method", *(text for target in values for text in (
-        f"**{target:.0%} zeros**: hold-out accuracy ± standard deviation (seeds)", "weights below 1e-4 before the mask",
-        "points above one-shot, by seed"))]
-    about = measured["about"]
-    epochs = "{} epochs dense, {} to make zeros, {} under the mask".format(*about["epochs"])
-    where = device(machine(rows[0]["machine"]))
-    yardstick = f" Without pruning, the same training reaches {methods.mean_of(dense)}." if dense else ""
-    return table(head, lines) + (
-        "\n\n`python -m benchmarks.sparsity_methods --json benchmarks/sparsity_methods.json`: `"
-        f"{about['network']}`, {epochs}, with Muon in batches of {about['batch_size']}, images "
-        f"`{about['sizes']}`, without teachers, {about['precision']} on {where}. `loss-L` is the penalty in the loss "
-        "with λ = L, `plain` is `proximal` without reweighting; `one-shot` trains densely, and prunes all at once. "
-        "More, and how they differ, in its `--help`."
-        f"{yardstick}\n\n![hold-out accuracy of pruning methods](../figures/methods.png)")
-
-
-BENCHMARKS = {"speed": ("training_speed.json", training_table),
-              "speed_avx2": ("training_speed_avx2.json", training_table),
-              "fine_tuning": ("fine_tuning_speed.json", training_table),
-              "depthwise": ("depthwise_shapes.json", depthwise_table),
-              "inference": ("inference_speed.json", inference_table),
-              "methods": ("sparsity_methods.json", methods_table)}
-
-
 # ---- Pages and figures ---------------------------------------------------------------------------
-
-def table(head, rows) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
 
 def tables(shipped: Shipped) -> dict[str, str]:
     """Return {NAME: table}."""
@@ -464,7 +371,7 @@ def made_figures(shipped: Shipped, logs: Path) -> dict:
                  for kind in dict.fromkeys(row.kind for row in rows)} for c, rows in shipped.counted.items()}),
         "board": figures.board_figure({each.name: (each.accuracy, each.scores) for each in (shipped, *shipped.others)},
                                       entries),
-        "methods": figures.methods_figure(methods.by_seed(
+        "methods": figures.methods_figure(by_seed(
             load_json(ROOT / "benchmarks" / BENCHMARKS["methods"][0])["rows"]))}
     if found := stage_logs(logs):
         made["training"] = figures.training_figure([load_lines(log) for log in found])

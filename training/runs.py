@@ -99,15 +99,19 @@ class StageRecord:
     machine: dict | str  # text in a record of an older version
     train_images: int | None
     data: str | None  # digest of the train images
-    teachers_sha256: list | None = None  # of their files, None in a record of an older version
-    code: dict | None = None  # digests of the user's own files, None in a record of an older version
+    teachers_sha256: list | None  # of their files
+    code: dict | None  # digests of the user's own files
+
+    @classmethod
+    def of(cls, name: str, lines: list[dict], record: dict) -> "StageRecord":
+        """Return a stage. record: a STAGE.options.json; older ones, and entries of a claim, lack some of the keys."""
+        return cls(name, lines, record["settings"], record.get("options", {}), *map(record.get, (
+            "machine", "train_images", "data", "teachers_sha256", "code")))
 
     @classmethod
     def of_claim(cls, record: dict) -> "StageRecord":
         """Return the stage of an entry of a claim's made_by.training, whose log has the last epoch alone."""
-        return cls(record["stage"], [record["last_epoch"]], record["settings"], record.get("options", {}),
-                   record["machine"], record.get("train_images"), None, record.get("teachers_sha256"),
-                   record.get("code"))
+        return cls.of(record["stage"], [record["last_epoch"]], record)
 
     def images(self, line: dict) -> int:
         """Return the number of images, repetitions counted, on which the stage had been trained at a line of its log.
@@ -134,9 +138,7 @@ def read_stage(log: Path) -> StageRecord | None:
     options, lines = log.with_suffix(".options.json"), load_lines(log) if log.is_file() else []
     if not lines or not options.is_file():
         return None
-    record = options_of(options)
-    return StageRecord(log.stem, lines, record["settings"], record["options"], *(record.get(name) for name in (
-        "machine", "train_images", "data", "teachers_sha256", "code")))
+    return StageRecord.of(log.stem, lines, options_of(options))
 
 
 def read_stages(folder) -> list[StageRecord]:
