@@ -34,8 +34,8 @@ from compressed.operations import (CLIPS, FUNCTIONS, MOVES, NORMALISATIONS, PREP
 READ_CODES = "conv", "linear", "mean", "max", "product", *MOVES, *FUNCTIONS  # kinds that read rounded values alone
 KNOWN = "torch.nn.", "compressed.", "training."  # where the classes of a prepared network's modules are from
 UNSIGNED = "hardsigmoid", "sigmoid"  # functions that are never below zero
-RESERVED = "pixels", "logits"  # names of what no module rounds: the image's branch, and the last point; the exporter
-# calls the image "image"
+# names of what no module rounds: the image's branch, and the last point; the exporter calls the image "image"
+RESERVED = "pixels", "logits"
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from compressed.command_line import command_line, run_script, some_path
 from compressed.errors import BadInput
 from compressed.files import load_json, save_json
 from tools import shipping
-from training.runs import options_of
+from training.runs import read_record
 
 ROOT = shipping.ROOT
 FILES = {"dense.pt": "pretrain.average.pt", "dense.jsonl": "pretrain.jsonl",
@@ -41,7 +41,7 @@ def main(argv=None) -> int:
     for name in ("pretrain.pt", *FILES.values()):  # the first is written when the stage has ended
         if not (run / name).is_file():
             raise BadInput(f"{run / name} is not there: this run has no dense network yet")
-    record = options_of(run / "pretrain.options.json")
+    record = read_record(run / "pretrain.options.json")
     options, data_set = record["options"], record.get("data_set")  # which older records do not state
     if options.get("holdout") or options.get("made_up") or data_set not in (None, dataclasses.asdict(CIFAR100)):
         raise BadInput(f"{run} was not trained on all train images of CIFAR-100, as the shipped network was")

@@ -21,7 +21,7 @@ from compressed.formats import listed
 from compressed.graph import trace, weight_layers
 from tools import shipping
 from tools.tables import BENCHMARKS, by_seed, device, table
-from training.runs import StageRecord, load_lines, options_of, read_stage, stage_logs
+from training.runs import StageRecord, load_lines, read_record, read_stage, stage_logs
 
 KINDS = {"conv": "convolutions", "batchnorm": "BatchNorm (requantization)", "relu": "ReLU", "add": "residual additions",
          "mean": "average pooling", "linear": "linear layer"}
@@ -347,7 +347,7 @@ def feedback_stages(logs: Path) -> dict[str, list[dict]]:
     for log in (logs / "rew.jsonl", *sorted(ROOT.glob("record/*/rew.jsonl")), *sorted(ROOT.glob("*/record/rew.jsonl"))):
         lines = load_lines(log) if log.is_file() else []
         if lines and "zeros_path" in lines[-1]:
-            spec = options_of(log.with_suffix(".options.json"))["options"]["network"]
+            spec = read_record(log.with_suffix(".options.json"))["options"]["network"]
             found.setdefault(f"{spec.partition(':')[2]}, target {lines[-1]['zeros_path']:.1%}", lines)
     return found
 

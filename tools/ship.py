@@ -29,7 +29,7 @@ from compressed.errors import BadInput
 from compressed.files import sha256
 from tools import shipping
 from training import recipes
-from training.runs import options_of, stage_logs
+from training.runs import read_record, stage_logs
 
 ROOT, CANDIDATE = shipping.ROOT, "candidate"
 
@@ -59,7 +59,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
         raise BadInput(f"{args.run / 'masked.average.pt'} is not there: this run has no masked network yet; train it "
                        "further with bash run.sh train")
     options = args.run / "masked.options.json"
-    record = options_of(options, "give another run") if options.is_file() else {"options": {}}
+    record = read_record(options, "give another run") if options.is_file() else {"options": {}}
     data = "hold-out" if args.holdout else "made up" if args.made_up else "test"
     why = misplaced(record["options"].get("network", networks.DEFAULT), data, record.get("data_set"), args.into)
     if why and not args.if_better:  # that makes it, and says why it is not shipped

@@ -44,7 +44,7 @@ from training import loop, plan, recipes, sparsity, teachers, trial
 from training.arguments import chosen_stages, parse_stages, settings_for
 from training.muon import turned_weights
 from training.replicas import Processes
-from training.runs import (DECISIVE, STAGES, has_same_order, new_record, options_of, other_start, read_stage,
+from training.runs import (DECISIVE, STAGES, has_same_order, new_record, other_start, read_record, read_stage,
                            training_record, warn_of_another_network, warn_of_seen_images)
 from training.state import MACHINE, State
 
@@ -120,7 +120,7 @@ def changed_options(stage: str, job: Job) -> dict[str, tuple]:
     args, path = job.by_stage[stage], job.file(f"{stage}.options.json")
     if not path.is_file():
         return {}
-    before = options_of(path, "remove it, or give --no-resume")
+    before = read_record(path, "remove it, or give --no-resume")
     options = vars(sparsity.masked_options(args) if stage == "masked" else args)
     now = new_record(stage, job.data, job.settings(stage), options)
     if stage == "rew":
@@ -230,7 +230,7 @@ def options_of_masks(args, job: Job, say=lambda line: None, planned=None) -> arg
     """
     if not job.keeps_start("masked"):
         return sparsity.masked_options(args, say, planned)
-    begun = options_of(job.file("masked.options.json"), "give --no-resume")["options"]
+    begun = read_record(job.file("masked.options.json"), "give --no-resume")["options"]
     kept = {name: begun.get(name) for name in (*sparsity.OPTIONS, "threshold")}
     for name, value in kept.items():
         if name in job.args.given and getattr(args, name) != value:
@@ -260,7 +260,7 @@ def starting_point(stage: str, args, job: Job) -> nn.Module:
             raise BadInput(f"{path} is missing: there is nothing to mask. Run --rew first, or give --start CHECKPOINT"
                            + ", as when this stage began" * job.resumes(stage))
         begun, file = job.resumes(stage), job.file(f"{stage}.options.json")
-        started = begun and file.is_file() and options_of(file)["options"].get("start")
+        started = begun and file.is_file() and read_record(file)["options"].get("start")
         if job.state("pretrain").exists and not started:
             raise BadInput(f"{path} is missing, because the dense stage is not finished: repeat its command first, or "
                            "give --start CHECKPOINT")
@@ -275,7 +275,7 @@ def record_of(stage: str, args, job: Job) -> dict:
     before, file, options = starting_file(stage, args), job.file(f"{stage}.options.json"), vars(args)
     start = {"start_sha256": sha256(before) if before and before.is_file() else None}  # None: random, or a state
     if job.resumes(stage) and file.is_file():
-        earlier = options_of(file, "give --no-resume")
+        earlier = read_record(file, "give --no-resume")
         start = {key: earlier[key] for key in ("start_sha256",) if key in earlier} | {"code": earlier.get("code")}
         options = options | {key: earlier["options"].get(key) for key in ("start", "start_epoch")}
     taught = {"teachers_sha256": teachers.file_digests(args.teacher)} if args.teacher else {}

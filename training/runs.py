@@ -64,7 +64,7 @@ def code_of(stage: str, options: dict) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if digest}
 
 
-def options_of(path: Path, remedy: str = "remove it, or restore it") -> dict:
+def read_record(path: Path, remedy: str = "remove it, or restore it") -> dict:
     """Return the contents of a STAGE.options.json. Raises BadInput, with `remedy` at its end, for a damaged one."""
     record = load_record(path, remedy)
     if not isinstance(record.get("settings"), dict) or not isinstance(record.get("options"), dict):
@@ -82,7 +82,7 @@ def other_start(folder: Path, stage: str) -> tuple[str, str] | None:
     weights = Path(folder, f"{before}.pt")
     if not before or not record.is_file() or not weights.is_file():
         return None
-    said = options_of(record)
+    said = read_record(record)
     started, now = said.get("start_sha256", "not known"), sha256(weights)
     if said["options"].get("start") or started in ("not known", now):
         return None
@@ -138,7 +138,7 @@ def read_stage(log: Path) -> StageRecord | None:
     options, lines = log.with_suffix(".options.json"), load_lines(log) if log.is_file() else []
     if not lines or not options.is_file():
         return None
-    return StageRecord.of(log.stem, lines, options_of(options))
+    return StageRecord.of(log.stem, lines, read_record(options))
 
 
 def read_stages(folder) -> list[StageRecord]:
@@ -158,7 +158,7 @@ def stage_records(logs) -> list[dict]:
 def record_next_to(checkpoint) -> dict | None:
     """Return what STAGE.options.json says of a checkpoint's stage, as of STAGE.average.pt; None if it is not there."""
     file = Path(checkpoint).with_name(f"{stage_of(checkpoint)}.options.json")
-    return options_of(file) if file.is_file() else None
+    return read_record(file) if file.is_file() else None
 
 
 def warn_of_another_network(checkpoint, spec: str) -> None:

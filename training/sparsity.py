@@ -143,7 +143,7 @@ def inherited(args, planned=None) -> tuple[Path, dict]:
         path = of_start
     if planned is None and not path.is_file():
         return path, dict.fromkeys(OPTIONS)
-    theirs = resolved(vars(planned) if planned else runs.options_of(path, "give another --run folder")["options"])
+    theirs = resolved(vars(planned) if planned else runs.read_record(path, "give another --run folder")["options"])
     return path, {name: theirs.get(name) for name in OPTIONS}
 
 
