@@ -76,6 +76,12 @@ def layer_neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
     return {branch.name: (branch.norm, branch.source) for branch in read_graph(model).layers if branch.norm}
 
 
+def points(model: nn.Module, bits: int = 8, step: float = 2.0**-5) -> list[dict]:
+    """Return the entries of a claim for a prepared network's activation points."""
+    return [{"name": name, "bits": bits, "signed": signed, "step": step}
+            for name, signed in read_graph(model).activation_points.items()]
+
+
 def integer_logits(network: nn.Module, claim: dict, images: torch.Tensor) -> torch.Tensor:
     """Return the logits, float32, of a network in integer arithmetic. claim: "tensors" and "activations"."""
     integers = IntegerNetwork(network, claim)

@@ -406,6 +406,8 @@ REFUSED = (
     (Lone(lambda s, x: s.c(x).flatten(1).flatten(3), c=conv(padding=1)), "does not take an image"),
     (Lone(lambda s, x: s.c(x), c=nn.Conv2d(3, 4, (3, 2), padding="same")), "c: padding 'same'"),
     (Lone(lambda s, x: s.c(x), c=conv(padding=1, padding_mode="reflect")), "c: padding .* in mode 'reflect'"),
+    (Lone(lambda s, x: s.p(s.c(x)), c=conv(padding=1), p=nn.AvgPool2d(2, divisor_override=3)), "p: a mean is over"),
+    (Lone(lambda s, x: s.p(s.c(x)), c=conv(padding=1), p=nn.AvgPool2d(2, padding=1)), "p: a mean is over both"),
     (Lone(lambda s, x: s.d(s.d(s.c(x))), c=conv(padding=1), d=nn.Conv2d(4, 4, 1)), "d: it is used several times"),
     (Lone(lambda s, x: s.c(x), c=nn.ConvTranspose2d(3, 4, 2, 2)), "c: no counting rule for ConvTranspose2d"),
     (Lone(lambda s, x: s.c(x), c=Standardised(3, 4, 1)), "c: Standardised has a forward pass of its own"),

@@ -1,4 +1,5 @@
 """Augmentation against slow references and torchvision, and slices of a batch against the whole."""
+import numpy as np
 import pytest
 import torch
 
@@ -212,3 +213,13 @@ def test_a_gpu_gives_what_the_cpu_gives():
     # Sums in another order: the last bit, seldom a level, and very seldom the other of two equally near pixels.
     assert ((here[0] - there[0].cpu()).abs() > 1e-5).float().mean() < 0.01
     assert draw(8, torch.Generator("cuda").manual_seed(0), **EVERYTHING).op.is_cuda
+
+
+def test_cutmix_draws_the_area_uniformly():
+    """Beside boxes that numpy draws as in the paper (Yun et al. 2019): lam from the beta distribution (1, 1)."""
+    lam = draw(20_000, torch.Generator().manual_seed(0), mixing="cutmix", mixup_alpha=0.3).lam
+    random = np.random.default_rng(0)
+    half = (16 * np.sqrt(random.random(20_000)))[:, None].astype(int)
+    centre = random.integers(0, 32, (20_000, 2))
+    sides = np.clip(centre + half, 0, 32) - np.clip(centre - half, 0, 32)
+    assert np.abs(np.sort(lam.numpy()) - np.sort(1 - sides.prod(1) / 1024)).max() < 0.03

@@ -716,3 +716,39 @@ def test_prices_by_hand():
     assert prices == {name: pytest.approx(stored + n * (8 + 32 * additions) / 32 / 10.49e9, rel=1e-12)
                       for name, (n, additions) in positions.items()}
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_bias_of_zeros_adds_nothing():
+    model, found = nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1)), []
+    formats = Formats({"1.weight": Grid(4, (1.0,)), "1.bias": Grid(1, (1.0,))}, activation_bits=8)
+    for factor in (1, 0):
+        model[1].bias.data *= factor
+        found.append(count(trace(model, (2, 4, 4)), formats, "tree")[0].additions.total())
+    assert found == [2 * 3 * 16, 3 * 16]
+
+
+def test_a_shift_wider_than_the_product():
+    model = folded(nn.Sequential(nn.Identity(), nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)))
+    grids = {"1.weight": Grid(2, (1.0,), "even"), "2.weight": Grid(3, (1.0,)), "2.bias": Grid(16, (1.0,))}
+    for convention in ("fixed", "tree"):
+        assert count(trace(model, (1, 2, 2)), Formats(grids, activation_bits=2), convention)[1].additions == {16: 4}
+
+
+def test_without_a_claim_a_relus_codes_have_no_sign():
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Conv2d(3, 1, 1, bias=False))
+    formats = Formats({"2.weight": Grid(4, kind="what if")}, activation_bits=8)
+    *_, row = count(trace(model, (3, 2, 2)), formats, "fixed", Fraction(1))
+    assert set(row.additions) == {signed_bits(-3 * 8 * 255, 3 * 8 * 255)}
+
+
+def test_what_was_multiplied_by_its_step_is_wide():
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 1, bias=False), nn.ReLU())
+    model[1].weight.data.fill_(3.0)
+    formats = Formats({"1.weight": Grid(4, (1.0, 0.5, 0.25), "per channel")}, activation_bits=4)
+    assert count(trace(model, (2, 4, 4)), formats, "tree")[1].multiplications == {32: 3 * 16}
+
+
+def test_channels_are_as_wide_as_the_widest():
+    codes = torch.tensor([[-2, 1, 1, 0], [-100, 1, 7, 3]])
+    grid = found_grid(codes * torch.tensor([[0.3], [0.7]]))
+    assert (grid.bits, grid.kind) == (8, "per channel")

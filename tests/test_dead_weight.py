@@ -2,11 +2,12 @@
 import copy
 
 import torch
+from torch import nn
 
 from compressed import cifar100, dead_weight, graph, grids
 from compressed import exact_network as exact
 from compressed.graph import weight_layers
-from small import FEW_BITS, few
+from small import FEW_BITS, few, points
 
 
 def sparse():
@@ -117,3 +118,11 @@ def test_a_sum_is_zero_only_if_all_of_its_branches_are():
     assert dead_weight.remove(copy.deepcopy(model), ONES) == {"weights": 0, "scales and shifts": 0}
     third.bn3.bias.data[2] = 0.5  # a constant that is added
     assert dead_weight.remove(model, ONES)["weights"] == 0
+
+
+def test_a_function_of_zero_may_be_no_zero():
+    """The channel of zeros still adds sigmoid(0) to what follows."""
+    torch.manual_seed(0)
+    model = graph.prepare(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 5)).eval())
+    model[0].weight.data[1], model[0].bias.data[1] = 0, 0
+    assert dead_weight.remove(model, points(model))["weights"] == 0

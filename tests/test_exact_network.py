@@ -14,7 +14,7 @@ from compressed.formats import code_range, is_folded
 from compressed.graph import prepare, read_graph
 from compressed.grids import SCHEMES
 from compressed.integer_network import IntegerNetwork
-from small import integer_logits
+from small import integer_logits, points
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,10 @@ def test_the_probe_is_fixed():
     assert images.flatten()[:6].tolist() == [(i * 2654435761 // 2**13) % 256 for i in range(6)]
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     assert digest == "b4a262216347db103b2bdcb249b9e3f086211fb020051f6bdc83970869fa0983"
+
+
+def test_a_relu6_is_clipped_at_six():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Flatten(), nn.Linear(4096, 10)).eval())
+    exact_module.quantize_activations(model, points(model))
+    x = torch.tensor([-1.0, 5.5, 6.0, 7.0])
+    assert torch.equal(model.get_submodule("1")(x), F.relu6(x))

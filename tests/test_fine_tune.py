@@ -16,7 +16,7 @@ from compressed.files import load_json, save_tensors, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES, calibrate
 from compressed.networks import load_checkpoint
-from small import SPEC
+from small import FEW_BITS, SPEC, few
 from test_quantize import ladder, options, short_and_whole
 from training import fine_tune, learned_steps, loop
 
@@ -323,3 +323,33 @@ def test_oscillating_weights_are_counted():
         assert each.record() == {"oscillating": round(1 / 7, 6), "oscillating_depthwise": 0.5}
     look(1.0, 2.0, 1.0)
     assert watch.record() == {"oscillating": 0, "oscillating_depthwise": 0}
+
+
+def test_a_trained_quantizer_clips_as_its_plain_one():
+    plain, x = exact_module.Quantizer(8, False, 2.0**-4, 6.0), torch.tensor([-1.0, 3.3, 5.99, 6.5, 20.0])
+    assert torch.equal(learned_steps.LearnedQuantizer(plain)(x), plain(x)) and plain(x).max() == 6
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gradient_reaches_every_step(scheme):
+    torch.manual_seed(0)
+    model, images = few(), cifar100.made_up(8, 0).images
+    grids.quantize_weights(model, FEW_BITS, scheme)
+    exact_module.quantize_activations(model, calibrate(model, images, 8, "mse"))
+    learned_steps.learn_steps(model, scheme)
+    model(cifar100.normalise(images)).square().sum().backward()
+    gradients = [value.grad for name, value in model.named_parameters() if name.endswith("log_step")]
+    assert len(gradients) == 26 + 24 and all(each is not None and each.any() for each in gradients)
+
+
+def test_the_width_of_the_scales_is_that_of_the_trained_steps(tmp_path, monkeypatch):
+    seen, data = [], cifar100.made_up(20, 0)
+    for name in ("learn_steps", "fix_steps"):
+        monkeypatch.setattr(fine_tune, name, lambda *args, name=name: seen.append((name, *args[1:])))
+    monkeypatch.setattr(fine_tune.loop, "train", lambda name, model, *args, **kwargs: model)
+    monkeypatch.setattr(fine_tune, "Oscillation", lambda model: None)
+    monkeypatch.setattr(fine_tune, "with_steps", lambda model: {})
+    args = quantize.parse(["--epochs", "1", "--scale-bits", "8", "--network", SPEC, "--tuning-folder", str(tmp_path)])
+    tuning = quantize.tuning_options(args, data.data_set, torch.device("cpu"), "")
+    fine_tune.fine_tune(model := few(), data, data, tuning, quantize.grid_options(args, model))
+    assert seen == [("learn_steps", "channel", 8), ("fix_steps", "channel", 8)]

@@ -19,7 +19,7 @@ from compressed.graph import prepare, read_graph, weight_layers
 from compressed.grids import SCHEMES, activation_table, bit_table, calibrate, free_step
 from compressed.networks import load_checkpoint
 from mobilenet_v2 import MobileNetV2, SmallMobileNetV2
-from small import FEW_BITS, SPEC, few, integer_logits, layer_neighbours
+from small import FEW_BITS, SPEC, few, integer_logits, layer_neighbours, points
 from test_any_network import FILE, shipped
 
 
@@ -205,7 +205,7 @@ def test_scales_are_lifted_into_float16s_normal_numbers(scales, factor):
     scale = torch.tensor(scales, dtype=torch.float64)
     assert grids.normal_factor(scale) == factor
     lifted = scale * float(factor)
-    assert not len(scale) or lifted.abs().max() < 2**16
+    assert factor == 1 or lifted.abs().max() < 2**15
     if factor > 1 and len(scale) and scale.abs().max() < 1:  # there was room: 11 bits are left of each
         assert ((lifted.half().double() - lifted).abs() <= lifted.abs() * 2**-11).all()
 
@@ -621,3 +621,28 @@ def test_store_fixed_by_hand():
     assert x.tolist() == [0.75, -1.0, 2**-14, 0.0, 0.0]
     zeros = torch.zeros(3)
     assert grids.store_fixed(zeros)["step"] == 1 and not zeros.any()
+
+
+def test_a_shortened_step_is_at_most_three_percent_smaller():
+    """Otherwise the largest weights would be clipped."""
+    scale = torch.tensor([0.4, 1.4, 2.4, 3.45, -1.3, 100.0, 127.0])
+    for bits in (4, 8, 15):
+        assert (grids.short_step(torch.ones(7), scale, bits) >= 0.969).all()
+
+
+def test_no_fixed_point_scale_is_clipped():
+    for most, unit in ((127.0, 1), (127.4, 1), (127.6, 2), (64.0, 1), (63.5, 0.5)):
+        assert float(grids.scale_unit(torch.tensor([1.0, most]), 8)) == unit
+
+
+@torch.no_grad()
+def test_a_rounded_shift_stays_within_its_bits():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 1, 32, bias=False), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(1, 2)).eval())
+    model[1].weight.fill_(29 * 2.0**-20)
+    model[1].bias.fill_(32767.0)
+    tensors = [{"name": "0.weight", "bits": 2, "step": 1.0}, {"name": "1.weight", "bits": 16, "kind": "float16"},
+               {"name": "1.bias", "bits": 16, "step": 1.0}, {"name": "4.weight", "bits": 2, "step": 1.0},
+               {"name": "4.bias", "bits": 16, "step": 1.0}]
+    grids.round_shifts(model, tensors, points(model, step=1.0))
+    assert model[1].bias.item() == 32767 // 29 * 29

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressed import cifar100, counting, graph, integer_network
 from compressed import exact_network as exact
 from compressed.errors import BadInput
+from compressed.evaluation import logits
 from compressed.files import load_json, save_record
 from compressed.formats import code_range, signed_bits
-from compressed.graph import weight_layers
+from compressed.graph import prepare, weight_layers
 from compressed.integer_network import IntegerNetwork, Term, Value, products
 from mobilenet_v2 import MobileNetV2
-from small import CLASSES, tiny_network
+from small import CLASSES, integer_logits, points, tiny_network
 from tools import export_onnx, integer
 from tools import pack as packed
 from tools.integer import compare, main
@@ -324,3 +325,18 @@ def test_script_says_what_is_wrong(narrow, capsys, monkeypatch):
     assert main(["--checkpoint", str(path), "--made-up", "500"]) == 2
     captured = capsys.readouterr()
     assert "prediction: 99/100" in captured.out and "other logits for 2 of 100 images" in captured.err
+
+
+@torch.no_grad()
+def test_the_padding_of_a_maximum_is_below_every_code():
+    """Also of signed values, all of them below zero here."""
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(1024, 10)).eval())
+    for parameter in model.parameters():
+        parameter.zero_()
+    model[0].bias.fill_(-1.0)
+    model[3].weight.fill_(1.0)
+    claim = {"activations": points(model),
+             "tensors": [{"name": name, "bits": 2, "step": 1.0} for name, _ in model.named_parameters()]}
+    images, wanted = cifar100.made_up(2, 0).images, torch.full((2, 10), -1024.0)
+    assert torch.equal(integer_logits(model, claim, images), wanted)
+    assert torch.equal(logits(exact.exact_network(model, claim["activations"]), images), wanted)

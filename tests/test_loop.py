@@ -690,6 +690,38 @@ def test_a_run_moves_to_another_machine(tmp_path, first, then):
     assert cosine > 0.99 and not torch.equal(result.conv1.weight, alone.conv1.weight)
 
 
+def test_muon_decays_what_it_does_not_turn():
+    model = tiny()
+    optimizer = optimizers.make_optimizer(dataclasses.replace(SETTINGS, optimizer="muon", weight_decay=0.1), model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] == 0.1
+               for p in group["params"]}
+    assert decayed == {"conv2.weight", "linear.weight"}
+
+
+def test_unequal_shares_count_by_their_images(tmp_path):
+    """A step of three workers by hand: 52 images are 16, 18 and 18."""
+    settings = Settings(epochs=1, batch_size=52, lr=0.1, schedule="constant", warmup_epochs=0, weight_decay=0.0,
+                        smoothing=0.0, augment="none", mixing="none", average=0, refresh=0, workers=3)
+    parts = torch.randperm(52, generator=loop.generator_for(0, "stage", "order", 0)).split((16, 18, 18))
+    models = [tiny().train() for _ in parts]
+    for model, index in zip(models, parts):
+        loss = F.cross_entropy(model(cifar100.normalise(TRAIN.images[index])), TRAIN.labels[index])
+        (len(index) / 52 * loss).backward()
+    result, _ = stage(tmp_path, test=None, settings=settings)
+    for ours, *theirs in zip(result.parameters(), *(model.parameters() for model in models)):
+        # Nesterov's first step is 1 + momentum times the gradient
+        expected = theirs[0].detach() - 0.1 * 1.9 * sum(each.grad for each in theirs)
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_are_renewed_on_images_augmented_as_in_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "renew_statistics", lambda model, data, *args: seen.append(args[:2]))
+    stage(tmp_path, settings=dataclasses.replace(SETTINGS, augment="plain"))
+    assert seen == [(40, "plain")] * 3
+
+
 def test_trained_quantization_steps_move_between_gpu_and_cpu():
     """Adam's `capturable` is that of the machine: with that of a GPU's state a CPU refuses to make a step."""
     def new(capturable):

@@ -61,6 +61,10 @@ def test_a_step_has_its_length_and_keeps_the_norm():
         assert torch.cosine_similarity((old - new).flatten(), direction, 0) > 0.99
 
 
+def test_the_constants():
+    assert (MOMENTUM, ITERATIONS, A, B, C) == (0.95, 3, 3.4445, -4.775, 2.0315)
+
+
 def turned(weight, gradient, momentum, kept, length: float):
     """(weight, momentum) after a step, one matrix at a time and in float64: the formulas of the module's docstring."""
     gradient = gradient * kept

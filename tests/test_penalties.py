@@ -522,3 +522,30 @@ def test_a_penalty_that_cannot_be_is_refused_in_a_line(own, spec, options, said)
     with pytest.raises(BadInput, match=said) as error:
         penalties.make(spec, Net(), LAYERS, **options)
     assert "\n" not in str(error.value)
+
+
+def test_prices_are_relative_to_their_mean():
+    """So that a lambda means the same with every --cost-power."""
+    penalty = ReweightedL1(pyramid(), ["3", "6", "11"], lam=1.0, cost_power=1.0)
+    sizes = [weight.numel() for weight in penalty.weights]
+    assert sum(factor * size for factor, size in zip(penalty.factors, sizes)) == pytest.approx(sum(sizes))
+
+
+def test_a_stage_made_longer_stretches_the_path():
+    penalty = ReweightedL1(Net(), LAYERS, target=0.5)
+    penalty.update(1.0)
+    for _ in range(5):
+        penalty.after_step(0.1)
+    penalty.update(1.5)
+    assert penalty.feedback.total == pytest.approx(2.0)
+
+
+@torch.no_grad()
+def test_a_norm_is_doubled_at_most():
+    penalty = ReweightedL1(model := Net(), LAYERS, target=0.5)
+    penalty.convolutions = [model.conv.weight]
+    penalty.update(1.0)
+    before = model.conv.weight.norm().item()
+    model.conv.weight.mul_(0.1)
+    penalty.hold_norms()
+    assert model.conv.weight.norm().item() == pytest.approx(0.2 * before)

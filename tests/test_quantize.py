@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import quantize
-from compressed import cifar100, claims
+from compressed import cifar100, claims, grids
 from compressed import exact_network as exact_module
 from compressed.errors import BadInput
 from compressed.evaluation import logits
@@ -24,7 +24,7 @@ from compressed.files import load_json, save_json, save_record, sha256
 from compressed.graph import weight_layers
 from compressed.grids import SCHEMES
 from compressed.networks import load_checkpoint
-from small import SPEC, integer_logits, layer_neighbours, save_stage
+from small import FEW_BITS, SPEC, few, integer_logits, layer_neighbours, save_stage
 from training.runs import stage_records, training_record
 
 
@@ -373,3 +373,24 @@ def test_a_claim_that_contradicts_its_file_is_not_made(exact, tmp_path):
     assert not (tmp_path / "a.json").exists()
     claims.write({"tensors": tensors, "activations": activations}, path, SPEC)
     assert claims.read(tmp_path / "a.json")["sha256"] == sha256(path)
+
+
+@torch.no_grad()
+def test_the_steps_follow_the_float_network(monkeypatch):
+    """Its statistics are renewed on images that are augmented as in training, before its logits are taken."""
+    seen = []
+    for name in ("renew_statistics", "renew_means"):
+        monkeypatch.setattr(quantize, name, lambda model, data, *args: seen.append(args[:2]))
+    monkeypatch.setattr(quantize, "choose_steps", lambda model, images, reference: seen.append(reference))
+    model, data = few().train(), cifar100.made_up(40, 0)
+    model(cifar100.normalise(data.images))
+    wanted = logits(model.eval(), data.images[:20])
+    chosen = grids.Options("channel", tuple(FEW_BITS), "logits", (8,) * 25, 20, 30, "trivial", 0)
+    quantize.on_grids(model, data, chosen, quantize.Accuracies(data))
+    assert seen[:2] == [(30, "trivial")] * 2 and torch.equal(seen[2], wanted)
+
+
+def test_fine_tuning_has_no_weight_decay():
+    args = quantize.parse(["--epochs", "8"])
+    settings = quantize.tuning_options(args, cifar100.CIFAR100, torch.device("cpu"), "").settings
+    assert (settings.weight_decay, settings.refresh, settings.warmup_epochs) == (0, 0, 1)

@@ -190,7 +190,10 @@ def test_the_dense_baseline_sees_what_the_sparse_network_does():
     assert small[0] == pytest.approx(sum(small[1:]), rel=0.01)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipes.FOLDER.glob("*.toml")))
+RECIPES = sorted(path.stem for path in recipes.FOLDER.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *{"default", "dense", "small"}.difference(RECIPES)])
 def test_the_recipes_here_are_taken(name, tmp_path):
     _, by_stage = arguments.parse_stages(["--recipe", name, "--run", str(tmp_path)])
     for stage, options in by_stage.items():
